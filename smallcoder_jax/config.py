@@ -1,0 +1,267 @@
+"""The one schema of a run: frozen dataclasses inside, `ml_collections.ConfigDict` at the edge.
+
+Config files call `default_config()`, change what differs and return the ConfigDict; `from_config_dict` turns it into
+a validated `Config` exactly once. Every field is read somewhere in the package (`tests/test_config.py` walks the
+schema). Code reads a field as `<section>.<field>`, for example `config.train.steps` or `train.steps`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Mapping
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from ml_collections import ConfigDict
+
+from smallcoder_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a decoder: everything that decides what the parameters mean."""
+
+    vocab_size: int = 32768
+    width: int = 768  # D
+    mlp_width: int = 2048  # F
+    layers: int = 12  # L
+    heads: int = 6  # N, query heads
+    kv_heads: int = 2  # K, key-value heads
+    head_size: int = 128  # H
+    context: int = 2048  # the longest sequence the model is trained and evaluated at
+    rope_theta: float = 10_000.0
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_eps: float = 1e-6
+    positions: Literal["rope", "learned"] = "rope"
+    mlp: Literal["swiglu", "gelu"] = "swiglu"
+    bias: Literal["none", "all"] = "none"
+    embeddings: Literal["tied", "untied"] = "tied"
+    dropout: float = 0.0
+    window: int = 0  # sliding window in tokens; 0: the whole document
+
+
+@dataclasses.dataclass(frozen=True)
+class ComputeConfig:
+    """How the model is computed; none of it changes what is computed beyond rounding."""
+
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of activations and matrix products; parameters are float32
+    attention: Literal["auto", "xla"] = "auto"
+    layers: Literal["scan", "unroll"] = "unroll"  # scan compiles faster, unroll runs faster
+    remat: Literal["none", "dots", "full"] = "none"  # recomputed backward: nothing, elementwise, all
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices per axis; one axis may be -1: all that are left."""
+
+    data: int = -1  # batch split, parameters replicated
+    fsdp: int = 1  # batch split, parameters and optimizer split
+    tensor: int = 1  # heads and MLP width split
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """`sentencepiece`: trained here unless `path` names a folder. `bytes`: raw UTF-8. `hf`: the folder `path`."""
+
+    kind: Literal["sentencepiece", "bytes", "hf"] = "sentencepiece"
+    path: str = ""
+    train_bytes: int = 30_000_000  # how much of the training split sentencepiece is trained on
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Where documents come from and how they become rows of tokens.
+
+    `sources`: comma-separated `SPEC[@WEIGHT][!nofim]`, SPEC one of `stdlib`, `installed`, `dir:PATH`, `jsonl:PATH`,
+    `parquet:PATH`, `tfds:NAME`, `hf:NAME[?config=..&split=..&column=..&streaming=1]`. Weights are per token.
+    """
+
+    sources: str = "hf:bigcode/the-stack-smol"
+    dir: str = "data"  # prepared corpora, tokenizers and token shards; shared between runs
+    workers: int = 0  # reader processes; 0: threads of this process
+    prefetch: int = 2  # batches kept ready on the device
+    packing: Literal["concat", "best_fit"] = "concat"
+    fim_rate: float = 0.5  # share of documents rearranged for fill-in-the-middle
+    fim_spm_share: float = 0.5  # of those, the share with the suffix first (SPM); the rest prefix first (PSM)
+    repository_order: bool = False  # one document per repository, files in dependency order
+    validation_fraction: float = 0.05
+    min_characters: int = 50  # shorter documents are dropped, after stripping
+    max_documents: int = 0  # stop after this many kept documents per source; 0: all
+    allow_dummy_data: bool = False  # generated text where a source cannot be read; marked, and verification fails it
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    steps: int = 10_000  # optimizer steps
+    batch_size: int = 32  # rows per optimizer step, over all devices
+    sequence_length: int = 2048  # tokens per row; at most model.context
+    microbatches: int = 1  # gradient accumulation: the batch is worked through in this many parts
+    z_loss: float = 0.0  # weight of logsumexp^2 (PaLM, arXiv 2204.02311)
+    seed: int = 0
+    log_every: int = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW on everything, or Muon on the hidden matrices and AdamW on the rest."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = 3e-4  # peak, AdamW
+    muon_learning_rate: float = 0.02  # peak, Muon matrices
+    muon_momentum: float = 0.95
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # decoupled
+    decay_pattern: str = r".*(kernel|embedding)$"  # parameters that decay, by path
+    clip_norm: float = 1.0  # global gradient norm; 0: no clipping
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    warmup_steps: int = 500
+    decay_steps: int = 0  # wsd: length of the last, linear part
+    final_ratio: float = 0.1  # learning rate at the end, as a share of the peak
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    every: int = 500  # steps; also once at the end; 0: only at the end
+    batches: int = 50  # validation batches per evaluation; 0: the whole split
+    batch_size: int = 32
+    sample_prompts: tuple[str, ...] = ("def fibonacci(n):\n", "import os\n\n\nclass ")
+    sample_tokens: int = 64  # 0: no samples
+    sample_temperature: float = 0.7
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 500  # steps; also once at the end
+    keep: int = 3  # newest steps kept, beside the best
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    tensorboard: bool = True  # CLU summaries; needs the [tensorboard] extra
+    histograms_every: int = 0  # steps between histograms of weights and gradients; 0: none
+    charts_every: int = 500  # steps between PNG charts; also once at the end; 0: only at the end
+    wandb: Literal["off", "offline", "online"] = "off"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    name: str = "unnamed"  # the variant, as reports call it
+    model: ModelConfig = ModelConfig()
+    compute: ComputeConfig = ComputeConfig()
+    mesh: MeshConfig = MeshConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The config as nested plain values, as written to `config.json`."""
+    return dataclasses.asdict(config)
+
+
+def default_config() -> ConfigDict:
+    """A mutable ConfigDict of every default: what a config file starts from."""
+    return ConfigDict(to_dict(Config()))
+
+
+def from_config_dict(values: ConfigDict | Mapping[str, Any]) -> Config:
+    """Builds and validates the frozen config. Raises UserError on an unknown key, a wrong type or a contradiction."""
+    plain = values.to_dict() if isinstance(values, ConfigDict) else dict(values)
+    config = _build(Config, plain, "")
+    validate(config)
+    return config
+
+
+def from_json(text: str) -> Config:
+    """The config of a run's `config.json`."""
+    return from_config_dict(json.loads(text))
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """'; did you mean X?' for the known name closest to `name`, or the list of what is known."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean '{close[0]}'?" if close else "known: " + ", ".join(sorted(known))
+
+
+def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
+    hints = get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            raise UserError(f"unknown config key '{prefix}{key}'; {nearest(key, list(hints))}")
+    built = {}
+    for key, value in values.items():
+        hint, path = hints[key], prefix + key
+        if dataclasses.is_dataclass(hint):
+            if not isinstance(value, Mapping):
+                raise UserError(f"config key '{path}' is a section; got {value!r}")
+            built[key] = _build(hint, value, path + ".")
+        else:
+            built[key] = _coerce(hint, value, path)
+    return cls(**built)
+
+
+def _coerce(hint: Any, value: Any, path: str) -> Any:
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise UserError(f"{path}={value!r}: expected one of {', '.join(map(repr, get_args(hint)))}")
+        return value
+    if get_origin(hint) is tuple:
+        if isinstance(value, str) or not all(isinstance(item, str) for item in value):
+            raise UserError(f"{path}={value!r}: expected a sequence of strings")
+        return tuple(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not hint:
+        raise UserError(f"{path}={value!r}: expected {hint.__name__}, got {type(value).__name__}")
+    return value
+
+
+def validate(config: Config) -> None:
+    """Refuses contradictions that types cannot see. Raises UserError naming the fields and the way out."""
+    model, train, optimizer, data = config.model, config.train, config.optimizer, config.data
+    checks = [
+        (model.heads % model.kv_heads == 0, f"{model.heads=} must be a multiple of {model.kv_heads=}"),
+        (model.head_size % 2 == 0, f"{model.head_size=} must be even: rotary positions turn pairs"),
+        (0.0 <= model.dropout < 1.0, f"{model.dropout=} must be in [0, 1)"),
+        (
+            1 <= train.sequence_length <= model.context,
+            f"{train.sequence_length=} must be between 1 and {model.context=}; lower the first or raise the second",
+        ),
+        (train.steps >= 0, f"{train.steps=} must not be negative"),
+        (
+            train.batch_size >= 1 and train.microbatches >= 1 and train.batch_size % train.microbatches == 0,
+            f"{train.batch_size=} must be a positive multiple of {train.microbatches=}",
+        ),
+        (train.log_every >= 1, f"{train.log_every=} must be at least 1"),
+        (0.0 <= data.fim_rate <= 1.0, f"{data.fim_rate=} must be in [0, 1]"),
+        (0.0 <= data.fim_spm_share <= 1.0, f"{data.fim_spm_share=} must be in [0, 1]"),
+        (0.0 < data.validation_fraction < 1.0, f"{data.validation_fraction=} must be between 0 and 1"),
+        (data.workers >= 0, f"{data.workers=} must not be negative"),
+        (data.prefetch >= 1, f"{data.prefetch=} must be at least 1"),
+        (config.checkpoint.every >= 1, f"{config.checkpoint.every=} must be at least 1"),
+        (config.checkpoint.keep >= 1, f"{config.checkpoint.keep=} must be at least 1"),
+        (config.eval.batch_size >= 1, f"{config.eval.batch_size=} must be at least 1"),
+        (optimizer.warmup_steps >= 0, f"{optimizer.warmup_steps=} must not be negative"),
+        (
+            optimizer.schedule != "wsd" or 0 < optimizer.decay_steps <= train.steps,
+            f"{optimizer.decay_steps=} must be between 1 and {train.steps=} for the wsd schedule",
+        ),
+        (
+            config.tokenizer.kind != "hf" or config.tokenizer.path != "",
+            "tokenizer.kind='hf' needs tokenizer.path: the folder of a published tokenizer",
+        ),
+        (
+            config.tokenizer.kind != "bytes" or model.vocab_size == 256,
+            f"tokenizer.kind='bytes' has 256 entries, but {model.vocab_size=}",
+        ),
+    ]
+    for holds, message in checks:
+        if not holds:
+            raise UserError(f"config: {message}")

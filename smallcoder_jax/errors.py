@@ -1,0 +1,34 @@
+"""Errors that a user can act on, and the exit codes of every command.
+
+An error message holds three things: what was given, what was expected, what to do about it.
+"""
+
+import sys
+from collections.abc import Callable
+
+EXIT_USER_ERROR = 2  # bad input: config, path, data, tokenizer, workdir of another run
+EXIT_CHECK_FAILED = 3  # a check that the command promises did not hold (parity, verification, validation)
+EXIT_INTERRUPTED = 75  # SIGTERM or SIGINT: state was saved, the same command continues
+
+
+class UserError(Exception):
+    """A mistake in what the user gave. Printed as one message, without a traceback, with exit code 2."""
+
+
+class CheckFailed(Exception):
+    """A promised check did not hold. Printed as one message, without a traceback, with exit code 3."""
+
+
+def run_cli(main: Callable[[], int | None]) -> None:
+    """Runs a command's `main`, turns the two errors above into a message and an exit code, and exits."""
+    try:
+        code = main() or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = EXIT_USER_ERROR
+    except CheckFailed as error:
+        print(f"check failed: {error}", file=sys.stderr)
+        code = EXIT_CHECK_FAILED
+    except KeyboardInterrupt:
+        code = 130
+    sys.exit(code)

@@ -1,0 +1,50 @@
+"""What every tokenizer offers to the rest of the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+# Each is one id and is never produced from user text. `<pad>` is not `</s>`: a model that pads with the end-of-text
+# id never learns to stop.
+PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
+FIM_PREFIX, FIM_MIDDLE, FIM_SUFFIX, FIM_PAD = "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>"
+REPO_NAME, FILE_SEP = "<|repo_name|>", "<|file_sep|>"
+IM_START, IM_END = "<|im_start|>", "<|im_end|>"
+TOOL_PIECES = ("<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>")
+SPARE_PIECES = tuple(f"<|spare_{i}|>" for i in range(8))
+SPECIAL_PIECES = (
+    FIM_PREFIX, FIM_MIDDLE, FIM_SUFFIX, FIM_PAD, REPO_NAME, FILE_SEP, IM_START, IM_END, *TOOL_PIECES, *SPARE_PIECES,
+)  # fmt: skip
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back.
+
+    `specials` maps every special piece this tokenizer has to its id. `token_bytes[i]` is the UTF-8 that id i stands
+    for, empty for specials, so that a document's bytes are the concatenation over its ids. `starts_word[i]` says that
+    no id before i could have been merged with it: a place where a text may be cut without changing the ids.
+    """
+
+    vocab_size: int
+    pad_id: int
+    bos_id: int
+    eos_id: int
+    specials: dict[str, int]
+    token_bytes: list[bytes]
+    starts_word: np.ndarray
+    hash: str
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text` as user text: special pieces written out in it stay ordinary characters. No BOS, no EOS."""
+        ...
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of `ids`; specials are left out, invalid UTF-8 becomes U+FFFD."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Writes the files from which `load_tokenizer(folder)` makes the same tokenizer."""
+        ...
