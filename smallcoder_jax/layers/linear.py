@@ -1,0 +1,26 @@
+"""Dense layer with float32 parameters and products in the compute dtype."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Float
+
+from smallcoder_jax.ops.precision import matmul_precision
+
+
+class Linear(nnx.Module):
+    """y = x kernel (+ bias), kernel [in, out] drawn from N(0, std^2)."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool, std: float, dtype: DTypeLike, rngs: nnx.Rngs):
+        self.dtype = dtype
+        self.kernel = nnx.Param(std * jax.random.normal(rngs.params(), (inputs, outputs), jnp.float32))
+        self.bias = nnx.Param(jnp.zeros((outputs,), jnp.float32)) if bias else None
+
+    def __call__(self, x: Float[Array, "B T inputs"]) -> Float[Array, "B T outputs"]:
+        kernel = self.kernel[...].astype(self.dtype)
+        y = jnp.einsum("bti,io->bto", x, kernel, precision=matmul_precision(self.dtype))
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)[None, None, :]

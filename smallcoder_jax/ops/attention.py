@@ -1,0 +1,119 @@
+"""Attention of packed documents: rotation, causality, document borders and grouped heads behind one door.
+
+Shapes: B batch, T queries, S keys, N query heads, K key-value heads, G = N / K, H head size.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+from smallcoder_jax.errors import UserError
+from smallcoder_jax.ops.precision import matmul_precision
+from smallcoder_jax.ops.rope import rotate
+
+IMPLEMENTATIONS = ("xla",)
+# Scores are made for this many queries at a time, so that memory grows with T and not with T squared.
+QUERY_BLOCK = 512
+
+
+class Choice(NamedTuple):
+    implementation: str
+    reason: str
+
+
+def choose(implementation: str) -> Choice:
+    """Resolves `auto` once, before compilation; the caller logs the reason. Raises UserError on an unknown name."""
+    if implementation == "auto":
+        return Choice("xla", f"the implementation that serves platform '{jax.default_backend()}'")
+    if implementation not in IMPLEMENTATIONS:
+        raise UserError(f"attention implementation {implementation!r}; known: auto, {', '.join(IMPLEMENTATIONS)}")
+    return Choice(implementation, "asked for")
+
+
+def attention(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    *,
+    q_positions_BT: Int[Array, "B T"],
+    kv_positions_BS: Int[Array, "B S"],
+    q_segment_ids_BT: Int[Array, "B T"],
+    kv_segment_ids_BS: Int[Array, "B S"],
+    rope_theta: float | None,
+    window: int | None = None,
+    implementation: str = "auto",
+) -> Float[Array, "B T N H"]:
+    """softmax(rot(q) rot(k)^T / sqrt(H)) v, where a query sees a key of its own document at or before its position.
+
+    `window`: a query also sees only the last `window` positions, itself included. `rope_theta=None`: no rotation.
+    Segment 0 is padding: it sees nothing, nothing sees it, and its output is 0. Softmax is float32; the result has
+    the dtype of `q_BTNH`.
+    """
+    choose(implementation)
+    if rope_theta is not None:
+        q_BTNH = rotate(q_BTNH, q_positions_BT, rope_theta)
+        k_BSKH = rotate(k_BSKH, kv_positions_BS, rope_theta)
+    attend = functools.partial(
+        _attend,
+        k_BSKH=k_BSKH,
+        v_BSKH=v_BSKH,
+        kv_positions_BS=kv_positions_BS,
+        kv_segment_ids_BS=kv_segment_ids_BS,
+        window=window,
+    )
+    length = q_BTNH.shape[1]
+    if length <= 2 * QUERY_BLOCK:
+        return attend(q_BTNH, q_positions_BT, q_segment_ids_BT)
+    blocks = -(-length // QUERY_BLOCK)
+
+    def in_blocks(x: Array) -> Array:  # [B, T, ...] -> [blocks, B, QUERY_BLOCK, ...], padded with segment 0
+        padded = jnp.pad(x, [(0, 0), (0, blocks * QUERY_BLOCK - length)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(padded.reshape(x.shape[0], blocks, QUERY_BLOCK, *x.shape[2:]), 1, 0)
+
+    queries = (in_blocks(q_BTNH), in_blocks(q_positions_BT), in_blocks(q_segment_ids_BT))
+    o_XBtNH = jax.lax.map(jax.checkpoint(lambda block: attend(*block)), queries)
+    return jnp.moveaxis(o_XBtNH, 0, 1).reshape(q_BTNH.shape[0], -1, *q_BTNH.shape[2:])[:, :length]
+
+
+def visible(
+    q_positions_BT: Array, kv_positions_BS: Array, q_segment_ids_BT: Array, kv_segment_ids_BS: Array, window: int | None
+) -> Array:
+    """Which keys each query sees: bool [B, T, S]."""
+    distance_BTS = q_positions_BT[:, :, None] - kv_positions_BS[:, None, :]
+    same_BTS = (q_segment_ids_BT[:, :, None] == kv_segment_ids_BS[:, None, :]) & (q_segment_ids_BT[:, :, None] > 0)
+    seen_BTS = same_BTS & (distance_BTS >= 0)
+    return seen_BTS if window is None else seen_BTS & (distance_BTS < window)
+
+
+def _attend(
+    q_BTNH: Array,
+    q_positions_BT: Array,
+    q_segment_ids_BT: Array,
+    *,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    kv_positions_BS: Array,
+    kv_segment_ids_BS: Array,
+    window: int | None,
+) -> Array:
+    batch, length, heads, size = q_BTNH.shape
+    kv_heads = k_BSKH.shape[2]
+    precision = matmul_precision(q_BTNH.dtype)
+    q_BTKGH = q_BTNH.reshape(batch, length, kv_heads, heads // kv_heads, size) * jnp.asarray(size**-0.5, q_BTNH.dtype)
+    scores_BKGTS = jnp.einsum(
+        "btkgh,bskh->bkgts", q_BTKGH, k_BSKH, precision=precision, preferred_element_type=jnp.float32
+    )
+    seen_BTS = visible(q_positions_BT, kv_positions_BS, q_segment_ids_BT, kv_segment_ids_BS, window)
+    seen_B11TS = seen_BTS[:, None, None, :, :]
+    scores_BKGTS = jnp.where(seen_B11TS, scores_BKGTS, jnp.float32(-1e30))
+    weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
+    o_BTKGH = jnp.einsum("bkgts,bskh->btkgh", weights_BKGTS, v_BSKH, precision=precision)
+    o_BTNH = o_BTKGH.reshape(batch, length, heads, size)
+    # A query that sees nothing has averaged everything: its output is defined as 0.
+    return jnp.where(seen_BTS.any(-1)[:, :, None, None], o_BTNH, jnp.zeros((), o_BTNH.dtype))

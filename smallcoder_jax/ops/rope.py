@@ -1,0 +1,23 @@
+"""Rotary position embedding (Su et al., arXiv 2104.09864), half-split layout as in Llama.
+
+Shapes: B batch, T positions, N heads, H head size.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float, Int
+
+
+def rotate(x_BTNH: Float[Array, "B T N H"], positions_BT: Int[Array, "B T"], theta: float) -> Float[Array, "B T N H"]:
+    """Turns the pair (x[i], x[i + H/2]) of every head by the angle position * theta^(-2i/H).
+
+    Angles and rotation are float32; the result has the dtype of `x_BTNH`.
+    """
+    half = x_BTNH.shape[-1] // 2
+    frequency_h = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angle_BT1h = positions_BT.astype(jnp.float32)[:, :, None, None] * frequency_h[None, None, None, :]
+    cos, sin = jnp.cos(angle_BT1h), jnp.sin(angle_BT1h)
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)
