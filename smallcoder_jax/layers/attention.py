@@ -1,4 +1,7 @@
-"""Grouped-query self-attention. Shapes: B batch, T queries, S keys, D width, N query heads, K key-value heads, H size."""
+"""Grouped-query self-attention.
+
+Shapes: B batch, T queries, S keys, D width, N query heads, K key-value heads, H head size.
+"""
 
 from __future__ import annotations
 

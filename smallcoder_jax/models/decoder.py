@@ -23,7 +23,6 @@ from smallcoder_jax.layers.norm import NORMS
 from smallcoder_jax.models import cache as kv_cache
 from smallcoder_jax.ops.cross_entropy import logits
 
-
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,

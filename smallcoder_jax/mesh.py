@@ -1,0 +1,91 @@
+"""The device mesh, and which axis splits which dimension of which parameter."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from smallcoder_jax.config import MeshConfig, ModelConfig
+from smallcoder_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = P(("data", "fsdp"))
+
+# Path pattern -> how the parameter is split, in the unrolled layout. The first match holds; every path must match.
+RULES: tuple[tuple[str, P], ...] = (
+    (r"embed/embedding", P("tensor", "fsdp")),
+    (r"position_embed/embedding", P()),
+    (r"unembed/kernel", P("fsdp", "tensor")),
+    (r".*(query|key|value|gate|up)/kernel", P("fsdp", "tensor")),
+    (r".*(output|down)/kernel", P("tensor", "fsdp")),
+    (r".*(query|key|value|gate|up)/bias", P("tensor")),
+    (r".*(scale|bias)", P()),
+)
+
+
+def make_mesh(mesh: MeshConfig, model: ModelConfig, batch_size: int, devices: list[Any] | None = None) -> Mesh:
+    """A mesh over all devices. Raises UserError where shape, devices and model do not fit together.
+
+    `batch_size` is the number of rows that one forward pass takes (a microbatch).
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {"data": mesh.data, "fsdp": mesh.fsdp, "tensor": mesh.tensor}
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1 or any(size == 0 or size < -1 for size in sizes.values()):
+        raise UserError(f"mesh {sizes}: sizes are positive, and at most one is -1 (all that are left)")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if free and len(devices) % fixed == 0:
+        sizes[free[0]] = len(devices) // fixed
+    if math.prod(sizes.values()) != len(devices):
+        raise UserError(f"mesh {sizes} does not multiply to the {len(devices)} devices; set one axis to -1")
+    rows = sizes["data"] * sizes["fsdp"]
+    if batch_size % rows:
+        raise UserError(
+            f"a batch of {batch_size} rows (train.batch_size / train.microbatches) does not divide over {rows} = "
+            f"mesh.data x mesh.fsdp devices; use a multiple of {rows}"
+        )
+    for name, size in (("kv_heads", model.kv_heads), ("mlp_width", model.mlp_width), ("vocab_size", model.vocab_size)):
+        if size % sizes["tensor"]:
+            raise UserError(f"model.{name}={size} does not divide over mesh.tensor={sizes['tensor']}")
+    if model.width % sizes["fsdp"]:
+        raise UserError(f"model.width={model.width} does not divide over mesh.fsdp={sizes['fsdp']}")
+    return Mesh(np.asarray(devices).reshape([sizes[axis] for axis in AXES]), AXES)
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+    """A pytree key path as `blocks/0/attention/query/kernel`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def spec_of(name: str, ndim: int) -> P:
+    """The split of the parameter (or of its optimizer state) called `name`; scanned blocks have a leading layer axis.
+
+    Raises KeyError when no rule matches: a new parameter must say how it is split.
+    """
+    for pattern, spec in RULES:
+        if re.fullmatch(pattern, name):
+            axes = max(ndim - len(spec), 0) if re.match(r"blocks/(?!\d)", name) else 0
+            return P(*[None] * (axes if spec else 0), *spec)
+    raise KeyError(f"no sharding rule for parameter '{name}'")
+
+
+def params_sharding(mesh: Mesh, params: Any) -> Any:
+    """A NamedSharding for every leaf of `params` (arrays or shapes)."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, spec_of(path_name(path), leaf.ndim)), params
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over the data axes."""
+    return NamedSharding(mesh, BATCH)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())

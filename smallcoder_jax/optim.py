@@ -1,0 +1,130 @@
+"""The optimizer: gradient clipping, AdamW or Muon, decoupled decay by pattern, schedule."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from smallcoder_jax.config import OptimizerConfig
+from smallcoder_jax.errors import UserError
+from smallcoder_jax.mesh import path_name
+
+# Newton-Schulz coefficients of Muon (Jordan et al., 2024, kellerjordan.github.io/posts/muon).
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+NEWTON_SCHULZ_STEPS = 5
+MUON_PATTERN = r"blocks/.*/kernel"
+
+
+def schedule(optimizer: OptimizerConfig, steps: int) -> optax.Schedule:
+    """The learning rate as a share of its peak, by optimizer step (never by microbatch).
+
+    Warm-up is linear, (step + 1) / warmup_steps; then `cosine` or `linear` to final_ratio at the last step, `constant`,
+    or `wsd`: constant, then linear to final_ratio over the last decay_steps (arXiv 2404.06395).
+    """
+    warmup, final = optimizer.warmup_steps, optimizer.final_ratio
+    decay_start = steps - optimizer.decay_steps if optimizer.schedule == "wsd" else warmup
+
+    def share(step: Any) -> Array:
+        step = jnp.asarray(step, jnp.float32)
+        done = jnp.clip((step - decay_start) / max(steps - 1 - decay_start, 1), 0.0, 1.0)
+        if optimizer.schedule == "cosine":
+            after = final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * done))
+        elif optimizer.schedule == "constant":
+            after = jnp.ones_like(done)
+        else:
+            after = 1 - (1 - final) * done
+        return jnp.where(step < warmup, (step + 1) / max(warmup, 1), after)
+
+    return share
+
+
+def make_optimizer(optimizer: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """clip -> (AdamW | Muon on hidden matrices, AdamW on the rest) -> decay -> schedule, as one optax chain.
+
+    Updates are to be added to the parameters. Raises UserError when `decay_pattern` is not a regular expression.
+    """
+    try:
+        pattern = re.compile(optimizer.decay_pattern)
+    except re.error as error:
+        raise UserError(f"optimizer.decay_pattern={optimizer.decay_pattern!r} is not a pattern: {error}") from error
+    share = schedule(optimizer, steps)
+
+    def finish(peak: float) -> optax.GradientTransformation:
+        return optax.chain(
+            optax.add_decayed_weights(
+                optimizer.weight_decay, mask=lambda params: _by_path(params, lambda name: bool(pattern.fullmatch(name)))
+            ),
+            optax.scale_by_schedule(lambda step: -peak * share(step)),
+        )
+
+    adam = optax.chain(
+        optax.scale_by_adam(b1=optimizer.b1, b2=optimizer.b2, eps=optimizer.eps), finish(optimizer.learning_rate)
+    )
+    if optimizer.name == "adamw":
+        update = adam
+    else:
+        update = optax.partition(
+            {
+                "muon": optax.chain(scale_by_muon(optimizer.muon_momentum), finish(optimizer.muon_learning_rate)),
+                "adam": adam,
+            },
+            lambda params: _by_path(params, lambda name: "muon" if re.fullmatch(MUON_PATTERN, name) else "adam"),
+        )
+    clip = optax.clip_by_global_norm(optimizer.clip_norm) if optimizer.clip_norm > 0 else optax.identity()
+    return optax.chain(clip, update)
+
+
+class MuonState(NamedTuple):
+    momentum: Any
+
+
+def scale_by_muon(momentum: float) -> optax.GradientTransformation:
+    """Nesterov momentum, then each matrix replaced by the nearest semi-orthogonal one, scaled by
+    sqrt(max(1, out / in)), so that one learning rate suits every shape. Leading axes (scanned layers) are batch axes.
+    """
+
+    def init(params: Any) -> MuonState:
+        return MuonState(jax.tree.map(jnp.zeros_like, params))
+
+    def update(gradients: Any, state: MuonState, params: Any = None) -> tuple[Any, MuonState]:
+        del params
+        mean = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, state.momentum, gradients)
+        ahead = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, mean, gradients)
+        return _orthogonal_updates(ahead), MuonState(mean)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _orthogonal_updates(tree: Any) -> Any:
+    """Orthogonalises every matrix; those of one shape together, as one batched product."""
+    leaves, structure = jax.tree.flatten(tree)
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index, leaf in enumerate(leaves):
+        groups.setdefault(leaf.shape, []).append(index)
+    for shape, indices in groups.items():
+        scale = max(1.0, shape[-1] / shape[-2]) ** 0.5
+        result = scale * orthogonalize(jnp.stack([leaves[i] for i in indices]))
+        for position, index in enumerate(indices):
+            leaves[index] = result[position]
+    return jax.tree.unflatten(structure, leaves)
+
+
+def orthogonalize(matrix: Array) -> Array:
+    """U V^T of the singular value decomposition, approximately, by Newton-Schulz; over the last two axes."""
+    a, b, c = NEWTON_SCHULZ
+    tall = matrix.shape[-2] > matrix.shape[-1]
+    x = jnp.swapaxes(matrix, -1, -2) if tall else matrix
+    x = x / (jnp.sqrt(jnp.sum(jnp.square(x), axis=(-1, -2), keepdims=True)) + 1e-7)
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = x @ jnp.swapaxes(x, -1, -2)
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return jnp.swapaxes(x, -1, -2) if tall else x
+
+
+def _by_path(params: Any, label: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(lambda path, _: label(path_name(path)), params)

@@ -1,0 +1,53 @@
+"""Everything that a step reads and writes: parameters, optimizer, step, RNG."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.sharding import Mesh
+
+from smallcoder_jax.config import Config
+from smallcoder_jax.mesh import path_name, replicated, spec_of
+from smallcoder_jax.models import build
+
+
+class TrainState(NamedTuple):
+    """`key` is the raw data of a `jax.random.key`; a step draws from it folded with `step`."""
+
+    step: Array
+    params: Any
+    optimizer: Any
+    key: Array
+
+
+def init_state(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
+    """A fresh state; traceable."""
+    key = jax.random.key(config.train.seed)
+    params = build.init_params(config.model, config.compute, jax.random.fold_in(key, 0))
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        optimizer=optimizer.init(params),
+        key=jax.random.key_data(jax.random.fold_in(key, 1)),
+    )
+
+
+def state_sharding(mesh: Mesh, state: TrainState) -> TrainState:
+    """Shardings for `state` (arrays or shapes). Optimizer moments are split as the parameter whose path they end in."""
+    names = {path_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
+
+    def of_leaf(path: tuple[Any, ...], leaf: Any) -> jax.sharding.NamedSharding:
+        name = path_name(path)
+        if leaf.ndim:
+            parts = name.split("/")
+            for start in range(len(parts)):
+                tail = "/".join(parts[start:])
+                if names.get(tail) == leaf.shape:
+                    return jax.sharding.NamedSharding(mesh, spec_of(tail, leaf.ndim))
+        return replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(of_leaf, state)

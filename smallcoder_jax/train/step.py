@@ -1,0 +1,102 @@
+"""The training step (the only value_and_grad) and the evaluation step.
+
+Shapes: B rows, T tokens per row, M microbatches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.sharding import Mesh
+
+from smallcoder_jax.mesh import batch_sharding, replicated
+from smallcoder_jax.train.state import TrainState
+
+Batch = dict[str, Array]
+# (params, batch, rng key or None) -> (loss_sum, weight_sum, sums)
+LossFn = Callable[[Any, Batch, Array | None], tuple[Array, Array, dict[str, Array]]]
+
+
+def make_train_step(
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    share: optax.Schedule,
+    *,
+    peak: float,
+    microbatches: int,
+    mesh: Mesh,
+    shardings: TrainState,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+    """The jitted step: state is donated; metrics are float32 scalars.
+
+    The gradient is that of loss_sum / weight_sum over the whole batch, whatever the number of microbatches.
+    """
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+
+        def loss_of(params: Any, part: Batch, index: Array) -> tuple[Array, tuple[Array, dict[str, Array]]]:
+            loss_sum, weight_sum, sums = loss_fn(params, part, jax.random.fold_in(key, index))
+            return loss_sum, (weight_sum, {"loss": loss_sum, **sums})
+
+        gradient_of = jax.value_and_grad(loss_of, has_aux=True)
+        if microbatches == 1:
+            (_, (weight, sums)), gradients = gradient_of(state.params, batch, jnp.int32(0))
+        else:
+            gradients, weight, sums = _accumulate(gradient_of, state.params, batch, microbatches)
+        denominator = jnp.maximum(weight, 1.0)
+        gradients = jax.tree.map(lambda g: g / denominator, gradients)
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+        metrics = {
+            "loss": sums["loss"] / denominator,
+            "accuracy": sums["correct"] / denominator,
+            "tokens": weight,
+            "grad_norm": optax.global_norm(gradients),
+            "learning_rate": jnp.float32(peak) * share(state.step),
+        }
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, optimizer_state, state.key), metrics
+
+    return jax.jit(
+        step,
+        in_shardings=(shardings, batch_sharding(mesh)),
+        out_shardings=(shardings, replicated(mesh)),
+        donate_argnums=0,
+    )
+
+
+def _accumulate(gradient_of: Any, params: Any, batch: Batch, microbatches: int) -> tuple[Any, Array, dict[str, Array]]:
+    """Sums of gradients, weights and metrics over the microbatches. Each takes every M-th row, so that all devices
+    take part in each.
+    """
+    parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, microbatches, *x.shape[1:]), 1, 0), batch)
+
+    def sums_of(index: Array, rows: Batch) -> tuple[Any, Array, dict[str, Array]]:
+        (_, (weight, sums)), gradients = gradient_of(params, rows, index)
+        return gradients, weight, sums
+
+    def add(total: Any, part: tuple[Array, Batch]) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, sums_of(*part)), None
+
+    indices = jnp.arange(microbatches, dtype=jnp.int32)
+    shapes = jax.eval_shape(sums_of, indices[0], jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
+    return jax.lax.scan(add, zeros, (indices, parts))[0]
+
+
+def make_eval_step(loss_fn: LossFn, *, mesh: Mesh, shardings: Any) -> Callable[[Any, Batch], dict[str, Array]]:
+    """The jitted evaluation step: (params, batch) -> sums `nll`, `correct`, `weight` and, where the batch has the UTF-8
+    `bytes` of each target, `bytes`.
+    """
+
+    def step(params: Any, batch: Batch) -> dict[str, Array]:
+        _, weight, sums = loss_fn(params, batch, None)
+        counted = jnp.sum(batch["bytes"] * batch["loss_weights"]) if "bytes" in batch else jnp.zeros(())
+        return {**sums, "weight": weight, "bytes": counted}
+
+    return jax.jit(step, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=replicated(mesh))
