@@ -96,10 +96,15 @@ class TrainConfig:
     steps: int = 10_000  # optimizer steps
     batch_size: int = 32  # rows per optimizer step, over all devices
     sequence_length: int = 2048  # tokens per row; at most model.context
-    microbatches: int = 1  # gradient accumulation: the batch is worked through in this many parts
+    microbatch_size: int = 0  # gradient accumulation: rows worked through at a time; 0, or more than the batch: all
     z_loss: float = 0.0  # weight of logsumexp^2 (PaLM, arXiv 2204.02311)
     seed: int = 0
     log_every: int = 10
+
+    @property
+    def microbatch_rows(self) -> int:
+        """Rows that one forward pass takes, over all devices."""
+        return min(self.microbatch_size or self.batch_size, self.batch_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,7 +131,7 @@ class OptimizerConfig:
 class EvalConfig:
     every: int = 500  # steps; also once at the end; 0: only at the end
     batches: int = 50  # validation batches per evaluation; 0: the whole split
-    batch_size: int = 32
+    batch_size: int = 0  # rows; 0: as many as a training microbatch
     sample_prompts: tuple[str, ...] = ("def fibonacci(n):\n", "import os\n\n\nclass ")
     sample_tokens: int = 64  # 0: no samples
     sample_temperature: float = 0.7
@@ -161,6 +166,11 @@ class Config:
     log: LogConfig = LogConfig()
 
 
+def eval_rows(config: Config) -> int:
+    """Rows of an evaluation batch, over all devices."""
+    return config.eval.batch_size or config.train.microbatch_rows
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """The config as nested plain values, as written to `config.json`."""
     return dataclasses.asdict(config)
@@ -182,6 +192,21 @@ def from_config_dict(values: ConfigDict | Mapping[str, Any]) -> Config:
 def from_json(text: str) -> Config:
     """The config of a run's `config.json`."""
     return from_config_dict(json.loads(text))
+
+
+def parameter_count(model: ModelConfig) -> int:
+    """The number of parameters of a shape, by arithmetic; a test holds it against the model itself."""
+    d, f = model.width, model.mlp_width
+    q_width, kv_width = model.heads * model.head_size, model.kv_heads * model.head_size
+    attention = 2 * d * q_width + 2 * d * kv_width
+    mlp = (3 if model.mlp == "swiglu" else 2) * d * f
+    norm = d if model.norm == "rmsnorm" else 2 * d
+    biases = 0
+    if model.bias == "all":
+        biases = q_width + 2 * kv_width + d + (2 * f if model.mlp == "swiglu" else f) + d
+    tables = model.vocab_size * d * (1 if model.embeddings == "tied" else 2)
+    tables += model.context * d if model.positions == "learned" else 0
+    return tables + model.layers * (attention + mlp + 2 * norm + biases) + norm
 
 
 def nearest(name: str, known: list[str]) -> str:
@@ -236,8 +261,8 @@ def validate(config: Config) -> None:
         ),
         (train.steps >= 0, f"{train.steps=} must not be negative"),
         (
-            train.batch_size >= 1 and train.microbatches >= 1 and train.batch_size % train.microbatches == 0,
-            f"{train.batch_size=} must be a positive multiple of {train.microbatches=}",
+            train.batch_size >= 1 and train.microbatch_size >= 0 and train.batch_size % train.microbatch_rows == 0,
+            f"{train.batch_size=} must be a positive multiple of {train.microbatch_size=}",
         ),
         (train.log_every >= 1, f"{train.log_every=} must be at least 1"),
         (0.0 <= data.fim_rate <= 1.0, f"{data.fim_rate=} must be in [0, 1]"),
@@ -247,7 +272,7 @@ def validate(config: Config) -> None:
         (data.prefetch >= 1, f"{data.prefetch=} must be at least 1"),
         (config.checkpoint.every >= 1, f"{config.checkpoint.every=} must be at least 1"),
         (config.checkpoint.keep >= 1, f"{config.checkpoint.keep=} must be at least 1"),
-        (config.eval.batch_size >= 1, f"{config.eval.batch_size=} must be at least 1"),
+        (config.eval.batch_size >= 0, f"{config.eval.batch_size=} must not be negative"),
         (optimizer.warmup_steps >= 0, f"{optimizer.warmup_steps=} must not be negative"),
         (
             optimizer.schedule != "wsd" or 0 < optimizer.decay_steps <= train.steps,

@@ -21,13 +21,16 @@ def language_model(
 ) -> tuple[Array, Array, dict[str, Array]]:
     """Weighted cross-entropy: (loss_sum, weight_sum, sums), float32 scalars.
 
-    loss_sum = sum w (nll + z_loss log_z^2) (z-loss: PaLM, arXiv 2204.02311, section 5). `sums` holds `nll` and
-    `correct`, both weighted by w.
+    loss_sum = sum w (nll + z_loss log_z^2) (z-loss: PaLM, arXiv 2204.02311, section 5). `sums`, weighted
+    by w: `nats`, `correct` (the target scores highest) and `top5`.
     """
     losses = token_losses(hidden_XD, unembed_VD, targets_X)
     nll_sum = jnp.sum(losses.nll_X * weights_X)
     loss_sum = nll_sum
     if z_loss:
         loss_sum = loss_sum + z_loss * jnp.sum(jnp.square(losses.log_z_X) * weights_X)
-    sums = {"nll": nll_sum, "correct": jnp.sum(jnp.where(losses.correct_X, weights_X, 0.0))}
-    return loss_sum, jnp.sum(weights_X), sums
+
+    def ranked(best: int) -> Array:
+        return jnp.sum(jnp.where(losses.rank_X < best, weights_X, 0.0))
+
+    return loss_sum, jnp.sum(weights_X), {"nats": nll_sum, "correct": ranked(1), "top5": ranked(5)}

@@ -47,7 +47,7 @@ def make_mesh(mesh: MeshConfig, model: ModelConfig, batch_size: int, devices: li
     rows = sizes["data"] * sizes["fsdp"]
     if batch_size % rows:
         raise UserError(
-            f"a batch of {batch_size} rows (train.batch_size / train.microbatches) does not divide over {rows} = "
+            f"a batch of {batch_size} rows (a microbatch) does not divide over {rows} = "
             f"mesh.data x mesh.fsdp devices; use a multiple of {rows}"
         )
     for name, size in (("kv_heads", model.kv_heads), ("mlp_width", model.mlp_width), ("vocab_size", model.vocab_size)):

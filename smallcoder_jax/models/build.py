@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -16,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from smallcoder_jax.config import ComputeConfig, ModelConfig
+from smallcoder_jax.config import ComputeConfig, ModelConfig, parameter_count
 from smallcoder_jax.models.decoder import Decoder
 
 Params = dict[Any, Any]
@@ -56,12 +55,6 @@ def to_unrolled(params: Params) -> Params:
         return params
     layers = jax.tree.leaves(stacked)[0].shape[0]
     return {**params, "blocks": {i: jax.tree.map(lambda x, i=i: x[i], stacked) for i in range(layers)}}
-
-
-def parameter_count(model: ModelConfig) -> int:
-    """The true number of parameters of a shape, from the shapes of the model itself."""
-    _, abstract = abstract_model(model, ComputeConfig())
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(abstract))
 
 
 def flops_per_token(model: ModelConfig, sequence_length: int) -> float:

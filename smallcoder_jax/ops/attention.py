@@ -5,7 +5,6 @@ Shapes: B batch, T queries, S keys, N query heads, K key-value heads, G = N / K,
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -18,8 +17,8 @@ from smallcoder_jax.ops.precision import matmul_precision
 from smallcoder_jax.ops.rope import rotate
 
 IMPLEMENTATIONS = ("xla",)
-# Scores are made for this many queries at a time, so that memory grows with T and not with T squared.
-QUERY_BLOCK = 512
+# Queries are worked through in blocks: scores then take a block's memory, and keys that come later are never touched.
+QUERY_BLOCK, QUERY_BLOCKS = 128, 8
 
 
 class Choice(NamedTuple):
@@ -52,33 +51,35 @@ def attention(
     """softmax(rot(q) rot(k)^T / sqrt(H)) v, where a query sees a key of its own document at or before its position.
 
     `window`: a query also sees only the last `window` positions, itself included. `rope_theta=None`: no rotation.
-    Segment 0 is padding: it sees nothing, nothing sees it, and its output is 0. Softmax is float32; the result has
-    the dtype of `q_BTNH`.
+    Segment 0 is padding: it sees nothing, nothing sees it, and its output is 0. S == T means that key i belongs to
+    query i, as in a packed row, where positions rise within a document: keys after a query are then never touched.
+    Softmax is float32; the result has the dtype of `q_BTNH`.
     """
     choose(implementation)
     if rope_theta is not None:
         q_BTNH = rotate(q_BTNH, q_positions_BT, rope_theta)
         k_BSKH = rotate(k_BSKH, kv_positions_BS, rope_theta)
-    attend = functools.partial(
-        _attend,
-        k_BSKH=k_BSKH,
-        v_BSKH=v_BSKH,
-        kv_positions_BS=kv_positions_BS,
-        kv_segment_ids_BS=kv_segment_ids_BS,
-        window=window,
-    )
-    length = q_BTNH.shape[1]
-    if length <= 2 * QUERY_BLOCK:
-        return attend(q_BTNH, q_positions_BT, q_segment_ids_BT)
-    blocks = -(-length // QUERY_BLOCK)
-
-    def in_blocks(x: Array) -> Array:  # [B, T, ...] -> [blocks, B, QUERY_BLOCK, ...], padded with segment 0
-        padded = jnp.pad(x, [(0, 0), (0, blocks * QUERY_BLOCK - length)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(padded.reshape(x.shape[0], blocks, QUERY_BLOCK, *x.shape[2:]), 1, 0)
-
-    queries = (in_blocks(q_BTNH), in_blocks(q_positions_BT), in_blocks(q_segment_ids_BT))
-    o_XBtNH = jax.lax.map(jax.checkpoint(lambda block: attend(*block)), queries)
-    return jnp.moveaxis(o_XBtNH, 0, 1).reshape(q_BTNH.shape[0], -1, *q_BTNH.shape[2:])[:, :length]
+    length, keys = q_BTNH.shape[1], k_BSKH.shape[1]
+    block = max(QUERY_BLOCK, -(-length // QUERY_BLOCKS))
+    # One block's scores are recomputed in the backward pass where keeping all of them would fill the memory.
+    attend = jax.checkpoint(_attend, static_argnums=7) if length > 1024 else _attend
+    outputs = []
+    for start in range(0, length, block):
+        stop = min(start + block, length)
+        seen = stop if keys == length else keys
+        outputs.append(
+            attend(
+                q_BTNH[:, start:stop],
+                k_BSKH[:, :seen],
+                v_BSKH[:, :seen],
+                q_positions_BT[:, start:stop],
+                kv_positions_BS[:, :seen],
+                q_segment_ids_BT[:, start:stop],
+                kv_segment_ids_BS[:, :seen],
+                window,
+            )
+        )
+    return jnp.concatenate(outputs, axis=1)
 
 
 def visible(
@@ -93,12 +94,11 @@ def visible(
 
 def _attend(
     q_BTNH: Array,
-    q_positions_BT: Array,
-    q_segment_ids_BT: Array,
-    *,
     k_BSKH: Array,
     v_BSKH: Array,
+    q_positions_BT: Array,
     kv_positions_BS: Array,
+    q_segment_ids_BT: Array,
     kv_segment_ids_BS: Array,
     window: int | None,
 ) -> Array:

@@ -10,17 +10,17 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from smallcoder_jax.ops.precision import matmul_precision
 
 
 class TokenLosses(NamedTuple):
-    """Per token: negative log-likelihood in nats, log of the partition function, whether the target ranks first."""
+    """Per token: negative log-likelihood in nats, log of the partition function, how many entries score higher."""
 
     nll_X: Float[Array, " X"]
     log_z_X: Float[Array, " X"]
-    correct_X: Bool[Array, " X"]
+    rank_X: Int[Array, " X"]
 
 
 def logits(hidden_XD: Array, unembed_VD: Array) -> Array:
@@ -51,7 +51,8 @@ def _forward(hidden_XD: Array, unembed_VD: Array, targets_X: Array) -> tuple[Tok
     largest_X = logits_XV.max(axis=-1)
     exponent_XV = jnp.exp(logits_XV.astype(jnp.float32) - largest_X.astype(jnp.float32)[:, None])
     log_z_X = largest_X.astype(jnp.float32) + jnp.log(exponent_XV.sum(axis=-1))
-    losses = TokenLosses(log_z_X - target_logit_X.astype(jnp.float32), log_z_X, target_logit_X >= largest_X)
+    rank_X = jnp.sum(logits_XV > target_logit_X[:, None], axis=-1, dtype=jnp.int32)
+    losses = TokenLosses(log_z_X - target_logit_X.astype(jnp.float32), log_z_X, rank_X)
     return losses, (hidden_XD, unembed_VD, targets_X, logits_XV, log_z_X)
 
 

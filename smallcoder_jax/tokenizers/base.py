@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +19,8 @@ SPARE_PIECES = tuple(f"<|spare_{i}|>" for i in range(8))
 SPECIAL_PIECES = (
     FIM_PREFIX, FIM_MIDDLE, FIM_SUFFIX, FIM_PAD, REPO_NAME, FILE_SEP, IM_START, IM_END, *TOOL_PIECES, *SPARE_PIECES,
 )  # fmt: skip
+
+KIND_FILE = "tokenizer_kind.json"
 
 
 class Tokenizer(Protocol):
@@ -41,6 +44,17 @@ class Tokenizer(Protocol):
         """Ids of `text` as user text: special pieces written out in it stay ordinary characters. No BOS, no EOS."""
         ...
 
+    def encode_batch(self, texts: list[str], threads: int) -> list[list[int]]:
+        """`encode` of every text, on several threads."""
+        ...
+
+    def borders(self, ids: np.ndarray) -> np.ndarray:
+        """bool, one per id: True where the text may be cut before that id without changing any id on either side.
+
+        Finer than `starts_word`, because it looks at the id before as well; the end of a line is always one.
+        """
+        ...
+
     def decode(self, ids: list[int]) -> str:
         """Text of `ids`; specials are left out, invalid UTF-8 becomes U+FFFD."""
         ...
@@ -48,3 +62,9 @@ class Tokenizer(Protocol):
     def save(self, folder: Path) -> None:
         """Writes the files from which `load_tokenizer(folder)` makes the same tokenizer."""
         ...
+
+
+def write_kind(folder: Path, kind: str) -> None:
+    """Marks `folder` as holding a tokenizer of that kind, for `load_tokenizer`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / KIND_FILE).write_text(json.dumps({"kind": kind}) + "\n", encoding="utf-8")

@@ -90,13 +90,10 @@ def _accumulate(gradient_of: Any, params: Any, batch: Batch, microbatches: int) 
 
 
 def make_eval_step(loss_fn: LossFn, *, mesh: Mesh, shardings: Any) -> Callable[[Any, Batch], dict[str, Array]]:
-    """The jitted evaluation step: (params, batch) -> sums `nll`, `correct`, `weight` and, where the batch has the UTF-8
-    `bytes` of each target, `bytes`.
-    """
+    """The jitted evaluation step: (params, batch) -> the loss's sums, `weight` and the counted UTF-8 `bytes`."""
 
     def step(params: Any, batch: Batch) -> dict[str, Array]:
         _, weight, sums = loss_fn(params, batch, None)
-        counted = jnp.sum(batch["bytes"] * batch["loss_weights"]) if "bytes" in batch else jnp.zeros(())
-        return {**sums, "weight": weight, "bytes": counted}
+        return {**sums, "weight": weight, "bytes": jnp.sum(batch["bytes"])}
 
     return jax.jit(step, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=replicated(mesh))

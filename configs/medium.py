@@ -1,0 +1,33 @@
+"""SmallCoder-Medium: 304,137,216 parameters, 4096 tokens of context.
+
+Command:   python -m smallcoder_jax.main --config=configs/medium.py --workdir=runs/medium
+Hardware:  one GPU with 80 GB, or a TPU slice; see BUILD.md. A few steps run on a CPU, to try it out.
+Time:      not measured (docs/benchmarks.md has what was).
+Expected:  not measured. The loss starts at ln(32768) = 10.4.
+
+Data is bigcode/the-stack-smol; without a network: --config.data.sources=stdlib, or dir:/my/code.
+"""
+
+from ml_collections import ConfigDict
+
+from smallcoder_jax.config import default_config
+
+
+def get_config() -> ConfigDict:
+    config = default_config()
+    config.name = "smallcoder-medium"
+    config.model.update(
+        vocab_size=32768,
+        width=1024,
+        mlp_width=2816,
+        layers=24,
+        heads=8,
+        kv_heads=2,
+        head_size=128,
+        context=4096,
+        rope_theta=10000.0,
+    )
+    config.train.update(steps=20_000, batch_size=64, sequence_length=4096, microbatch_size=8)
+    config.optimizer.update(learning_rate=3e-4, warmup_steps=500)
+    config.eval.update(batches=16)
+    return config

@@ -1,0 +1,35 @@
+"""nano: 4,000,000 parameters for a laptop CPU; what `make quickstart` trains.
+
+Command:   python -m smallcoder_jax.main --config=configs/nano.py --workdir=runs/nano
+Hardware:  two CPU cores, 2 GiB of memory.
+"""
+
+from ml_collections import ConfigDict
+
+from smallcoder_jax.config import default_config
+
+
+def get_config() -> ConfigDict:
+    config = default_config()
+    config.name = "smallcoder-nano"
+    config.model.update(
+        vocab_size=4096,
+        width=256,
+        mlp_width=704,
+        layers=4,
+        heads=4,
+        kv_heads=2,
+        head_size=64,
+        context=1024,
+    )
+    config.compute.dtype = "float32"  # a CPU multiplies float32 as fast as bfloat16
+    config.data.update(sources="stdlib", fim_rate=0.1)
+    config.train.update(steps=600, batch_size=8, sequence_length=512)
+    config.optimizer.update(
+        name="muon", learning_rate=3e-3, muon_learning_rate=0.02, weight_decay=0.0, schedule="linear",
+        warmup_steps=20, final_ratio=0.0,
+    )  # fmt: skip
+    config.eval.update(every=200, batches=10, batch_size=16)
+    config.checkpoint.update(every=200, keep=2)
+    config.log.update(charts_every=200)
+    return config

@@ -1,0 +1,175 @@
+"""Documents into rows of a fixed length.
+
+A packer draws documents (1-D arrays of ids, BOS first and EOS last) and gives rows. A row is a list of pieces; a piece
+of n + 1 ids stands for n places of the row: the inputs `ids[:-1]` and the targets `ids[1:]`. Two pieces of one document
+share the id between them, so every id but the first is a target exactly once.
+
+The state of a packer is the state of its documents at a point before its buffer, and how far it had got from there.
+
+Shapes: B rows, T places of a row.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+Row = list[np.ndarray]
+
+WINDOW_ROWS = 64  # best fit: how many rows' worth of documents are arranged together
+
+
+class Documents(Protocol):
+    """An iterator over documents whose place can be taken down and returned to."""
+
+    def __next__(self) -> np.ndarray: ...
+    def get_state(self) -> dict[str, Any]: ...
+    def set_state(self, state: dict[str, Any]) -> None: ...
+
+
+class Packer(Protocol):
+    def next_row(self) -> Row: ...
+    def get_state(self) -> dict[str, Any]: ...
+    def set_state(self, state: dict[str, Any]) -> None: ...
+
+
+class ConcatPacker:
+    """Documents one after the other, cut where a row ends. Only the last row of all is not full."""
+
+    def __init__(self, documents: Documents, length: int):
+        self._documents = documents
+        self._length = length
+        self._ids: np.ndarray | None = None  # a document that is partly used
+        self._offset = 0  # how much of it
+        self._before: dict[str, Any] = {}  # the state from which it is read again
+
+    def next_row(self) -> Row:
+        """The next row. Raises StopIteration after the last."""
+        row: Row = []
+        free = self._length
+        while free:
+            if self._ids is None:
+                self._before = self._documents.get_state()
+                self._ids = next(self._documents, None)
+            if self._ids is None:
+                break
+            piece = self._ids[self._offset : self._offset + free + 1]
+            if len(piece) > 1:
+                row.append(piece)
+                free -= len(piece) - 1
+                self._offset += len(piece) - 1
+            if self._offset + 1 >= len(self._ids):
+                self._ids, self._offset = None, 0
+        if not row:
+            raise StopIteration
+        return row
+
+    def get_state(self) -> dict[str, Any]:
+        documents = self._documents.get_state() if self._ids is None else self._before
+        return {"documents": documents, "offset": self._offset}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._documents.set_state(state["documents"])
+        self._before, self._offset = state["documents"], state["offset"]
+        self._ids = next(self._documents) if self._offset else None
+
+
+class BestFitPacker:
+    """Best fit decreasing within windows: only documents longer than a row are cut, into full rows and a rest.
+
+    The rows of a window come in a random order that `seed` decides: made longest piece first, they would otherwise
+    run from long documents to short ones.
+    """
+
+    def __init__(self, documents: Documents, length: int, seed: Sequence[int]):
+        self._documents = documents
+        self._length = length
+        self._seed = tuple(seed)
+        self._window = 0  # number of the window in use, from 1
+        self._before = documents.get_state()  # the state from which it is read again
+        self._rows: list[Row] = []
+        self._taken = 0
+
+    def next_row(self) -> Row:
+        """The next row. Raises StopIteration after the last."""
+        if self._taken == len(self._rows):
+            self._window += 1
+            self._load_window()
+            if not self._rows:
+                raise StopIteration
+        self._taken += 1
+        return self._rows[self._taken - 1]
+
+    def _load_window(self) -> None:
+        self._before = self._documents.get_state()
+        pieces: Row = []
+        wanted = self._length * WINDOW_ROWS
+        while wanted > 0 and (ids := next(self._documents, None)) is not None:
+            pieces += [ids[start : start + self._length + 1] for start in range(0, len(ids) - 1, self._length)]
+            wanted -= len(ids) - 1
+        rows = best_fit(pieces, self._length)
+        order = np.random.default_rng((*self._seed, self._window)).permutation(len(rows))
+        self._rows, self._taken = [rows[i] for i in order], 0
+
+    def get_state(self) -> dict[str, Any]:
+        return {"documents": self._before, "window": self._window, "taken": self._taken}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._documents.set_state(state["documents"])
+        self._before, self._window, self._rows = state["documents"], state["window"], []
+        if self._window:
+            self._load_window()
+        self._taken = state["taken"]
+
+
+def best_fit(pieces: Sequence[np.ndarray], length: int) -> list[Row]:
+    """Rows of `length` places: longest piece first, each into the row where it leaves the least room."""
+    rows: list[Row] = []
+    open_rows: list[tuple[int, int]] = []  # (free places, row), ascending
+    for piece in sorted(pieces, key=len, reverse=True):
+        places = len(piece) - 1
+        found = bisect.bisect_left(open_rows, (places, -1))
+        if found < len(open_rows):
+            free, row = open_rows.pop(found)
+        else:
+            free, row = length, len(rows)
+            rows.append([])
+        rows[row].append(piece)
+        if free > places:
+            bisect.insort(open_rows, (free - places, row))
+    return rows
+
+
+def fill_batch(rows: Sequence[Row], batch_size: int, length: int, pad_id: int) -> dict[str, np.ndarray]:
+    """The batch [B, T] of up to `batch_size` rows: tokens, targets, positions, segment_ids (int32), loss_weights.
+
+    Positions restart in every piece, segments count the pieces of a row from 1. What is not filled is padding:
+    `pad_id`, position 0, segment 0, weight 0.
+    """
+    shape = (batch_size, length)
+    tokens_BT = np.full(shape, pad_id, np.int32)
+    targets_BT = np.full(shape, pad_id, np.int32)
+    positions_BT = np.zeros(shape, np.int32)
+    segment_ids_BT = np.zeros(shape, np.int32)
+    loss_weights_BT = np.zeros(shape, np.float32)
+    places = np.arange(length, dtype=np.int32)
+    for index, row in enumerate(rows):
+        start = 0
+        for segment, ids in enumerate(row, 1):
+            end = start + len(ids) - 1
+            tokens_BT[index, start:end] = ids[:-1]
+            targets_BT[index, start:end] = ids[1:]
+            positions_BT[index, start:end] = places[: end - start]
+            segment_ids_BT[index, start:end] = segment
+            start = end
+        loss_weights_BT[index, :start] = 1.0
+    return {
+        "tokens": tokens_BT,
+        "targets": targets_BT,
+        "positions": positions_BT,
+        "segment_ids": segment_ids_BT,
+        "loss_weights": loss_weights_BT,
+    }

@@ -1,0 +1,319 @@
+"""Token shards into training and validation batches. The only user of grain.
+
+Training: every source's documents, reshuffled each epoch and endless -> fill-in-the-middle -> this reader's share ->
+mixture -> packing -> batches. A reader is one worker of one process. The share is taken from each shuffled, endless
+source and not from the mixture: two sources of equal weight alternate in the mixture, and of two readers that took
+turns there each would see one source only.
+
+Shapes: B rows of this process, T places of a row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+from smallcoder_jax.config import DataConfig
+from smallcoder_jax.data import packing
+from smallcoder_jax.data.fim import FillInTheMiddle
+from smallcoder_jax.data.shards import Manifest, SourceEntry, Split
+from smallcoder_jax.errors import UserError
+from smallcoder_jax.tokenizers.base import FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX, Tokenizer
+
+VERSION = 1  # raised when the same settings begin to give other batches
+INLINE = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # records are small: threads cost more than they save
+BATCHES_AHEAD = 2  # kept ready by each worker
+FIM_PIECES = len((FIM_PREFIX, FIM_SUFFIX, FIM_MIDDLE))  # what a rearranged document grows by
+
+
+def make_train_iterator(
+    manifest: Manifest,
+    tokens_folder: Path,
+    tokenizer: Tokenizer,
+    *,
+    data: DataConfig,
+    sequence_length: int,
+    local_batch_size: int,
+    seed: int,
+    process_index: int,
+    process_count: int,
+    num_epochs: int | None = None,
+) -> grain.DatasetIterator[dict[str, np.ndarray]]:
+    """Training batches [B, T] of this process: tokens, targets, positions, segment_ids, loss_weights.
+
+    Endless, with the sources mixed by their weights per token; or, with `num_epochs`, every document of every source
+    exactly once per epoch and the last batch filled up with padding. All processes together see each document once per
+    epoch. The order depends on `pipeline_identity` alone. `get_state()` is small and JSON-serialisable and belongs to
+    the batch returned last; `set_state()` continues after it. `close()` ends the workers.
+
+    Raises UserError where the tokenizer is not the one that made the shards, lacks the pieces that fill-in-the-middle
+    needs, or a source has nothing to train on.
+    """
+    _check_tokenizer(manifest, tokenizer)
+    _check_sources(manifest)
+    fim = None
+    if data.fim_rate > 0 and any(source.fim for source in manifest.sources):
+        fim = FillInTheMiddle(tokenizer, rate=data.fim_rate, spm_share=data.fim_spm_share)
+    seed %= 2**32  # what grain's shuffle and numpy's seeds can hold
+    sources = [
+        grain.MapDataset.source(_Records(tokens_folder, entry.train, manifest.dtype)).map_with_index(
+            _Rearrange(fim if entry.fim else None, entry.train.documents, (seed, index))
+        )
+        for index, entry in enumerate(manifest.sources)
+    ]
+    readers = max(data.workers, 1)
+    batches = []
+    for worker in range(readers):
+        reader = (process_index * readers + worker, process_count * readers)
+        if num_epochs is None:
+            mixed = _mixture(sources, _document_weights(manifest.sources, data.fim_rate), seed, reader)
+        else:
+            together = grain.MapDataset.concatenate(sources).shuffle(_shuffle_seed(seed, 0))
+            mixed = _share(together.repeat(num_epochs), reader)
+        batches.append(
+            _PackedBatches(
+                mixed.to_iter_dataset(INLINE),
+                packer=data.packing,
+                batch_size=local_batch_size,
+                length=sequence_length,
+                pad_id=tokenizer.pad_id,
+                seed=(seed, reader[0]),
+            )
+        )
+    if data.workers == 0:
+        return batches[0].__iter__()
+    return _in_workers(batches).__iter__()
+
+
+def validation_batches(
+    manifest: Manifest,
+    tokens_folder: Path,
+    tokenizer: Tokenizer,
+    *,
+    sequence_length: int,
+    batch_size: int,
+    limit_batches: int,
+    process_index: int,
+    process_count: int,
+) -> Iterator[dict[str, np.ndarray]]:
+    """The validation split of all sources, each token but BOS predicted once, in one fixed pseudo-random order.
+
+    `batch_size` counts rows over all processes; each yields its share [B, T] of the same global batches, so that the
+    processes agree on their number and the result does not depend on how many there are. Packed by best fit, which cuts
+    only documents longer than a row. The first `limit_batches` batches; 0: all. The last batch is filled up with
+    padding.
+
+    Beside the keys of a training batch there is `bytes`, float32 [B, T]: the UTF-8 bytes that each target stands for (0
+    for specials and padding), so that bits per byte = nats / ln 2 / bytes.
+    """
+    _check_tokenizer(manifest, tokenizer)
+    if batch_size % process_count:
+        raise UserError(
+            f"eval.batch_size={batch_size} must be a multiple of the number of processes, {process_count}; change it"
+        )
+    splits = [entry.validation for entry in manifest.sources if entry.validation.documents]
+    if not splits:
+        raise UserError("the validation split holds no documents; raise data.validation_fraction or prepare more data")
+    documents = grain.MapDataset.concatenate(
+        [grain.MapDataset.source(_Records(tokens_folder, split, manifest.dtype)) for split in splits]
+    )
+    batches = _PackedBatches(
+        documents.shuffle(_shuffle_seed(0, 0)).to_iter_dataset(INLINE),
+        packer="best_fit",
+        batch_size=batch_size,
+        length=sequence_length,
+        pad_id=tokenizer.pad_id,
+        seed=(0, 0),
+    )
+    byte_counts = np.array([len(piece) for piece in tokenizer.token_bytes], np.float32)
+    rows = batch_size // process_count
+    local = slice(process_index * rows, (process_index + 1) * rows)
+    for batch in itertools.islice(batches, limit_batches or None):
+        mine = {key: value[local] for key, value in batch.items()}
+        yield {**mine, "bytes": byte_counts[mine["targets"]] * mine["loss_weights"]}
+
+
+def pipeline_identity(
+    manifest: Manifest,
+    data: DataConfig,
+    *,
+    sequence_length: int,
+    batch_size: int,
+    seed: int,
+    process_count: int,
+) -> dict[str, Any]:
+    """Everything that decides which batches come in which order; JSON-serialisable, to be compared before a resume.
+
+    grain itself accepts the state of another pipeline in silence.
+    """
+    return {
+        "version": VERSION,
+        "grain": importlib.metadata.version("grain"),
+        "fingerprint": manifest.fingerprint,
+        "tokenizer_hash": manifest.tokenizer_hash,
+        "sources": [
+            {"spec": entry.spec, "weight": entry.weight, "fim": entry.fim, "documents": entry.train.documents}
+            for entry in manifest.sources
+        ],
+        "packing": data.packing,
+        "fim_rate": data.fim_rate,
+        "fim_spm_share": data.fim_spm_share,
+        "workers": data.workers,
+        "sequence_length": sequence_length,
+        "batch_size": batch_size,
+        "seed": seed,
+        "process_count": process_count,
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rearrange:
+    """Fill-in-the-middle with draws that depend on nothing but the seed, the source, the epoch and the document."""
+
+    fim: FillInTheMiddle | None
+    documents: int
+    seed: tuple[int, int]
+
+    def __call__(self, index: int, ids: np.ndarray) -> np.ndarray:
+        if self.fim is None:
+            return ids
+        return self.fim(ids, np.random.default_rng((*self.seed, *divmod(index, self.documents))))
+
+
+class _Records:
+    """The documents of a split by number. Readers are opened when first used, in the process that uses them."""
+
+    def __init__(self, folder: Path, split: Split, dtype: str):
+        self._source = ArrayRecordDataSource([str(folder / name) for name in split.files])
+        self._dtype = np.dtype(dtype).newbyteorder("<")
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return np.frombuffer(self._source[index], self._dtype)
+
+
+class _PackedBatches(grain.IterDataset[dict[str, np.ndarray]]):
+    """Batches packed from a dataset of documents."""
+
+    def __init__(
+        self,
+        documents: grain.IterDataset[np.ndarray],
+        *,
+        packer: str,
+        batch_size: int,
+        length: int,
+        pad_id: int,
+        seed: tuple[int, int],
+    ):
+        super().__init__(documents)
+        self._packer = packer
+        self._shape = (batch_size, length)
+        self._pad_id = pad_id
+        self._seed = seed
+
+    def __iter__(self) -> _PackedBatchIterator:
+        documents = iter(self.parents[0])
+        length = self._shape[1]
+        packer = (
+            packing.ConcatPacker(documents, length)
+            if self._packer == "concat"
+            else packing.BestFitPacker(documents, length, self._seed)
+        )
+        return _PackedBatchIterator(documents, packer, self._shape, self._pad_id)
+
+
+class _PackedBatchIterator(grain.DatasetIterator[dict[str, np.ndarray]]):
+    def __init__(self, documents: grain.DatasetIterator, packer: packing.Packer, shape: tuple[int, int], pad_id: int):
+        super().__init__(documents)
+        self._packer = packer
+        self._shape = shape
+        self._pad_id = pad_id
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        batch_size, length = self._shape
+        rows = [self._packer.next_row()]
+        while len(rows) < batch_size:
+            try:
+                rows.append(self._packer.next_row())
+            except StopIteration:
+                break
+        return packing.fill_batch(rows, batch_size, length, self._pad_id)
+
+    def get_state(self) -> dict[str, Any]:
+        return self._packer.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._packer.set_state(state)
+
+
+def _mixture(
+    sources: Sequence[grain.MapDataset[np.ndarray]], weights: Sequence[float], seed: int, reader: tuple[int, int]
+) -> grain.MapDataset[np.ndarray]:
+    shares = [
+        _share(source.shuffle(_shuffle_seed(seed, index)).repeat(None), reader) for index, source in enumerate(sources)
+    ]
+    return grain.MapDataset.mix(shares, weights)
+
+
+def _share(documents: grain.MapDataset[np.ndarray], reader: tuple[int, int]) -> grain.MapDataset[np.ndarray]:
+    """Every n-th document for reader i of n; together the readers have each exactly once."""
+    index, count = reader
+    return documents.slice(slice(index, None, count))
+
+
+def _shuffle_seed(seed: int, source: int) -> int:
+    """A seed far from those of other sources and runs: grain's shuffle uses seed + epoch."""
+    return int(np.random.SeedSequence((seed, source)).generate_state(1)[0])
+
+
+def _document_weights(sources: Sequence[SourceEntry], fim_rate: float) -> list[float]:
+    """Shares of documents that give the wanted shares of tokens, which are what weights mean."""
+    lengths = [
+        entry.train.tokens / entry.train.documents + (FIM_PIECES * fim_rate if entry.fim else 0.0) for entry in sources
+    ]
+    return [entry.weight / length for entry, length in zip(sources, lengths, strict=True)]
+
+
+def _in_workers(batches: Sequence[_PackedBatches]) -> grain.IterDataset[dict[str, np.ndarray]]:
+    """One process per dataset, taking turns in a fixed order."""
+    if not flags.FLAGS.is_parsed():
+        # grain hands its own flags to the processes and stops where nothing has parsed them: tests, notebooks.
+        flags.FLAGS.mark_as_parsed()
+    one = grain.MultiprocessingOptions(num_workers=1, per_worker_buffer_size=BATCHES_AHEAD)
+    processes = [dataset.mp_prefetch(one) for dataset in batches]
+    in_turn = grain.experimental.InterleaveIterDataset(processes, cycle_length=len(processes))
+    return in_turn.map(_out_of_shared_memory)
+
+
+def _out_of_shared_memory(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    # Batches come through shared memory, which is small in containers and must not outlive this program.
+    return {key: np.array(value) for key, value in batch.items()}
+
+
+def _check_tokenizer(manifest: Manifest, tokenizer: Tokenizer) -> None:
+    if tokenizer.hash != manifest.tokenizer_hash:
+        raise UserError(
+            f"the token shards were made with the tokenizer {manifest.tokenizer_hash}, not with {tokenizer.hash}; "
+            "prepare the data again with this tokenizer or use the one that the shards were made with"
+        )
+
+
+def _check_sources(manifest: Manifest) -> None:
+    for entry in manifest.sources:
+        if entry.train.documents == 0:
+            raise UserError(
+                f"source {entry.spec} holds no training documents; remove it from data.sources or add files"
+            )
+        if entry.weight <= 0:
+            raise UserError(f"source {entry.spec} has the weight {entry.weight}; give it one above 0 or remove it")

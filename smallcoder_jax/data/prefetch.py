@@ -1,0 +1,71 @@
+"""Batches moved to the devices ahead of their use, off the thread that dispatches steps."""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import time
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+
+class BatchIterator(Protocol):
+    """An iterator over this process's part of each batch whose place can be taken down."""
+
+    def __next__(self) -> dict[str, np.ndarray]: ...
+    def get_state(self) -> dict[str, Any]: ...
+    def close(self) -> None: ...
+
+
+class DevicePrefetcher:
+    """Yields (global device batch, iterator state after this batch, seconds the caller had to wait for it).
+
+    One background thread draws from `iterator` and starts the transfers, `depth` batches ahead. The state that comes
+    with a batch is the one to checkpoint once that batch is used: the iterator itself is ahead of it. An error of the
+    iterator is raised by the `next` that would have returned its batch, after which there is nothing more to draw.
+
+    `sharding` places each array; its first axis is split over the processes. Takes over `iterator`: `close` ends the
+    thread and closes the iterator.
+    """
+
+    def __init__(self, iterator: BatchIterator, sharding: NamedSharding, depth: int):
+        self._iterator = iterator
+        self._sharding = sharding
+        self._executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="device-prefetch")
+        self._pending = collections.deque(self._executor.submit(self._load) for _ in range(depth))
+
+    def _load(self) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+        batch = next(self._iterator)
+        state = self._iterator.get_state()
+        placed = {key: jax.make_array_from_process_local_data(self._sharding, value) for key, value in batch.items()}
+        return placed, state
+
+    def __iter__(self) -> DevicePrefetcher:
+        return self
+
+    def __next__(self) -> tuple[dict[str, jax.Array], dict[str, Any], float]:
+        if not self._pending:
+            raise StopIteration
+        start = time.perf_counter()
+        concurrent.futures.wait([self._pending[0]])
+        waited = time.perf_counter() - start
+        first = self._pending.popleft()
+        if first.exception() is not None:
+            self._cancel()
+        batch, state = first.result()
+        self._pending.append(self._executor.submit(self._load))
+        return batch, state, waited
+
+    def _cancel(self) -> None:
+        for future in self._pending:
+            future.cancel()
+        self._pending.clear()
+
+    def close(self) -> None:
+        """Ends the thread, drops what was loaded ahead and closes the iterator. May be called again."""
+        self._cancel()
+        self._executor.shutdown(wait=True)
+        self._iterator.close()

@@ -1,0 +1,358 @@
+"""The Hugging Face folder: written, and read back.
+
+    config.json  generation_config.json  model.safetensors
+    tokenizer.json  tokenizer_config.json  chat_template.jinja     as transformers reads them
+    tokenizer_kind.json  tokenizer.model                           as this package reads them
+    README.md    the model card
+    export.json  what the card is made from
+
+Equal input gives equal bytes. Nothing is pickled and nothing needs remote code.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from smallcoder_jax import config as config_module
+from smallcoder_jax.config import ModelConfig
+from smallcoder_jax.errors import UserError
+from smallcoder_jax.export import card as model_card
+from smallcoder_jax.export import names
+from smallcoder_jax.export import tokenizer as export_tokenizer
+from smallcoder_jax.export.tokenizer import write_json
+from smallcoder_jax.models import build
+from smallcoder_jax.tokenizers import base
+
+CONFIG, GENERATION_CONFIG, WEIGHTS = "config.json", "generation_config.json", "model.safetensors"
+CARD, RECORD = "README.md", "export.json"
+FORMAT = 1
+Dtype = Literal["float32", "bfloat16"]
+_NUMPY_DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": jnp.bfloat16}
+_STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16"}
+_FIM_PIECES = (base.FIM_PREFIX, base.FIM_MIDDLE, base.FIM_SUFFIX)
+# How the project samples where nothing else is asked for.
+_SAMPLING = {"do_sample": True, "temperature": 0.7, "top_k": 50, "top_p": 0.9, "max_new_tokens": 200}
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """What a folder holds. `params`: unrolled, float32, numpy. `dtype`: how they are stored.
+
+    `tokenizer_folder` is what `load_tokenizer` reads, None where the folder was not written by this package. `card` is
+    what `write_export` was given.
+    """
+
+    model: ModelConfig
+    params: build.Params
+    dtype: Dtype
+    tokenizer_folder: Path | None
+    card: dict[str, Any]
+
+
+def write_export(
+    folder: Path,
+    *,
+    model: ModelConfig,
+    params: build.Params,
+    tokenizer: base.Tokenizer,
+    card: Mapping[str, Any],
+    dtype: Dtype = "float32",
+    check: Callable[[Path], Mapping[str, Any]] | None = None,
+) -> None:
+    """Writes the folder whole or not at all; an earlier export at `folder` is replaced.
+
+    `params` are unrolled. `card` is described in `export.card`. `check` is called with the folder before it is in its
+    place: what it raises stops the export, what it returns becomes `card["parity"]`. Raises UserError for a model that
+    transformers cannot express, a tokenizer with more ids than the model, and a `folder` that is no export.
+    """
+    if dtype not in get_args(Dtype):
+        raise UserError(f"export dtype {dtype!r}: expected one of {', '.join(get_args(Dtype))}")
+    if tokenizer.vocab_size > model.vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} ids, but {model.vocab_size=}; export the model with the "
+            "tokenizer that it was trained with"
+        )
+    if folder.exists() and not ((folder / CONFIG).is_file() or not any(folder.iterdir())):
+        raise UserError(f"{folder} exists and is no exported model, so it is not replaced; name another --output")
+    published = names.to_published(model, params)
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        export_tokenizer.write_tokenizer(partial, tokenizer, context=model.context)
+        write_json(partial / CONFIG, _published_config(model, tokenizer, dtype))
+        write_json(partial / GENERATION_CONFIG, _generation_config(tokenizer))
+        stored = {name: value.astype(_NUMPY_DTYPES[dtype]) for name, value in published.items()}
+        safetensors.numpy.save_file(stored, partial / WEIGHTS, metadata={"format": "pt"})
+        (partial / WEIGHTS).chmod(0o644)
+        content = dict(card)
+        if check is not None:
+            content["parity"] = dict(check(partial))
+        write_json(partial / RECORD, {"format": FORMAT, "tokenizer_hash": tokenizer.hash, "card": content})
+        fim = [piece for piece in _FIM_PIECES if piece in tokenizer.specials]
+        text = model_card.render(model, content, dtype=dtype, fim=fim, chat=export_tokenizer.has_chat(tokenizer))
+        (partial / CARD).write_text(text, encoding="utf-8", newline="\n")
+        _replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def read_export(folder: Path) -> Export:
+    """Reads a folder that `write_export` or `transformers` wrote, Llama or GPT-2, old and new spelling of the rotation.
+
+    Raises UserError that names the file and the field or tensor that is missing, unknown, of another shape or type, or
+    asks for something that the decoder does not compute.
+    """
+    settings = _read_json(folder / CONFIG)
+    model = _READERS[_one_of(folder, settings, "model_type", sorted(_READERS))](_Settings(folder / CONFIG, settings))
+    try:
+        config_module.validate(config_module.Config(model=model, train=config_module.TrainConfig(sequence_length=1)))
+    except UserError as error:
+        raise UserError(f"{folder / CONFIG}: {error}") from error
+    params, dtype = _read_weights(folder, model)
+    record = folder / RECORD
+    content = _read_json(record) if record.exists() else {"format": FORMAT, "card": {}}
+    if content.get("format") != FORMAT or not isinstance(content.get("card"), dict):
+        raise UserError(f"{record} has format {content.get('format')!r}; this version reads format {FORMAT}")
+    tokenizer_folder = folder if export_tokenizer.read_kind(folder) else None
+    return Export(model, params, dtype, tokenizer_folder, content["card"])
+
+
+def round_params(params: build.Params, dtype: Dtype) -> build.Params:
+    """Float32 parameters with the values that they have after being stored in `dtype`."""
+    if dtype == "float32":
+        return params
+
+    def rounded(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {key: rounded(value) for key, value in node.items()}
+        return np.asarray(node).astype(_NUMPY_DTYPES[dtype]).astype(np.float32)
+
+    return rounded(params)
+
+
+def _published_config(model: ModelConfig, tokenizer: base.Tokenizer, dtype: Dtype) -> dict[str, Any]:
+    shared = {
+        "dtype": dtype,
+        "vocab_size": model.vocab_size,
+        "tie_word_embeddings": model.embeddings == "tied",
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
+        "use_cache": True,
+    }
+    if names.family(model) == "llama":
+        return shared | {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "hidden_size": model.width,
+            "intermediate_size": model.mlp_width,
+            "num_hidden_layers": model.layers,
+            "num_attention_heads": model.heads,
+            "num_key_value_heads": model.kv_heads,
+            "head_dim": model.head_size,
+            "max_position_embeddings": model.context,
+            # The first is transformers 5's spelling, the second that of everything older.
+            "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
+            "rope_theta": model.rope_theta,
+            "rms_norm_eps": model.norm_eps,
+            "hidden_act": "silu",
+            "attention_bias": model.bias == "all",
+            "mlp_bias": model.bias == "all",
+            "attention_dropout": 0.0,
+        }
+    return shared | {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "n_embd": model.width,
+        "n_inner": model.mlp_width,
+        "n_layer": model.layers,
+        "n_head": model.heads,
+        "n_positions": model.context,
+        "layer_norm_epsilon": model.norm_eps,
+        "activation_function": "gelu_new",
+        "embd_pdrop": model.dropout,
+        "resid_pdrop": model.dropout,
+        "attn_pdrop": 0.0,
+    }
+
+
+def _generation_config(tokenizer: base.Tokenizer) -> dict[str, Any]:
+    # A turn of a conversation ends with its own piece: without it here, a chat never stops.
+    end = [tokenizer.eos_id, tokenizer.specials[base.IM_END]] if export_tokenizer.has_chat(tokenizer) else []
+    return {
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": end or tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
+        **_SAMPLING,
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Settings:
+    """The fields of a config.json, with errors that name it."""
+
+    path: Path
+    values: Mapping[str, Any]
+
+    def get(self, key: str, kind: type, default: Any = None) -> Any:
+        """The value of `key`; where it is absent or null `default`, and without one a UserError."""
+        value = self.values.get(key)
+        value = default if value is None else value
+        if kind is float and type(value) is int:
+            value = float(value)
+        if type(value) is not kind:
+            raise UserError(f"{self.path}: {key} is {value!r}; expected a value of type {kind.__name__}")
+        if kind is int and value < 1:
+            raise UserError(f"{self.path}: {key} is {value}; expected at least 1")
+        return value
+
+    def insist(self, key: str, default: Any, *supported: Any) -> None:
+        """Refuses what the decoder does not compute."""
+        value = self.values.get(key, default)
+        if value not in supported:
+            raise UserError(f"{self.path}: {key} is {value!r}; supported: {', '.join(map(repr, supported))}")
+
+
+def _read_llama(settings: _Settings) -> ModelConfig:
+    width, heads = settings.get("hidden_size", int), settings.get("num_attention_heads", int)
+    settings.insist("hidden_act", "silu", "silu")
+    biased = settings.get("attention_bias", bool, False)
+    if settings.get("mlp_bias", bool, False) != biased:
+        raise UserError(f"{settings.path}: attention_bias is {biased} and mlp_bias is not; supported: both or neither")
+    return ModelConfig(
+        vocab_size=settings.get("vocab_size", int),
+        width=width,
+        mlp_width=settings.get("intermediate_size", int),
+        layers=settings.get("num_hidden_layers", int),
+        heads=heads,
+        kv_heads=settings.get("num_key_value_heads", int, heads),
+        head_size=settings.get("head_dim", int, width // heads),
+        context=settings.get("max_position_embeddings", int),
+        rope_theta=_rope_theta(settings),
+        norm="rmsnorm",
+        norm_eps=settings.get("rms_norm_eps", float, 1e-6),
+        positions="rope",
+        mlp="swiglu",
+        bias="all" if biased else "none",
+        embeddings="tied" if settings.get("tie_word_embeddings", bool, False) else "untied",
+    )
+
+
+def _rope_theta(settings: _Settings) -> float:
+    """The rotation's base, spelled `rope_parameters` or `rope_theta` with `rope_scaling`."""
+    thetas = []
+    for key in ("rope_parameters", "rope_scaling"):
+        rotation = settings.get(key, dict, {})
+        kind = rotation.get("rope_type", rotation.get("type", "default"))
+        others = sorted(rotation.keys() - {"rope_type", "type", "rope_theta"})
+        if kind != "default" or others:
+            raise UserError(
+                f"{settings.path}: {key} is {rotation!r}; supported: rope_type 'default' with a rope_theta. Positions "
+                "that are scaled or partly rotated are not computed by this decoder"
+            )
+        thetas.append(_Settings(settings.path, rotation).get("rope_theta", float, 0.0))
+    thetas.append(settings.get("rope_theta", float, 0.0))
+    given = sorted({theta for theta in thetas if theta})
+    if len(given) > 1:
+        raise UserError(f"{settings.path} gives two values of rope_theta, {given[0]} and {given[1]}; leave one")
+    return given[0] if given else 10_000.0
+
+
+def _read_gpt2(settings: _Settings) -> ModelConfig:
+    width, heads = settings.get("n_embd", int), settings.get("n_head", int)
+    settings.insist("activation_function", "gelu_new", "gelu_new", "gelu_pytorch_tanh")
+    settings.insist("scale_attn_weights", True, True)
+    settings.insist("scale_attn_by_inverse_layer_idx", False, False)
+    settings.insist("add_cross_attention", False, False)
+    return ModelConfig(
+        vocab_size=settings.get("vocab_size", int),
+        width=width,
+        mlp_width=settings.get("n_inner", int, 4 * width),
+        layers=settings.get("n_layer", int),
+        heads=heads,
+        kv_heads=heads,
+        head_size=width // heads,
+        context=settings.get("n_positions", int),
+        norm="layernorm",
+        norm_eps=settings.get("layer_norm_epsilon", float, 1e-5),
+        positions="learned",
+        mlp="gelu",
+        bias="all",
+        embeddings="tied" if settings.get("tie_word_embeddings", bool, True) else "untied",
+        dropout=settings.get("resid_pdrop", float, 0.1),
+    )
+
+
+_READERS: dict[str, Callable[[_Settings], ModelConfig]] = {"llama": _read_llama, "gpt2": _read_gpt2}
+
+
+def _read_weights(folder: Path, model: ModelConfig) -> tuple[build.Params, Dtype]:
+    path = folder / WEIGHTS
+    if not path.is_file():
+        pickles = sorted(file.name for suffix in ("bin", "pt", "pth", "ckpt") for file in folder.glob(f"*.{suffix}"))
+        shards = sorted(file.name for file in folder.glob("*.safetensors*"))
+        if pickles:
+            found = f"{pickles[0]} is there, but a pickle can run any code and is never opened"
+        elif shards:
+            found = f"the weights are spread over {', '.join(shards[:2])}, ..."
+        else:
+            found = "there are no weights"
+        raise UserError(f"{path} does not exist: {found}. Save the model as one file {WEIGHTS}")
+    dtypes: set[Dtype] = set()
+    try:
+        with safetensors.safe_open(path, framework="numpy") as file:
+
+            def shape(name: str) -> tuple[int, ...]:
+                return tuple(file.get_slice(name).get_shape())
+
+            def read(name: str) -> np.ndarray:
+                stored = file.get_slice(name).get_dtype()
+                if stored not in _STORED_DTYPES:
+                    raise UserError(f"{path}: tensor {name} is {stored}; supported: {', '.join(_STORED_DTYPES)}")
+                dtypes.add("bfloat16" if stored == "BF16" else "float32")
+                return file.get_tensor(name).astype(np.float32)
+
+            params = names.from_published(model, file.keys(), shape, read)
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{path} is damaged: {error}. Export or download it again") from error
+    if len(dtypes) > 1:
+        raise UserError(f"{path} mixes {' and '.join(sorted(dtypes))}; expected one type throughout")
+    return params, dtypes.pop()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist; expected an exported model's folder") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); export or download the model again") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds {type(content).__name__}; expected an object")
+    return content
+
+
+def _one_of(folder: Path, settings: Mapping[str, Any], key: str, known: list[str]) -> str:
+    if settings.get(key) not in known:
+        raise UserError(f"{folder / CONFIG}: {key} is {settings.get(key)!r}; supported: {', '.join(known)}")
+    return settings[key]
+
+
+def _replace(new: Path, folder: Path) -> None:
+    """Puts `new` in the place of `folder`, which is whole at every moment but the one between two renames."""
+    old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

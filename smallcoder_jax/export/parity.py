@@ -1,0 +1,339 @@
+"""The check that an exported folder is the model it was made from, with `transformers` on the CPU in float32.
+
+Shapes: B rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from smallcoder_jax.config import ComputeConfig, ModelConfig
+from smallcoder_jax.errors import CheckFailed, UserError
+from smallcoder_jax.export import tokenizer as export_tokenizer
+from smallcoder_jax.models import build
+from smallcoder_jax.tokenizers import base
+
+TOLERANCE = 1e-4  # largest difference of a logit
+GREEDY_TOKENS, PROMPT_TOKENS = 64, 64
+LENGTHS = (1, 7, 64, 512)  # those beyond the context are left out, and the context itself is put in where it is shorter
+# Prompts of the greedy continuations, beside what the caller gives.
+PROMPTS = ("def fibonacci(n):\n", "import os\n\n\nclass ", "")
+
+_Forward = Callable[[np.ndarray, np.ndarray], np.ndarray]  # ids and mask [B, T] to logits [B, T, V]
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One comparison: what was found, what is allowed, and whether it holds."""
+
+    name: str
+    found: str
+    allowed: str
+    passed: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class ParityReport:
+    """Every comparison of one folder, and with what it was made."""
+
+    checks: tuple[Check, ...]
+    tolerance: float
+    lengths: tuple[int, ...]
+    texts: int
+    greedy_tokens: int
+    largest_difference: float
+    versions: dict[str, str]
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        return {**dataclasses.asdict(self), "passed": self.passed}
+
+    def record(self) -> dict[str, Any]:
+        """What the model card keeps: what was compared and the limit, without numbers that differ between machines."""
+        return {
+            "checked": True,
+            "tolerance": self.tolerance,
+            "lengths": list(self.lengths),
+            "texts": self.texts,
+            "greedy_tokens": self.greedy_tokens,
+        }
+
+    def table(self) -> str:
+        """The comparisons, one line each."""
+        rows = [("check", "found", "allowed", "")]
+        rows += [(check.name, check.found, check.allowed, "ok" if check.passed else "FAILED") for check in self.checks]
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        lines = ("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows)
+        return "\n".join(line.rstrip() for line in lines)
+
+
+def check(
+    folder: Path,
+    model: ModelConfig,
+    params: build.Params,
+    tokenizer: base.Tokenizer,
+    *,
+    texts: Sequence[str] = (),
+    lengths: Sequence[int] = LENGTHS,
+    tolerance: float = TOLERANCE,
+) -> ParityReport:
+    """Compares `folder`, loaded by `transformers` without remote code, with the model in this program.
+
+    Logits of every length of `lengths` that the context allows and of batches padded left and right; ids of `texts` and
+    of hard ones; special pieces and the chat template; greedy continuations. `params` are unrolled, with the values
+    that were stored. Raises CheckFailed with the table when anything differs, UserError where torch or transformers is
+    not installed.
+    """
+    torch, transformers = _import_transformers()
+    with _quiet(transformers):
+        theirs, theirs_tokenizer, problems = _load(folder, transformers, torch)
+    ours = _our_forward(model, params)
+    lengths = sorted({min(length, model.context) for length in lengths})
+    samples = [*hard_texts(tokenizer), *texts]
+    checks = [Check("tensors loaded", problems or "all", "all", not problems)]
+    differences = []
+    for name, ids_BT, mask_BT in _logit_cases(model, tokenizer, texts, lengths):
+        difference = _difference(ours(ids_BT, mask_BT), _their_logits(theirs, torch, ids_BT, mask_BT), mask_BT)
+        differences.append(difference)
+        checks.append(Check(f"logits: {name}", f"{difference:.1e}", f"{tolerance:.0e}", difference <= tolerance))
+    with _quiet(transformers):
+        checks.append(_compare_ids(tokenizer, theirs_tokenizer, samples))
+        checks.append(_compare_specials(tokenizer, theirs_tokenizer))
+        if (folder / export_tokenizer.CHAT_TEMPLATE).is_file() and export_tokenizer.has_chat(tokenizer):
+            checks.append(_compare_chat(tokenizer, theirs_tokenizer))
+    tokens = min(GREEDY_TOKENS, max(1, model.context // 2))
+    for text in [*PROMPTS, *texts[:2]]:
+        prompt = [tokenizer.bos_id, *tokenizer.encode(text)][: min(PROMPT_TOKENS, model.context - tokens)]
+        checks.append(_compare_greedy(ours, theirs, torch, transformers, tokenizer, prompt, tokens, tolerance))
+    versions = {name: importlib.metadata.version(name) for name in ("jax", "torch", "transformers")}
+    largest = float(np.max(differences))
+    report = ParityReport(tuple(checks), tolerance, tuple(lengths), len(samples), tokens, largest, versions)
+    if not report.passed:
+        raise CheckFailed(f"the exported model is not the model it was made from ({folder}):\n{report.table()}")
+    return report
+
+
+def hard_texts(tokenizer: base.Tokenizer) -> list[str]:
+    """Texts on which tokenizers have been seen to differ; the same at every call."""
+    rng = np.random.default_rng(0)
+    planes = []
+    for plane in range(17):
+        points = 0x10000 * plane + rng.integers(0, 0x10000, 64)
+        planes.append("".join(chr(point) for point in points if not 0xD800 <= point < 0xE000))
+    noise = [rng.integers(0, 256, 200, dtype=np.uint8).tobytes().decode("utf-8", "replace") for _ in range(8)]
+    parts = [" ", "  ", "\t", "\n", "\r\n", "a", "def ", "self.", "(", "0", "12", "é", "😀", "\u2581", "<", "</s>", "="]
+    mixtures = ["".join(rng.choice(parts, 40)) for _ in range(64)]
+    runs = [character * int(length) for character in " \n\t-=#a\u2581" for length in rng.integers(2, 300, 4)]
+    return [
+        "",
+        " ",
+        "\n",
+        "  leading and trailing  ",
+        "def f(x):\n\treturn x  # tab\n",
+        "a\r\nb\r\n\r\n",
+        "naïve café 中文 العربية 👩‍👩‍👧‍👦 e\u0301 \ufeff \u00a0 \u2028 \u0085 \x0b\x0c",
+        "\x00 \x01 \x7f",
+        "\u2581literal\u2581\u2581lower one eighth block\u2581 ",
+        "<0x0A> <0xFF> <unk> [UNK] \\n \\u2581",
+        "x = 1; " * 4000,
+        "y" * 20_000,
+        " ".join(tokenizer.specials),
+        "".join(tokenizer.specials),
+        *[f"a{piece}b {piece}" for piece in tokenizer.specials],
+        *planes,
+        *noise,
+        *mixtures,
+        *runs,
+    ]
+
+
+def _import_transformers() -> tuple[Any, Any]:
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise UserError(
+            f"the export check needs {error.name}, which is not installed: pip install 'smallcoder_jax[parity]'"
+        ) from error
+    return torch, transformers
+
+
+def _load(folder: Path, transformers: Any, torch: Any) -> tuple[Any, Any, str]:
+    """The model, the tokenizer, and what `transformers` left over or made up, empty where nothing."""
+    options = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, **options
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        raise CheckFailed(f"transformers cannot load {folder}: {error}") from error
+    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    left = [f"{kind.split('_')[0]}: {', '.join(sorted(map(str, info[kind])))}" for kind in kinds if info[kind]]
+    return loaded.eval(), tokenizer, "; ".join(left)
+
+
+@contextlib.contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Without progress bars, and without the warning that a text is longer than the context: it is only tokenized."""
+    logging = transformers.utils.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _our_forward(model: ModelConfig, params: build.Params) -> _Forward:
+    compute = ComputeConfig(dtype="float32", attention="xla", layers="unroll", remat="none")
+    graph, _ = build.abstract_model(model, compute)
+    # Rounding differs between devices by more than is allowed here; transformers runs on the CPU as well.
+    cpu = jax.local_devices(backend="cpu")[0]
+    placed = jax.device_put(params, cpu)
+
+    @jax.jit
+    def logits(params: Any, ids_BT: Any, positions_BT: Any, mask_BT: Any) -> Any:
+        decoder = build.bind(graph, params)
+        return decoder.logits(decoder(ids_BT, positions_BT, mask_BT))
+
+    def forward(ids_BT: np.ndarray, mask_BT: np.ndarray) -> np.ndarray:
+        inputs = (ids_BT.astype(np.int32), _positions(mask_BT).astype(np.int32), mask_BT.astype(np.int32))
+        return np.asarray(logits(placed, *(jax.device_put(value, cpu) for value in inputs)))
+
+    return forward
+
+
+def _positions(mask_BT: np.ndarray) -> np.ndarray:
+    return np.maximum(np.cumsum(mask_BT, axis=1) - 1, 0)
+
+
+def _their_logits(theirs: Any, torch: Any, ids_BT: np.ndarray, mask_BT: np.ndarray) -> np.ndarray:
+    with torch.inference_mode():
+        output = theirs(
+            input_ids=torch.from_numpy(ids_BT),
+            attention_mask=torch.from_numpy(mask_BT),
+            position_ids=torch.from_numpy(_positions(mask_BT)),
+            use_cache=False,
+        )
+    return output.logits.numpy()
+
+
+def _difference(ours_BTV: np.ndarray, theirs_BTV: np.ndarray, mask_BT: np.ndarray) -> float:
+    """The largest, over real tokens; infinite where a logit is no number or the vocabularies differ."""
+    if ours_BTV.shape != theirs_BTV.shape:
+        return float("inf")
+    real = mask_BT.astype(bool)
+    difference = float(np.max(np.abs(ours_BTV[real] - theirs_BTV[real])))
+    return difference if np.isfinite(difference) else float("inf")
+
+
+def _logit_cases(
+    model: ModelConfig, tokenizer: base.Tokenizer, texts: Sequence[str], lengths: Sequence[int]
+) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
+    """Name, ids and mask of each batch: one row of random ids and one of text, and rows of unequal lengths."""
+    rng = np.random.default_rng(0)
+    written = [tokenizer.bos_id, *tokenizer.encode("\n".join([*texts, *PROMPTS]))]
+
+    def rows(length: int) -> np.ndarray:
+        return np.stack([rng.integers(0, model.vocab_size, length), np.resize(written, length)]).astype(np.int64)
+
+    for length in lengths:
+        yield f"{length} tokens", rows(length), np.ones((2, length), np.int64)
+    longest = min(64, model.context)
+    unequal = [longest, max(1, longest // 3), 1, max(1, longest - 1)]
+    for side in ("left", "right"):
+        ids_BT = np.concatenate([rows(longest), rows(longest)])
+        mask_BT = np.zeros_like(ids_BT)
+        for row, length in enumerate(unequal):
+            mask_BT[row, longest - length if side == "left" else 0 : longest if side == "left" else length] = 1
+        yield f"padded {side}", np.where(mask_BT == 1, ids_BT, tokenizer.pad_id), mask_BT
+
+
+def _compare_ids(tokenizer: base.Tokenizer, theirs: Any, texts: Sequence[str]) -> Check:
+    wrong = [
+        text
+        for text in texts
+        if tokenizer.encode(text) != theirs.encode(text, add_special_tokens=False, split_special_tokens=True)
+    ]
+    found = f"{len(texts) - len(wrong)} of {len(texts)}" + (f", not {wrong[0][:40]!r}" if wrong else "")
+    return Check("token ids of texts", found, "all", not wrong)
+
+
+def _compare_specials(tokenizer: base.Tokenizer, theirs: Any) -> Check:
+    """Each special piece is its one id where specials are parsed, and the named ones are where they should be."""
+    wrong = [
+        piece
+        for piece, i in tokenizer.specials.items()
+        if theirs.convert_tokens_to_ids(piece) != i or theirs.encode(piece, add_special_tokens=False) != [i]
+    ]
+    for name in ("bos", "eos"):
+        if getattr(theirs, f"{name}_token_id") != getattr(tokenizer, f"{name}_id"):
+            wrong.append(name)
+    count = len(tokenizer.specials)
+    found = f"{count - len(wrong)} of {count}" + (f", not {', '.join(wrong[:3])}" if wrong else "")
+    return Check("special pieces", found, "all", not wrong)
+
+
+def _compare_chat(tokenizer: base.Tokenizer, theirs: Any) -> Check:
+    """A conversation becomes turns whose borders are single ids and whose text is tokenized as ours."""
+    messages = [{"role": "user", "content": "hi  there"}, {"role": "assistant", "content": "x = 1\n"}]
+    start, end = tokenizer.specials[base.IM_START], tokenizer.specials[base.IM_END]
+    newline = tokenizer.encode("\n")
+    expected = [tokenizer.bos_id]
+    for message in messages:
+        expected += [start, *tokenizer.encode(f"{message['role']}\n{message['content']}"), end, *newline]
+    expected += [start, *tokenizer.encode("assistant\n")]
+    found = list(theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"])
+    return Check("chat template", "same ids" if found == expected else "other ids", "same ids", found == expected)
+
+
+def _compare_greedy(
+    ours: _Forward,
+    theirs: Any,
+    torch: Any,
+    transformers: Any,
+    tokenizer: base.Tokenizer,
+    prompt: list[int],
+    tokens: int,
+    tolerance: float,
+) -> Check:
+    """Whether each token that `transformers` chooses, with its cache, is also our choice after the ones before it.
+
+    Then our own greedy continuation is the same. A choice between logits that differ by less than rounding may
+    differently fall out (twice the tolerance, one for each logit): it counts as the same, and is mentioned.
+    """
+    # Without an end: all of the tokens are compared.
+    theirs.generation_config = transformers.GenerationConfig(
+        do_sample=False, max_new_tokens=tokens, pad_token_id=tokenizer.pad_id
+    )
+    ids = torch.tensor([prompt])
+    with torch.inference_mode(), _quiet(transformers):
+        whole_T = theirs.generate(input_ids=ids, attention_mask=torch.ones_like(ids))[0].numpy()
+    chosen = whole_T[len(prompt) :]
+    # Padded to the same length for every prompt, so that it is compiled once.
+    ids_BT = np.full((1, GREEDY_TOKENS + PROMPT_TOKENS), tokenizer.pad_id)
+    ids_BT[0, : len(whole_T)] = whole_T
+    mask_BT = (np.arange(ids_BT.shape[1]) < len(whole_T)).astype(np.int64)[None, :]
+    logits_TV = ours(ids_BT, mask_BT)[0, len(prompt) - 1 : len(whole_T) - 1]
+    behind = logits_TV.max(axis=-1) - logits_TV[np.arange(len(chosen)), chosen]
+    same = int(np.sum(behind == 0))
+    near = int(np.sum((behind > 0) & (behind <= 2 * tolerance)))
+    found = f"{same + near} of {len(chosen)} tokens" + (f", {near} by rounding" if near else "")
+    name = f"greedy after {len(prompt)} tokens"
+    return Check(name, found, f"{tokens} of {tokens}", len(chosen) == tokens and same + near == tokens)

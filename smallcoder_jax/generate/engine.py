@@ -1,0 +1,250 @@
+"""Prompts in, completions out: batching, the run-ahead loop and the host's side of stopping.
+
+Shapes: B rows, P prompt columns, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import collections.abc as abc
+import dataclasses
+import math
+import time
+import zlib
+from typing import Literal
+
+import jax
+import numpy as np
+
+from smallcoder_jax.config import ComputeConfig, ModelConfig
+from smallcoder_jax.errors import UserError
+from smallcoder_jax.generate import prompts as prompting
+from smallcoder_jax.generate import step
+from smallcoder_jax.generate.prompts import Prompt, Room
+from smallcoder_jax.generate.sampling import SamplingOptions, settings_of
+from smallcoder_jax.generate.text import TextStream
+from smallcoder_jax.models.build import Params
+from smallcoder_jax.tokenizers.base import EOS, FILE_SEP, IM_END, TOOL_PIECES, Tokenizer
+
+# A completion ends with the document, with the turn of a chat, or with the file where documents are repositories.
+END_PIECES = (EOS, IM_END, FILE_SEP)
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Completion:
+    """What a model wrote after a prompt.
+
+    `text` ends before a stop string and holds no special pieces. `token_ids` are all tokens produced, the ending one
+    included, and `logprobs` their natural log-probabilities under the model itself. `finish_reason` is "stop" after an
+    ending token or a stop string, "length" after `max_tokens`. `tokens_per_second` is the decoding rate of this
+    completion: its tokens after the first over the time from the first to the last; 0 where there is only one.
+    """
+
+    prompt: str
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    finish_reason: FinishReason
+    tokens_per_second: float
+    prompt_tokens: int
+    dropped_prompt_tokens: int
+
+
+class Generator:
+    """A model ready to complete text.
+
+    Takes the unrolled parameters and keeps no copy of them. Cheap to make: compiled functions are shared by all
+    generators of the same shapes, so a training loop makes one from the current parameters whenever it wants samples.
+    """
+
+    def __init__(self, model: ModelConfig, compute: ComputeConfig, params: Params, tokenizer: Tokenizer):
+        if tokenizer.vocab_size > model.vocab_size:
+            raise UserError(
+                f"the tokenizer has {tokenizer.vocab_size} entries, but {model.vocab_size=}; use the tokenizer that "
+                "the model was trained with"
+            )
+        self.model, self.tokenizer = model, tokenizer
+        self._compute = dataclasses.replace(compute, layers="unroll", remat="none")
+        self._params = jax.device_put(params)  # arrays of a device stay where they are, host arrays move once
+        self._place = _replicated_like(self._params)
+        self._end_ids = frozenset(
+            {tokenizer.eos_id, *(tokenizer.specials[piece] for piece in END_PIECES if piece in tokenizer.specials)}
+        )
+        self._vocabulary = _vocabulary_of(tokenizer, self._end_ids, model.vocab_size, self._place)
+
+    def generate(
+        self, prompts: abc.Sequence[str | abc.Sequence[int] | Prompt], options: SamplingOptions, batch_size: int = 8
+    ) -> list[Completion]:
+        """Completions of every prompt, `options.num_samples` of the first, then of the second, and so on.
+
+        Text gets a BOS in front; ids are taken as they are. `batch_size` rows are decoded at a time, those of similar
+        length together. The same seed, prompt and sample number give the same text in any batch. Raises UserError on a
+        prompt that does not fit.
+        """
+        if batch_size < 1:
+            raise UserError(f"{batch_size=} must be at least 1")
+        ready = [self._prompt(prompt, options) for prompt in prompts]
+        rows = [_Row(prompt, sample, options) for prompt in ready for sample in range(options.num_samples)]
+        by_length = sorted(rows, key=lambda row: len(row.prompt.ids))
+        for start in range(0, len(rows), batch_size):
+            for _ in self._run(by_length[start : start + batch_size], options, batch_size):
+                pass
+        return [row.completion() for row in rows]
+
+    def generate_fim(self, prefix: str, suffix: str, options: SamplingOptions) -> list[Completion]:
+        """What goes between `prefix` and `suffix`. Raises UserError where the tokenizer has no FIM pieces."""
+        return self.generate([self.fim_prompt(prefix, suffix, options)], options)
+
+    def stream(
+        self, prompt: str | abc.Sequence[int] | Prompt, options: SamplingOptions
+    ) -> abc.Generator[str, None, Completion]:
+        """The text of one completion in pieces of whole characters, as it is written; returns the completion."""
+        if options.num_samples != 1:
+            raise UserError(f"num_samples={options.num_samples}: a stream is of one completion; use generate for more")
+        row = _Row(self._prompt(prompt, options), 0, options)
+        for pieces in self._run([row], options, 1):
+            if pieces[0]:
+                yield pieces[0]
+        return row.completion()
+
+    def fim_prompt(self, prefix: str, suffix: str, options: SamplingOptions) -> Prompt:
+        """The prompt that asks for the middle, for `generate` and `stream`."""
+        return prompting.fill_in_middle(self.tokenizer, prefix, suffix, self._room(options))
+
+    def _prompt(self, prompt: str | abc.Sequence[int] | Prompt, options: SamplingOptions) -> Prompt:
+        if isinstance(prompt, Prompt):
+            return prompt
+        if isinstance(prompt, str):
+            return prompting.from_text(self.tokenizer, prompt, self._room(options))
+        return prompting.from_ids(self.tokenizer, prompt, self._room(options))
+
+    def _room(self, options: SamplingOptions) -> Room:
+        return Room(self.model.context, options.max_tokens, options.truncate_prompt)
+
+    def _run(self, rows: list[_Row], options: SamplingOptions, batch_size: int) -> abc.Iterator[list[str]]:
+        """Decodes rows to their ends; yields each row's new text, step by step."""
+        for tokens_B, logprobs_B in self._steps(rows, options, batch_size):
+            now = time.perf_counter()
+            yield [
+                "" if row.finish_reason else row.accept(int(token), float(logprob), now, self._bytes_of(int(token)))
+                for row, token, logprob in zip(rows, tokens_B, logprobs_B, strict=False)  # the batch's rest is padding
+            ]
+            if all(row.finish_reason for row in rows):
+                return
+
+    def _steps(
+        self, rows: list[_Row], options: SamplingOptions, batch_size: int
+    ) -> abc.Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The tokens and log-probabilities of every step. A step is dispatched before the one before it is read, so
+        that the device never waits for the host.
+        """
+        size = min(_power_of_two(len(rows)), batch_size)
+        width = min(_bucket(max(len(row.prompt.ids) for row in rows)), self.model.context)
+        packed = _pack_rows(rows, size, width, self.tokenizer.pad_id, self._place)
+        settings, vocabulary = settings_of(options, size, self._place), self._vocabulary
+        shape = {"model": self.model, "compute": self._compute, "place": self._place}
+        length = width + _bucket(options.max_tokens)
+        state, produced = step.prefill(self._params, packed, settings, vocabulary, **shape, length=length)
+        for _ in range(options.max_tokens - 1):
+            state, following = step.decode(self._params, state, produced.tokens_B, settings, vocabulary, **shape)
+            yield jax.device_get(produced)
+            produced = following
+        yield jax.device_get(produced)
+
+    def _bytes_of(self, token: int) -> bytes | None:
+        """The bytes of a token; None for one that ends the row."""
+        return None if token in self._end_ids else self.tokenizer.token_bytes[token]
+
+
+class _Row:
+    """The host's record of one completion in the making."""
+
+    def __init__(self, prompt: Prompt, sample: int, options: SamplingOptions):
+        self.prompt, self.sample, self.seed = prompt, sample, options.seed
+        self.finish_reason: FinishReason | None = None
+        self._max_tokens = options.max_tokens
+        self._stream = TextStream(options.stop)
+        self._text = ""
+        self._token_ids: list[int] = []
+        self._logprobs: list[float] = []
+        self._first = self._last = 0.0  # seconds, when the first and the last token arrived
+
+    def accept(self, token: int, logprob: float, now: float, token_bytes: bytes | None) -> str:
+        """Takes the next token; returns the text that it makes certain."""
+        if not math.isfinite(logprob):
+            raise UserError(
+                f"the model's scores after {len(self.prompt.ids) + len(self._token_ids)} tokens are not finite "
+                "numbers; its training diverged or its file is damaged: use an earlier checkpoint"
+            )
+        self._first, self._last = (now if not self._token_ids else self._first), now
+        self._token_ids.append(token)
+        self._logprobs.append(logprob)
+        piece = "" if token_bytes is None else self._stream.push(token_bytes)
+        if token_bytes is None or self._stream.stopped:
+            self.finish_reason = "stop"
+        elif len(self._token_ids) == self._max_tokens:
+            self.finish_reason = "length"
+        if self.finish_reason:
+            piece += self._stream.finish()
+        self._text += piece
+        return piece
+
+    def completion(self) -> Completion:
+        """The finished row. Its decoding rate counts from the first token: neither prompt nor compilation is in it."""
+        seconds = self._last - self._first
+        return Completion(
+            prompt=self.prompt.text,
+            text=self._text,
+            token_ids=tuple(self._token_ids),
+            logprobs=tuple(self._logprobs),
+            finish_reason=self.finish_reason or "length",
+            tokens_per_second=(len(self._token_ids) - 1) / seconds if seconds > 0 else 0.0,
+            prompt_tokens=len(self.prompt.ids),
+            dropped_prompt_tokens=self.prompt.dropped,
+        )
+
+
+def _vocabulary_of(
+    tokenizer: Tokenizer, end_ids: abc.Set[int], vocab_size: int, place: jax.sharding.Sharding
+) -> step.Vocabulary:
+    """Ids without text are never produced, unless they end a row or call a tool. On the device."""
+    tool_ids = {tokenizer.specials[piece] for piece in TOOL_PIECES if piece in tokenizer.specials}
+    suppressed_V = np.ones(vocab_size, bool)
+    suppressed_V[: tokenizer.vocab_size] = [not piece for piece in tokenizer.token_bytes]
+    suppressed_V[[tokenizer.pad_id, tokenizer.bos_id, *tokenizer.specials.values()]] = True
+    suppressed_V[[*end_ids, *tool_ids]] = False
+    ends_V = np.zeros(vocab_size, bool)
+    ends_V[list(end_ids)] = True
+    return step.Vocabulary(*jax.device_put((suppressed_V, ends_V, np.int32(tokenizer.pad_id)), place))
+
+
+def _pack_rows(rows: list[_Row], size: int, width: int, pad_id: int, place: jax.sharding.Sharding) -> step.Prompts:
+    """Prompts on the right of `width` columns, and rows of padding up to `size`; on the device."""
+    tokens_BP = np.full((size, width), pad_id, np.int32)
+    segment_ids_BP = np.zeros((size, width), np.int32)
+    seeds_B, prompt_hashes_B, samples_B = np.zeros((3, size), np.uint32)
+    for i, row in enumerate(rows):
+        ids = np.asarray(row.prompt.ids, np.int32)
+        tokens_BP[i, width - len(ids) :] = ids
+        segment_ids_BP[i, width - len(ids) :] = 1
+        seeds_B[i], prompt_hashes_B[i], samples_B[i] = row.seed, zlib.crc32(ids.tobytes()), row.sample
+    return step.Prompts(*jax.device_put((tokens_BP, segment_ids_BP, seeds_B, prompt_hashes_B, samples_B), place))
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()
+
+
+def _bucket(number: int) -> int:
+    """The next of 16, 24, 32, 48, 64, 96...: few shapes to compile, and at most half of one is padding."""
+    power = _power_of_two(number)
+    return max(16, power * 3 // 4 if number <= power * 3 // 4 else power)
+
+
+def _replicated_like(params: Params) -> jax.sharding.Sharding:
+    """Where small inputs go: beside the parameters, on every device of their mesh."""
+    sharding = jax.tree.leaves(params)[0].sharding
+    if isinstance(sharding, jax.sharding.NamedSharding):
+        return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())
+    return sharding

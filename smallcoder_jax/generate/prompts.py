@@ -1,0 +1,99 @@
+"""Text to the ids that a model is asked to continue, within its context."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from smallcoder_jax.errors import UserError
+from smallcoder_jax.tokenizers.base import FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX, Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """What a model continues. `dropped`: how many of the prompt's tokens did not fit and were left out."""
+
+    text: str
+    ids: tuple[int, ...]
+    dropped: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Room:
+    """How many tokens a prompt may have, and whether a longer one is cut or refused."""
+
+    context: int
+    max_tokens: int
+    truncate: bool
+
+    @property
+    def tokens(self) -> int:
+        return self.context - self.max_tokens
+
+    def refuse(self, given: int) -> UserError:
+        """The error for a prompt of `given` tokens."""
+        return UserError(
+            f"the prompt has {given} tokens and max_tokens={self.max_tokens} more are asked for, but the model's "
+            f"context is {self.context} tokens; shorten the prompt, lower max_tokens, or set truncate_prompt "
+            "(--truncate) to leave out what is farthest from the completion"
+        )
+
+
+def from_text(tokenizer: Tokenizer, text: str, room: Room) -> Prompt:
+    """BOS and the text. Cut, it is the last tokens that fit, as a later piece of a document is in training."""
+    return _keep_end([tokenizer.bos_id, *_encode(tokenizer, text)], text, room)
+
+
+def from_ids(tokenizer: Tokenizer, ids: Sequence[int], room: Room) -> Prompt:
+    """Ids as they are. Raises UserError for none, for one outside the vocabulary and for too many."""
+    if not ids:
+        raise UserError("the prompt has no tokens; give at least one id, for example BOS")
+    unknown = [i for i in ids if not 0 <= i < tokenizer.vocab_size]
+    if unknown:
+        raise UserError(
+            f"the prompt has the id {unknown[0]}, but the tokenizer's ids are 0 to {tokenizer.vocab_size - 1}; encode "
+            "the prompt with the checkpoint's own tokenizer"
+        )
+    return _keep_end(list(ids), tokenizer.decode(list(ids)), room)
+
+
+def fill_in_middle(tokenizer: Tokenizer, prefix: str, suffix: str, room: Room) -> Prompt:
+    """Prefix-suffix-middle order (Bavarian et al., arXiv 2207.14255), from which the model writes the middle.
+
+    Cut, the tokens next to the gap stay: half of the room to each side, and what one side leaves to the other.
+    """
+    missing = [piece for piece in (FIM_PREFIX, FIM_SUFFIX, FIM_MIDDLE) if piece not in tokenizer.specials]
+    if missing:
+        raise UserError(
+            f"this checkpoint's tokenizer has no {', '.join(missing)}, so it cannot fill in the middle; use a model "
+            "trained with a sentencepiece or bytes tokenizer, or complete from a plain prompt"
+        )
+    before, after = _encode(tokenizer, prefix), _encode(tokenizer, suffix)
+    frame = 4  # BOS and the three pieces
+    given, budget = len(before) + len(after), room.tokens - frame
+    if given > budget and (not room.truncate or budget < 1):
+        raise room.refuse(given + frame)
+    after_kept = after[: max(budget // 2, budget - len(before))]
+    before_kept = before[max(0, len(before) - (budget - len(after_kept))) :]
+    specials = tokenizer.specials
+    ids = (
+        tokenizer.bos_id, specials[FIM_PREFIX], *before_kept, specials[FIM_SUFFIX], *after_kept, specials[FIM_MIDDLE],
+    )  # fmt: skip
+    return Prompt(prefix, ids, given - len(before_kept) - len(after_kept))
+
+
+def _keep_end(ids: list[int], text: str, room: Room) -> Prompt:
+    dropped = max(0, len(ids) - room.tokens)
+    if dropped and (not room.truncate or room.tokens < 1):
+        raise room.refuse(len(ids))
+    return Prompt(text, tuple(ids[dropped:]), dropped)
+
+
+def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"the prompt is not valid Unicode at character {error.start}: {text[error.start]!r}; give it as UTF-8"
+        ) from error
+    return tokenizer.encode(text)

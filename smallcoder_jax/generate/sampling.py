@@ -1,0 +1,146 @@
+"""How the next token is chosen: the options, checked once, and the arithmetic on the device.
+
+Shapes: B rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from smallcoder_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingOptions:
+    """What a caller may ask of a completion. Raises UserError on a value outside its range.
+
+    Applied in this order: repetition penalty, temperature, top-k, top-p. `num_samples` completions are made of every
+    prompt. A text ends before the first of the `stop` strings. With `truncate_prompt` a prompt that leaves no room for
+    `max_tokens` in the model's context loses its start instead of being refused.
+    """
+
+    max_tokens: int = 200
+    temperature: float = 0.7  # 0: greedy
+    top_k: int = 50  # 0: off
+    top_p: float = 0.9  # 1: off
+    repetition_penalty: float = 1.0  # over prompt and completion (CTRL, arXiv 1909.05858, section 4.1); 1: off
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    num_samples: int = 1
+    truncate_prompt: bool = False
+
+    def __post_init__(self) -> None:
+        checks = [
+            (self.max_tokens >= 1, f"max_tokens={self.max_tokens} must be at least 1"),
+            (
+                math.isfinite(self.temperature) and self.temperature >= 0,
+                f"temperature={self.temperature} must be 0 (greedy) or a positive number",
+            ),
+            (0 <= self.top_k < 2**31, f"top_k={self.top_k} must be 0 (off) or the number of tokens to choose from"),
+            (0 < self.top_p <= 1, f"top_p={self.top_p} must be above 0 and at most 1 (off)"),
+            (
+                math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0,
+                f"repetition_penalty={self.repetition_penalty} must be positive; 1 is off, above 1 repeats less",
+            ),
+            (0 <= self.seed < 2**32, f"seed={self.seed} must be between 0 and {2**32 - 1}"),
+            (self.num_samples >= 1, f"num_samples={self.num_samples} must be at least 1"),
+            (
+                not isinstance(self.stop, str) and all(self.stop),
+                f"stop={self.stop!r} must be a sequence of strings, none of them empty",
+            ),
+        ]
+        for holds, message in checks:
+            if not holds:
+                raise UserError(message)
+
+
+class Settings(NamedTuple):
+    """The numbers among the options, one per row: data and not code, so that other values compile nothing."""
+
+    temperature_B: Array
+    top_k_B: Array
+    top_p_B: Array
+    repetition_penalty_B: Array
+
+
+def settings_of(options: SamplingOptions, rows: int, place: jax.sharding.Sharding) -> Settings:
+    """The options for `rows` rows, on the device."""
+    columns = (
+        np.full(rows, options.temperature, np.float32),
+        np.full(rows, options.top_k, np.int32),
+        np.full(rows, options.top_p, np.float32),
+        np.full(rows, options.repetition_penalty, np.float32),
+    )
+    return Settings(*jax.device_put(columns, place))
+
+
+def penalise(logits_BV: Array, seen_BV: Array, penalty_B: Array) -> Array:
+    """Scores of tokens that occurred, divided by the penalty where positive and multiplied where negative."""
+    penalty_B1 = penalty_B[:, None]
+    punished_BV = jnp.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
+    return jnp.where(seen_BV, punished_BV, logits_BV)
+
+
+def best(scores_BV: Array, weights_BV: Array, needed_B: Array) -> Array:
+    """The fewest best-scored entries of each row whose weights add up to `needed_B`: bool [B, V].
+
+    Entries with the score of the last one kept are kept too; all are kept where the whole row is not enough. The
+    threshold is found by halving the range of float32 bit patterns, 32 sums over V: a sort of the vocabulary costs
+    more than a small model's forward pass.
+    """
+    bits_BV = jax.lax.bitcast_convert_type(scores_BV, jnp.int32)
+    # As integers, negative floats run backwards; turned round, integer order is the order of the floats.
+    order_BV = jnp.where(bits_BV < 0, bits_BV ^ 0x7FFFFFFF, bits_BV)
+
+    def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
+        low_B, high_B = bounds
+        middle_B = (low_B | high_B) - ((low_B ^ high_B) >> 1)  # the mean, rounded up, without overflow
+        enough_B = jnp.where(order_BV >= middle_B[:, None], weights_BV, 0.0).sum(axis=1) >= needed_B
+        return jnp.where(enough_B, middle_B, low_B), jnp.where(enough_B, high_B, middle_B - 1)
+
+    limits = jnp.iinfo(jnp.int32)
+    bounds = (jnp.full_like(order_BV[:, 0], limits.min), jnp.full_like(order_BV[:, 0], limits.max))
+    threshold_B, _ = jax.lax.fori_loop(0, 32, halve, bounds)
+    return order_BV >= threshold_B[:, None]
+
+
+def probabilities(scores_BV: Array, settings: Settings) -> Array:
+    """What a sample is drawn from: softmax at the temperature, cut to the top-k and then to the top-p of it.
+
+    Rows with temperature 0 are computed at 1; the caller takes their best entry instead.
+    """
+    temperature_B = jnp.where(settings.temperature_B > 0, settings.temperature_B, 1.0)
+    scaled_BV = (scores_BV - scores_BV.max(axis=1, keepdims=True)) / temperature_B[:, None]
+    top_k_B = jnp.where(settings.top_k_B > 0, settings.top_k_B, scores_BV.shape[1]).astype(jnp.float32)
+    scaled_BV = jnp.where(best(scaled_BV, jnp.ones_like(scaled_BV), top_k_B), scaled_BV, -jnp.inf)
+    in_top_p_BV = (
+        best(scaled_BV, jax.nn.softmax(scaled_BV, axis=1), settings.top_p_B) | (settings.top_p_B >= 1)[:, None]
+    )
+    return jax.nn.softmax(jnp.where(in_top_p_BV, scaled_BV, -jnp.inf), axis=1)
+
+
+def choose(logits_BV: Array, seen_BV: Array, suppressed_V: Array, settings: Settings, keys_B: Array) -> Array:
+    """The next token of every row, int32 [B]: the best one at temperature 0, else one drawn with the row's key.
+
+    `seen_BV` marks tokens that the repetition penalty applies to; those of `suppressed_V` are never chosen.
+    """
+    scores_BV = penalise(logits_BV, seen_BV, settings.repetition_penalty_B)
+    scores_BV = jnp.where(suppressed_V[None, :], -jnp.inf, scores_BV)
+    greedy_B = jnp.argmax(scores_BV, axis=1).astype(jnp.int32)
+
+    def draw() -> Array:
+        probability_BV = probabilities(scores_BV, settings)
+        cumulative_BV = jnp.cumsum(probability_BV, axis=1)
+        point_B = jax.vmap(lambda key: jax.random.uniform(key))(keys_B) * cumulative_BV[:, -1]
+        # Parallel sums of float32 are not quite monotone: the second condition keeps what was cut from being drawn.
+        drawn_B = jnp.argmax((cumulative_BV > point_B[:, None]) & (probability_BV > 0), axis=1).astype(jnp.int32)
+        return jnp.where(settings.temperature_B > 0, drawn_B, greedy_B)
+
+    return jax.lax.cond((settings.temperature_B > 0).any(), draw, lambda: greedy_B)

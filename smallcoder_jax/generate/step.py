@@ -1,0 +1,135 @@
+"""What is compiled: one prefill per prompt length and one decode step per cache length.
+
+Parameters, sampling settings and the tokenizer's special ids are arguments, so new values of them compile nothing.
+`place` is where everything but the parameters lives: their device, or every device of their mesh.
+
+Shapes: B rows, P prompt columns, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from smallcoder_jax.config import ComputeConfig, ModelConfig
+from smallcoder_jax.generate.sampling import Settings, choose
+from smallcoder_jax.models.build import Params, abstract_model, bind
+from smallcoder_jax.models.cache import Cache, init_cache
+
+
+class Prompts(NamedTuple):
+    """Prompts padded on the left; a row that is all padding has segment 0 throughout and produces nothing.
+
+    A row's random numbers come from its seed, a number made of its prompt, and which sample of it the row is: not
+    from where in a batch it stands.
+    """
+
+    tokens_BP: Array  # int32
+    segment_ids_BP: Array  # int32: 1, and 0 on padding
+    seeds_B: Array  # uint32
+    prompt_hashes_B: Array  # uint32
+    samples_B: Array  # uint32
+
+
+class Vocabulary(NamedTuple):
+    """What a tokenizer's ids mean to a decoder."""
+
+    suppressed_V: Array  # bool: never produced
+    ends_V: Array  # bool: a row that produced it is done
+    pad_id: Array  # int32: what a row that is done produces
+
+
+class State(NamedTuple):
+    """Everything that one step hands to the next; donated."""
+
+    cache: Cache
+    positions_B: Array  # of the tokens that the next step reads
+    ended_B: Array
+    seen_BV: Array  # prompt and completion so far, for the repetition penalty
+    keys_B: Array
+    count: Array  # tokens produced
+
+
+class Produced(NamedTuple):
+    """One token per row, and its log-probability under the model itself: before penalty, temperature and cuts."""
+
+    tokens_B: Array
+    logprobs_B: Array
+
+
+@functools.partial(jax.jit, static_argnames=("model", "compute", "place", "length"))
+def prefill(
+    params: Params,
+    prompts: Prompts,
+    settings: Settings,
+    vocabulary: Vocabulary,
+    *,
+    model: ModelConfig,
+    compute: ComputeConfig,
+    place: jax.sharding.Sharding,
+    length: int,
+) -> tuple[State, Produced]:
+    """Reads the prompts into a new cache of `length` columns and produces the first tokens."""
+    decoder = bind(abstract_model(model, compute)[0], params)
+    tokens_BP, segment_ids_BP = prompts.tokens_BP, prompts.segment_ids_BP
+    rows = tokens_BP.shape[0]
+    positions_BP = jnp.maximum(jnp.cumsum(segment_ids_BP, axis=1) - 1, 0)
+    cache = init_cache(model, compute, rows, length)
+    hidden_BPD, cache = decoder.extend(tokens_BP, positions_BP, segment_ids_BP, cache)
+    row_B1 = jnp.arange(rows, dtype=jnp.int32)[:, None]
+    seen_BV = jnp.zeros((rows, model.vocab_size), bool).at[row_B1, tokens_BP].max(segment_ids_BP > 0)
+    state = State(
+        cache=cache,
+        positions_B=segment_ids_BP.sum(axis=1),
+        ended_B=segment_ids_BP[:, -1] == 0,
+        seen_BV=seen_BV,
+        keys_B=jax.vmap(_row_key)(prompts.seeds_B, prompts.prompt_hashes_B, prompts.samples_B),
+        count=jnp.zeros((), jnp.int32),
+    )
+    return _produce(state, decoder.logits(hidden_BPD[:, -1:])[:, 0], settings, vocabulary, place)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "compute", "place"), donate_argnames=("state",))
+def decode(
+    params: Params,
+    state: State,
+    tokens_B: Array,
+    settings: Settings,
+    vocabulary: Vocabulary,
+    *,
+    model: ModelConfig,
+    compute: ComputeConfig,
+    place: jax.sharding.Sharding,
+) -> tuple[State, Produced]:
+    """Reads one token per row and produces the next. Rows that are done read padding, which nothing sees."""
+    decoder = bind(abstract_model(model, compute)[0], params)
+    alive_B = jnp.logical_not(state.ended_B).astype(jnp.int32)
+    hidden_B1D, cache = decoder.extend(tokens_B[:, None], state.positions_B[:, None], alive_B[:, None], state.cache)
+    state = state._replace(cache=cache, positions_B=state.positions_B + alive_B)
+    return _produce(state, decoder.logits(hidden_B1D)[:, 0], settings, vocabulary, place)
+
+
+def _produce(
+    state: State, logits_BV: Array, settings: Settings, vocabulary: Vocabulary, place: jax.sharding.Sharding
+) -> tuple[State, Produced]:
+    keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.keys_B, state.count)
+    chosen_B = choose(logits_BV, state.seen_BV, vocabulary.suppressed_V, settings, keys_B)
+    tokens_B = jnp.where(state.ended_B, vocabulary.pad_id, chosen_B)
+    chosen_logit_B = jnp.take_along_axis(logits_BV, chosen_B[:, None], axis=1)[:, 0]
+    logprobs_B = chosen_logit_B - jax.nn.logsumexp(logits_BV, axis=1)
+    rows_B = jnp.arange(tokens_B.shape[0], dtype=jnp.int32)
+    state = state._replace(
+        ended_B=state.ended_B | vocabulary.ends_V[tokens_B],
+        seen_BV=state.seen_BV.at[rows_B, tokens_B].set(True),
+        count=state.count + 1,
+    )
+    # On a mesh the state would be split as the compiler likes, prefill's unlike decode's: decode would compile twice.
+    return jax.lax.with_sharding_constraint((state, Produced(tokens_B, logprobs_B)), place)
+
+
+def _row_key(seed: Array, prompt_hash: Array, sample: Array) -> Array:
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), prompt_hash), sample)

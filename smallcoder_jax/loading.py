@@ -1,0 +1,82 @@
+"""A trained model from a run folder or an exported folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from smallcoder_jax.config import ComputeConfig, ModelConfig, from_json
+from smallcoder_jax.errors import UserError
+from smallcoder_jax.export.huggingface import read_export
+from smallcoder_jax.generate.engine import Completion, Generator
+from smallcoder_jax.generate.sampling import SamplingOptions
+from smallcoder_jax.models import build
+from smallcoder_jax.runtime import configure_jax
+from smallcoder_jax.tokenizers.base import Tokenizer
+from smallcoder_jax.tokenizers.load import load_tokenizer
+from smallcoder_jax.train import checkpoint
+from smallcoder_jax.train.run_folder import RunFolder
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """Shape, unrolled parameters and tokenizer. `info`: what the run or the export says of itself."""
+
+    model: ModelConfig
+    compute: ComputeConfig
+    params: Any
+    tokenizer: Tokenizer
+    tokenizer_folder: Path
+    info: dict[str, Any]
+
+    @functools.cached_property
+    def generator(self) -> Generator:
+        return Generator(self.model, self.compute, self.params, self.tokenizer)
+
+    def generate(self, prompts: str | Sequence[str], **options: Any) -> list[Completion]:
+        """Completions of one prompt or several; `options` are the fields of `SamplingOptions`."""
+        wanted = [prompts] if isinstance(prompts, str) else list(prompts)
+        return self.generator.generate(wanted, SamplingOptions(**options))
+
+
+def load(path: Path, *, step: int | str | None = None) -> LoadedModel:
+    """See `smallcoder_jax.load`."""
+    configure_jax()
+    if (path / "run.json").exists():
+        return _from_run(RunFolder(path), step)
+    if (path / "model.safetensors").exists():
+        if step is not None:
+            raise UserError(f"{path} is an exported folder: it has no steps to choose from")
+        return _from_export(path)
+    what = "is neither a run (run.json) nor an export (model.safetensors)" if path.exists() else "does not exist"
+    raise UserError(f"{path} {what}; train one with python -m smallcoder_jax.main --config=configs/nano.py")
+
+
+def _from_run(folder: RunFolder, step: int | str | None) -> LoadedModel:
+    config = from_json(folder.config_json.read_text())
+    target = checkpoint.find_step(folder.checkpoints, step)
+    _, abstract = build.abstract_model(config.model, config.compute)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), abstract)
+    params, meta = checkpoint.load_params(target, placed)
+    run = folder.read_run_json()
+    tokenizer_folder = Path(run["tokenizer_folder"])
+    tokenizer = load_tokenizer(tokenizer_folder)
+    if tokenizer.hash != meta["tokenizer_hash"]:
+        raise UserError(f"the tokenizer in {tokenizer_folder} is not the one that {target} was trained with")
+    compute = dataclasses.replace(config.compute, layers="unroll", remat="none")
+    info = {**meta, "run": run, "step_folder": str(target)}
+    return LoadedModel(config.model, compute, build.to_unrolled(params), tokenizer, tokenizer_folder, info)
+
+
+def _from_export(path: Path) -> LoadedModel:
+    model, params, tokenizer_folder = read_export(path)
+    compute = ComputeConfig(dtype="float32", layers="unroll")
+    info = json.loads((path / "config.json").read_text())
+    return LoadedModel(model, compute, params, load_tokenizer(tokenizer_folder), tokenizer_folder, info)

@@ -1,0 +1,73 @@
+"""The main command: flags, config, dispatch.
+
+python -m smallcoder_jax.main --config=configs/medium_lc.py --workdir=runs/medium_lc [--config.key=value ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from smallcoder_jax.configfile import load_config, split_overrides
+from smallcoder_jax.errors import EXIT_INTERRUPTED, UserError, run_cli
+
+DESCRIPTION = """Trains the model of a config file, or continues the run that the workdir holds.
+
+Any value of the config can be set: --config.train.steps=100 --config.data.sources=dir:/my/code
+Exit codes: 0 done, 2 a mistake in what was given, 75 interrupted by SIGTERM or Ctrl-C (saved; the same command
+continues)."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="python -m smallcoder_jax.main",
+        description=DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--config", metavar="FILE", help="a config file, for example configs/nano.py")
+    parser.add_argument("--workdir", metavar="DIR", help="the run folder; default runs/NAME of the config")
+    parser.add_argument("--mode", choices=("train", "evaluate"), default="train")
+    parser.add_argument("--step", help="evaluate: which checkpoint, 'best' or a step; default the best")
+    parser.add_argument("--list", action="store_true", help="list every variant and stage, and end")
+    options = parser.parse_args(arguments)
+    if options.list:
+        print(list_configs(Path("configs")))
+        return 0
+    if options.config is None:
+        raise UserError("--config is missing: --config=configs/nano.py, for example; --list names all")
+    config = load_config(options.config, overrides)
+    workdir = Path(options.workdir or Path("runs") / config.name)
+    from smallcoder_jax.stages import run
+
+    if options.mode == "evaluate":
+        print(json.dumps(run.evaluate_run(workdir, config, options.step), indent=2))
+        return 0
+    if options.step is not None:
+        raise UserError("--step belongs to --mode=evaluate; training continues from the newest step")
+    return EXIT_INTERRUPTED if run.train(config, workdir).interrupted else 0
+
+
+def list_configs(folder: Path) -> str:
+    """A table of the config files in `folder`: name, true parameter count, context and data. Imports no model."""
+    from smallcoder_jax.config import from_config_dict, parameter_count
+    from smallcoder_jax.configfile import read_config_file
+    from smallcoder_jax.train.terminal import format_table
+
+    files = sorted(path for path in folder.glob("*.py") if path.stem != "__init__")
+    if not files:
+        raise UserError(f"no config files in '{folder}'; run this from the project's folder")
+    configs = [(path, from_config_dict(read_config_file(str(path)))) for path in files]
+    configs.sort(key=lambda item: (parameter_count(item[1].model), item[1].model.context))
+    rows = [
+        (str(path), config.name, f"{parameter_count(config.model):,}", config.model.context, config.data.sources)
+        for path, config in configs
+    ]
+    return format_table(["config", "name", "parameters", "context", "data"], rows)
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,103 @@
+"""From a config to a trained run: prepare the data, make the stage's task, train, report."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from smallcoder_jax import loading
+from smallcoder_jax.config import Config, eval_rows
+from smallcoder_jax.data import pipeline
+from smallcoder_jax.data.prepare import prepare
+from smallcoder_jax.errors import UserError
+from smallcoder_jax.evaluate.bits_per_byte import held_out_references
+from smallcoder_jax.evaluate.perplexity import evaluate
+from smallcoder_jax.runtime import configure_jax
+from smallcoder_jax.stages import pretrain
+from smallcoder_jax.train.loop import Outcome, Trainer
+from smallcoder_jax.train.report import write_report
+from smallcoder_jax.train.run_folder import RunFolder
+from smallcoder_jax.train.terminal import Terminal, human_count
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished or interrupted run: its folder, and what it reached."""
+
+    folder: Path
+    step: int
+    interrupted: bool
+    evaluation: dict[str, float]
+    tokens_seen: int
+
+
+def train(config: Config, workdir: Path) -> Run:
+    """Trains `config` in `workdir`, or continues the run that is there.
+
+    Raises UserError when the data cannot be had, or when `workdir` holds another run.
+    """
+    configure_jax()
+    prepared = prepare(config)
+    references = held_out_references(prepared)
+    terminal = Terminal(sys.stderr, total_steps=config.train.steps, log_every=config.train.log_every)
+    folder = RunFolder(workdir)
+    trainer = Trainer(config, folder, pretrain.make_task(config, prepared, references), terminal)
+    outcome = trainer.run()
+    if jax.process_index() == 0:
+        write_report(folder, prepared.accounting, _results(outcome, references))
+        _say_end(config, folder, outcome, terminal)
+    return Run(workdir, outcome.step, outcome.interrupted, outcome.evaluation, outcome.tokens_seen)
+
+
+def evaluate_run(workdir: Path, config: Config, step: str | None = None) -> dict[str, Any]:
+    """Loss, perplexity, accuracy and bits per byte of a run on the whole validation split, beside the compressors."""
+    configure_jax()
+    loaded = loading.load(workdir, step=step)
+    prepared = prepare(config)
+    if prepared.tokenizer.hash != loaded.tokenizer.hash:
+        raise UserError(f"{workdir} was trained with another tokenizer than that of {prepared.tokenizer_folder}")
+    batches = pipeline.validation_batches(
+        prepared.manifest,
+        prepared.tokens_folder,
+        prepared.tokenizer,
+        sequence_length=config.train.sequence_length,
+        batch_size=eval_rows(config),
+        limit_batches=0,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    return {
+        **evaluate(loaded.model, loaded.compute, loaded.params, batches),
+        "references": held_out_references(prepared),
+    }
+
+
+def _results(outcome: Outcome, references: dict[str, float]) -> dict[str, Any]:
+    return {
+        "steps": outcome.step,
+        "tokens seen": human_count(outcome.tokens_seen),
+        **{name.replace("_", " "): round(value, 4) for name, value in outcome.evaluation.items()},
+        **{f"bits per byte, {name}": round(value, 4) for name, value in references.items()},
+    }
+
+
+def _say_end(config: Config, folder: RunFolder, outcome: Outcome, terminal: Terminal) -> None:
+    path = folder.path
+    if outcome.interrupted:
+        title = f"interrupted at step {outcome.step} of {config.train.steps}; saved, the same command continues"
+    else:
+        title = f"trained {config.name}: {outcome.step} steps, {human_count(outcome.tokens_seen)} tokens"
+    terminal.end_summary(
+        title,
+        {name: f"{value:.4f}" for name, value in outcome.evaluation.items()},
+        {"run": path, "report": folder.report_html, "checkpoints": folder.checkpoints},
+        [
+            f"python -m tools.generate --checkpoint {path} --prompt 'def main():'",
+            f"python -m tools.export --checkpoint {path}",
+            f"python -m tools.verify_models --run {path}",
+        ],
+    )

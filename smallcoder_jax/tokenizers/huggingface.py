@@ -1,0 +1,157 @@
+"""Published tokenizers, read by `transformers`: byte-level BPE (GPT-2, StarCoder, Qwen) and sentencepiece-like BPE
+with byte fallback (Llama, Code Llama). No code of the folder is run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from smallcoder_jax.errors import UserError
+from smallcoder_jax.tokenizers import base
+from smallcoder_jax.tokenizers.vocabulary import Vocabulary
+
+# The names that published tokenizers give to the pieces that this package knows by its own.
+_ALIASES = {
+    base.FIM_PREFIX: ("<|fim_prefix|>", "<fim_prefix>", "<fim-prefix>", "▁<PRE>", "<PRE>"),
+    base.FIM_MIDDLE: ("<|fim_middle|>", "<fim_middle>", "<fim-middle>", "▁<MID>", "<MID>"),
+    base.FIM_SUFFIX: ("<|fim_suffix|>", "<fim_suffix>", "<fim-suffix>", "▁<SUF>", "<SUF>"),
+    base.FIM_PAD: ("<|fim_pad|>", "<fim_pad>", "<fim-pad>"),
+    base.REPO_NAME: ("<|repo_name|>", "<repo_name>", "<reponame>"),
+    base.FILE_SEP: ("<|file_sep|>", "<file_sep>", "<file_separator>"),
+    base.IM_START: ("<|im_start|>",),
+    base.IM_END: ("<|im_end|>",),
+}
+_BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+
+
+class HuggingFaceTokenizer:
+    """Implements `base.Tokenizer` over a loaded `transformers` tokenizer.
+
+    `specials` holds what the tokenizer has: without FIM pieces it cannot serve fill-in-the-middle. Where it has no
+    padding id, padding is written as the end-of-text id; padding is masked everywhere.
+    """
+
+    def __init__(self, tokenizer: Any, name: str):
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            raise UserError(f"tokenizer {name} has no tokenizer.json form; convert it with transformers first")
+        self._tokenizer, self._backend, self._name = tokenizer, backend, name
+        backend.no_padding()
+        backend.no_truncation()
+        backend.encode_special_tokens = True  # a special piece written in a text is split like any other text
+        settings = json.loads(backend.to_str())
+        self.vocab_size = len(tokenizer)
+        eos = tokenizer.eos_token_id
+        if eos is None:
+            raise UserError(f"tokenizer {name} has no end-of-text token; choose one that has")
+        self.eos_id = int(eos)
+        self.bos_id = int(self.eos_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id)
+        self.pad_id = int(self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+        added = tokenizer.added_tokens_decoder
+        self.specials = self._find_specials({str(token): int(i) for i, token in added.items() if token.special})
+        self._vocabulary = Vocabulary(self._read_bytes(settings, set(self.specials.values())))
+        self.token_bytes = self._vocabulary.token_bytes
+        self.starts_word = self._vocabulary.starts_word
+        self._lead = self._find_lead()
+        identity = json.dumps([settings, self.bos_id, self.eos_id, self.pad_id], sort_keys=True)
+        self.hash = hashlib.sha256(b"hf|" + identity.encode()).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        return self.encode_batch([text], threads=1)[0]
+
+    def encode_batch(self, texts: list[str], threads: int) -> list[list[int]]:
+        del threads  # the library takes as many as RAYON_NUM_THREADS says
+        lead = "\n" if self._lead else ""
+        encoded = self._backend.encode_batch_fast([lead + text for text in texts], add_special_tokens=False)
+        return [item.ids[len(self._lead) :] for item in encoded]
+
+    def borders(self, ids: np.ndarray) -> np.ndarray:
+        return self._vocabulary.borders(ids)
+
+    def decode(self, ids: list[int]) -> str:
+        return self._vocabulary.decode(ids)
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._tokenizer.save_pretrained(str(folder))
+        base.write_kind(folder, "hf")
+
+    def _find_specials(self, named: dict[str, int]) -> dict[str, int]:
+        vocabulary = self._backend.get_vocab(with_added_tokens=True)
+        found = {**named, base.BOS: self.bos_id, base.EOS: self.eos_id}
+        if self._tokenizer.pad_token_id is not None:
+            found[base.PAD] = self.pad_id
+        for piece, names in _ALIASES.items():
+            found.update({piece: vocabulary[name] for name in reversed(names) if name in vocabulary})
+        return found
+
+    def _read_bytes(self, settings: dict[str, Any], specials: set[int]) -> list[bytes]:
+        byte_level = '"ByteLevel"' in json.dumps([settings["pre_tokenizer"], settings["decoder"]])
+        if not byte_level and not settings["model"].get("byte_fallback"):
+            raise UserError(
+                f"tokenizer {self._name} ({settings['model'].get('type')}) loses bytes of the text; expected byte-level "
+                "BPE or BPE with byte fallback: choose another tokenizer"
+            )
+        alphabet = _byte_alphabet()
+        added = {int(item["id"]) for item in settings["added_tokens"]}
+        pieces = [b""] * self.vocab_size
+        for piece, i in self._backend.get_vocab(with_added_tokens=True).items():
+            if i in specials:
+                continue
+            if i in added:
+                pieces[i] = piece.encode("utf-8")
+            elif byte_level:
+                pieces[i] = bytes(alphabet[character] for character in piece)
+            elif match := _BYTE_PIECE.fullmatch(piece):
+                pieces[i] = bytes([int(match[1], 16)])
+            else:
+                pieces[i] = piece.replace("▁", " ").encode("utf-8")
+        return pieces
+
+    def _find_lead(self) -> list[int]:
+        """Ids that encoding puts before a newline. Tokenizers that add a space before a text would change its bytes;
+        for those every text is encoded behind a newline, which is taken off again."""
+        probe = self._backend.encode("a", add_special_tokens=False).ids
+        if b"".join(self.token_bytes[i] for i in probe) == b"a":
+            return []
+        lead = self._backend.encode("\n", add_special_tokens=False).ids
+        behind = self._backend.encode("\na", add_special_tokens=False).ids
+        if behind[: len(lead)] != lead or b"".join(self.token_bytes[i] for i in behind[len(lead) :]) != b"a":
+            raise UserError(
+                f"tokenizer {self._name} changes the text that it encodes; expected one that keeps every byte: choose "
+                "another tokenizer"
+            )
+        return lead
+
+
+def read_hugging_face(name: str) -> HuggingFaceTokenizer:
+    """The tokenizer of a folder, or a published one by its name on the hub. Raises UserError with cause and ways out."""
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise UserError(f"tokenizer.kind=hf needs transformers ({error}): pip install 'smallcoder_jax[hub]'") from error
+    looks_local = Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(Path(name).expanduser()) if looks_local else name, trust_remote_code=False, local_files_only=looks_local
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(
+            f"tokenizer {name!r} cannot be loaded: {error}. Three ways out: name a folder that holds tokenizer.json or "
+            "tokenizer.model; download it elsewhere with `hf download` and set HF_HOME to that cache (or HF_ENDPOINT "
+            "to a mirror); train one here with tokenizer.kind=sentencepiece and an empty tokenizer.path"
+        ) from error
+    return HuggingFaceTokenizer(tokenizer, name)
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's visible characters for the 256 byte values: printable ones for themselves, the rest from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    rest = [value for value in range(256) if value not in printable]
+    return {chr(value): value for value in printable} | {chr(0x100 + i): value for i, value in enumerate(rest)}

@@ -1,0 +1,55 @@
+"""Tokenizers by folder, and the check that one fits a model and its data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from smallcoder_jax.errors import UserError
+from smallcoder_jax.tokenizers.base import KIND_FILE, Tokenizer
+from smallcoder_jax.tokenizers.bytes import ByteTokenizer
+from smallcoder_jax.tokenizers.huggingface import read_hugging_face
+from smallcoder_jax.tokenizers.sentencepiece import read_sentencepiece
+
+KINDS = ("sentencepiece", "bytes", "hf")
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer that was saved in `folder`. Raises UserError where there is none or it cannot be read."""
+    path = folder / KIND_FILE
+    try:
+        kind = json.loads(path.read_text(encoding="utf-8"))["kind"]
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder} is no tokenizer's folder: {path.name} does not exist. Name one that tools.train_tokenizer or "
+            "tools.prepare_data has written"
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} cannot be read: {error}. Write the tokenizer again") from error
+    return open_tokenizer(kind, str(folder))
+
+
+def open_tokenizer(kind: str, path: str) -> Tokenizer:
+    """A tokenizer of a given kind from the folder `path` (for `hf`, also the name of a published one)."""
+    if kind == "bytes":
+        return ByteTokenizer()
+    if kind == "sentencepiece":
+        return read_sentencepiece(Path(path))
+    if kind == "hf":
+        return read_hugging_face(path)
+    raise UserError(f"tokenizer kind {kind!r} in {path} is not known; expected one of {', '.join(KINDS)}")
+
+
+def check_tokenizer(tokenizer: Tokenizer, vocab_size: int, prepared_hash: str | None = None) -> None:
+    """Raises UserError where the tokenizer is not the model's size, or not the one that the data was prepared with."""
+    if tokenizer.vocab_size != vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} entries, but model.vocab_size={vocab_size}: set "
+            f"model.vocab_size={tokenizer.vocab_size} or name another tokenizer"
+        )
+    if prepared_hash is not None and tokenizer.hash != prepared_hash:
+        raise UserError(
+            f"the tokenizer changed since the data was prepared: its hash is {tokenizer.hash[:12]}, the token shards "
+            f"were made with {prepared_hash[:12]}. Put the old tokenizer back, or delete the folder of token shards "
+            "and prepare the data again"
+        )

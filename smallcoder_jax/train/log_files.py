@@ -1,0 +1,231 @@
+"""The plain log files of a run: metrics.jsonl, the CSVs, metrics_history.json, text_samples.json.
+
+A run that continues at step s first drops what is logged after s, so that every step is there once. Nothing here is
+thread-safe: one thread at a time calls it.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from smallcoder_jax.errors import UserError
+from smallcoder_jax.train.run_folder import (
+    RunFolder,
+    finite,
+    read_json,
+    write_bytes_atomic,
+    write_json_atomic,
+)
+
+TRAINING_COLUMNS = (
+    "step",
+    "loss",
+    "accuracy",
+    "learning_rate",
+    "grad_norm",
+    "tokens_per_second",
+    "step_time",
+    "data_wait",
+    "mfu",
+    "tokens_seen",
+)
+EVALUATION_COLUMNS = ("step", "loss", "perplexity", "bits_per_byte", "accuracy", "top5_accuracy")
+HISTORY_NAMES = {"step": "steps", "tokens_per_second": "throughput"}  # the rest keep their names
+SAMPLE_KEYS = ("input", "output", "accuracy")
+
+
+class JsonLines:
+    """A file of one JSON object per step: written anew with `rows`, then appended to and flushed line by line."""
+
+    def __init__(self, path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+        write_bytes_atomic(path, "".join(map(_json_line, rows)).encode())
+        self._file = path.open("a", encoding="utf-8")
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Adds a row; NaN and infinities are written as null."""
+        self._file.write(_json_line(row))
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def _json_line(row: Mapping[str, Any]) -> str:
+    return json.dumps(finite(row), ensure_ascii=False) + "\n"
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file; none if there is no file. A last line that was cut off while it was written is
+    left out. Raises UserError on any other line without a step."""
+    if not path.exists():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(True), start=1):
+        if not line.endswith("\n"):
+            break
+        try:
+            row = json.loads(line)
+            row["step"] = int(row["step"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}, line {number}: expected a JSON object with a 'step'; remove the line") from error
+        rows.append(row)
+    return rows
+
+
+class CsvLog:
+    """A CSV file of one row per step, appended to and flushed row by row.
+
+    Columns keep their order for good, over restarts too; a key that is new adds a column at the end.
+    """
+
+    def __init__(self, path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+        self._path = path
+        self._columns = list(columns)
+        self._rewrite(rows)
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Adds a row; NaN and infinities are written as 'nan' and 'inf', a missing value as nothing."""
+        new = [name for name in row if name not in self._columns]
+        if new:
+            self._file.close()
+            self._columns += new
+            self._rewrite([*read_csv(self._path)[1], row])
+        else:
+            self._file.write(_csv_lines(self._columns, [row]))
+            self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _rewrite(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        header = ",".join(self._columns) + "\n"
+        write_bytes_atomic(self._path, (header + _csv_lines(self._columns, rows)).encode())
+        self._file = self._path.open("a", newline="", encoding="utf-8")
+
+
+def _csv_lines(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    text = io.StringIO()
+    csv.DictWriter(text, columns, restval="", lineterminator="\n").writerows(rows)
+    return text.getvalue()
+
+
+def read_csv(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
+    """Columns and rows of a log, numbers as numbers and empty cells left out; nothing if there is no file. A last
+    line that was cut off is left out. Raises UserError if another line has no step."""
+    if not path.exists():
+        return [], []
+    text = path.read_text(encoding="utf-8", errors="replace")
+    reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
+    columns = list(reader.fieldnames or [])
+    try:
+        rows = [
+            {name: _number(cell) for name, cell in row.items() if cell} | {"step": int(row["step"])} for row in reader
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: expected a CSV file of numbers with a column 'step' ({error}); remove it") from error
+    return columns, rows
+
+
+def _number(cell: str) -> int | float:
+    try:
+        return int(cell)
+    except ValueError:
+        return float(cell)
+
+
+class Samples:
+    """`text_samples.json`: what the model wrote at which step."""
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        self._path = path
+        recorded = read_json(path, "a list of text samples") if resume_step > 0 and path.exists() else []
+        self.rows: list[dict[str, Any]] = [row for row in recorded if row["step"] <= resume_step]
+        write_json_atomic(path, self.rows)
+
+    def append(self, step: int, samples: Iterable[Mapping[str, Any]]) -> None:
+        """Adds samples of {input, output, accuracy}; nothing else of a sample is kept."""
+        self.rows += [{"step": step, **{key: sample.get(key) for key in SAMPLE_KEYS}} for sample in samples]
+        write_json_atomic(self._path, self.rows)
+
+
+class LogFiles:
+    """All plain files of a run, and the history that charts and `metrics_history.json` are made from."""
+
+    def __init__(self, folder: RunFolder, resume_step: int) -> None:
+        """Keeps what is logged up to `resume_step`; 0 starts anew."""
+        train_columns, train_rows = read_csv(folder.training_log_csv)
+        eval_columns, eval_rows = read_csv(folder.eval_log_csv)
+        json_rows = read_json_lines(folder.metrics_jsonl)
+
+        def kept(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+            return [row for row in rows if row["step"] <= resume_step] if resume_step else []
+
+        self._history_path = folder.metrics_history_json
+        self._jsonl = JsonLines(folder.metrics_jsonl, kept(json_rows))
+        self._train = CsvLog(folder.training_log_csv, _columns(train_columns, TRAINING_COLUMNS), kept(train_rows))
+        self._evaluation = CsvLog(folder.eval_log_csv, _columns(eval_columns, EVALUATION_COLUMNS), kept(eval_rows))
+        self._samples = Samples(folder.text_samples_json, resume_step)
+        self._train_history = Columns(TRAINING_COLUMNS, kept(json_rows))
+        self._eval_history = Columns(EVALUATION_COLUMNS, kept(eval_rows))
+        self.references: dict[str, float] = {}  # bits per byte by compressor
+        if resume_step and self._history_path.exists():
+            self.references = read_json(self._history_path, "a metrics history").get("references", {})
+        self.write_history()
+
+    def train(self, row: Mapping[str, Any]) -> None:
+        self._jsonl.append(row)
+        self._train.append(row)
+        self._train_history.append(row)
+
+    def evaluation(self, row: Mapping[str, Any]) -> None:
+        self._evaluation.append(row)
+        self._eval_history.append(row)
+
+    def samples(self, step: int, samples: Iterable[Mapping[str, Any]]) -> None:
+        self._samples.append(step, samples)
+
+    def history(self) -> dict[str, Any]:
+        """Lists of equal length: `steps, loss, accuracy, throughput, ...` of training and `eval_steps, eval_loss,
+        eval_bits_per_byte, ...` of evaluation, None where a step has no finite value; and `references`, bits per byte
+        by compressor."""
+        train = {HISTORY_NAMES.get(name, name): values for name, values in self._train_history.values.items()}
+        evaluation = {
+            f"eval_{HISTORY_NAMES.get(name, name)}": values for name, values in self._eval_history.values.items()
+        }
+        return {**train, **evaluation, "references": self.references}
+
+    def write_history(self) -> None:
+        write_json_atomic(self._history_path, self.history())
+
+    def close(self) -> None:
+        self.write_history()
+        self._jsonl.close()
+        self._train.close()
+        self._evaluation.close()
+
+
+def _columns(recorded: Sequence[str], standard: Sequence[str]) -> list[str]:
+    return [*recorded, *(name for name in standard if name not in recorded)]
+
+
+class Columns:
+    """Rows turned into one list per key, None where a row lacks the key or its value is not finite."""
+
+    def __init__(self, names: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
+        self.values: dict[str, list[Any]] = {name: [] for name in names}
+        for row in rows:
+            self.append(row)
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        length = len(self.values["step"])
+        for name in row:
+            self.values.setdefault(name, [None] * length)
+        for name, values in self.values.items():
+            value = row.get(name)
+            values.append(None if isinstance(value, float) and not math.isfinite(value) else value)

@@ -1,0 +1,339 @@
+"""Metrics: summed over evaluation batches, written to the run folder, summarised with CLU. The only user of CLU.
+
+`clu.metric_writers` imports TensorFlow, which takes seconds. It is imported in a thread of its own when the first
+summary is written, so that neither the start nor the plain log files wait for it.
+"""
+
+import concurrent.futures
+import functools
+import importlib.util
+import json
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self, cast
+
+import clu.metrics
+import clu.parameter_overview
+import numpy as np
+from flax import struct
+
+from smallcoder_jax.config import LogConfig
+from smallcoder_jax.errors import UserError
+from smallcoder_jax.train import charts
+from smallcoder_jax.train.log_files import LogFiles
+from smallcoder_jax.train.run_folder import RunFolder, finite
+from smallcoder_jax.train.wandb_writer import WandbWriter
+
+QUEUE_LIMIT = 256  # log entries waiting to be written before the caller waits too
+PENDING_LIMIT = 512  # summaries kept while TensorFlow loads
+
+
+@struct.dataclass
+class EvalMetrics(clu.metrics.Metric):
+    """Sums over counted tokens; merging two gives exactly the sums over both.
+
+    The sums are Python floats on the host: merging touches no device, and adds in double precision.
+    """
+
+    nats: float  # sum of the loss
+    weight: float  # number of counted tokens
+    correct: float  # counted tokens whose most likely prediction was right
+    top5: float  # counted tokens that were among the five most likely
+    bytes: float  # UTF-8 bytes of the counted text
+
+    @classmethod
+    def from_model_output(cls, *, nats: Any, weight: Any, correct: Any, top5: Any, bytes: Any) -> Self:
+        """From the sums of one batch: Python numbers or host arrays of one element."""
+        return cls(float(nats), float(weight), float(correct), float(top5), float(bytes))
+
+    @classmethod
+    def empty(cls) -> Self:
+        return cls(0.0, 0.0, 0.0, 0.0, 0.0)
+
+    def merge(self, other: Self) -> Self:
+        return type(self)(
+            self.nats + other.nats,
+            self.weight + other.weight,
+            self.correct + other.correct,
+            self.top5 + other.top5,
+            self.bytes + other.bytes,
+        )
+
+    def compute(self) -> dict[str, float]:
+        """loss (nats per token), perplexity, bits_per_byte, accuracy and top5_accuracy; NaN where nothing counted."""
+        loss = _ratio(self.nats, self.weight)
+        return {
+            "loss": loss,
+            "perplexity": math.exp(loss) if loss < 700 else math.inf if loss >= 700 else math.nan,
+            "bits_per_byte": _ratio(self.nats / math.log(2), self.bytes),
+            "accuracy": _ratio(self.correct, self.weight),
+            "top5_accuracy": _ratio(self.top5, self.weight),
+        }
+
+
+def _ratio(total: float, count: float) -> float:
+    return total / count if count else math.nan
+
+
+def parameter_table(params: Mapping[Any, Any]) -> str:
+    """Path, shape, type and size of every parameter and their total. `params`: nested dict of arrays or of
+    `jax.ShapeDtypeStruct`; layer numbers may be int keys."""
+    return clu.parameter_overview.get_parameter_overview(_text_keys(params), include_stats=False)
+
+
+def _text_keys(params: Mapping[Any, Any]) -> dict[str, Any]:
+    """Int keys as text of equal width, because CLU sorts rows by their path."""
+    width = max((len(str(key)) for key in params if isinstance(key, int)), default=0)
+    return {
+        f"{key:0{width}d}" if isinstance(key, int) else str(key): _text_keys(value)
+        if isinstance(value, Mapping)
+        else value
+        for key, value in params.items()
+    }
+
+
+class MetricsLog:
+    """Writes everything that a run logs, on one background thread: no method waits for a disk.
+
+    What fails on that thread is raised by the next call. Call from one thread, on process 0 only.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        *,
+        log: LogConfig,
+        run_name: str,
+        config_dict: Mapping[str, Any],
+        resume_step: int,
+        notify: Callable[[str], None] = print,
+    ) -> None:
+        """Opens the logs of `folder`, keeping what they hold up to `resume_step` (0: nothing).
+
+        `notify` is given what the user should know at the start: a summary writer that is off, and why. Raises
+        UserError if a log is damaged or W&B is asked for without its package.
+        """
+        self._folder = folder
+        self._writers: list[TensorBoardWriter | WandbWriter] = []
+        status = {"tensorboard": "off", "wandb": "off"}
+        if log.tensorboard:
+            if TensorBoardWriter.available():
+                self._writers.append(TensorBoardWriter(folder.tensorboard, resume_step))
+                status["tensorboard"] = "on"
+            else:
+                status["tensorboard"] = "off, needs pip install 'smallcoder_jax[tensorboard]'"
+                notify(f"TensorBoard: {status['tensorboard']}")
+        if log.wandb != "off":
+            wandb_writer = WandbWriter(
+                folder, mode=log.wandb, run_name=run_name, config_dict=config_dict, notify=notify
+            )
+            self._writers.append(wandb_writer)
+            status["wandb"] = wandb_writer.mode
+        # After W&B, which may refuse: a start that fails has changed no log.
+        self._files = LogFiles(folder, resume_step)
+        folder.update_run_json(**status)
+        self._executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="metrics")
+        self._waiting: deque[concurrent.futures.Future[None]] = deque()
+        # Written with the first step: a summary starts the import of TensorFlow, which would slow the start down.
+        self._first_texts = {} if resume_step else {"config": _code(json.dumps(finite(config_dict), indent=2))}
+
+    def train(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Logs a training step: loss, learning_rate, grad_norm, tokens_per_second and what else there is.
+
+        Units: loss in nats per token, step_time and data_wait in seconds per step, accuracy and mfu as shares.
+        """
+        row = _row(step, values)
+        self._submit(self._files.train, row)
+        if self._first_texts:
+            self._submit(self._summarise, "write_texts", 0, self._first_texts)
+            self._first_texts = {}
+        self._submit(self._summarise, "write_scalars", step, _scalars("train", row))
+
+    def evaluation(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Logs an evaluation, as `EvalMetrics.compute` gives it."""
+        row = _row(step, values)
+        self._submit(self._files.evaluation, row)
+        self._submit(self._summarise, "write_scalars", step, _scalars("eval", row))
+
+    def references(self, bits_per_byte: Mapping[str, float]) -> None:
+        """Sets what the charts compare bits per byte with, by name: {'gzip -9': 1.98, 'xz -9e': 1.87}."""
+        self._submit(self._files.references.update, dict(bits_per_byte))
+
+    def samples(self, step: int, samples: Iterable[Mapping[str, Any]]) -> None:
+        """Logs generated text: {input, output, accuracy} each, `output` being what the model wrote."""
+        kept = [dict(sample) for sample in samples]
+        self._submit(self._files.samples, step, kept)
+        texts = {f"sample/{i}": _code(f"{sample['input']}┆{sample['output']}") for i, sample in enumerate(kept)}
+        self._submit(self._summarise, "write_texts", step, texts)
+
+    def histograms(self, step: int, weights: Mapping[str, np.ndarray], gradients: Mapping[str, np.ndarray]) -> None:
+        """Logs histograms of host arrays by parameter path."""
+        arrays = {f"weights/{name}": array for name, array in weights.items()}
+        arrays |= {f"gradients/{name}": array for name, array in gradients.items()}
+        self._submit(self._write_histograms, step, arrays)
+
+    def image(self, step: int, name: str, png_path: Path) -> None:
+        """Logs a PNG file that exists."""
+        self._submit(self._write_image, step, name, png_path)
+
+    def charts(self, step: int) -> None:
+        """Draws the charts of everything logged so far, and writes `metrics_history.json`."""
+        self._submit(self._draw_charts, step)
+
+    def flush(self) -> None:
+        """Waits until everything given so far is in the plain files, and `metrics_history.json` with it.
+
+        Summaries may still wait for TensorFlow to load; `close` waits for those too.
+        """
+        self._submit(self._files.write_history)
+        for writer in self._writers:
+            self._submit(writer.flush)
+        while self._waiting:
+            self._finish_oldest()
+
+    def close(self) -> None:
+        """Writes everything that is left and closes all files; the log cannot be used afterwards."""
+        for close in (self._files.close, *(writer.close for writer in self._writers)):
+            self._waiting.append(self._executor.submit(close))  # also after an error, which is raised below
+        self._executor.shutdown(wait=True)
+        while self._waiting:
+            self._finish_oldest()
+
+    def _submit(self, function: Callable[..., None], *arguments: Any) -> None:
+        while self._waiting and (self._waiting[0].done() or len(self._waiting) >= QUEUE_LIMIT):
+            self._finish_oldest()
+        self._waiting.append(self._executor.submit(function, *arguments))
+
+    def _finish_oldest(self) -> None:
+        try:
+            self._waiting.popleft().result()
+        except OSError as error:
+            raise UserError(
+                f"the logs in {self._folder.path} cannot be written: {error}; make room or choose another workdir, "
+                "then run the same command to continue from the last checkpoint"
+            ) from error
+
+    # On the background thread from here on.
+
+    def _summarise(self, method: str, step: int, values: Mapping[str, Any]) -> None:
+        for writer in self._writers:
+            getattr(writer, method)(step, values)
+
+    def _write_histograms(self, step: int, arrays: Mapping[str, np.ndarray]) -> None:
+        self._summarise(
+            "write_histograms", step, {name: np.asarray(array, np.float32) for name, array in arrays.items()}
+        )
+
+    def _write_image(self, step: int, name: str, png_path: Path) -> None:
+        if self._writers:
+            self._summarise("write_images", step, {name: charts.read_png(png_path)})
+
+    def _draw_charts(self, step: int) -> None:
+        self._files.write_history()
+        path = charts.draw_training(self._files.history(), self._folder)
+        self._write_image(step, "charts/training", path)
+
+
+def _row(step: int, values: Mapping[str, Any]) -> dict[str, Any]:
+    """A log row of plain Python numbers, without what is None."""
+    plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
+    return {"step": int(step), **{name: value for name, value in plain.items() if value is not None}}
+
+
+def _code(text: str) -> str:
+    """Markdown that shows `text` as it is."""
+    return "    " + text.replace("\n", "\n    ")
+
+
+def _scalars(group: str, row: Mapping[str, Any]) -> dict[str, float]:
+    return {f"{group}/{name}": float(value) for name, value in row.items() if name != "step"}
+
+
+class TensorBoardWriter:
+    """CLU's summary writer, which is opened on a thread of its own at the first summary; until it is there, summaries
+    are kept."""
+
+    def __init__(self, folder: Path, resume_step: int) -> None:
+        self._open = functools.partial(_open_summary_writer, folder, resume_step)
+        self._opening: concurrent.futures.Future[Any] | None = None
+        self._pending: list[tuple[str, int, Mapping[str, Any]]] = []
+
+    @staticmethod
+    def available() -> bool:
+        """Whether the [tensorboard] extra is installed; looks, and imports nothing."""
+        return all(importlib.util.find_spec(name) is not None for name in ("tensorflow", "tensorboard"))
+
+    def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._write("write_scalars", step, scalars)
+
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        self._write("write_texts", step, texts)
+
+    def write_histograms(self, step: int, arrays: Mapping[str, np.ndarray]) -> None:
+        self._write("write_histograms", step, arrays)
+
+    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        self._write("write_images", step, images)
+
+    def flush(self) -> None:
+        """Writes to disk what is given so far, unless TensorFlow is still loading."""
+        if self._opening is not None and self._opening.done():
+            self._drain().flush()
+
+    def close(self) -> None:
+        """Waits for TensorFlow if it is loading, writes what is left and closes the events file."""
+        if self._opening is not None:
+            self._drain().close()
+
+    def _write(self, method: str, step: int, values: Mapping[str, Any]) -> None:
+        if self._opening is None:
+            executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="tensorboard")
+            self._opening = executor.submit(self._open)
+            executor.shutdown(wait=False)
+        self._pending.append((method, step, values))
+        # Histograms are as large as the model: they are not left lying about.
+        if self._opening.done() or len(self._pending) >= PENDING_LIMIT or method == "write_histograms":
+            self._drain()
+
+    def _drain(self) -> Any:
+        assert self._opening is not None
+        writer = self._opening.result()
+        for method, step, values in self._pending:
+            getattr(writer, method)(step, values)
+        self._pending.clear()
+        return writer
+
+
+def _open_summary_writer(folder: Path, resume_step: int) -> Any:
+    """Imports TensorFlow, quietly and away from the accelerators, and opens the run's events for writing."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # its notice is printed whatever the log level
+    import tensorflow as tf
+    from clu.metric_writers import SummaryWriter
+
+    tf.config.set_visible_devices([], "GPU")
+    _drop_later_events(folder, resume_step)
+    return SummaryWriter(str(folder))
+
+
+def _drop_later_events(folder: Path, resume_step: int) -> None:
+    """Rewrites the events files without what comes after `resume_step`; 0 removes them."""
+    import tensorflow as tf
+
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        neighbour = path.with_name(f".{path.name}.partial")
+        if resume_step:
+            with tf.io.TFRecordWriter(str(neighbour)) as kept:
+                try:
+                    records = tf.data.TFRecordDataset(str(path)).as_numpy_iterator()
+                    for record in cast(Iterator[bytes], records):
+                        if tf.compat.v1.Event.FromString(record).step <= resume_step:
+                            kept.write(record)
+                except tf.errors.DataLossError:
+                    pass  # the last event was cut off when the run was killed
+            neighbour.replace(path)
+        else:
+            path.unlink()

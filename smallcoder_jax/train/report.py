@@ -1,0 +1,196 @@
+"""report.html: one page that says what a run was, how it went and how to repeat it. Opens without a network."""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from smallcoder_jax.train.run_folder import RunFolder, read_json, utc_now, write_bytes_atomic
+from smallcoder_jax.train.terminal import human_count, human_time
+
+TEMPLATES = Path(__file__).parent / "templates"
+OLDER_SAMPLES = 20  # steps with samples shown beside the last one, spread over the run
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    text: str
+    number: bool  # aligned right
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """One table of the page. `headers` may be empty: then the first column names what the second one says."""
+
+    title: str
+    headers: Sequence[str]
+    rows: Sequence[Sequence[Cell]]
+
+
+def write_report(folder: RunFolder, accounting: Mapping[str, Any], results: Mapping[str, Any]) -> Path:
+    """Writes `report.html` from the files of the run folder, and returns its path.
+
+    Args:
+      folder: a run with at least `config.json`. Charts, samples, `run.json` and `training_info.json` are shown if
+        they are there.
+      accounting: where the data came from and what was dropped: nested dicts and lists of dicts, as the data rooms
+        write them; each becomes a table.
+      results: what the run achieved, of the same form.
+
+    Raises UserError if a file of the run is missing or damaged.
+    """
+    config = read_json(folder.config_json, "the configuration of a run; is this a run folder?")
+    info = _read_optional(folder.training_info_json, "training information", {})
+    run = _read_optional(folder.run_json, "the identity of a run", {})
+    samples = _read_optional(folder.text_samples_json, "a list of text samples", [])
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("report.html").render(
+        name=info.get("variant_name", config["name"]),
+        written_at=utc_now(),
+        dummy_data=info.get("dummy_data", False),
+        figures=_figures(info, results),
+        results=tables(results),
+        chart=_inline_png(folder.latest_chart),
+        samples=_samples_by_step(samples),
+        accounting=tables(accounting),
+        model=tables(config["model"]),
+        settings=tables({key: value for key, value in config.items() if key not in ("model", "name")}),
+        environment=tables(_environment(run)),
+        identity=tables(run.get("identity", {})),
+        commands=_commands(folder, run),
+    )
+    write_bytes_atomic(folder.report_html, page.encode())
+    return folder.report_html
+
+
+def tables(values: Mapping[str, Any], title: str = "") -> list[Table]:
+    """Nested values as tables: single values in one of names and values, groups of like records in one with headers,
+    everything else each under its own name."""
+    single, nested = [], []
+    for name, value in values.items():
+        label = name.replace("_", " ")
+        inner_title = f"{title}: {label}" if title else label
+        records = _records(value)
+        if records:
+            nested.append(_record_table(inner_title, records))
+        elif isinstance(value, Mapping) and value:
+            nested += tables(value, inner_title)
+        else:
+            single.append((Cell(label, False), _cell(value)))
+    return ([Table(title, (), single)] if single else []) + nested
+
+
+def _records(value: Any) -> list[tuple[str, Mapping[str, Any]]]:
+    """Named records, if the value is a list of dicts or a dict of two or more dicts with the same keys."""
+    if isinstance(value, Mapping):
+        inner = list(value.values())
+        alike = len(inner) > 1 and all(isinstance(item, Mapping) and item.keys() == inner[0].keys() for item in inner)
+        return [(str(name), _flat(item)) for name, item in value.items()] if alike else []
+    if isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+        return [("", _flat(item)) for item in value]
+    return []
+
+
+def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in record.items():
+        flat |= _flat(value, f"{prefix}{name} ") if isinstance(value, Mapping) else {prefix + str(name): value}
+    return flat
+
+
+def _record_table(title: str, records: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
+    columns = list(dict.fromkeys(name for _, record in records for name in record))
+    named = any(name for name, _ in records)
+    rows = [
+        [Cell(name.replace("_", " "), False)] * named + [_cell(record.get(column)) for column in columns]
+        for name, record in records
+    ]
+    return Table(title, [""] * named + [column.replace("_", " ") for column in columns], rows)
+
+
+def _cell(value: Any) -> Cell:
+    if value is None or value == "":
+        return Cell("-", False)
+    if isinstance(value, bool):
+        return Cell("yes" if value else "no", False)
+    if isinstance(value, int):
+        return Cell(f"{value:,}", True)
+    if isinstance(value, float):
+        return Cell(f"{value:,.0f}" if abs(value) >= 1e5 and value.is_integer() else f"{value:.5g}", True)
+    if isinstance(value, list | tuple):
+        return Cell(
+            ", ".join(repr(item) if isinstance(item, str) else _cell(item).text for item in value) or "-", False
+        )
+    return Cell(str(value), False)
+
+
+def _figures(info: Mapping[str, Any], results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The few numbers at the top of the page: (name, value)."""
+    figures = []
+    if info:
+        figures += [
+            ("parameters", human_count(info["parameters"])),
+            ("steps", f"{info['steps']:,}"),
+            ("tokens seen", human_count(info["tokens_seen"])),
+            ("training time", human_time(info["train_seconds"])),
+        ]
+        if info["best_val_loss"] is not None:
+            figures.append(("best validation loss", f"{info['best_val_loss']:.4f}"))
+    bits_per_byte = results.get("bits_per_byte")
+    if isinstance(bits_per_byte, float):
+        figures.append(("bits per byte", f"{bits_per_byte:.3f}"))
+    return figures
+
+
+def _samples_by_step(samples: Sequence[Mapping[str, Any]]) -> list[tuple[int, list[Mapping[str, Any]]]]:
+    """Samples of the last step first, then of earlier steps, evenly thinned."""
+    by_step: dict[int, list[Mapping[str, Any]]] = {}
+    for sample in samples:
+        by_step.setdefault(sample["step"], []).append(sample)
+    newest_first = sorted(by_step.items(), reverse=True)
+    stride = max(1, -(-(len(newest_first) - 1) // OLDER_SAMPLES))
+    return newest_first[:1] + newest_first[1::stride]
+
+
+def _environment(run: Mapping[str, Any]) -> dict[str, Any]:
+    own_sections = ("identity", "command", "starts")
+    starts = [{"started": start["at"], "command": start["command"]} for start in run.get("starts", [])]
+    return {key: value for key, value in run.items() if key not in own_sections} | {"starts": starts}
+
+
+def _commands(folder: RunFolder, run: Mapping[str, Any]) -> list[str]:
+    commands = []
+    git = run.get("git")
+    if git:
+        changed = "  # plus changes that were not committed" if git["changed"] else ""
+        commands.append(f"git checkout {git['revision']}{changed}")
+    if "command" in run:
+        commands.append(run["command"])
+    return [
+        *commands,
+        f"python -m tools.verify_models --run {shlex.quote(str(folder.path))}",
+        f"python -m tools.generate --checkpoint {shlex.quote(str(folder.path))} --prompt 'def fibonacci(n):'",
+    ]
+
+
+def _read_optional(path: Path, what: str, otherwise: Any) -> Any:
+    return read_json(path, what) if path.exists() else otherwise
+
+
+def _inline_png(path: Path) -> str | None:
+    """A PNG as a data URL, so that the page is one file; None if there is none yet."""
+    if not path.exists():
+        return None
+    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")

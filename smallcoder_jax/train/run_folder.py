@@ -1,0 +1,283 @@
+"""The run folder: where every file of a run is, and the JSON files that say what the run is.
+
+Folders are made when something is first written into them, so that looking at a run never creates one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from smallcoder_jax import config as config_module
+from smallcoder_jax.errors import UserError
+
+VERSIONED_PACKAGES = (
+    "smallcoder_jax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "array_record",
+    "tensorflow-datasets",
+    "sentencepiece",
+    "clu",
+    "ml-collections",
+    "numpy",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """The paths of a run. `path` need not exist yet."""
+
+    path: Path
+
+    @property
+    def config_json(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def run_json(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics_jsonl(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def training_log_csv(self) -> Path:
+        return self.path / "training_log.csv"
+
+    @property
+    def eval_log_csv(self) -> Path:
+        return self.path / "eval_log.csv"
+
+    @property
+    def metrics_history_json(self) -> Path:
+        return self.path / "metrics_history.json"
+
+    @property
+    def text_samples_json(self) -> Path:
+        return self.path / "text_samples.json"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def wandb(self) -> Path:
+        return self.path / "wandb"
+
+    @property
+    def charts(self) -> Path:
+        return self.path / "charts"
+
+    @property
+    def latest_chart(self) -> Path:
+        return self.charts / "training_latest.png"
+
+    @property
+    def training_info_json(self) -> Path:
+        return self.path / "training_info.json"
+
+    @property
+    def export(self) -> Path:
+        return self.path / "export"
+
+    @property
+    def report_html(self) -> Path:
+        return self.path / "report.html"
+
+    def write_config(self, config: config_module.Config) -> None:
+        """Writes the resolved configuration to `config.json`."""
+        write_json_atomic(self.config_json, config_module.to_dict(config))
+
+    def write_run_json(self, identity: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
+        """Writes `run.json`: identity, versions, command, git revision, platform, device, and `extra`.
+
+        Written at every start. `starts` keeps one entry for each start, so that a run that was continued elsewhere or
+        with other versions says so; `identity` cannot differ between them (`compare_identity`). Entries that
+        `update_run_json` made are kept.
+        """
+        earlier = self.read_run_json() if self.run_json.exists() else {}
+        environment = describe_environment()
+        start = {"at": utc_now(), **{key: environment[key] for key in ("command", "git", "device", "versions")}}
+        content = {**earlier, "identity": dict(identity), **environment, **extra}
+        content["starts"] = [*earlier.get("starts", []), start]
+        write_json_atomic(self.run_json, content)
+
+    def update_run_json(self, **values: Any) -> None:
+        """Sets top-level entries of `run.json`, keeping the rest; makes the file if there is none."""
+        content = self.read_run_json() if self.run_json.exists() else {}
+        write_json_atomic(self.run_json, {**content, **values})
+
+    def read_run_json(self) -> dict[str, Any]:
+        """The content of `run.json`. Raises UserError if it is missing or damaged."""
+        return read_json(self.run_json, "the identity of a run; is this a run folder?")
+
+
+def read_json(path: Path, what: str) -> Any:
+    """The content of a JSON file; `what` says what was expected in it. Raises UserError if missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist; expected {what}") from error
+    except (ValueError, OSError) as error:
+        raise UserError(f"{path} cannot be read ({error}); expected {what}") from error
+
+
+def write_json_atomic(path: Path, value: Any) -> None:
+    """Writes `value` so that a reader sees the old file or the new one, never a part. Non-finite floats: null."""
+    write_bytes_atomic(path, (json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_bytes_atomic(path: Path, content: bytes) -> None:
+    """Writes through a neighbouring file that is synced and renamed; makes the folder. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    neighbour = path.with_name(f".{path.name}.partial")
+    with neighbour.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    neighbour.replace(path)
+
+
+def finite(value: Any) -> Any:
+    """`value` in plain JSON types: NaN and infinities, which JSON has not, become None; paths and the like, text."""
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    if hasattr(value, "tolist"):  # numpy scalars and arrays
+        return finite(value.tolist())
+    return str(value)
+
+
+def compare_identity(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """One line per difference between two identities; nested keys joined by dots. Empty where they agree."""
+    before, after = _flatten(finite(recorded)), _flatten(finite(current))
+    lines = []
+    for key in sorted(before.keys() | after.keys()):
+        if key not in after:
+            lines.append(f"{key}: the run has {before[key]!r}, now absent")
+        elif key not in before:
+            lines.append(f"{key}: absent in the run, now {after[key]!r}")
+        elif before[key] != after[key]:
+            lines.append(f"{key}: the run has {before[key]!r}, now {after[key]!r}")
+    return lines
+
+
+def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(_flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def write_training_info(
+    folder: RunFolder,
+    *,
+    variant_name: str,
+    parameters: int,
+    dataset: str,
+    config: config_module.Config,
+    steps: int,
+    tokens_seen: int,
+    train_seconds: float,
+    final_train_loss: float | None,
+    best_val_loss: float | None,
+    best_step: int | None,
+    dummy_data: bool,
+    started_from: str | None,
+) -> None:
+    """Writes `training_info.json`: what was trained, on what, for how long and how well.
+
+    `parameters` is the true count; `train_seconds` covers every start of the run; losses are nats per token, None
+    where there was none; `started_from` names the checkpoint of an earlier stage.
+    """
+    content = {
+        "variant_name": variant_name,
+        "parameters": parameters,
+        "parameters_m": round(parameters / 1e6, 3),
+        "dataset": dataset,
+        "dummy_data": dummy_data,
+        "started_from": started_from,
+        "steps": steps,
+        "tokens_seen": tokens_seen,
+        "train_seconds": train_seconds,
+        "final_train_loss": final_train_loss,
+        "best_val_loss": best_val_loss,
+        "best_step": best_step,
+        "trained_at": utc_now(),
+        "config": config_module.to_dict(config),
+    }
+    write_json_atomic(folder.training_info_json, content)
+
+
+def utc_now() -> str:
+    """The time in UTC, ISO 8601, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def describe_environment() -> dict[str, Any]:
+    """What the run runs on: command line, git revision, Python, platform, devices, package versions."""
+    import jax
+
+    devices = jax.devices()
+    return {
+        "command": shlex.join(sys.orig_argv),
+        "git": _git_revision(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "device": {"kind": devices[0].device_kind, "platform": devices[0].platform, "count": len(devices)},
+        "processes": jax.process_count(),
+        "versions": {name: _version(name) for name in VERSIONED_PACKAGES},
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # run from a checkout that was not installed
+        return None
+
+
+def _git_revision() -> dict[str, Any] | None:
+    """Revision of the checkout that this package is part of, and whether it was changed since; None elsewhere."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout.strip()
+
+    try:
+        return {"revision": git("rev-parse", "HEAD"), "changed": git("status", "--porcelain") != ""}
+    except (OSError, subprocess.SubprocessError):  # no git on this machine, or a checkout that git refuses
+        return None

@@ -1,0 +1,191 @@
+"""What the terminal shows: aligned tables, human numbers, one progress line, and where things are at the end.
+
+Standard library only, so that every command can use it at no cost.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import TextIO
+
+ETA_WINDOW = 100  # steps that the estimated time of arrival is measured over
+
+
+def human_count(count: float) -> str:
+    """A count in three or four digits: 999 -> '999', 100682496 -> '100.7M'."""
+    for factor, suffix in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        # 999,950 would print as '1000.0K': round up to the next unit instead.
+        if abs(count) >= factor * 0.99995 and abs(count) >= 1000:
+            return f"{count / factor:.1f}{suffix}"
+    return f"{count:.0f}"
+
+
+def human_bytes(count: float) -> str:
+    """A size with a binary unit: 1536 -> '1.5 KiB'."""
+    for factor, unit in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if abs(count) >= factor * 0.99995:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count:.0f} B"
+
+
+def human_time(seconds: float) -> str:
+    """A duration in at most two units: 0.0123 -> '12ms', 61.2 -> '1m01s', 93780 -> '1d02h'. Not finite: '?'."""
+    if not math.isfinite(seconds):
+        return "?"
+    if seconds < 0.9995:
+        return f"{seconds * 1e3:.0f}ms"
+    if seconds < 59.95:
+        return f"{seconds:.1f}s"
+    whole = round(seconds)
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    if whole < 86400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
+
+
+def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A plain-text table: columns two spaces apart, numbers to the right, a rule under the headers.
+
+    Cells are shown with `str`; an empty `headers` leaves the heading and the rule out. Raises ValueError where a row
+    has another number of cells than there are columns.
+    """
+    cells = [[str(cell) for cell in row] for row in rows]
+    columns = len(headers) if headers else len(cells[0]) if cells else 0
+    for row in cells:
+        if len(row) != columns:
+            raise ValueError(f"table row {row} has {len(row)} cells, expected {columns}")
+    heading = [list(headers)] if headers else []
+    widths = [max(len(row[column]) for row in heading + cells) for column in range(columns)]
+    right = [bool(cells) and all(_is_numeric(row[column]) for row in cells) for column in range(columns)]
+
+    def line(row: Sequence[str]) -> str:
+        parts = (
+            cell.rjust(width) if numeric else cell.ljust(width)
+            for cell, width, numeric in zip(row, widths, right, strict=True)
+        )
+        return "  ".join(parts).rstrip()
+
+    lines = [line(row) for row in heading]
+    if heading:
+        lines.append("  ".join("-" * width for width in widths))
+    lines += [line(row) for row in cells]
+    return "\n".join(lines)
+
+
+def _is_numeric(cell: str) -> bool:
+    """Whether a cell reads as a quantity ('1,234', '12.5%', '3.1 MiB', '-'), so that its column aligns right."""
+    return cell in ("", "-") or cell.lstrip("+-")[:1].isdigit()
+
+
+class Terminal:
+    """One progress line on a TTY; plain lines, at most one per `log_every` steps, anywhere else.
+
+    Every method may be called with a progress line on the screen: it is cleared first, so that nothing overlaps.
+    """
+
+    def __init__(self, stream: TextIO, *, total_steps: int, log_every: int) -> None:
+        self._stream = stream
+        self._total_steps = total_steps
+        self._log_every = log_every
+        self._tty = stream.isatty()
+        self._drawn = 0  # characters of the progress line now on the screen
+        self._last_logged: int | None = None
+        self._times: deque[tuple[int, float]] = deque()  # (step, seconds) of the last ETA_WINDOW steps
+
+    def note(self, text: str) -> None:
+        """Prints a line of its own: notices, evaluations, saved checkpoints."""
+        self._clear()
+        print(text, file=self._stream, flush=True)
+
+    def start_table(self, title: str, sections: Mapping[str, Mapping[str, object]]) -> None:
+        """Prints what is about to run: section (parameters, memory, mesh, kernels, data) -> name -> value."""
+        rows = [
+            ("" if index else section, name, str(value))
+            for section, entries in sections.items()
+            for index, (name, value) in enumerate(entries.items())
+        ]
+        # Left-aligned throughout: values are of all kinds, and a column of mixed units reads worse to the right.
+        widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
+        lines = [f"{section:<{widths[0]}}  {name:<{widths[1]}}  {value}".rstrip() for section, name, value in rows]
+        rule = "-" * max(len(line) for line in [title, *lines])
+        self.note("\n".join([title, rule, *lines, rule]))
+
+    def progress(self, step: int, metrics: Mapping[str, float | None]) -> None:
+        """Shows step `step`. `metrics`: loss, accuracy, learning_rate, grad_norm, tokens_per_second, mfu (a share),
+        data_wait (seconds per step); what is missing or None is left out."""
+        self._times.append((step, time.monotonic()))
+        while len(self._times) > 1 and self._times[1][0] <= step - ETA_WINDOW:
+            self._times.popleft()
+        if self._tty:
+            line = progress_line(step, self._total_steps, metrics, self.eta(), width=self._width() - 1)
+            self._stream.write("\r" + line.ljust(self._drawn))
+            self._stream.flush()
+            self._drawn = len(line)
+        elif self._last_logged is None or step - self._last_logged >= self._log_every or step == self._total_steps:
+            self._last_logged = step
+            print(progress_line(step, self._total_steps, metrics, self.eta()), file=self._stream, flush=True)
+
+    def eta(self) -> float:
+        """Seconds until the last step at the pace of the last 100 steps; NaN before two steps were seen."""
+        (first_step, first_time), (last_step, last_time) = self._times[0], self._times[-1]
+        if last_step == first_step:
+            return math.nan
+        return (last_time - first_time) / (last_step - first_step) * (self._total_steps - last_step)
+
+    def end_summary(
+        self, title: str, results: Mapping[str, object], paths: Mapping[str, object], commands: Sequence[str]
+    ) -> None:
+        """Prints how it ended, where things are and the commands to type next."""
+        lines = ["", title]
+        for entries in (results, paths):
+            width = max((len(name) for name in entries), default=0)
+            lines += [""] if entries else []
+            lines += [f"  {name:<{width}}  {value}" for name, value in entries.items()]
+        if commands:
+            lines += ["", "Next:", *(f"  {command}" for command in commands)]
+        self.note("\n".join(lines))
+
+    def _clear(self) -> None:
+        if self._drawn:
+            self._stream.write("\r" + " " * self._drawn + "\r")
+            self._drawn = 0
+
+    def _width(self) -> int:
+        try:
+            columns = os.get_terminal_size(self._stream.fileno()).columns
+        except (OSError, ValueError):  # a stream that says it is a TTY and has no terminal behind it
+            columns = 0
+        return columns or 80
+
+
+def progress_line(
+    step: int, total_steps: int, metrics: Mapping[str, float | None], eta: float, width: int | None = None
+) -> str:
+    """The progress line, at most `width` characters: the least telling fields are left out until it fits."""
+    fields = [("step", f"{step:>{len(str(total_steps))}}/{total_steps}")]
+    formats = {
+        "loss": lambda value: f"loss {value:.4f}",
+        "accuracy": lambda value: f"acc {value:.1%}",
+        "learning_rate": lambda value: f"lr {value:.2e}",
+        "grad_norm": lambda value: f"grad {value:.3g}",
+        "tokens_per_second": lambda value: f"{human_count(value) if math.isfinite(value) else '?'} tok/s",
+        "mfu": lambda value: f"MFU {value:.1%}",
+        "data_wait": lambda value: f"wait {human_time(value)}",
+    }
+    for name, show in formats.items():
+        value = metrics.get(name)
+        if value is not None:
+            fields.append((name, show(value)))
+    if step < total_steps:
+        fields.append(("eta", f"ETA {human_time(eta)}"))
+    if width is not None:
+        for name in ("data_wait", "mfu", "learning_rate", "grad_norm", "accuracy", "tokens_per_second", "eta"):
+            if len("  ".join(text for _, text in fields)) > width:
+                fields = [field for field in fields if field[0] != name]
+    line = "  ".join(text for _, text in fields)
+    return line if width is None else line[: max(width, 0)]

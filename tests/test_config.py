@@ -1,0 +1,161 @@
+"""One schema: every field is read, every mistake is named."""
+
+import ast
+import dataclasses
+import itertools
+from pathlib import Path
+
+import pytest
+
+from smallcoder_jax import config as config_module
+from smallcoder_jax.config import Config, ModelConfig, default_config, from_config_dict, from_json, to_dict
+from smallcoder_jax.configfile import load_config, read_config_file, split_overrides
+from smallcoder_jax.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
+
+
+def fields_of_schema() -> list[tuple[str, str]]:
+    found = []
+    for section in dataclasses.fields(Config):
+        default = section.default
+        if dataclasses.is_dataclass(default):
+            found += [(section.name, field.name) for field in dataclasses.fields(default)]
+        else:
+            found.append(("config", section.name))
+    return found
+
+
+def reads_in(source: str) -> set[tuple[str, str]]:
+    """(section, field) for every read written as `<section>.<field>`, `<anything>.<section>.<field>` or `self.<section>`."""
+    reads = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+            owner = node.value
+            name = owner.attr if isinstance(owner, ast.Attribute) else owner.id if isinstance(owner, ast.Name) else ""
+            reads.add((name.lstrip("_"), node.attr))
+    return reads
+
+
+def test_every_field_is_read_outside_of_validation() -> None:
+    reads: set[tuple[str, str]] = set()
+    for path in itertools.chain((ROOT / "smallcoder_jax").rglob("*.py"), (ROOT / "tools").rglob("*.py")):
+        if path.name != "config.py":
+            reads |= reads_in(path.read_text())
+    # Read through a property or function of the schema itself.
+    reads |= {("train", "microbatch_size")} if ("train", "microbatch_rows") in reads else set()
+    reads |= (
+        {("eval", "batch_size")} if "eval_rows(" in (ROOT / "smallcoder_jax/stages/pretrain.py").read_text() else set()
+    )
+    unread = [field for field in fields_of_schema() if field not in reads]
+    assert not unread, f"fields that nothing reads: {unread}"
+
+
+def test_a_field_that_nothing_reads_would_be_noticed() -> None:
+    assert ("train", "steps") in reads_in("x = config.train.steps")
+    assert ("train", "steps") not in reads_in("config.train.steps = 3\nother.steps")
+
+
+def test_defaults_survive_the_round_trip() -> None:
+    config = from_config_dict(default_config())
+    assert config == Config()
+    assert from_config_dict(to_dict(config)) == config
+
+
+def test_json_round_trip() -> None:
+    import json
+
+    config = from_config_dict(read_config_file(str(ROOT / "configs/nano.py")))
+    assert from_json(json.dumps(to_dict(config))) == config
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_config_files_are_valid_and_quote_their_true_count(path: Path) -> None:
+    config = from_config_dict(read_config_file(str(path)))
+    count = f"{config_module.parameter_count(config.model):,}"
+    assert count in path.read_text(), f"{path.name}: the docstring must quote {count}"
+    assert f"--config=configs/{path.name}" in path.read_text()
+
+
+PUBLISHED = {"tiny": 100_682_496, "small": 195_068_928, "medium": 304_137_216}
+
+
+@pytest.mark.parametrize("variant", PUBLISHED)
+@pytest.mark.parametrize("long", [False, True])
+def test_variants_have_the_published_size(variant: str, long: bool) -> None:
+    config = load_config(str(ROOT / "configs" / f"{variant}{'_lc' if long else ''}.py"), [])
+    assert config_module.parameter_count(config.model) == PUBLISHED[variant]
+    assert config.model.rope_theta == (500_000.0 if long else 10_000.0)
+    if long:
+        assert config.model.context == config.train.sequence_length == 8192
+
+
+OTHER_SHAPES = [  # GPT-2, and the staged tiny size
+    (dict(vocab_size=50257, width=768, mlp_width=3072, layers=12, heads=12, kv_heads=12, head_size=64, context=1024,
+          norm="layernorm", positions="learned", mlp="gelu", bias="all"), 124_439_808),
+    (dict(vocab_size=32000, width=256, mlp_width=1024, layers=4, heads=4, kv_heads=4, head_size=64, context=512,
+          mlp="gelu", bias="all"), 11_349_248),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("shape", "count"), OTHER_SHAPES)
+def test_other_families_are_the_same_decoder(shape: dict, count: int) -> None:
+    assert config_module.parameter_count(ModelConfig(**shape)) == count
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("--config.train.stepz=3", "did you mean 'steps'"),
+        ("--config.trian.steps=3", "did you mean 'train'"),
+        ("--config.train.steps=many", "expected int"),
+        ("--config.train.steps=1.5", "expected int"),
+        ("--config.train=3", "a section with"),
+        ("--config.train.steps.x=3", "a value, not a section"),
+        ("--config.optimizer.name=adamv", "expected one of 'adamw', 'muon'"),
+        ("--config.model.heads=5", "multiple of"),
+        ("--config.train.sequence_length=9999", "model.context"),
+        ("--config.train.batch_size=0", "positive multiple"),
+        ("--config.log.tensorboard=2", "expected bool"),
+    ],
+)
+def test_mistakes_are_named(override: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        load_config(str(ROOT / "configs/nano.py"), [override])
+
+
+def test_overrides_take_the_type_of_the_key() -> None:
+    config = load_config(
+        str(ROOT / "configs/nano.py"),
+        ["--config.train.steps=1e3", "--config.optimizer.learning_rate=1", "--config.log.tensorboard=false",
+         "--config.data.sources=dir:/a=b", "--config.eval.sample_prompts=('x','y')"],
+    )  # fmt: skip
+    assert (config.train.steps, config.optimizer.learning_rate) == (1000, 1.0)
+    assert config.log.tensorboard is False
+    assert config.data.sources == "dir:/a=b"
+    assert config.eval.sample_prompts == ("x", "y")
+
+
+def test_missing_config_names_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"did you mean '.*medium_lc\.py'"):
+        load_config(str(ROOT / "configs/medum_lc.py"), [])
+    empty = tmp_path / "empty.py"
+    empty.write_text("")
+    with pytest.raises(UserError, match="no get_config"):
+        load_config(str(empty), [])
+
+
+def test_unknown_keys_in_a_config_file_are_named() -> None:
+    values = to_dict(Config())
+    values["data"]["source"] = "stdlib"
+    with pytest.raises(UserError, match=r"'data\.source'; did you mean 'sources'"):
+        from_config_dict(values)
+
+
+def test_split_overrides_joins_values() -> None:
+    others, overrides = split_overrides(["--config=a.py", "--config.train.steps", "3", "--config.name=x"])
+    assert others == ["--config=a.py"]
+    assert overrides == ["--config.train.steps=3", "--config.name=x"]
+    with pytest.raises(UserError, match="needs a value"):
+        split_overrides(["--config.train.steps"])

@@ -1,0 +1,94 @@
+"""Imports point down only, and importing the package or asking for help touches nothing heavy."""
+
+import ast
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "smallcoder_jax"
+# Rooms from the bottom up; a room imports rooms of lower levels only, or itself.
+LEVELS = [
+    ["errors", "config", "configfile", "runtime", "kernels"],
+    ["ops", "tokenizers", "mesh"],
+    ["layers", "losses"],
+    ["models", "data", "optim"],
+    ["generate", "export"],
+    ["train"],
+    ["loading", "evaluate", "serve", "rl"],
+    ["stages"],
+    ["main", "__init__"],
+]
+LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
+# Within the lowest level: errors < config < configfile.
+WITHIN = {("config", "errors"), ("configfile", "errors"), ("configfile", "config")}
+
+
+def room_of(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            if node.module == "smallcoder_jax":
+                found |= {f"smallcoder_jax.{alias.name}" for alias in node.names}
+    return {name for name in found if name.startswith("smallcoder_jax.")}
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_imports_point_down(path: Path) -> None:
+    relative = path.relative_to(PACKAGE)
+    room = relative.parts[0].removesuffix(".py")
+    assert room in LEVEL_OF, f"{relative}: a room that the design does not know"
+    upward = [
+        module
+        for module in imports_of(path)
+        if room_of(module) != room
+        and LEVEL_OF[room_of(module)] >= LEVEL_OF[room]
+        and (room, room_of(module)) not in WITHIN
+    ]
+    assert not upward, f"{relative} imports {upward}"
+
+
+def test_a_higher_room_would_be_noticed(tmp_path: Path) -> None:
+    probe = tmp_path / "probe.py"
+    probe.write_text("from smallcoder_jax.train import loop\nimport smallcoder_jax.stages.run\n")
+    assert imports_of(probe) == {"smallcoder_jax.train", "smallcoder_jax.stages.run"}
+
+
+def run_python(code: str) -> str:
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+
+
+def test_import_touches_no_device_and_nothing_heavy() -> None:
+    code = (
+        "import sys, smallcoder_jax\n"
+        "print([m for m in ('jax', 'tensorflow', 'torch', 'transformers', 'matplotlib') if m in sys.modules])"
+    )
+    assert run_python(code).strip() == "[]"
+
+
+@pytest.mark.parametrize("flag", ["--help", "--list"])
+def test_help_and_list_are_quick_and_load_no_model(flag: str) -> None:
+    code = (
+        "import sys, runpy\n"
+        f"sys.argv = ['main', {flag!r}]\n"
+        "try:\n    runpy.run_module('smallcoder_jax.main', run_name='__main__')\n"
+        "except SystemExit as stop:\n    assert not stop.code, stop.code\n"
+        "print('LOADED', [m for m in ('jax', 'flax', 'tensorflow', 'torch') if m in sys.modules])"
+    )
+    start = time.monotonic()
+    assert "LOADED []" in run_python(code)
+    assert time.monotonic() - start < 10  # measured at 0.6 s; the promise is 3 s, the bound allows for a busy machine

@@ -1,0 +1,143 @@
+"""report.html: everything in one file, and nothing from the run is taken as HTML."""
+
+import html.parser
+from pathlib import Path
+
+import pytest
+
+from smallcoder_jax.config import Config
+from smallcoder_jax.errors import UserError
+from smallcoder_jax.train import charts, report, run_folder
+from smallcoder_jax.train.run_folder import RunFolder, write_json_atomic
+
+ATTACK = "<script>alert('x')</script>&amp;"
+
+
+class Page(html.parser.HTMLParser):
+    """Tags, the addresses that they load, and the visible text of a page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.open: list[str] = []
+        self.addresses: list[str] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+        self.addresses += [value or "" for name, value in attrs if name in ("src", "href")]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    folder = RunFolder(tmp_path / "nano")
+    folder.write_config(Config(name="nano"))
+    folder.write_run_json({"data": {"fingerprint": "ab12"}}, {})
+    charts.draw_training({"steps": [1, 2], "loss": [3.0, 2.0]}, folder)
+    samples = [{"step": step, "input": "def f():\n", "output": ATTACK, "accuracy": None} for step in (10, 20)]
+    write_json_atomic(folder.text_samples_json, [*samples, {"step": 20, "input": "x", "output": "y", "accuracy": 0.25}])
+    return folder
+
+
+def write_info(folder: RunFolder, *, dummy_data: bool) -> None:
+    run_folder.write_training_info(
+        folder,
+        variant_name="SmallCoder-nano",
+        parameters=4_200_000,
+        dataset="stdlib",
+        config=Config(),
+        steps=20,
+        tokens_seen=1_000_000,
+        train_seconds=90.0,
+        final_train_loss=2.0,
+        best_val_loss=2.5,
+        best_step=20,
+        dummy_data=dummy_data,
+        started_from=None,
+    )
+
+
+def test_samples_and_names_are_escaped(folder: RunFolder) -> None:
+    page = Page(report.write_report(folder, {ATTACK: {"x": ATTACK}}, {ATTACK: 1}).read_text())
+    assert "script" not in page.tags
+    assert page.text.count(ATTACK) == 4 + 1  # two samples, three cells or titles
+    assert page.open == []
+
+
+def test_the_page_loads_nothing_from_elsewhere(folder: RunFolder) -> None:
+    page = Page(report.write_report(folder, {}, {}).read_text())
+    assert all(address.startswith(("#", "data:image/png;base64,")) for address in page.addresses)
+    assert sum(address.startswith("data:") for address in page.addresses) == 1
+    assert "link" not in page.tags
+
+
+def test_it_says_what_the_run_was(folder: RunFolder) -> None:
+    write_info(folder, dummy_data=False)
+    accounting = {"sources": [{"spec": "stdlib", "train": {"documents": 1632, "tokens": 7_812_345}}]}
+    page = Page(
+        report.write_report(folder, accounting, {"bits_per_byte": 1.604, "export parity": "passed"}).read_text()
+    )
+    for expected in (
+        "SmallCoder-nano",
+        "4.2M",
+        "1m30s",
+        "1.604",
+        "passed",
+        "7,812,345",
+        "accuracy 25.0%",
+        "ab12",
+        "rmsnorm",
+    ):
+        assert expected in page.text
+    assert f"python -m tools.verify_models --run {folder.path}" in page.text
+    assert folder.read_run_json()["command"] in page.text
+    assert "Trained on dummy data" not in page.text
+
+
+def test_dummy_data_is_said_at_the_top(folder: RunFolder) -> None:
+    write_info(folder, dummy_data=True)
+    page = Page(report.write_report(folder, {}, {}).read_text())
+    assert page.text.index("Trained on dummy data") < page.text.index("Results", page.text.index("Reproduce"))
+
+
+def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write_config(Config())
+    page = Page(report.write_report(folder, {}, {}).read_text())
+    assert "No chart was drawn yet." in page.text
+    assert "No samples were taken yet." in page.text
+
+
+def test_a_folder_that_is_not_a_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is this a run folder"):
+        report.write_report(RunFolder(tmp_path), {}, {})
+
+
+def test_newest_samples_come_first_and_older_ones_are_thinned() -> None:
+    samples = [{"step": step, "input": "", "output": "", "accuracy": None} for step in range(1, 201)]
+    steps = [step for step, _ in report._samples_by_step(samples)]
+    assert steps[0] == 200
+    assert len(steps) <= report.OLDER_SAMPLES + 1
+    assert report._samples_by_step([]) == []
+
+
+def test_nested_values_become_tables() -> None:
+    values = {
+        "documents": 12,
+        "dropped": {"a": {"short": 1, "binary": 2}, "b": {"short": 3, "binary": 4}},
+        "licenses": {"MIT": 3},
+    }
+    first, dropped, licenses = report.tables(values)
+    assert [cell.text for cell in first.rows[0]] == ["documents", "12"]
+    assert list(dropped.headers) == ["", "short", "binary"]
+    assert [[cell.text for cell in row] for row in dropped.rows] == [["a", "1", "2"], ["b", "3", "4"]]
+    assert licenses.title == "licenses"

@@ -1,0 +1,113 @@
+"""The run folder's JSON files and the comparison of identities."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from smallcoder_jax import config as config_module
+from smallcoder_jax.errors import UserError
+from smallcoder_jax.train import run_folder
+from smallcoder_jax.train.run_folder import RunFolder, compare_identity, write_json_atomic
+
+
+def test_looking_creates_nothing(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    assert folder.latest_chart.name == "training_latest.png"
+    with pytest.raises(UserError, match=r"run\.json does not exist"):
+        folder.read_run_json()
+    assert not folder.path.exists()
+
+
+def test_json_has_no_nan_and_takes_numpy(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "a.json"
+    write_json_atomic(path, {"a": math.nan, "b": [np.float32(1.5), math.inf], "c": np.arange(2), "d": (1, True, None)})
+    assert json.loads(path.read_text()) == {"a": None, "b": [1.5, None], "c": [0, 1], "d": [1, True, None]}
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.json"
+    write_json_atomic(path, {"version": 1})
+
+    def full_disk(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(run_folder.os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        write_json_atomic(path, {"version": 2})
+    assert json.loads(path.read_text()) == {"version": 1}
+
+
+def test_identity_differences_are_named_by_their_path() -> None:
+    recorded = {
+        "data": {"fingerprint": "aa", "sources": {"stdlib": 1.0}},
+        "packer": "concat",
+        "old": 1,
+        "rate": math.nan,
+    }
+    current = {"data": {"fingerprint": "bb", "sources": {"stdlib": 1.0}}, "packer": "concat", "new": {"x": 2}}
+    assert compare_identity(recorded, current | {"rate": math.nan}) == [
+        "data.fingerprint: the run has 'aa', now 'bb'",
+        "new.x: absent in the run, now 2",
+        "old: the run has 1, now absent",
+    ]
+
+
+def test_an_identity_that_went_through_json_compares_equal(tmp_path: Path) -> None:
+    identity = {"sources": ("a", "b"), "layers": {0: np.int64(3)}, "weight": 0.1}
+    write_json_atomic(tmp_path / "a.json", identity)
+    assert compare_identity(json.loads((tmp_path / "a.json").read_text()), identity) == []
+
+
+def test_run_json_keeps_every_start_and_what_others_recorded(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.write_run_json({"data": "aa"}, {"attention": "xla"})
+    folder.update_run_json(tensorboard="on")
+    folder.write_run_json({"data": "aa"}, {"attention": "xla"})
+    content = folder.read_run_json()
+    assert content["identity"] == {"data": "aa"}
+    assert content["tensorboard"] == "on"
+    assert content["attention"] == "xla"
+    assert len(content["starts"]) == 2
+    assert content["versions"]["jax"]
+    assert content["device"]["count"] >= 1
+    assert "python" in content["command"] or "pytest" in content["command"]
+
+
+def test_damaged_run_json_is_one_message(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.run_json.write_text('{"identity": ')
+    with pytest.raises(UserError, match="cannot be read"):
+        folder.read_run_json()
+
+
+def test_config_comes_back(tmp_path: Path) -> None:
+    config = config_module.Config(name="nano")
+    RunFolder(tmp_path).write_config(config)
+    assert config_module.from_json(RunFolder(tmp_path).config_json.read_text()) == config
+
+
+def test_training_info(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    run_folder.write_training_info(
+        folder,
+        variant_name="nano",
+        parameters=4_194_304,
+        dataset="stdlib",
+        config=config_module.Config(),
+        steps=10,
+        tokens_seen=1000,
+        train_seconds=1.5,
+        final_train_loss=math.nan,
+        best_val_loss=2.5,
+        best_step=5,
+        dummy_data=True,
+        started_from=None,
+    )
+    info = json.loads(folder.training_info_json.read_text())
+    assert info["parameters_m"] == 4.194
+    assert info["final_train_loss"] is None
+    assert info["dummy_data"] is True
+    assert info["config"]["model"]["width"] == 768
