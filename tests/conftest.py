@@ -1,4 +1,4 @@
-"""The strictest settings for every test: eight fake devices, strict types and ranks, checked shapes, warnings as errors."""
+"""The strictest settings for every test: eight fake devices, strict types and ranks, checked shapes."""
 
 import os
 
@@ -6,12 +6,12 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-from jaxtyping import install_import_hook
+os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 
-# Shapes in signatures are checked wherever a test passes through them.
-install_import_hook(["smallcoder_jax.ops", "smallcoder_jax.layers", "smallcoder_jax.losses"], "beartype.beartype")
 
-import jax
+def pytest_configure() -> None:
+    from jaxtyping import install_import_hook
 
-jax.config.update("jax_numpy_dtype_promotion", "strict")
-jax.config.update("jax_numpy_rank_promotion", "raise")
+    # Shapes in signatures are checked wherever a test passes through them.
+    install_import_hook(["smallcoder_jax.ops", "smallcoder_jax.layers", "smallcoder_jax.losses"], "beartype.beartype")

@@ -1,11 +1,11 @@
 """Tokens per second of the input pipeline, beside Hugging Face `datasets` with a plain PyTorch DataLoader.
 
-    python -m tools.bench_data [--tokens DIR] [--seconds 10] [--check] [--json]
+    python -m tools.bench_data [--sources stdlib] [--seconds 10] [--check] [--json]
 
 Both read the same tokenised documents, shuffled, rearrange half of them for fill-in-the-middle, pack them to rows by
 concatenation and give batches with positions, segments and weights, all on two cores. Ours cuts between characters and
 encodes again around the cut; the DataLoader cuts between tokens, which is cheaper. Ours resumes exactly, which is
-checked first. Without --tokens the documents are the running Python's standard library, with a tokenizer trained here.
+checked first.
 
 --check ends with exit code 3 where ours is below 3 million tokens per second.
 """
@@ -17,7 +17,6 @@ import itertools
 import json
 import os
 import platform
-import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
@@ -26,25 +25,24 @@ from typing import Any
 
 import numpy as np
 
-from smallcoder_jax.config import DataConfig
+from smallcoder_jax.config import Config, DataConfig, ModelConfig, TokenizerConfig
 from smallcoder_jax.data import packing, shards
 from smallcoder_jax.data.pipeline import make_train_iterator
+from smallcoder_jax.data.prepare import Prepared, prepare
 from smallcoder_jax.errors import CheckFailed, UserError, run_cli
 from smallcoder_jax.tokenizers.base import FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX, Tokenizer
-from smallcoder_jax.tokenizers.load import load_tokenizer
-from smallcoder_jax.tokenizers.sentencepiece import train_sentencepiece
 
 WANTED = 3_000_000  # tokens per second
 CORES = 2
 FIM_RATE, FIM_SPM_SHARE = 0.5, 0.5
-VALIDATION_EVERY = 20
 TOKENIZER_BYTES = 4_000_000
 
 
 def main(argv: list[str] | None = None) -> int | None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=Path, help="a prepared folder of token shards; default: the standard library")
-    parser.add_argument("--vocab-size", type=int, default=8192, help="of the tokenizer trained without --tokens")
+    parser.add_argument("--sources", default="stdlib", help="documents, written as in data.sources")
+    parser.add_argument("--data-dir", type=Path, help="where prepared data is kept; default: a temporary folder")
+    parser.add_argument("--vocab-size", type=int, default=8192)
     parser.add_argument("--sequence-length", type=int, default=8192)
     parser.add_argument("--batch-size", type=int, default=8, help="rows per batch")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="worker processes to measure with")
@@ -55,13 +53,11 @@ def main(argv: list[str] | None = None) -> int | None:
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
     with tempfile.TemporaryDirectory() as scratch:
-        folder = options.tokens or prepare_standard_library(Path(scratch) / "tokens", options.vocab_size)
-        manifest = shards.read_manifest(folder)
-        tokenizer = load_tokenizer(folder / manifest.tokenizer)
-        rows = [_measure_ours(manifest, folder, tokenizer, workers, options) for workers in options.workers]
-        rows += _measure_torch(manifest, folder, tokenizer, Path(scratch) / "arrow", options)
-    documents = sum(source.train.documents for source in manifest.sources)
-    tokens = sum(source.train.tokens for source in manifest.sources)
+        prepared = _prepare(options, Path(scratch) / "data")
+        rows = [_measure_ours(prepared, workers, options) for workers in options.workers]
+        rows += _measure_torch(prepared, Path(scratch) / "arrow", options)
+    documents = sum(source.train.documents for source in prepared.manifest.sources)
+    tokens = sum(source.train.tokens for source in prepared.manifest.sources)
     result = {
         "machine": f"{platform.processor() or platform.machine()}, {CORES} cores, Python {platform.python_version()}",
         "sequence_length": options.sequence_length,
@@ -81,40 +77,22 @@ def main(argv: list[str] | None = None) -> int | None:
     return None
 
 
-def prepare_standard_library(folder: Path, vocab_size: int) -> Path:
-    """Token shards of the running Python's standard library in `folder`, with a tokenizer trained on part of it."""
-    texts = []
-    root = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(root.rglob("*.py")):
-        if "site-packages" not in path.parts:
-            try:
-                texts.append(path.read_text(encoding="utf-8"))
-            except UnicodeDecodeError:
-                continue  # the library's own tests hold files in other encodings on purpose
-    if not texts:
-        raise UserError(f"no Python source under {root}; give prepared token shards with --tokens DIR")
-    tokenizer = train_sentencepiece(texts[:: len(texts) // 500 + 1], vocab_size, TOKENIZER_BYTES)
-    tokenizer.save(folder.parent / "tokenizer")
-    documents = [
-        (np.array([tokenizer.bos_id, *ids, tokenizer.eos_id]), len(text.encode("utf-8")))
-        for text, ids in zip(texts, tokenizer.encode_batch(texts, CORES), strict=True)
-    ]
-    train = [document for index, document in enumerate(documents) if index % VALIDATION_EVERY]
-    source = shards.SourceTokens("stdlib", 1.0, True, train, documents[::VALIDATION_EVERY])
-    shards.write_tokens(
-        folder, [source], vocab_size=vocab_size, tokenizer_hash=tokenizer.hash, tokenizer="../tokenizer"
+def _prepare(options: argparse.Namespace, scratch: Path) -> Prepared:
+    return prepare(
+        Config(
+            model=ModelConfig(vocab_size=options.vocab_size),
+            tokenizer=TokenizerConfig(train_bytes=TOKENIZER_BYTES),
+            data=DataConfig(sources=options.sources, dir=str(options.data_dir or scratch)),
+        )
     )
-    return folder
 
 
-def _measure_ours(
-    manifest: shards.Manifest, folder: Path, tokenizer: Tokenizer, workers: int, options: argparse.Namespace
-) -> dict[str, Any]:
+def _measure_ours(prepared: Prepared, workers: int, options: argparse.Namespace) -> dict[str, Any]:
     def make() -> Any:
         return make_train_iterator(
-            manifest,
-            folder,
-            tokenizer,
+            prepared.manifest,
+            prepared.tokens_folder,
+            prepared.tokenizer,
             data=DataConfig(workers=workers, fim_rate=FIM_RATE, fim_spm_share=FIM_SPM_SHARE, packing="concat"),
             sequence_length=options.sequence_length,
             local_batch_size=options.batch_size,
@@ -135,20 +113,19 @@ def _measure_ours(
     return {"pipeline": "grain", "workers": workers, "resumes_exactly": True, "tokens_per_second": speed}
 
 
-def _measure_torch(
-    manifest: shards.Manifest, folder: Path, tokenizer: Tokenizer, scratch: Path, options: argparse.Namespace
-) -> list[dict[str, Any]]:
+def _measure_torch(prepared: Prepared, scratch: Path, options: argparse.Namespace) -> list[dict[str, Any]]:
     try:
         import datasets
         import torch.utils.data
     except ImportError as error:
         raise UserError(f"the comparison needs {error.name}; run: pip install 'smallcoder_jax[hub,parity]'") from error
     datasets.disable_progress_bars()
+    manifest, tokenizer = prepared.manifest, prepared.tokenizer
     stored = datasets.Dataset.from_generator(
         lambda: (
             {"ids": ids}
             for source in manifest.sources
-            for ids in shards.read_records(folder, source.train.files, manifest.dtype)
+            for ids in shards.read_records(prepared.tokens_folder, source.train.files, manifest.dtype)
         ),
         features=datasets.Features({"ids": datasets.List(datasets.Value(manifest.dtype))}),
         cache_dir=str(scratch),

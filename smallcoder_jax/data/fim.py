@@ -52,11 +52,11 @@ class FillInTheMiddle:
         if rng.random() >= self._rate:
             return ids
         body = ids[1:-1]
-        characters_before = np.cumsum(self._characters[body])
-        if len(body) == 0 or characters_before[-1] < MIN_CHARACTERS:
+        characters = np.cumsum(self._characters[body])
+        if len(body) == 0 or characters[-1] < MIN_CHARACTERS:
             return ids
-        first, second = np.sort(rng.integers(0, characters_before[-1] + 1, size=2))
-        prefix, middle, suffix = self._split(body, characters_before, int(first), int(second))
+        first, second = np.sort(rng.integers(0, characters[-1] + 1, size=2))
+        prefix, middle, suffix = self._split(body, characters, int(first), int(second))
         if rng.random() < self._spm_share:
             parts = [self._prefix_id, self._suffix_id], suffix, [self._middle_id], prefix, middle
         else:

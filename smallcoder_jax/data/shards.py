@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,11 +87,12 @@ def write_tokens(
     tokenizer_hash: str,
     tokenizer: str,
     dummy: bool = False,
-    accounting: Mapping[str, Any] | None = None,
+    accounting: Callable[[Sequence[SourceEntry]], Mapping[str, Any]] = lambda entries: {},
 ) -> Manifest:
     """Writes the shards of every source and, last, the manifest. `folder` is made; it must not hold shards yet.
 
-    Raises ValueError on an id outside the vocabulary and OSError when the disk refuses.
+    `accounting` gets the finished entries and returns the JSON values that the manifest keeps beside them. Raises
+    ValueError on an id outside the vocabulary and OSError when the disk refuses.
     """
     folder.mkdir(parents=True, exist_ok=True)
     dtype = token_dtype(vocab_size)
@@ -105,7 +106,7 @@ def write_tokens(
             splits[name] = _write_split(folder, f"{index:03d}-{name}", getattr(source, name), dtype, vocab_size, digest)
         entries.append(SourceEntry(source.spec, source.weight, source.fim, splits["train"], splits["validation"]))
     manifest = Manifest(
-        tokenizer_hash, tokenizer, dtype, vocab_size, digest.hexdigest(), dummy, tuple(entries), accounting or {}
+        tokenizer_hash, tokenizer, dtype, vocab_size, digest.hexdigest(), dummy, tuple(entries), accounting(entries)
     )
     write_json(folder / MANIFEST, dataclasses.asdict(manifest))
     return manifest

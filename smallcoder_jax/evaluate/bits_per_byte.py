@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import lzma
+import math
 import os
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+from smallcoder_jax.data import shards
+from smallcoder_jax.data.prepare import Prepared
 from smallcoder_jax.errors import UserError
+from smallcoder_jax.tokenizers.base import Tokenizer
+
+CACHE = "compressors.json"
+SAMPLE_BYTES = 32 << 20  # the slowest compressor needs about a second per MiB
 
 
 def gzip_bytes(data: bytes) -> int:
@@ -44,3 +54,33 @@ def compressor_bits_per_byte(texts: Sequence[bytes]) -> dict[str, dict[str, floa
             name: {"per_file": 8 * alone[name] / total, "all_in_one": 8 * joined[name].result() / total}
             for name in COMPRESSORS
         }
+
+
+def held_out_references(prepared: Prepared) -> dict[str, float]:
+    """Compressors' bits per byte of the validation documents of `prepared`, each by itself and all in one.
+
+    Worked out once and kept beside the token shards. Beyond `SAMPLE_BYTES`, every n-th document is taken.
+    """
+    cache = prepared.tokens_folder / CACHE
+    if cache.exists():
+        kept = json.loads(cache.read_text(encoding="utf-8"))
+        if kept["fingerprint"] == prepared.manifest.fingerprint:
+            return kept["bits_per_byte"]
+    found = compressor_bits_per_byte(held_out_texts(prepared.manifest, prepared.tokens_folder, prepared.tokenizer))
+    references = {name: sizes["per_file"] for name, sizes in found.items()}
+    references |= {f"{name}, all in one": sizes["all_in_one"] for name, sizes in found.items()}
+    # Prepared data that several people share may be read-only: then this is worked out at every start.
+    if os.access(prepared.tokens_folder, os.W_OK):
+        shards.write_json(cache, {"fingerprint": prepared.manifest.fingerprint, "bits_per_byte": references})
+    return references
+
+
+def held_out_texts(manifest: shards.Manifest, tokens_folder: Path, tokenizer: Tokenizer) -> list[bytes]:
+    """The validation documents in stored order, as the UTF-8 that their ids stand for; at most about `SAMPLE_BYTES`."""
+    splits = [source.validation for source in manifest.sources]
+    take_every = max(1, math.ceil(sum(split.bytes for split in splits) / SAMPLE_BYTES))
+    documents = itertools.chain.from_iterable(
+        shards.read_records(tokens_folder, split.files, manifest.dtype) for split in splits
+    )
+    pieces = tokenizer.token_bytes
+    return [b"".join([pieces[i] for i in ids]) for ids in itertools.islice(documents, 0, None, take_every)]

@@ -1,19 +1,25 @@
 """The model card.
 
-`card` is a dict of plain values: `name`; and, where known, `training` and `evaluation` (what to value, as shown), `data`
-(`dummy`, `fingerprint`, `sources`: a list of `spec`, `weight`, `documents`, `tokens`, `bytes`; `licenses`: licence to
-number of documents) and `parity` (`ParityReport.record`). What is not known is said not to be.
+`card` is a dict of plain values: `name`; and, where known,
+
+    training, evaluation  what to value, as shown
+    data                  `dummy`, `fingerprint`, `sources` (a list of `spec`, `weight`, `documents`, `tokens`, `bytes`)
+                          and `licenses` (licence to number of documents)
+    parity                `export.parity.ParityReport.record`
+
+What is not known is said not to be.
 """
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
 
-from smallcoder_jax.config import ModelConfig
-from smallcoder_jax.models import build
+from smallcoder_jax.config import Config, ModelConfig, parameter_count
+from smallcoder_jax.data.shards import Manifest
 
 _KINDS = {"rmsnorm": "A decoder in the style of Llama", "layernorm": "A decoder in the style of GPT-2"}
 
@@ -35,7 +41,7 @@ def render(model: ModelConfig, card: Mapping[str, Any], *, dtype: str, fim: Sequ
         fim=fim,
         chat=chat,
         kind=_KINDS[model.norm],
-        parameters=build.parameter_count(model),
+        parameters=parameter_count(model),
     )
 
 
@@ -45,7 +51,56 @@ def _cell(value: Any) -> str:
         return f"{value:,}"
     if isinstance(value, float):
         return f"{value:.6g}"
+    if value is None:
+        return "not known"
     text = " ".join(str(value).split())
     for character in "\\|<`*[":
         text = text.replace(character, "\\" + character)
     return text
+
+
+def of_run(
+    config: Config, meta: Mapping[str, Any], references: Mapping[str, float], manifest: Manifest | None
+) -> dict[str, Any]:
+    """The card of one checkpoint. `meta`: its meta.json. `references`: compressors' bits per byte of the held-out text.
+
+    `manifest` is that of the token shards, None where they are gone: then only what `meta` kept of them is told.
+    """
+    train, data = config.train, meta["identity"]["data"]
+    training = {
+        "steps": meta["step"],
+        "tokens seen": meta["tokens_seen"],
+        "rows of a batch": train.batch_size,
+        "tokens of a row": train.sequence_length,
+        "optimizer": f"{config.optimizer.name}, {config.optimizer.schedule} schedule",
+        "fill-in-the-middle": f"{config.data.fim_rate:.0%} of documents",
+        "packing": config.data.packing,
+        "precision": config.compute.dtype,
+    }
+    evaluation = {name.replace("_", " "): value for name, value in meta["evaluation"].items()}
+    evaluation |= {f"bits per byte, {name}": value for name, value in references.items()}
+    return {
+        "name": config.name,
+        "training": training,
+        "evaluation": evaluation,
+        "data": {
+            "dummy": meta["dummy_data"],
+            "fingerprint": data["fingerprint"],
+            "sources": [_source(manifest, index, kept) for index, kept in enumerate(data["sources"])],
+            "licenses": _licenses(manifest),
+        },
+    }
+
+
+def _source(manifest: Manifest | None, index: int, kept: Mapping[str, Any]) -> dict[str, Any]:
+    source = {"spec": kept["spec"], "weight": kept["weight"], "documents": kept["documents"]}
+    train = manifest.sources[index].train if manifest else None
+    return {**source, "tokens": train.tokens if train else None, "bytes": train.bytes if train else None}
+
+
+def _licenses(manifest: Manifest | None) -> dict[str, int]:
+    """Documents per licence over all sources, most first."""
+    counts: collections.Counter[str] = collections.Counter()
+    for source in manifest.accounting.get("sources", []) if manifest else []:
+        counts.update(source["statistics"]["licenses"])
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))

@@ -17,7 +17,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -39,25 +39,25 @@ CARD, RECORD = "README.md", "export.json"
 FORMAT = 1
 Dtype = Literal["float32", "bfloat16"]
 _NUMPY_DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": jnp.bfloat16}
-_STORED_DTYPES = {"F32": "float32", "BF16": "bfloat16"}
+_STORED_DTYPES = ("F32", "BF16", "F16")
 _FIM_PIECES = (base.FIM_PREFIX, base.FIM_MIDDLE, base.FIM_SUFFIX)
 # How the project samples where nothing else is asked for.
 _SAMPLING = {"do_sample": True, "temperature": 0.7, "top_k": 50, "top_p": 0.9, "max_new_tokens": 200}
 
 
-@dataclasses.dataclass(frozen=True)
-class Export:
-    """What a folder holds. `params`: unrolled, float32, numpy. `dtype`: how they are stored.
-
-    `tokenizer_folder` is what `load_tokenizer` reads, None where the folder was not written by this package. `card` is
-    what `write_export` was given.
-    """
+class Export(NamedTuple):
+    """What a folder holds. `params`: unrolled, float32, numpy. `tokenizer_folder` is what `load_tokenizer` reads."""
 
     model: ModelConfig
     params: build.Params
-    dtype: Dtype
-    tokenizer_folder: Path | None
+    tokenizer_folder: Path
+
+
+class Record(NamedTuple):
+    """What `write_export` was given beside the model: with it the same folder can be written again."""
+
     card: dict[str, Any]
+    dtype: Dtype
 
 
 def write_export(
@@ -98,9 +98,15 @@ def write_export(
         content = dict(card)
         if check is not None:
             content["parity"] = dict(check(partial))
-        write_json(partial / RECORD, {"format": FORMAT, "tokenizer_hash": tokenizer.hash, "card": content})
+        write_json(partial / RECORD, {"format": FORMAT, "dtype": dtype, "card": content})
         fim = [piece for piece in _FIM_PIECES if piece in tokenizer.specials]
-        text = model_card.render(model, content, dtype=dtype, fim=fim, chat=export_tokenizer.has_chat(tokenizer))
+        text = model_card.render(
+            model,
+            content,
+            dtype=dtype,
+            fim=[] if export_tokenizer.is_published(partial) else fim,
+            chat=(partial / export_tokenizer.CHAT_TEMPLATE).is_file(),
+        )
         (partial / CARD).write_text(text, encoding="utf-8", newline="\n")
         _replace(partial, folder)
     finally:
@@ -119,13 +125,15 @@ def read_export(folder: Path) -> Export:
         config_module.validate(config_module.Config(model=model, train=config_module.TrainConfig(sequence_length=1)))
     except UserError as error:
         raise UserError(f"{folder / CONFIG}: {error}") from error
-    params, dtype = _read_weights(folder, model)
-    record = folder / RECORD
-    content = _read_json(record) if record.exists() else {"format": FORMAT, "card": {}}
-    if content.get("format") != FORMAT or not isinstance(content.get("card"), dict):
-        raise UserError(f"{record} has format {content.get('format')!r}; this version reads format {FORMAT}")
-    tokenizer_folder = folder if export_tokenizer.read_kind(folder) else None
-    return Export(model, params, dtype, tokenizer_folder, content["card"])
+    return Export(model, _read_weights(folder, model), folder)
+
+
+def read_record(folder: Path) -> Record:
+    """What `folder` was written from. Raises UserError for a folder that this package did not write."""
+    content = _read_json(folder / RECORD)
+    if content.get("format") != FORMAT or content.get("dtype") not in get_args(Dtype):
+        raise UserError(f"{folder / RECORD} has format {content.get('format')!r}; this version reads format {FORMAT}")
+    return Record(dict(content["card"]), content["dtype"])
 
 
 def round_params(params: build.Params, dtype: Dtype) -> build.Params:
@@ -297,7 +305,7 @@ def _read_gpt2(settings: _Settings) -> ModelConfig:
 _READERS: dict[str, Callable[[_Settings], ModelConfig]] = {"llama": _read_llama, "gpt2": _read_gpt2}
 
 
-def _read_weights(folder: Path, model: ModelConfig) -> tuple[build.Params, Dtype]:
+def _read_weights(folder: Path, model: ModelConfig) -> build.Params:
     path = folder / WEIGHTS
     if not path.is_file():
         pickles = sorted(file.name for suffix in ("bin", "pt", "pth", "ckpt") for file in folder.glob(f"*.{suffix}"))
@@ -309,7 +317,6 @@ def _read_weights(folder: Path, model: ModelConfig) -> tuple[build.Params, Dtype
         else:
             found = "there are no weights"
         raise UserError(f"{path} does not exist: {found}. Save the model as one file {WEIGHTS}")
-    dtypes: set[Dtype] = set()
     try:
         with safetensors.safe_open(path, framework="numpy") as file:
 
@@ -320,15 +327,11 @@ def _read_weights(folder: Path, model: ModelConfig) -> tuple[build.Params, Dtype
                 stored = file.get_slice(name).get_dtype()
                 if stored not in _STORED_DTYPES:
                     raise UserError(f"{path}: tensor {name} is {stored}; supported: {', '.join(_STORED_DTYPES)}")
-                dtypes.add("bfloat16" if stored == "BF16" else "float32")
                 return file.get_tensor(name).astype(np.float32)
 
-            params = names.from_published(model, file.keys(), shape, read)
+            return names.from_published(model, file.keys(), shape, read)
     except safetensors.SafetensorError as error:
         raise UserError(f"{path} is damaged: {error}. Export or download it again") from error
-    if len(dtypes) > 1:
-        raise UserError(f"{path} mixes {' and '.join(sorted(dtypes))}; expected one type throughout")
-    return params, dtypes.pop()
 
 
 def _read_json(path: Path) -> dict[str, Any]:

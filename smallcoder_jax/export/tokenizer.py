@@ -25,11 +25,11 @@ CHAT_PIECES = (base.IM_START, base.IM_END)
 def write_tokenizer(folder: Path, tokenizer: base.Tokenizer, *, context: int) -> None:
     """Writes everything about `tokenizer` into `folder`: its own files, and those of `transformers`.
 
-    A published tokenizer is written as it was published. `context` becomes `model_max_length`. Raises UserError where
-    the kind of tokenizer cannot be expressed.
+    A published tokenizer (`is_published`) is written as it was published. `context` becomes `model_max_length`. Raises
+    UserError where the tokenizer cannot be expressed.
     """
     tokenizer.save(folder)
-    kind = read_kind(folder)
+    kind = _read_kind(folder)
     if kind == "hf":
         if not (folder / TOKENIZER_JSON).is_file():
             raise UserError(
@@ -79,21 +79,19 @@ def chat_template() -> str:
     return resources.files("smallcoder_jax.export").joinpath("templates", CHAT_TEMPLATE).read_text(encoding="utf-8")
 
 
-def read_kind(folder: Path) -> str | None:
-    """The kind of tokenizer in `folder`, None for a folder that this package did not write. Raises UserError."""
-    path = folder / base.KIND_FILE
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))["kind"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f'{path} cannot be read ({error}); expected {{"kind": ...}}') from error
+def is_published(folder: Path) -> bool:
+    """Whether the tokenizer that `write_tokenizer` wrote is a published one: its pieces have names of their own."""
+    return _read_kind(folder) == "hf"
 
 
 def write_json(path: Path, content: Any) -> None:
-    """The same content gives the same bytes."""
-    text = json.dumps(content, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+    """In the order of `content`, which reading it again keeps: the same content gives the same bytes."""
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     path.write_text(text, encoding="utf-8", newline="\n")
+
+
+def _read_kind(folder: Path) -> str:
+    return json.loads((folder / base.KIND_FILE).read_text(encoding="utf-8"))["kind"]
 
 
 def _from_sentencepiece(path: Path) -> dict[str, Any]:
@@ -106,9 +104,7 @@ def _from_sentencepiece(path: Path) -> dict[str, Any]:
     pieces = [processor.id_to_piece(i) for i in range(size)]
     ordinary: dict[str, float] = {}
     for i, piece in enumerate(pieces):
-        if not (
-            processor.is_control(i) or processor.is_unknown(i) or processor.is_byte(i) or processor.is_unused(i)
-        ):
+        if not (processor.is_control(i) or processor.is_unknown(i) or processor.is_byte(i) or processor.is_unused(i)):
             pieces[i] = piece.replace(SPACE, " ")
             ordinary[pieces[i]] = processor.get_score(i)
     if len(set(pieces)) != size:

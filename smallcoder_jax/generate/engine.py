@@ -140,12 +140,12 @@ class Generator:
         that the device never waits for the host.
         """
         size = min(_power_of_two(len(rows)), batch_size)
-        width = min(_bucket(max(len(row.prompt.ids) for row in rows)), self.model.context)
-        packed = _pack_rows(rows, size, width, self.tokenizer.pad_id, self._place)
-        settings, vocabulary = settings_of(options, size, self._place), self._vocabulary
+        width = min(_bucket(max(len(row.prompt.ids) for row in rows) - 1), self.model.context)
         shape = {"model": self.model, "compute": self._compute, "place": self._place}
-        length = width + _bucket(options.max_tokens)
-        state, produced = step.prefill(self._params, packed, settings, vocabulary, **shape, length=length)
+        settings, vocabulary = settings_of(options, size, self._place), self._vocabulary
+        packed = _pack_rows(rows, size, width, self.tokenizer.pad_id, self._place)
+        state = step.prefill(self._params, packed, **shape, length=width + _bucket(options.max_tokens))
+        state, produced = step.decode(self._params, state, packed.last_B, settings, vocabulary, **shape)
         for _ in range(options.max_tokens - 1):
             state, following = step.decode(self._params, state, produced.tokens_B, settings, vocabulary, **shape)
             yield jax.device_get(produced)
@@ -220,20 +220,23 @@ def _vocabulary_of(
 
 
 def _pack_rows(rows: list[_Row], size: int, width: int, pad_id: int, place: jax.sharding.Sharding) -> step.Prompts:
-    """Prompts on the right of `width` columns, and rows of padding up to `size`; on the device."""
+    """All but the last tokens of prompts, on the right of `width` columns, and unused rows up to `size`; on the device."""
     tokens_BP = np.full((size, width), pad_id, np.int32)
     segment_ids_BP = np.zeros((size, width), np.int32)
+    last_B = np.full(size, pad_id, np.int32)
+    unused_B = np.arange(size) >= len(rows)
     seeds_B, prompt_hashes_B, samples_B = np.zeros((3, size), np.uint32)
     for i, row in enumerate(rows):
         ids = np.asarray(row.prompt.ids, np.int32)
-        tokens_BP[i, width - len(ids) :] = ids
-        segment_ids_BP[i, width - len(ids) :] = 1
+        start = width - (len(ids) - 1)
+        tokens_BP[i, start:], segment_ids_BP[i, start:], last_B[i] = ids[:-1], 1, ids[-1]
         seeds_B[i], prompt_hashes_B[i], samples_B[i] = row.seed, zlib.crc32(ids.tobytes()), row.sample
-    return step.Prompts(*jax.device_put((tokens_BP, segment_ids_BP, seeds_B, prompt_hashes_B, samples_B), place))
+    columns = (tokens_BP, segment_ids_BP, last_B, unused_B, seeds_B, prompt_hashes_B, samples_B)
+    return step.Prompts(*jax.device_put(columns, place))
 
 
 def _power_of_two(number: int) -> int:
-    return 1 << (number - 1).bit_length()
+    return 1 << max(number - 1, 0).bit_length()
 
 
 def _bucket(number: int) -> int:

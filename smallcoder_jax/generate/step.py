@@ -22,14 +22,16 @@ from smallcoder_jax.models.cache import Cache, init_cache
 
 
 class Prompts(NamedTuple):
-    """Prompts padded on the left; a row that is all padding has segment 0 throughout and produces nothing.
+    """Prompts without their last tokens, padded on the left: the first decode step reads the last ones.
 
     A row's random numbers come from its seed, a number made of its prompt, and which sample of it the row is: not
-    from where in a batch it stands.
+    from where in a batch it stands. `unused_B` marks rows that only fill up the batch.
     """
 
     tokens_BP: Array  # int32
     segment_ids_BP: Array  # int32: 1, and 0 on padding
+    last_B: Array  # int32
+    unused_B: Array  # bool
     seeds_B: Array  # uint32
     prompt_hashes_B: Array  # uint32
     samples_B: Array  # uint32
@@ -65,32 +67,30 @@ class Produced(NamedTuple):
 def prefill(
     params: Params,
     prompts: Prompts,
-    settings: Settings,
-    vocabulary: Vocabulary,
     *,
     model: ModelConfig,
     compute: ComputeConfig,
     place: jax.sharding.Sharding,
     length: int,
-) -> tuple[State, Produced]:
-    """Reads the prompts into a new cache of `length` columns and produces the first tokens."""
+) -> State:
+    """Reads the prompts into a new cache of `length` columns."""
     decoder = bind(abstract_model(model, compute)[0], params)
-    tokens_BP, segment_ids_BP = prompts.tokens_BP, prompts.segment_ids_BP
-    rows = tokens_BP.shape[0]
-    positions_BP = jnp.maximum(jnp.cumsum(segment_ids_BP, axis=1) - 1, 0)
+    rows = prompts.tokens_BP.shape[0]
+    positions_BP = jnp.maximum(jnp.cumsum(prompts.segment_ids_BP, axis=1) - 1, 0)
     cache = init_cache(model, compute, rows, length)
-    hidden_BPD, cache = decoder.extend(tokens_BP, positions_BP, segment_ids_BP, cache)
-    row_B1 = jnp.arange(rows, dtype=jnp.int32)[:, None]
-    seen_BV = jnp.zeros((rows, model.vocab_size), bool).at[row_B1, tokens_BP].max(segment_ids_BP > 0)
+    _, cache = decoder.extend(prompts.tokens_BP, positions_BP, prompts.segment_ids_BP, cache)
+    row_B = jnp.arange(rows, dtype=jnp.int32)
+    seen_BV = jnp.zeros((rows, model.vocab_size), bool)
+    seen_BV = seen_BV.at[row_B[:, None], prompts.tokens_BP].max(prompts.segment_ids_BP > 0)
     state = State(
         cache=cache,
-        positions_B=segment_ids_BP.sum(axis=1),
-        ended_B=segment_ids_BP[:, -1] == 0,
-        seen_BV=seen_BV,
+        positions_B=prompts.segment_ids_BP.sum(axis=1),
+        ended_B=prompts.unused_B,
+        seen_BV=seen_BV.at[row_B, prompts.last_B].set(True),
         keys_B=jax.vmap(_row_key)(prompts.seeds_B, prompts.prompt_hashes_B, prompts.samples_B),
         count=jnp.zeros((), jnp.int32),
     )
-    return _produce(state, decoder.logits(hidden_BPD[:, -1:])[:, 0], settings, vocabulary, place)
+    return jax.lax.with_sharding_constraint(state, place)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "compute", "place"), donate_argnames=("state",))
@@ -109,26 +109,24 @@ def decode(
     decoder = bind(abstract_model(model, compute)[0], params)
     alive_B = jnp.logical_not(state.ended_B).astype(jnp.int32)
     hidden_B1D, cache = decoder.extend(tokens_B[:, None], state.positions_B[:, None], alive_B[:, None], state.cache)
-    state = state._replace(cache=cache, positions_B=state.positions_B + alive_B)
-    return _produce(state, decoder.logits(hidden_B1D)[:, 0], settings, vocabulary, place)
-
-
-def _produce(
-    state: State, logits_BV: Array, settings: Settings, vocabulary: Vocabulary, place: jax.sharding.Sharding
-) -> tuple[State, Produced]:
+    logits_BV = decoder.logits(hidden_B1D)[:, 0]
     keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.keys_B, state.count)
     chosen_B = choose(logits_BV, state.seen_BV, vocabulary.suppressed_V, settings, keys_B)
-    tokens_B = jnp.where(state.ended_B, vocabulary.pad_id, chosen_B)
     chosen_logit_B = jnp.take_along_axis(logits_BV, chosen_B[:, None], axis=1)[:, 0]
-    logprobs_B = chosen_logit_B - jax.nn.logsumexp(logits_BV, axis=1)
-    rows_B = jnp.arange(tokens_B.shape[0], dtype=jnp.int32)
-    state = state._replace(
-        ended_B=state.ended_B | vocabulary.ends_V[tokens_B],
-        seen_BV=state.seen_BV.at[rows_B, tokens_B].set(True),
+    produced = Produced(
+        tokens_B=jnp.where(state.ended_B, vocabulary.pad_id, chosen_B),
+        logprobs_B=chosen_logit_B - jax.nn.logsumexp(logits_BV, axis=1),
+    )
+    state = State(
+        cache=cache,
+        positions_B=state.positions_B + alive_B,
+        ended_B=state.ended_B | vocabulary.ends_V[produced.tokens_B],
+        seen_BV=state.seen_BV.at[jnp.arange(tokens_B.shape[0], dtype=jnp.int32), produced.tokens_B].set(True),
+        keys_B=state.keys_B,
         count=state.count + 1,
     )
-    # On a mesh the state would be split as the compiler likes, prefill's unlike decode's: decode would compile twice.
-    return jax.lax.with_sharding_constraint((state, Produced(tokens_B, logprobs_B)), place)
+    # Split as the compiler likes, a mesh's state would come out of prefill unlike out of decode: two compilations.
+    return jax.lax.with_sharding_constraint((state, produced), place)
 
 
 def _row_key(seed: Array, prompt_hash: Array, sample: Array) -> Array:

@@ -33,7 +33,7 @@ class Embedding(nnx.Module):
     """Rows of a [V, D] table."""
 
     def __init__(self, entries: int, width: int, *, rngs: nnx.Rngs):
-        std = 0.5 * width**-0.5  # logits then start with a standard deviation of 0.5, at any width
+        std = 0.4 * width**-0.5  # logits then start with a standard deviation of 0.4, at any width
         self.embedding = nnx.Param(std * jax.random.normal(rngs.params(), (entries, width), jnp.float32))
 
     def __call__(self, ids_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
@@ -106,7 +106,7 @@ class Decoder(nnx.Module):
         untied = model.embeddings == "untied"
         dtype = jnp.dtype(compute.dtype)
         self.unembed = (
-            Linear(model.width, model.vocab_size, bias=False, std=0.5 * model.width**-0.5, dtype=dtype, rngs=rngs)
+            Linear(model.width, model.vocab_size, bias=False, std=0.4 * model.width**-0.5, dtype=dtype, rngs=rngs)
             if untied
             else None
         )

@@ -88,15 +88,17 @@ class HuggingFaceTokenizer:
         if self._tokenizer.pad_token_id is not None:
             found[base.PAD] = self.pad_id
         for piece, names in _ALIASES.items():
-            found.update({piece: vocabulary[name] for name in reversed(names) if name in vocabulary})
+            known = next((name for name in names if name in vocabulary), None)
+            if known is not None:
+                found[piece] = vocabulary[known]
         return found
 
     def _read_bytes(self, settings: dict[str, Any], specials: set[int]) -> list[bytes]:
         byte_level = '"ByteLevel"' in json.dumps([settings["pre_tokenizer"], settings["decoder"]])
         if not byte_level and not settings["model"].get("byte_fallback"):
             raise UserError(
-                f"tokenizer {self._name} ({settings['model'].get('type')}) loses bytes of the text; expected byte-level "
-                "BPE or BPE with byte fallback: choose another tokenizer"
+                f"tokenizer {self._name} ({settings['model'].get('type')}) loses bytes of the text; expected "
+                "byte-level BPE or BPE with byte fallback: choose another tokenizer"
             )
         alphabet = _byte_alphabet()
         added = {int(item["id"]) for item in settings["added_tokens"]}
@@ -131,7 +133,10 @@ class HuggingFaceTokenizer:
 
 
 def read_hugging_face(name: str) -> HuggingFaceTokenizer:
-    """The tokenizer of a folder, or a published one by its name on the hub. Raises UserError with cause and ways out."""
+    """The tokenizer of a folder, or a published one by its name on the hub.
+
+    Raises UserError, with the cause and the ways out, where it cannot be loaded.
+    """
     try:
         from transformers import AutoTokenizer
     except ImportError as error:

@@ -33,6 +33,7 @@ SPACE = "\u2581"  # how sentencepiece writes a space inside an entry
 # written as private characters, which no entry keeps.
 _NEWLINE, _TAB = "\ue00a", "\ue009"
 _RESERVED = re.compile(f"[{_NEWLINE}{_TAB}{SPACE}\0]+")
+_ModelProto = vars(sentencepiece_model_pb2)["ModelProto"]  # protobuf makes its classes when the module is imported
 _LINE_CHARACTERS = 4000  # longer lines are cut; the trainer's limit is in bytes, at most four to a character
 _TRAINER_SETTINGS = {
     "model_type": "bpe",
@@ -170,7 +171,7 @@ def _lines(text: str) -> Iterator[str]:
 
 def _restore(model: bytes) -> bytes:
     """The trained model with newlines and tabs in the place of their stand-ins, and without the path of its input."""
-    proto = sentencepiece_model_pb2.ModelProto.FromString(model)
+    proto = _ModelProto.FromString(model)
     for entry in proto.pieces:
         entry.piece = entry.piece.replace(_NEWLINE, "\n").replace(_TAB, "\t")
     del proto.trainer_spec.input[:]

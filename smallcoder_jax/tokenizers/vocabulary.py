@@ -29,7 +29,7 @@ class Vocabulary:
         self._special = special
         self._first = first
         self._last = np.array([piece[-1] if piece else 0 for piece in self.token_bytes], dtype=np.uint8)
-        self.starts_word = special | ~joins.any(axis=0)[first]
+        self.starts_word: np.ndarray = special | ~np.any(joins, axis=0)[first]
 
     def borders(self, ids: np.ndarray) -> np.ndarray:
         """bool, one per id: no id could cover the bytes on both sides of the place before it."""

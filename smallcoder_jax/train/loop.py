@@ -286,6 +286,7 @@ class Trainer:
             "best_loss": self.best_loss if np.isfinite(self.best_loss) else None,
             "evaluation": self.evaluation,
         }
+        self.log.flush()  # a run that continues from this step has its lines
         self.checkpointer.save(self.state, meta, self.data_state, best=best)
 
     def _histograms(self) -> None:

@@ -132,9 +132,9 @@ class Terminal:
 
     def eta(self) -> float:
         """Seconds until the last step at the pace of the last 100 steps; NaN before two steps were seen."""
-        (first_step, first_time), (last_step, last_time) = self._times[0], self._times[-1]
-        if last_step == first_step:
+        if not self._times or self._times[0][0] == self._times[-1][0]:
             return math.nan
+        (first_step, first_time), (last_step, last_time) = self._times[0], self._times[-1]
         return (last_time - first_time) / (last_step - first_step) * (self._total_steps - last_step)
 
     def end_summary(

@@ -1,8 +1,11 @@
 """A tiny random model over bytes: what generation is tested with."""
 
 import dataclasses
+import functools
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from smallcoder_jax.config import ComputeConfig, ModelConfig
@@ -22,13 +25,23 @@ class Tiny:
     def __init__(self, **changes):
         self.model = dataclasses.replace(MODEL, **changes)
         self.params = build.init_params(self.model, COMPUTE, jax.random.key(7))
+        self._forward = jax.jit(self._score)
 
     def generator(self, tokenizer=None, params=None) -> Generator:
         return Generator(self.model, COMPUTE, params or self.params, tokenizer or ByteTokenizer())
 
-    def bind(self):
+    def scores(self, ids: list[int]) -> np.ndarray:
+        """Scores after every token of one document, by the forward pass of training: [tokens, V]."""
+        row = np.zeros((1, self.model.context), np.int32)
+        row[0, : len(ids)] = ids
+        segments = (np.arange(self.model.context, dtype=np.int32) < len(ids)).astype(np.int32)[None]
+        return np.array(self._forward(self.params, row, segments)[0, : len(ids)])
+
+    def _score(self, params, tokens, segments):
         graph, _ = build.abstract_model(self.model, COMPUTE)
-        return build.bind(graph, self.params)
+        positions = jnp.arange(self.model.context, dtype=jnp.int32)[None]
+        decoder = build.bind(graph, params)
+        return decoder.logits(decoder(tokens, positions, segments))
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +51,7 @@ def tiny() -> Tiny:
 
 @pytest.fixture(scope="session")
 def make_tiny():
-    return Tiny
+    return functools.cache(Tiny)
 
 
 def bytes_ending_at(token: int) -> ByteTokenizer:

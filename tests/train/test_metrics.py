@@ -187,7 +187,8 @@ def test_a_damaged_log_is_one_message(folder: RunFolder) -> None:
 
 def test_not_a_number_is_null_in_json(folder: RunFolder) -> None:
     log = open_log(folder)
-    log.train(1, {"loss": math.nan, "grad_norm": math.inf, "learning_rate": np.float32(0.5), "mfu": None})
+    values: dict[str, Any] = {"loss": math.nan, "grad_norm": math.inf, "learning_rate": np.float32(0.5), "mfu": None}
+    log.train(1, values)
     log.close()
     assert jsonl(folder) == [{"step": 1, "loss": None, "grad_norm": None, "learning_rate": 0.5}]
     assert csv_rows(folder.training_log_csv)[0]["loss"] == "nan"

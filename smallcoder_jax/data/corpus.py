@@ -1,0 +1,189 @@
+"""The corpus: every source read once, filtered, deduplicated, split by hash, stored by a TFDS builder as ArrayRecord.
+
+A corpus folder is valid when it exists: it is built under another name and renamed. Within a split, the documents of
+a source stand together, in the order in which the source yields them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from smallcoder_jax.config import DataConfig
+from smallcoder_jax.data.collect import SourceReport, collect_source
+from smallcoder_jax.data.documents import Document
+from smallcoder_jax.data.progress import Progress
+from smallcoder_jax.data.shards import SPLITS, write_json
+from smallcoder_jax.data.sources import SourceSpec, source_identity
+from smallcoder_jax.data.storage import new_folder, short_key
+from smallcoder_jax.errors import UserError
+
+FORMAT = 1  # raised when the same sources and settings begin to give another corpus
+ACCOUNTING = "accounting.json"
+MIN_REPOSITORIES = 20  # a source with fewer is split by document: by repository, one side could stay empty
+_FIELDS = ("text", "source", "path", "repository", "language", "license", "hash")
+_READ_AHEAD = 256
+
+
+def corpus_key(specs: Sequence[SourceSpec], data: DataConfig) -> str:
+    """The folder's name: a hash over the sources and the settings that decide the documents."""
+    return short_key(
+        {
+            "format": FORMAT,
+            "sources": [source_identity(spec) for spec in specs],
+            "min_characters": data.min_characters,
+            "max_documents": data.max_documents,
+            "validation_fraction": data.validation_fraction,
+            "allow_dummy_data": data.allow_dummy_data,
+        }
+    )
+
+
+def ensure_corpus(specs: Sequence[SourceSpec], data: DataConfig, final: Path, progress: Progress | None) -> None:
+    """Builds the corpus of these sources in the folder `final`, where it is not there yet.
+
+    Raises UserError where a source cannot be read or holds nothing usable, where a split stays empty, or where the
+    disk is full; then no corpus is left behind.
+    """
+    if final.is_dir():
+        return
+    with new_folder(final) as folder:
+        spool = folder / "spool"
+        spool.mkdir()
+        seen: set[bytes] = set()
+        reports = [
+            collect_source(spec, data, spool / f"{index}.jsonl", seen, progress) for index, spec in enumerate(specs)
+        ]
+        sides = [_Side(report, data.validation_fraction) for report in reports]
+        accounting = _account(reports, sides, spool)
+        _check_splits(accounting, data)
+        _write_records(folder, spool, sides)
+        shutil.rmtree(spool)
+        write_json(folder / ACCOUNTING, accounting)
+
+
+def read_accounting(folder: Path) -> dict[str, Any]:
+    """What was read, kept and dropped, per source. Raises UserError where `folder` is no corpus."""
+    path = folder / ACCOUNTING
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}. Delete {folder} and prepare the data again") from error
+
+
+def read_split(folder: Path, split: str, source: str | None = None) -> Iterator[Document]:
+    """The documents of a split ("train" or "validation") in stored order; with `source`, only that source's."""
+    accounting = read_accounting(folder)
+    start, stop = 0, 0
+    for entry in accounting["sources"]:
+        stop += entry[split]["documents"]
+        if source is None or entry["spec"] == source:
+            yield from _read_range(folder, split, start, stop)
+        start = stop
+
+
+def document_digest() -> Any:
+    """A hash to be fed with `add_to_digest`; over every document it gives a corpus's fingerprint."""
+    return hashlib.sha256(b"corpus")
+
+
+def add_to_digest(digest: Any, split: str, document: Document) -> None:
+    """Adds a document, its provenance and its side to a fingerprint."""
+    fields = [split, document.hash, document.path, document.repository, document.language, document.license]
+    digest.update(json.dumps(fields).encode())
+
+
+def _read_range(folder: Path, split: str, start: int, stop: int) -> Iterator[Document]:
+    if start == stop:
+        return
+    import tensorflow_datasets as tfds
+
+    info = next(folder.glob("*/*/dataset_info.json"), None)
+    if info is None:
+        raise UserError(f"{folder} holds no corpus; delete it and prepare the data again")
+    builder: Any = tfds.builder_from_directory(info.parent)
+    records = builder.as_data_source(split)
+    for first in range(start, stop, _READ_AHEAD):
+        for record in records.__getitems__(list(range(first, min(first + _READ_AHEAD, stop)))):
+            values = {name: record[name].decode("utf-8") for name in _FIELDS if name != "hash"}
+            yield Document(**values)
+
+
+class _Side:
+    """Which side of the split a source's documents are on."""
+
+    def __init__(self, report: SourceReport, validation_fraction: float):
+        self.by = "repository" if report.repositories >= MIN_REPOSITORIES else "document"
+        self._limit = int(validation_fraction * 2**64)
+
+    def of(self, document: Document) -> str:
+        whole = document.repository if self.by == "repository" and document.repository else document.hash
+        place = int.from_bytes(hashlib.sha256(b"split|" + whole.encode()).digest()[:8], "big")
+        return SPLITS[1] if place < self._limit else SPLITS[0]
+
+
+def _read_spool(path: Path) -> Iterator[Document]:
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            yield Document(**json.loads(line))
+
+
+def _account(reports: Sequence[SourceReport], sides: Sequence[_Side], spool: Path) -> dict[str, Any]:
+    sources, digest = [], document_digest()
+    for index, (report, side) in enumerate(zip(reports, sides, strict=True)):
+        counts = {split: {"documents": 0, "bytes": 0} for split in SPLITS}
+        for document in _read_spool(spool / f"{index}.jsonl"):
+            split = side.of(document)
+            counts[split]["documents"] += 1
+            counts[split]["bytes"] += len(document.text.encode("utf-8"))
+            add_to_digest(digest, split, document)
+        sources.append({**report.to_dict(), "split_by": side.by, **counts})
+    dummy = any(report.dummy for report in reports)
+    return {"format": FORMAT, "dummy": dummy, "fingerprint": digest.hexdigest(), "sources": sources}
+
+
+def _check_splits(accounting: Mapping[str, Any], data: DataConfig) -> None:
+    for split in SPLITS:
+        if not any(source[split]["documents"] for source in accounting["sources"]):
+            kept = sum(source["kept"] for source in accounting["sources"])
+            raise UserError(
+                f"the {split} split is empty: the sources ({data.sources}) gave {kept} documents and "
+                f"{data.validation_fraction=}; give more documents or change data.validation_fraction"
+            )
+
+
+def _write_records(folder: Path, spool: Path, sides: Sequence[_Side]) -> None:
+    import tensorflow_datasets as tfds
+
+    class CodeCorpus(tfds.core.GeneratorBasedBuilder):
+        """Documents with provenance, in the order of their sources."""
+
+        VERSION = tfds.core.Version("1.0.0")
+        url_infos: ClassVar[dict[str, Any]] = {}  # nothing is downloaded, so there are no checksums to look up
+
+        def _info(self) -> tfds.core.DatasetInfo:
+            features = tfds.features.FeaturesDict({name: tfds.features.Text() for name in _FIELDS})
+            return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+        def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
+            del dl_manager  # everything is on this machine already
+            return {split: self._generate_examples(split) for split in SPLITS}
+
+        def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, str]]]:
+            for index, side in enumerate(sides):
+                for number, document in enumerate(_read_spool(spool / f"{index}.jsonl")):
+                    if side.of(document) == split:
+                        yield f"{index}-{number}", {**dataclasses.asdict(document), "hash": document.hash}
+
+    tfds.disable_progress_bar()
+    builder: Any = CodeCorpus(data_dir=str(folder), file_format="array_record")
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints temporary paths
+        builder.download_and_prepare()
+    shutil.rmtree(folder / "downloads", ignore_errors=True)

@@ -1,0 +1,35 @@
+"""What a source yields: documents with their provenance, and what was passed over."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """One text and where it comes from. A field that a source does not know is empty.
+
+    `path` is a file's path within its source, or the id of a row; `repository` groups documents that must stay on
+    one side of the split; `language` is in lower case.
+    """
+
+    text: str
+    source: str
+    path: str = ""
+    repository: str = ""
+    language: str = ""
+    license: str = ""
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the text, in hexadecimal: what exact deduplication and the split go by."""
+        return hashlib.sha256(self.text.encode("utf-8")).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class Skipped:
+    """Something that a source holds and that is no document, with the reason that the accounting counts."""
+
+    reason: str
+    path: str

@@ -1,0 +1,186 @@
+"""Documents from files of this machine: the standard library, the installed packages, a tree of repositories."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import stat
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+from smallcoder_jax.data.documents import Document, Skipped
+from smallcoder_jax.data.languages import language_of
+from smallcoder_jax.errors import UserError
+
+_PACKAGE_FOLDERS = frozenset({"site-packages", "dist-packages"})
+_SNIFF_BYTES = 8192
+
+
+def read_stdlib(source: str) -> Iterator[Document | Skipped]:
+    """The Python files of the running Python's standard library, in sorted order. They belong to no repository."""
+    root = _stdlib_root()
+    for item in _read_tree(root, source, skip_folders=_PACKAGE_FOLDERS, extension=".py"):
+        yield _with(item, "", "PSF-2.0")
+
+
+def read_installed(source: str) -> Iterator[Document | Skipped]:
+    """The Python files of the installed packages; the top-level package is the repository."""
+    licenses = _package_licenses()
+    for root in _package_roots():
+        for item in _read_tree(root, source, extension=".py"):
+            package = item.path.partition("/")[0].removesuffix(".py")
+            yield _with(item, package, licenses.get(package, ""))
+
+
+def read_folder(source: str, location: str) -> Iterator[Document | Skipped]:
+    """The source files of a tree. A folder that holds `.git` is one repository; otherwise, where the tree has several
+    folders at its top, each is one. Raises UserError where the folder is missing or no folder."""
+    root = Path(location).expanduser()
+    if not root.exists():
+        raise UserError(f"data source {source}: {root} does not exist; give the path of a folder of source code")
+    if not root.is_dir():
+        raise UserError(f"data source {source}: {root} is not a folder; use jsonl: or parquet: for a file of documents")
+    try:
+        top = [entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")]
+    except OSError as error:
+        raise UserError(f"data source {source}: {root} cannot be listed: {error.strerror}; check its rights") from error
+    repositories = _Repositories(root, several=len(top) > 1)
+    for item in _read_tree(root, source):
+        yield _with(item, repositories.of(item.path), "") if isinstance(item, Document) else item
+
+
+def listing_hash(kind: str, location: str) -> str:
+    """A cheap hash of what a local source holds: names and sizes, and for the user's own files the times of change."""
+    digest = hashlib.sha256()
+    if kind == "stdlib":
+        digest.update(sys.version.encode())
+    times = kind not in ("stdlib", "installed")
+    for root in _roots(kind, location):
+        if root.is_file():
+            digest.update(_listing_line(root, root.name, times))
+        elif root.is_dir():
+            skip = _PACKAGE_FOLDERS if kind == "stdlib" else frozenset()
+            for path in _walk(root, skip, []):
+                digest.update(_listing_line(path, path.relative_to(root).as_posix(), times))
+    return digest.hexdigest()
+
+
+def _roots(kind: str, location: str) -> list[Path]:
+    if kind == "stdlib":
+        return [_stdlib_root()]
+    return _package_roots() if kind == "installed" else [Path(location).expanduser()]
+
+
+def _stdlib_root() -> Path:
+    root = Path(sysconfig.get_path("stdlib"))
+    if not (root / "os.py").is_file():
+        raise UserError(f"this Python keeps no source files in {root}; use a Python that does, or sources=dir:PATH")
+    return root
+
+
+def _package_roots() -> list[Path]:
+    paths = (Path(sysconfig.get_path(name)) for name in ("purelib", "platlib"))
+    roots = list(dict.fromkeys(path.resolve() for path in paths if path.is_dir()))
+    if not roots:
+        raise UserError("this Python has no folder of installed packages; use sources=stdlib or sources=dir:PATH")
+    return roots
+
+
+def _package_licenses() -> dict[str, str]:
+    licenses = {}
+    for package, distributions in importlib.metadata.packages_distributions().items():
+        metadata = importlib.metadata.metadata(distributions[0])
+        named = metadata.get_all("License-Expression") or [
+            line.rpartition(" :: ")[2] for line in metadata.get_all("Classifier") or [] if line.startswith("License ::")
+        ]
+        # The free-text field comes last: some packages put the whole licence there.
+        named = named or [line.strip().partition("\n")[0][:100] for line in metadata.get_all("License") or []]
+        licenses[package] = ", ".join(named)
+    return licenses
+
+
+def _with(item: Document | Skipped, repository: str, license_name: str) -> Document | Skipped:
+    if isinstance(item, Skipped):
+        return item
+    return Document(item.text, item.source, item.path, repository, item.language, license_name)
+
+
+def _read_tree(
+    root: Path, source: str, skip_folders: frozenset[str] = frozenset(), extension: str = ""
+) -> Iterator[Document | Skipped]:
+    skipped: list[Skipped] = []
+    for path in _walk(root, skip_folders, skipped):
+        yield from skipped
+        skipped.clear()
+        relative = path.relative_to(root).as_posix().encode("utf-8", "backslashreplace").decode("utf-8")
+        if not extension or path.name.endswith(extension):
+            yield _read_file(root, path, relative, source)
+    yield from skipped
+
+
+def _walk(root: Path, skip_folders: frozenset[str], skipped: list[Skipped]) -> Iterator[Path]:
+    """Every file under `root` in sorted order; what is passed over on the way is added to `skipped`."""
+
+    def refused(error: OSError) -> None:
+        skipped.append(Skipped("unreadable", str(error.filename)))
+
+    for folder, folders, files in os.walk(root, onerror=refused):
+        here = Path(folder)
+        skipped.extend(Skipped("hidden", str(here / name)) for name in folders if name.startswith("."))
+        skipped.extend(Skipped("link", str(here / name)) for name in folders if (here / name).is_symlink())
+        folders[:] = sorted(
+            name for name in folders if not name.startswith(".") and name not in skip_folders and name != "__pycache__"
+        )
+        yield from (here / name for name in sorted(files) if not name.startswith("."))
+
+
+def _read_file(root: Path, path: Path, relative: str, source: str) -> Document | Skipped:
+    language = language_of(relative)
+    try:
+        if path.is_symlink() and not path.resolve(strict=True).is_relative_to(root.resolve()):
+            return Skipped("link", relative)
+        if not stat.S_ISREG(path.stat().st_mode):
+            return Skipped("unreadable", relative)
+        if language is None:
+            with path.open("rb") as file:
+                return Skipped("binary" if b"\0" in file.read(_SNIFF_BYTES) else "not_source", relative)
+        raw = path.read_bytes()
+    except (OSError, RuntimeError):  # RuntimeError: a loop of links
+        return Skipped("unreadable", relative)
+    if b"\0" in raw:
+        return Skipped("binary", relative)
+    try:
+        return Document(raw.decode("utf-8"), source, relative, "", language)
+    except UnicodeDecodeError:
+        return Skipped("unreadable", relative)
+
+
+def _listing_line(path: Path, name: str, times: bool) -> bytes:
+    try:
+        found = path.stat()
+    except OSError:
+        return f"{name}|unreadable\n".encode("utf-8", "surrogateescape")
+    changed = found.st_mtime_ns if times else 0
+    return f"{name}|{found.st_size}|{changed}\n".encode("utf-8", "surrogateescape")
+
+
+class _Repositories:
+    """The repository that a path of a tree belongs to."""
+
+    def __init__(self, root: Path, several: bool):
+        self._root, self._several = root, several
+        self._known: dict[str, str] = {"": root.resolve().name if (root / ".git").exists() else ""}
+
+    def of(self, path: str) -> str:
+        folder = path.rpartition("/")[0]
+        return self._of_folder(folder) or (path.partition("/")[0] if self._several and folder else "")
+
+    def _of_folder(self, folder: str) -> str:
+        """The innermost folder with `.git` that holds `folder`, or nothing."""
+        if folder not in self._known:
+            here = (self._root / folder / ".git").exists()
+            self._known[folder] = folder if here else self._of_folder(folder.rpartition("/")[0])
+        return self._known[folder]

@@ -1,0 +1,113 @@
+"""Source specs: `SPEC[@WEIGHT][!nofim]`, separated by commas, and the documents behind each."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from urllib.parse import parse_qsl
+
+from smallcoder_jax.config import nearest
+from smallcoder_jax.data import local, tables
+from smallcoder_jax.data.documents import Document, Skipped
+from smallcoder_jax.errors import UserError
+
+# Each kind, and the options that may follow a `?`.
+KINDS: Mapping[str, tuple[str, ...]] = {
+    "stdlib": (),
+    "installed": (),
+    "dir": (),
+    "jsonl": ("column",),
+    "parquet": ("column",),
+    "tfds": ("split", "column"),
+    "hf": ("config", "split", "column", "streaming"),
+}
+_WITHOUT_LOCATION = ("stdlib", "installed")
+_LOCAL = ("stdlib", "installed", "dir", "jsonl", "parquet")
+_SHAPE = re.compile(r"(?P<spec>.+?)(?:@(?P<weight>[^@!]*))?(?P<nofim>!nofim)?")
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceSpec:
+    """One source: where its documents are, its weight per token in the mixture, and whether FIM may rearrange it."""
+
+    kind: str
+    location: str
+    options: tuple[tuple[str, str], ...]
+    weight: float
+    fim: bool
+
+    @property
+    def text(self) -> str:
+        """The spec without weight and FIM mark, as accounting and provenance name the source."""
+        options = "&".join(f"{key}={value}" for key, value in self.options)
+        return self.kind + (f":{self.location}" if self.location else "") + (f"?{options}" if options else "")
+
+
+def parse_sources(text: str) -> tuple[SourceSpec, ...]:
+    """The sources that `data.sources` names. Raises UserError naming the part that is wrong and what is known."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(parts):
+        raise UserError(f"data.sources={text!r} has an empty source; expected SPEC[@WEIGHT][!nofim], comma-separated")
+    specs = tuple(_parse(part) for part in parts)
+    names = [spec.text for spec in specs]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"data.sources={text!r} names {name} twice; name it once, with the sum of the weights")
+    return specs
+
+
+def read_source(spec: SourceSpec) -> Iterator[Document | Skipped]:
+    """Every document of a source, in an order that is always the same. Raises UserError where it cannot be read."""
+    options = dict(spec.options)
+    if spec.kind == "stdlib":
+        return local.read_stdlib(spec.text)
+    if spec.kind == "installed":
+        return local.read_installed(spec.text)
+    if spec.kind == "dir":
+        return local.read_folder(spec.text, spec.location)
+    readers = {
+        "jsonl": tables.read_jsonl,
+        "parquet": tables.read_parquet,
+        "tfds": tables.read_tfds,
+        "hf": tables.read_hugging_face,
+    }
+    return readers[spec.kind](spec.text, spec.location, options)
+
+
+def source_identity(spec: SourceSpec) -> str:
+    """What decides a source's documents, for the corpus key; local files count by name, size and time of change."""
+    if spec.kind in _LOCAL:
+        return f"{spec.text}|{local.listing_hash(spec.kind, spec.location)}"
+    return spec.text
+
+
+def _parse(part: str) -> SourceSpec:
+    match = _SHAPE.fullmatch(part)
+    assert match is not None  # any text that is not empty fits
+    spec, weight = match["spec"], _weight(part, match["weight"])
+    address, _, query = spec.partition("?")
+    kind, colon, location = address.partition(":")
+    if kind not in KINDS:
+        raise UserError(f"data.sources: unknown kind of source '{kind}' in {part!r}; {nearest(kind, list(KINDS))}")
+    if (kind in _WITHOUT_LOCATION) == bool(location or colon):
+        shape = kind if kind in _WITHOUT_LOCATION else f"{kind}:{'NAME' if kind in ('hf', 'tfds') else 'PATH'}"
+        raise UserError(f"data.sources: {part!r} should read {shape}[@WEIGHT][!nofim]")
+    options = tuple(parse_qsl(query, keep_blank_values=True))
+    for key, _ in options:
+        if key not in KINDS[kind]:
+            known = f"; {nearest(key, list(KINDS[kind]))}" if KINDS[kind] else "; this kind has none"
+            raise UserError(f"data.sources: unknown option '{key}' in {part!r}{known}")
+    return SourceSpec(kind, location, options, weight, match["nofim"] is None)
+
+
+def _weight(part: str, text: str | None) -> float:
+    if text is None:
+        return 1.0
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = 0.0
+    if not 0.0 < weight < float("inf"):
+        raise UserError(f"data.sources: {part!r} has the weight {text!r}; expected a positive number after @")
+    return weight

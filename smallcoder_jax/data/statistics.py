@@ -1,0 +1,103 @@
+"""Counts over documents, and the tables that show them."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from smallcoder_jax.data.clean import REASONS
+from smallcoder_jax.data.documents import Document
+from smallcoder_jax.data.shards import Manifest
+
+PERCENTILES = (5, 25, 50, 75, 95, 99, 100)
+_SHOWN = 8  # languages and licences in a table; the accounting file has all
+
+
+class DocumentStatistics:
+    """Languages, licences and lengths of kept documents."""
+
+    def __init__(self) -> None:
+        self._languages: collections.Counter[str] = collections.Counter()
+        self._licenses: collections.Counter[str] = collections.Counter()
+        self._lengths: list[int] = []
+
+    def add(self, document: Document, size: int) -> None:
+        """Counts a document of `size` UTF-8 bytes."""
+        self._languages[document.language or "unknown"] += 1
+        self._licenses[document.license or "unknown"] += 1
+        self._lengths.append(size)
+
+    def summary(self) -> dict[str, Any]:
+        """JSON values; lengths in UTF-8 bytes."""
+        marks = np.percentile(self._lengths, PERCENTILES, method="nearest") if self._lengths else ()
+        return {
+            "languages": dict(sorted(self._languages.items())),
+            "licenses": dict(sorted(self._licenses.items())),
+            "length_percentiles": {str(p): int(mark) for p, mark in zip(PERCENTILES, marks, strict=False)},
+        }
+
+
+def token_statistics(manifest_sources: Sequence[Any]) -> dict[str, Any]:
+    """Per source and split: tokens, and UTF-8 bytes per token with BOS and EOS left out."""
+    result = {}
+    for source in manifest_sources:
+        for name in ("train", "validation"):
+            split = getattr(source, name)
+            text_tokens = split.tokens - 2 * split.documents
+            result.setdefault(source.spec, {})[name] = {
+                "tokens": split.tokens,
+                "bytes_per_token": round(split.bytes / text_tokens, 4) if text_tokens else None,
+            }
+    return result
+
+
+def format_report(manifest: Manifest) -> str:
+    """The accounting table of prepared data, then its statistics, as text."""
+    sources = manifest.accounting["sources"]
+    rows = [_accounting_row(source, entry) for source, entry in zip(sources, manifest.sources, strict=True)]
+    lines = [_table(("source", *_COLUMNS), rows)]
+    for source in sources:
+        lines.append("")
+        lines.append(f"{source['spec']}: split by {source['split_by']}")
+        lines.append("  languages: " + _most_common(source["statistics"]["languages"]))
+        lines.append("  licences:  " + _most_common(source["statistics"]["licenses"]))
+        marks = sorted(source["statistics"]["length_percentiles"].items(), key=lambda item: int(item[0]))
+        lines.append("  bytes per document: " + ", ".join(f"p{p} {mark:,}" for p, mark in marks))
+        if source["passed_over"]:
+            lines.append("  passed over: " + _most_common(source["passed_over"]))
+        if source["dummy"]:
+            lines.append(f"  DUMMY: generated text, because the source could not be read: {source['dummy']}")
+    return "\n".join(lines)
+
+
+_COLUMNS = ("read", "kept", *REASONS, "duplicate", "unreadable", "train", "valid.", "MB", "tokens", "bytes/token")
+
+
+def _accounting_row(source: Mapping[str, Any], entry: Any) -> tuple[str, ...]:
+    tokens = entry.train.tokens + entry.validation.tokens
+    size = entry.train.bytes + entry.validation.bytes
+    text_tokens = tokens - 2 * (entry.train.documents + entry.validation.documents)
+    counts = [source["read"], source["kept"], *(source["dropped"][reason] for reason in REASONS)]
+    counts += [source["duplicates"], source["unreadable"]]
+    counts += [source[name]["documents"] for name in ("train", "validation")]
+    ratio = f"{size / text_tokens:.2f}" if text_tokens else "-"
+    return (source["spec"], *(f"{count:,}" for count in counts), f"{size / 1e6:.1f}", f"{tokens:,}", ratio)
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+
+    def line(row: tuple[str, ...]) -> str:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        return "  ".join([row[0].ljust(widths[0]), *cells[1:]])
+
+    return "\n".join([line(head), "-" * (sum(widths) + 2 * (len(widths) - 1)), *map(line, rows)])
+
+
+def _most_common(counts: Mapping[str, int]) -> str:
+    ordered = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    shown = ", ".join(f"{name} {count:,}" for name, count in ordered[:_SHOWN])
+    return shown + (f", {len(ordered) - _SHOWN} more" if len(ordered) > _SHOWN else "")

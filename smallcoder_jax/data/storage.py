@@ -1,0 +1,58 @@
+"""Folders that are either whole or not there, and what is said when the disk is full."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from smallcoder_jax.errors import UserError
+
+KEY_LENGTH = 16
+
+
+def short_key(value: Any) -> str:
+    """A folder's name: the start of a hash over everything that decides what the folder holds."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:KEY_LENGTH]
+
+
+@contextlib.contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """A temporary folder beside `final`, renamed to it at the end of the block and removed when the block fails.
+
+    Where another process has made `final` meanwhile, that one stays. Raises UserError when the disk is full.
+    """
+    with full_disk_as_user_error(final.parent):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
+        try:
+            yield temporary
+            temporary.chmod(0o755)  # mkdtemp lets only the owner in; prepared data is shared between runs
+            try:
+                temporary.rename(final)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def full_disk_as_user_error(folder: Path) -> Iterator[None]:
+    """Turns the errors of a full disk, or a used-up quota, into one that says what to do."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:  # array_record raises RuntimeError with the system's words
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
+        if not full:
+            raise
+        raise UserError(
+            f"the disk of {folder} is full ({error}). Nothing half-made was kept. Free some space, set data.dir to a "
+            "larger disk, or read less with data.max_documents; then run the same command again"
+        ) from error

@@ -1,0 +1,117 @@
+"""Prepared data read again from the disk and compared with what was recorded about it."""
+
+from __future__ import annotations
+
+import collections
+import random
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from smallcoder_jax.data import shards
+from smallcoder_jax.data.corpus import add_to_digest, document_digest, read_accounting, read_split
+from smallcoder_jax.data.encode import DocumentEncoder
+from smallcoder_jax.data.prepare import Prepared
+from smallcoder_jax.tokenizers.base import Tokenizer
+
+
+def validate(prepared: Prepared, sample_share: float, tell: Callable[[str], None]) -> list[str]:
+    """Every mismatch between the data on disk and its records, as messages; empty when all is well.
+
+    Counts, hashes, fingerprints, the split and the range of ids are checked for everything; that ids stand for their
+    document byte for byte is checked for `sample_share` of the documents. `tell` gets a line for each finished check.
+    """
+    problems = _check_corpus(prepared)
+    tell(f"corpus {prepared.corpus_folder.name}: counts, hashes, split, fingerprint: {_verdict(problems)}")
+    found = _check_shards(prepared)
+    tell(f"tokens {prepared.tokens_folder.name}: counts, ids, fingerprint: {_verdict(found)}")
+    problems += found
+    found, checked = _check_texts(prepared, sample_share)
+    tell(f"ids back to text, {checked:,} documents: {_verdict(found)}")
+    return problems + found
+
+
+def _verdict(problems: Sequence[str]) -> str:
+    return "ok" if not problems else f"{len(problems)} problems"
+
+
+def _check_corpus(prepared: Prepared) -> list[str]:
+    folder = prepared.corpus_folder
+    accounting = read_accounting(folder)
+    problems, digest = [], document_digest()
+    sides: dict[str, str] = {}
+    repositories: dict[tuple[str, str], set[str]] = collections.defaultdict(set)
+    for source in accounting["sources"]:
+        for split in shards.SPLITS:
+            documents = size = 0
+            for document in read_split(folder, split, source["spec"]):
+                documents, size = documents + 1, size + len(document.text.encode("utf-8"))
+                add_to_digest(digest, split, document)
+                if document.hash in sides:
+                    problems.append(f"{document.path}: the same text is in {sides[document.hash]} and again in {split}")
+                sides[document.hash] = split
+                if document.repository and source["split_by"] == "repository":
+                    repositories[source["spec"], document.repository].add(split)
+            if {"documents": documents, "bytes": size} != source[split]:
+                problems.append(
+                    f"{source['spec']}, {split}: {documents} documents of {size} bytes; recorded {source[split]}"
+                )
+    problems += [f"repository {name} is on both sides" for (_, name), found in repositories.items() if len(found) > 1]
+    if digest.hexdigest() != accounting["fingerprint"]:
+        problems.append(f"the corpus's fingerprint is {digest.hexdigest()}; recorded {accounting['fingerprint']}")
+    return problems
+
+
+def _check_shards(prepared: Prepared) -> list[str]:
+    manifest, folder = prepared.manifest, prepared.tokens_folder
+    problems = []
+    for source in manifest.sources:
+        for name in shards.SPLITS:
+            recorded: shards.Split = getattr(source, name)
+            documents = tokens = largest = 0
+            for ids in shards.read_records(folder, recorded.files, manifest.dtype):
+                documents, tokens, largest = documents + 1, tokens + len(ids), max(largest, int(ids.max()))
+            where = f"{source.spec}, {name}"
+            if (documents, tokens) != (recorded.documents, recorded.tokens):
+                problems.append(
+                    f"{where}: {documents} records of {tokens} tokens; recorded {recorded.documents} and "
+                    f"{recorded.tokens}"
+                )
+            if largest >= manifest.vocab_size:
+                problems.append(f"{where}: id {largest} is outside the vocabulary of {manifest.vocab_size}")
+    fingerprint = shards.compute_fingerprint(folder, manifest)
+    if fingerprint != manifest.fingerprint:
+        problems.append(f"the token shards' fingerprint is {fingerprint}; recorded {manifest.fingerprint}")
+    return problems
+
+
+def _check_texts(prepared: Prepared, sample_share: float) -> tuple[list[str], int]:
+    manifest, tokenizer = prepared.manifest, prepared.tokenizer
+    encoder = DocumentEncoder(tokenizer, manifest.accounting["repository_order"])
+    draw = random.Random(0)
+    problems, checked = [], 0
+    for source in manifest.sources:
+        for name in shards.SPLITS:
+            split: shards.Split = getattr(source, name)
+            records = shards.read_records(prepared.tokens_folder, split.files, manifest.dtype)
+            documents = read_split(prepared.corpus_folder, name, source.spec)
+            for group, ids in zip(encoder.groups(documents), records, strict=False):
+                if checked and draw.random() >= sample_share:
+                    continue
+                checked += 1
+                problem = _compare([text for _, text in encoder.parts(group)], ids, tokenizer)
+                if problem:
+                    problems.append(f"{source.spec}, {name}, {group[0].path}: {problem}")
+    return problems, checked
+
+
+def _compare(texts: Sequence[str], ids: np.ndarray, tokenizer: Tokenizer) -> str:
+    if ids[0] != tokenizer.bos_id or ids[-1] != tokenizer.eos_id:
+        return f"the ids run from {ids[0]} to {ids[-1]}; expected {tokenizer.bos_id} to {tokenizer.eos_id}"
+    expected = "".join(texts).encode("utf-8")
+    found = b"".join(tokenizer.token_bytes[i] for i in ids if i < len(tokenizer.token_bytes))
+    if found == expected:
+        return ""
+    differing = (i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b)
+    at = next(differing, min(len(found), len(expected)))
+    return f"the ids stand for other bytes than the text, from byte {at} on"

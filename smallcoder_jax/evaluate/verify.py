@@ -1,0 +1,205 @@
+"""Whether a run holds the model that it says it holds. Nothing is believed that can be worked out again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+
+from smallcoder_jax.config import Config, eval_rows, from_config_dict
+from smallcoder_jax.data import pipeline, shards
+from smallcoder_jax.errors import UserError
+from smallcoder_jax.evaluate.perplexity import evaluate
+from smallcoder_jax.models import build
+from smallcoder_jax.tokenizers.base import Tokenizer
+from smallcoder_jax.tokenizers.load import load_tokenizer
+from smallcoder_jax.train import checkpoint
+from smallcoder_jax.train.log_files import read_csv
+from smallcoder_jax.train.run_folder import RunFolder, compare_identity
+
+Status = Literal["verified", "not_found", "no_checkpoint", "wrong_data", "corrupt", "error"]
+# A model that has learnt anything predicts held-out text better than one that gives every id the same probability.
+UNTRAINED_SHARE = 0.95
+# Rounding on another device moves a loss in the fourth digit; other weights move it in the second.
+RECORDED_TOLERANCE = 0.01
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What was found. `reason` says what is wrong, or what was checked. Values that were not reached are None."""
+
+    run: str
+    status: Status
+    reason: str
+    step: int | None = None
+    files: int | None = None
+    bits_per_byte: float | None = None
+    untrained_bits_per_byte: float | None = None
+    recorded_bits_per_byte: float | None = None
+
+
+def verify(run: Path, *, batches: int | None = None) -> Verdict:
+    """Checks the newest checkpoint of the run folder `run`.
+
+    1. Every file of it has the recorded checksum, else `corrupt`.
+    2. It was not trained on stand-in text; run.json and checkpoint agree in what was trained on what; the tokenizer and
+       the token shards, hashed anew, are those it was trained on; else `wrong_data`.
+    3. On the validation split, its bits per byte are finite and below 95% of what equal probabilities for every id
+       would give, else `error`; and within 1% of what the run recorded for that step, else `corrupt`.
+
+    `batches` validation batches are evaluated, by default as many as in training. The third check compares with the
+    record only when they are as many.
+    """
+    folder = RunFolder(run)
+    try:
+        if not folder.config_json.is_file() or not folder.run_json.is_file():
+            return Verdict(str(run), "not_found", f"{run} is no run folder: it lacks config.json or run.json")
+        return _verify_run(folder, batches)
+    except _Failure as failure:
+        return dataclasses.replace(failure.verdict, run=str(run))
+    except (UserError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        # The files of a run that is to be verified can hold anything.
+        return Verdict(str(run), "error", f"{type(error).__name__}: {error}")
+
+
+def find_tokens(config: Config, run: Mapping[str, Any], fingerprint: str) -> Path | None:
+    """The folder of token shards whose manifest has `fingerprint`, None where it is gone.
+
+    Looked for under `data.dir` as it is from here, and where the run's tokenizer is.
+    """
+    roots = [Path(config.data.dir), *Path(run["tokenizer_folder"]).parents[1:2]]
+    for root in roots:
+        for manifest in sorted(root.glob(f"tokens/*/{shards.MANIFEST}")):
+            # Read as text: a folder of other data that is damaged is none of this run's business.
+            if f'"{fingerprint}"' in manifest.read_text(encoding="utf-8", errors="replace"):
+                return manifest.parent
+    return None
+
+
+class _Failure(Exception):
+    """Ends a verification. The run's name is put in where it is caught."""
+
+    def __init__(self, status: Status, reason: str, **values: Any):
+        super().__init__(reason)
+        self.verdict = Verdict("", status, reason, **values)
+
+
+def _verify_run(folder: RunFolder, batches: int | None) -> Verdict:
+    steps = sorted(
+        int(path.name)
+        for path in folder.checkpoints.glob("*")
+        if path.name.isdecimal() and (path / checkpoint.MANIFEST).exists()
+    )
+    if not steps:
+        raise _Failure("no_checkpoint", f"no complete checkpoint under {folder.checkpoints}")
+    step = steps[-1]
+    target = folder.checkpoints / str(step)
+    problems = checkpoint.verify_step(target)
+    if problems:
+        raise _Failure("corrupt", "; ".join(problems), step=step)
+    meta = json.loads((target / "meta.json").read_text(encoding="utf-8"))
+    # The checkpoint's own configuration: config.json beside it is not under its checksums.
+    config = from_config_dict(meta["config"])
+    tokens, tokenizer = _verify_data(folder, config, meta, step)
+    measured, recorded = _evaluate(folder, config, target, tokens, tokenizer, batches)
+    untrained = math.log2(config.model.vocab_size) * measured["tokens"] / measured["bytes"]
+    values = {
+        "step": step,
+        "files": len(json.loads((target / checkpoint.MANIFEST).read_text(encoding="utf-8"))["files"]),
+        "bits_per_byte": measured["bits_per_byte"],
+        "untrained_bits_per_byte": untrained,
+        "recorded_bits_per_byte": recorded,
+    }
+    found = measured["bits_per_byte"]
+    if not math.isfinite(found) or found >= UNTRAINED_SHARE * untrained:
+        raise _Failure(
+            "error",
+            f"{found:.4f} bits per byte on held-out text, where an untrained model has {untrained:.4f}; expected less "
+            f"than {UNTRAINED_SHARE:.0%} of that: train it longer, or look into its metrics",
+            **values,
+        )
+    if recorded is not None and abs(found - recorded) > RECORDED_TOLERANCE * recorded:
+        raise _Failure(
+            "corrupt",
+            f"{found:.4f} bits per byte on held-out text, where the run recorded {recorded:.4f} for step {step}: these "
+            "are not the weights that were evaluated then",
+            **values,
+        )
+    beside = "not recorded for this step" if recorded is None else f"recorded {recorded:.4f}"
+    reason = f"step {step}: checksums and data hold, {found:.4f} bits per byte ({beside}, untrained {untrained:.4f})"
+    return Verdict(str(folder.path), "verified", reason, **values)
+
+
+def _verify_data(folder: RunFolder, config: Config, meta: Mapping[str, Any], step: int) -> tuple[Path, Tokenizer]:
+    """The token shards and the tokenizer that the checkpoint was trained with, both hashed anew."""
+    run = folder.read_run_json()
+    if meta["dummy_data"] or run["dummy_data"]:
+        raise _Failure("wrong_data", "trained on generated stand-in text (data.allow_dummy_data)", step=step)
+    if differences := compare_identity(run["identity"], meta["identity"]):
+        raise _Failure("wrong_data", f"run.json is not of this checkpoint: {'; '.join(differences)}", step=step)
+    tokenizer_folder = Path(run["tokenizer_folder"])
+    if not tokenizer_folder.is_dir():
+        raise _Failure("wrong_data", f"the tokenizer's folder {tokenizer_folder} is gone", step=step)
+    tokenizer = load_tokenizer(tokenizer_folder)
+    if tokenizer.hash != meta["tokenizer_hash"]:
+        raise _Failure("wrong_data", f"the tokenizer in {tokenizer_folder} has changed since training", step=step)
+    fingerprint = meta["identity"]["data"]["fingerprint"]
+    tokens = find_tokens(config, run, fingerprint)
+    if tokens is None:
+        raise _Failure(
+            "wrong_data",
+            f"no prepared data under {config.data.dir} has the fingerprint {fingerprint[:12]} that it was trained on; "
+            "prepare it again with the run's config, or run this where the data is",
+            step=step,
+        )
+    try:
+        manifest = shards.read_manifest(tokens)
+    except UserError as error:
+        raise _Failure("wrong_data", str(error), step=step) from error
+    if manifest.dummy:
+        raise _Failure("wrong_data", f"the data in {tokens} is generated stand-in text", step=step)
+    found = shards.compute_fingerprint(tokens, manifest)
+    if found != fingerprint:
+        raise _Failure(
+            "wrong_data",
+            f"the token shards in {tokens} have the fingerprint {found[:12]}, not {fingerprint[:12]}: they were "
+            "changed since training",
+            step=step,
+        )
+    return tokens, tokenizer
+
+
+def _evaluate(
+    folder: RunFolder, config: Config, target: Path, tokens: Path, tokenizer: Tokenizer, batches: int | None
+) -> tuple[dict[str, float], float | None]:
+    """What the checkpoint reaches on the validation split, and what was recorded for it on the same batches."""
+    _, abstract = build.abstract_model(config.model, config.compute)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), abstract)
+    params, _ = checkpoint.load_params(target, placed)
+    compute = dataclasses.replace(config.compute, remat="none")
+    measured = evaluate(
+        config.model,
+        compute,
+        params,
+        pipeline.validation_batches(
+            shards.read_manifest(tokens),
+            tokens,
+            tokenizer,
+            sequence_length=config.train.sequence_length,
+            batch_size=eval_rows(config),
+            limit_batches=config.eval.batches if batches is None else batches,
+            process_index=0,
+            process_count=1,
+        ),
+    )
+    if batches not in (None, config.eval.batches):
+        return measured, None
+    _, rows = read_csv(folder.eval_log_csv)
+    recorded = [row["bits_per_byte"] for row in rows if row["step"] == int(target.name) and "bits_per_byte" in row]
+    return measured, recorded[-1] if recorded else None

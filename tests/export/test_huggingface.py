@@ -1,0 +1,296 @@
+"""The folder: same bytes again, strict reading, and errors that name what is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from smallcoder_jax.config import ModelConfig
+from smallcoder_jax.errors import UserError
+from smallcoder_jax.export import huggingface, names
+from smallcoder_jax.tokenizers.base import Tokenizer
+from smallcoder_jax.tokenizers.bytes import ByteTokenizer
+from smallcoder_jax.tokenizers.load import load_tokenizer
+from tests.export.conftest import MODELS, gpt2, llama, random_params
+
+CARD = {
+    "name": "pipe | and `tick`",
+    "training": {"steps": 12_345, "z": 1, "a": 0.5},
+    "evaluation": {"bits per byte": 1.23456789},
+    "data": {
+        "dummy": True,
+        "fingerprint": "abc",
+        "sources": [{"spec": "dir:a|b", "weight": 1.0, "documents": 3, "tokens": None, "bytes": 7}],
+        "licenses": {"mit": 5, "apache-2.0": 2},
+    },
+    "parity": {"checked": True, "tolerance": 1e-4, "lengths": [1, 7], "texts": 3, "greedy_tokens": 64},
+}
+FILES = {
+    "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    "tokenizer.model", "tokenizer_kind.json", "chat_template.jinja", "README.md", "export.json",
+}  # fmt: skip
+
+
+def export(folder: Path, model: ModelConfig, tokenizer: Tokenizer, **options: Any) -> Any:
+    params = options.pop("params", None) or random_params(model)
+    given: dict[str, Any] = {"card": CARD, **options}
+    huggingface.write_export(folder, model=model, params=params, tokenizer=tokenizer, **given)
+    return params
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_export_import_export_gives_the_same_bytes(
+    name: str, dtype: Any, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    params = export(tmp_path / "one", MODELS[name], tokenizer, dtype=dtype)
+    read, record = huggingface.read_export(tmp_path / "one"), huggingface.read_record(tmp_path / "one")
+    assert dataclasses.replace(read.model, dropout=0.0) == dataclasses.replace(MODELS[name], dropout=0.0)
+    assert jax.tree.structure(read.params) == jax.tree.structure(params)
+    for mine, stored in zip(jax.tree.leaves(params), jax.tree.leaves(read.params), strict=True):
+        assert stored.dtype == np.float32
+        np.testing.assert_allclose(stored, mine, rtol=0 if dtype == "float32" else 2**-8, atol=0)
+    again = load_tokenizer(read.tokenizer_folder)
+    export(
+        tmp_path / "two", read.model, again, params=read.params, card=record.card, dtype=record.dtype,
+    )  # fmt: skip
+    assert set(contents(tmp_path / "one")) == FILES
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+
+
+def test_export_replaces_an_export_and_nothing_else(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    export(tmp_path / "out", llama(), tokenizer)
+    export(tmp_path / "out", gpt2(), tokenizer)
+    assert huggingface.read_export(tmp_path / "out").model == gpt2()
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "mine.txt").write_text("keep")
+    with pytest.raises(UserError, match="is no exported model, so it is not replaced"):
+        export(tmp_path / "notes", llama(), tokenizer)
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "notes"}
+
+
+def test_card(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    export(tmp_path / "out", llama(), tokenizer)
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert r"# pipe \| and \`tick\`" in text
+    assert "| steps | 12,345 |" in text
+    assert r"| dir:a\|b | 1 | 3 | not known | 7 |" in text
+    assert text.index("| mit | 5 |") < text.index("| apache-2.0 | 2 |")
+    assert "generated stand-in text" in text
+    assert "`<|fim_prefix|>` + before + `<|fim_suffix|>` + after + `<|fim_middle|>`" in text
+    assert "same greedy continuations of 64 tokens" in text
+    export(tmp_path / "bare", llama(), tokenizer, card={"name": "bare"})
+    bare = (tmp_path / "bare" / "README.md").read_text()
+    assert "Parity: not checked." in bare
+    assert "The licences of the documents are not recorded." in bare
+    assert "stand-in" not in bare
+
+
+def test_generation_stops_at_the_end_of_a_turn(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    export(tmp_path / "out", llama(), tokenizer)
+    content = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert content["eos_token_id"] == [tokenizer.eos_id, tokenizer.specials["<|im_end|>"]]
+    assert content["pad_token_id"] == tokenizer.pad_id != tokenizer.eos_id
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"mlp": "gelu", "bias": "all"}, r"llama needs model.mlp='swiglu' \(it is 'gelu'\); gpt2 needs model.norm="),
+        ({"window": 8}, r"model.window=8: neither"),
+        ({"heads": 6}, r"model.width=64 is no multiple of model.heads=6"),
+        ({"positions": "learned"}, r"llama needs model.positions='rope' \(it is 'learned'\)"),
+    ],
+)
+def test_what_transformers_cannot_express(
+    changes: dict[str, Any], complaint: str, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=complaint):
+        export(tmp_path / "out", llama(**changes), tokenizer)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [({"kv_heads": 2}, r"model.kv_heads=2: GPT-2"), ({"head_size": 32}, r"model.head_size=32: GPT-2's heads")],
+)
+def test_what_gpt2_cannot_express(changes: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        names.family(gpt2(**changes))
+
+
+def test_parameters_of_another_model(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    params = random_params(llama())
+    with pytest.raises(UserError, match=r"parameters lack blocks/2/attention/key/kernel, .* and \d+ more"):
+        export(tmp_path / "out", llama(layers=3), tokenizer, params=params)
+    with pytest.raises(UserError, match=r"parameters hold blocks/1/"):
+        export(tmp_path / "out", llama(layers=1), tokenizer, params=params)
+    with pytest.raises(UserError, match=r"parameter embed/embedding has shape \(420, 64\); expected \(421, 64\)"):
+        export(tmp_path / "out", llama(vocab_size=421), tokenizer, params=params)
+    with pytest.raises(UserError, match=r"the tokenizer has 420 ids, but model.vocab_size=256"):
+        export(tmp_path / "out", llama(vocab_size=256), tokenizer)
+    with pytest.raises(UserError, match="export dtype 'int8'"):
+        export(tmp_path / "out", llama(), tokenizer, params=params, dtype="int8")
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("exported") / "out"
+    export(folder, llama(vocab_size=256), ByteTokenizer())
+    return folder
+
+
+def with_config(exported: Path, folder: Path, remove: tuple[str, ...] = (), **values: Any) -> Path:
+    for path in exported.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps({**{key: value for key, value in content.items() if key not in remove}, **values})
+    )
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("remove", "values", "theta"),
+    [
+        (("rope_theta",), {}, 123_456.0),
+        (("rope_parameters",), {}, 123_456.0),
+        (("rope_parameters",), {"rope_scaling": None, "rope_theta": 500_000}, 500_000.0),
+        (("rope_parameters", "rope_theta"), {"rope_scaling": {"type": "default"}}, 10_000.0),
+    ],
+)
+def test_rotation_in_old_and_new_spelling(
+    remove: tuple[str, ...], values: dict[str, Any], theta: float, exported: Path, tmp_path: Path
+) -> None:
+    assert huggingface.read_export(with_config(exported, tmp_path, remove, **values)).model.rope_theta == theta
+
+
+LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 123_456.0}
+
+
+@pytest.mark.parametrize(
+    ("values", "complaint"),
+    [
+        ({"rope_parameters": LINEAR}, "rope_parameters is .*linear.*; supported: rope_type 'default'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling is .*dynamic"),
+        ({"rope_parameters": {"rope_theta": 1.0, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"rope_theta": 10_000.0}, "gives two values of rope_theta, 10000.0 and 123456.0"),
+        ({"model_type": "mistral"}, "model_type is 'mistral'; supported: gpt2, llama"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; supported: 'silu'"),
+        ({"mlp_bias": True}, "attention_bias is False and mlp_bias is not"),
+        ({"attention_bias": True, "mlp_bias": True}, r"lacks model\.layers\.0\.mlp\.down_proj\.bias"),
+        ({"num_hidden_layers": 1}, r"holds model\.layers\.1\..* which no llama of its config.json has"),
+        ({"num_hidden_layers": "2"}, "num_hidden_layers is '2'; expected a value of type int"),
+        ({"vocab_size": None}, "vocab_size is None; expected a value of type int"),
+        ({"hidden_size": 0}, "hidden_size is 0; expected at least 1"),
+        ({"num_key_value_heads": 3}, "config.json: .*model.kv_heads=3"),
+        ({"head_dim": 16}, r"self_attn.q_proj.weight has shape \(128, 64\); expected \(64, 64\)"),
+        ({"tie_word_embeddings": False}, r"lacks lm_head\.weight"),
+    ],
+)
+def test_config_that_does_not_fit(values: dict[str, Any], complaint: str, exported: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=complaint):
+        huggingface.read_export(with_config(exported, tmp_path, **values))
+
+
+def test_gpt2_config_that_does_not_fit(tmp_path: Path) -> None:
+    export(tmp_path / "gpt2", gpt2(vocab_size=256), ByteTokenizer())
+    (tmp_path / "one").mkdir()
+    with pytest.raises(UserError, match="scale_attn_weights is False; supported: True"):
+        huggingface.read_export(with_config(tmp_path / "gpt2", tmp_path / "one", scale_attn_weights=False))
+    with pytest.raises(UserError, match="activation_function is 'relu'"):
+        huggingface.read_export(with_config(tmp_path / "gpt2", tmp_path / "one", activation_function="relu"))
+    with pytest.raises(UserError, match="GPT-2's heads fill its width"):
+        huggingface.read_export(with_config(tmp_path / "gpt2", tmp_path / "one", n_head=6))
+
+
+def change_tensors(folder: Path, change: Any) -> Path:
+    tensors = safetensors.numpy.load_file(folder / "model.safetensors")
+    change(tensors)
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+NORM = "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda tensors: tensors.pop(NORM), r"lacks model\.norm\.weight"),
+        (lambda tensors: tensors.update(extra=np.ones(3, np.float32)), "the file holds extra"),
+        (
+            lambda tensors: tensors.update({NORM: np.ones((1, 64), np.float32)}),
+            r"norm.weight has shape \(1, 64\); expected \(64,\)",
+        ),
+        (lambda tensors: tensors.update({NORM: np.ones(64, np.int8)}), "norm.weight is I8; supported: F32, BF16, F16"),
+    ],
+)
+def test_weights_that_do_not_fit(change: Any, complaint: str, exported: Path, tmp_path: Path) -> None:
+    folder = change_tensors(with_config(exported, tmp_path), change)
+    with pytest.raises(UserError, match=complaint):
+        huggingface.read_export(folder)
+
+
+def test_missing_and_damaged_files(exported: Path, tmp_path: Path) -> None:
+    folder = with_config(exported, tmp_path)
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-7])
+    with pytest.raises(UserError, match="safetensors is damaged"):
+        huggingface.read_export(folder)
+    weights.rename(folder / "model-00001-of-00002.safetensors")
+    with pytest.raises(UserError, match="are spread over model-00001-of-00002.safetensors"):
+        huggingface.read_export(folder)
+    (folder / "pytest_marker.bin").write_bytes(b"\x80\x04")
+    with pytest.raises(UserError, match="a pickle can run any code and is never opened"):
+        huggingface.read_export(folder)
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(UserError, match=r"config\.json holds list; expected an object"):
+        huggingface.read_export(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json cannot be read"):
+        huggingface.read_export(folder)
+    with pytest.raises(UserError, match="does not exist; expected an exported model's folder"):
+        huggingface.read_export(tmp_path / "nowhere")
+    (folder / "export.json").write_text('{"format": 9}')
+    with pytest.raises(UserError, match="has format 9; this version reads format 1"):
+        huggingface.read_record(folder)
+
+
+def test_a_folder_of_transformers_is_read(tmp_path: Path) -> None:
+    """Written by transformers itself, with grouped heads and no head_dim of ours."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    theirs = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=16, rope_parameters={"rope_type": "default",
+            "rope_theta": 777.0},
+        )
+    )  # fmt: skip
+    theirs.save_pretrained(tmp_path)
+    model, params, _ = huggingface.read_export(tmp_path)
+    assert (model.head_size, model.rope_theta, model.embeddings, model.context) == (8, 777.0, "untied", 16)
+    query = params["blocks"][0]["attention"]["query"]["kernel"]
+    weight = theirs.model.layers[0].self_attn.q_proj.weight.detach().to(torch.float32).numpy()
+    np.testing.assert_array_equal(query, weight.T)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_parameter_has_exactly_one_place(name: str) -> None:
+    model = MODELS[name]
+    held = [path for tensor in names.tensors(model) for path in tensor.ours]
+    assert sorted(map(str, held)) == sorted(map(str, names.expected_shapes(model)))

@@ -1,0 +1,117 @@
+"""The XLA reference against attention written out in numpy, one query at a time."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from smallcoder_jax.errors import UserError
+from smallcoder_jax.ops.attention import attention, choose
+from smallcoder_jax.ops.rope import rotate
+
+
+def written_out(q, k, v, positions, segments, theta, window):
+    batch, length, heads, size = q.shape
+    group = heads // k.shape[2]
+    out = np.zeros_like(q)
+
+    def turn(x, position):
+        if theta is None:
+            return x
+        half = size // 2
+        angle = position * theta ** (-np.arange(half) / half)
+        first, second = x[:half], x[half:]
+        return np.concatenate(
+            [first * np.cos(angle) - second * np.sin(angle), second * np.cos(angle) + first * np.sin(angle)]
+        )
+
+    for b in range(batch):
+        for t in range(length):
+            seen = [
+                s
+                for s in range(length)
+                if segments[b, s] == segments[b, t] > 0
+                and 0 <= positions[b, t] - positions[b, s] < (window or length + 1)
+            ]
+            for n in range(heads):
+                if not seen:
+                    continue
+                query = turn(q[b, t, n], positions[b, t])
+                scores = np.array([query @ turn(k[b, s, n // group], positions[b, s]) for s in seen]) / np.sqrt(size)
+                weights = np.exp(scores - scores.max())
+                weights /= weights.sum()
+                out[b, t, n] = sum(w * v[b, s, n // group] for w, s in zip(weights, seen, strict=True))
+    return out
+
+
+def inputs(length, heads, kv_heads, size, seed=0):
+    generator = np.random.default_rng(seed)
+    q, k, v = (generator.normal(size=(2, length, n, size)).astype(np.float32) for n in (heads, kv_heads, kv_heads))
+    segments = np.ones((2, length), np.int32)
+    segments[0, length // 3 :] = 2
+    segments[1, -3:] = 0  # padding
+    positions = np.zeros((2, length), np.int32)
+    for b in range(2):
+        for segment in np.unique(segments[b]):
+            where = segments[b] == segment
+            positions[b, where] = np.arange(where.sum())
+    return q, k, v, positions, segments
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (3, 1)])
+@pytest.mark.parametrize("theta", [None, 10_000.0, 123.0])
+@pytest.mark.parametrize("window", [None, 5])
+def test_reference_equals_attention_written_out(heads, kv_heads, theta, window):
+    q, k, v, positions, segments = inputs(24, heads, kv_heads, 8)
+    places, ids = jnp.asarray(positions), jnp.asarray(segments)
+    o = attention(
+        *map(jnp.asarray, (q, k, v)), q_positions_BT=places, kv_positions_BS=places, q_segment_ids_BT=ids,
+        kv_segment_ids_BS=ids, rope_theta=theta, window=window,
+    )  # fmt: skip
+    np.testing.assert_allclose(o, written_out(q, k, v, positions, segments, theta, window), atol=2e-6)
+
+
+@pytest.mark.parametrize("length", [300, 1300])  # several blocks; the second also recomputes in the backward pass
+def test_blocks_do_not_change_values_or_gradients(length, monkeypatch):
+    q, k, v, positions, segments = (jnp.asarray(x) for x in inputs(length, 4, 2, 16, seed=1))
+
+    def total(q, k, v):
+        o = attention(
+            q, k, v, q_positions_BT=positions, kv_positions_BS=positions, q_segment_ids_BT=segments,
+            kv_segment_ids_BS=segments, rope_theta=1e4,
+        )  # fmt: skip
+        return jnp.sum(jnp.sin(o))
+
+    blocked = jax.jit(jax.value_and_grad(total, (0, 1, 2)))(q, k, v)
+    monkeypatch.setattr("smallcoder_jax.ops.attention.QUERY_BLOCKS", 1)
+    monkeypatch.setattr("smallcoder_jax.ops.attention.QUERY_BLOCK", length)
+    whole = jax.jit(jax.value_and_grad(lambda *qkv: total(*qkv), (0, 1, 2)))(q, k, v)
+    for a, b in zip(jax.tree.leaves(blocked), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
+
+
+def test_padding_is_zero_and_never_nan():
+    q, k, v, positions, segments = (jnp.asarray(x) for x in inputs(24, 4, 2, 8))
+    nothing = jnp.zeros_like(segments)
+    o = attention(
+        q, k, v, q_positions_BT=positions, kv_positions_BS=positions, q_segment_ids_BT=nothing,
+        kv_segment_ids_BS=nothing, rope_theta=1e4,
+    )  # fmt: skip
+    assert (o == 0).all()
+
+
+def test_rotation_depends_on_relative_position_only():
+    x = jax.random.normal(jax.random.key(0), (1, 1, 1, 32))
+    y = jax.random.normal(jax.random.key(1), (1, 1, 1, 32))
+
+    def score(i, j):
+        return jnp.sum(rotate(x, jnp.array([[i]]), 1e4) * rotate(y, jnp.array([[j]]), 1e4))
+
+    np.testing.assert_allclose(score(7, 3), score(107, 103), rtol=1e-4)
+    assert abs(float(score(7, 3) - score(7, 4))) > 1e-3
+
+
+def test_unknown_implementation_is_an_error():
+    assert choose("auto").implementation == "xla"
+    with pytest.raises(UserError, match="known: auto, xla"):
+        choose("flash")

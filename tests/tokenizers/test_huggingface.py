@@ -1,0 +1,117 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from smallcoder_jax.errors import UserError
+from smallcoder_jax.tokenizers import base
+from smallcoder_jax.tokenizers.huggingface import HuggingFaceTokenizer, read_hugging_face
+from smallcoder_jax.tokenizers.load import load_tokenizer, open_tokenizer
+from smallcoder_jax.tokenizers.sentencepiece import SentencePieceTokenizer
+from tests.tokenizers.conftest import HARD_TEXTS
+
+END = "<|endoftext|>"
+
+
+def _publish(folder: Path, tokenizer: Tokenizer, **settings: str) -> Path:
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    plain = {"tokenizer_class": "PreTrainedTokenizerFast", **settings}
+    (folder / "tokenizer_config.json").write_text(json.dumps(plain))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def byte_level(code: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As GPT-2's: byte-level BPE with one special piece for everything."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, special_tokens=[END], show_progress=False)
+    tokenizer.train_from_iterator(code[:8], trainer)
+    folder = tmp_path_factory.mktemp("gpt2") / "t"
+    return _publish(folder, tokenizer, bos_token=END, eos_token=END, unk_token=END)
+
+
+@pytest.fixture(scope="module")
+def code_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As Code Llama's: byte fallback, a space added before every text, its own names for the FIM pieces."""
+    specials = ["<unk>", "<s>", "</s>", "▁<PRE>", "▁<SUF>", "▁<MID>"]
+    pieces = [*specials, *(f"<0x{i:02X}>" for i in range(256)), "▁", *"abcdefghij", "▁a", "bc"]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    merges = [("▁", "a"), ("b", "c")]
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.add_special_tokens(specials)
+    folder = tmp_path_factory.mktemp("llama") / "t"
+    return _publish(folder, tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+
+
+@pytest.mark.parametrize("kind", ["byte_level", "code_llama"])
+def test_text_comes_back_byte_for_byte(kind: str, request: pytest.FixtureRequest) -> None:
+    tokenizer = open_tokenizer("hf", str(request.getfixturevalue(kind)))
+    for text in [*HARD_TEXTS.values(), f"a {END} </s> ▁<PRE> b", " a", "a"]:
+        if kind == "code_llama" and "\u2581" in text:
+            continue  # such a vocabulary cannot tell this character from a space
+        ids = tokenizer.encode(text)
+        assert b"".join(tokenizer.token_bytes[i] for i in ids) == text.encode()
+        assert not set(ids) & set(tokenizer.specials.values()), text[:60]
+
+
+def test_one_special_piece_for_everything(byte_level: Path) -> None:
+    tokenizer = read_hugging_face(str(byte_level))
+    assert tokenizer.bos_id == tokenizer.eos_id == tokenizer.pad_id
+    assert tokenizer.vocab_size == 600
+    assert base.FIM_PREFIX not in tokenizer.specials
+    assert base.PAD not in tokenizer.specials
+    assert tokenizer.token_bytes[tokenizer.eos_id] == b""
+
+
+def test_published_names_of_special_pieces(code_llama: Path) -> None:
+    tokenizer = read_hugging_face(str(code_llama))
+    assert [tokenizer.specials[p] for p in (base.FIM_PREFIX, base.FIM_SUFFIX, base.FIM_MIDDLE)] == [3, 4, 5]
+    assert tokenizer.encode("abc") == tokenizer.encode_batch(["abc"], 1)[0]
+    assert [tokenizer.token_bytes[i] for i in tokenizer.encode("abc a")] == [b"a", b"bc", b" a"]
+
+
+def test_cutting_at_borders_changes_no_id(byte_level: Path, code: list[str]) -> None:
+    tokenizer = read_hugging_face(str(byte_level))
+    ids = tokenizer.encode(code[2])
+    borders = np.flatnonzero(tokenizer.borders(np.array(ids)))
+    assert len(borders) > len(ids) / 20
+    for k in borders[::10]:
+        assert tokenizer.encode(tokenizer.decode(ids[k:])) == ids[k:]
+
+
+def test_saved_and_loaded_is_the_same(byte_level: Path, code_llama: Path, tmp_path: Path) -> None:
+    for i, folder in enumerate((byte_level, code_llama)):
+        tokenizer = read_hugging_face(str(folder))
+        tokenizer.save(tmp_path / str(i))
+        loaded = load_tokenizer(tmp_path / str(i))
+        assert loaded.hash == tokenizer.hash
+        assert loaded.specials == tokenizer.specials
+
+
+def test_own_tokenizer_as_a_published_one(trained: SentencePieceTokenizer, tmp_path: Path) -> None:
+    trained.save(tmp_path)
+    names = {"bos_token": base.BOS, "eos_token": base.EOS, "pad_token": base.PAD, "unk_token": base.UNK}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", **names}))
+    published = open_tokenizer("hf", str(tmp_path))
+    assert isinstance(published, HuggingFaceTokenizer)
+    assert published.specials == trained.specials
+    assert published.token_bytes == trained.token_bytes
+
+
+def test_missing_folder_names_cause_and_ways_out(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"cannot be loaded: .*Three ways out: .*HF_HOME"):
+        open_tokenizer("hf", str(tmp_path / "nothing"))
+
+
+def test_a_tokenizer_that_loses_bytes(tmp_path: Path) -> None:
+    tokenizer = Tokenizer(models.WordLevel({"a": 0, "[UNK]": 1, END: 2}, unk_token="[UNK]"))
+    folder = _publish(tmp_path / "t", tokenizer, eos_token=END, unk_token="[UNK]")
+    with pytest.raises(UserError, match="loses bytes"):
+        read_hugging_face(str(folder))

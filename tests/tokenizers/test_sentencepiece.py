@@ -1,0 +1,131 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from smallcoder_jax.errors import UserError
+from smallcoder_jax.tokenizers import base
+from smallcoder_jax.tokenizers.load import check_tokenizer, load_tokenizer
+from smallcoder_jax.tokenizers.sentencepiece import SentencePieceTokenizer, train_sentencepiece
+from tests.tokenizers.conftest import HARD_TEXTS
+
+
+def _bytes(tokenizer: base.Tokenizer, ids: list[int]) -> bytes:
+    return b"".join(tokenizer.token_bytes[i] for i in ids)
+
+
+def test_every_special_piece_is_one_id(trained: SentencePieceTokenizer) -> None:
+    for piece in (base.PAD, base.BOS, base.EOS, base.UNK, *base.SPECIAL_PIECES):
+        assert trained.token_bytes[trained.specials[piece]] == b""
+    assert (trained.pad_id, trained.bos_id, trained.eos_id) == (0, 1, 2)
+    assert len(set(trained.specials.values())) == len(base.SPECIAL_PIECES) + 4
+
+
+@pytest.mark.parametrize("name", [*HARD_TEXTS, "the space of sentencepiece"])
+def test_text_comes_back_byte_for_byte_without_special_ids(trained: SentencePieceTokenizer, name: str) -> None:
+    text = HARD_TEXTS.get(name, "a \u2581b\u2581\u2581")
+    ids = trained.encode(text)
+    assert _bytes(trained, ids) == text.encode()
+    assert trained.decode(ids) == text
+    assert not set(ids) & set(trained.specials.values())
+
+
+def test_batch_is_the_same_as_one_by_one(trained: SentencePieceTokenizer, code: list[str]) -> None:
+    texts = [*HARD_TEXTS.values(), "\u2581", *code[:5]]
+    assert trained.encode_batch(texts, 2) == [trained.encode(text) for text in texts]
+
+
+def test_newlines_and_indentation_are_entries(trained: SentencePieceTokenizer) -> None:
+    ids = trained.encode("def f(self):\n        return self\n\n\nclass A:\n")
+    assert _bytes(trained, ids[-1:]).endswith(b"\n")
+    assert max(len(trained.token_bytes[i]) for i in ids) > 8
+    # an entry never goes on into the next line
+    assert not any(b"\n" in piece.rstrip(b"\n") for piece in trained.token_bytes)
+
+
+def test_tabs_can_be_learned() -> None:
+    texts = [f"func f{i}() {{\n\t\treturn value{i}\n\t}}\n" for i in range(500)]
+    tokenizer = train_sentencepiece(texts, vocab_size=340, max_bytes=1_000_000)
+    assert b"\t\treturn" in tokenizer.token_bytes
+
+
+def test_training_twice_gives_the_same_model(trained: SentencePieceTokenizer, code: list[str]) -> None:
+    assert train_sentencepiece(code, vocab_size=1200, max_bytes=10_000_000).hash == trained.hash
+    assert train_sentencepiece(code, vocab_size=1200, max_bytes=100_000).hash != trained.hash
+
+
+def test_cutting_at_borders_changes_no_id(trained: SentencePieceTokenizer, code: list[str]) -> None:
+    text = code[3] + HARD_TEXTS["emoji"] + HARD_TEXTS["tabs"]
+    ids = trained.encode(text)
+    borders = np.flatnonzero(trained.borders(np.array(ids)))
+    assert len(borders) > len(ids) / 5
+    for k in borders[:: max(1, len(borders) // 300)]:
+        assert trained.encode(_bytes(trained, ids[:k]).decode()) == ids[:k]
+        assert trained.encode(_bytes(trained, ids[k:]).decode()) == ids[k:]
+    starts = trained.starts_word[np.array(ids)]
+    assert starts.any()
+    assert set(np.flatnonzero(starts)) <= set(borders)
+
+
+def test_saved_and_loaded_is_the_same(trained: SentencePieceTokenizer, tmp_path: Path) -> None:
+    trained.save(tmp_path / "t")
+    loaded = load_tokenizer(tmp_path / "t")
+    assert loaded.hash == trained.hash
+    assert loaded.encode("import os\n") == trained.encode("import os\n")
+
+
+@pytest.mark.parametrize("vocab_size", [100, 100_000])
+def test_vocabulary_that_does_not_fit_the_text(code: list[str], vocab_size: int) -> None:
+    with pytest.raises(UserError, match=f"vocab_size={vocab_size}.*(?i:vocab).*data.sources"):
+        train_sentencepiece(code[:2], vocab_size=vocab_size, max_bytes=50_000)
+
+
+def test_nothing_to_train_on() -> None:
+    with pytest.raises(UserError, match="no text"):
+        train_sentencepiece([], vocab_size=500, max_bytes=1000)
+
+
+def test_folder_without_a_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"tokenizer_kind\.json does not exist"):
+        load_tokenizer(tmp_path)
+    base.write_kind(tmp_path, "sentencepiece")
+    with pytest.raises(UserError, match=r"tokenizer\.model cannot be read"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"not a model")
+    with pytest.raises(UserError, match="not a sentencepiece model"):
+        load_tokenizer(tmp_path)
+    (tmp_path / base.KIND_FILE).write_text('{"kind": "other"}')
+    with pytest.raises(UserError, match="'other'.*not known"):
+        load_tokenizer(tmp_path)
+
+
+def test_wrong_size_and_changed_tokenizer(trained: SentencePieceTokenizer) -> None:
+    check_tokenizer(trained, 1200, trained.hash)
+    with pytest.raises(UserError, match=r"has 1200 entries, but model.vocab_size=99"):
+        check_tokenizer(trained, 99)
+    with pytest.raises(UserError, match="changed since the data was prepared"):
+        check_tokenizer(trained, 1200, "0" * 64)
+
+
+@pytest.fixture(scope="module")
+def published(trained: SentencePieceTokenizer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tokenizer as an exported folder holds it."""
+    folder = tmp_path_factory.mktemp("published")
+    trained.save(folder)
+    settings = {
+        "tokenizer_class": "LlamaTokenizer",
+        **{"bos_token": base.BOS, "eos_token": base.EOS, "pad_token": base.PAD, "unk_token": base.UNK},
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_transformers_gives_the_same_ids(trained: SentencePieceTokenizer, published: Path, code: list[str]) -> None:
+    from transformers import AutoTokenizer
+
+    theirs = AutoTokenizer.from_pretrained(str(published))
+    assert len(theirs) == trained.vocab_size
+    for text in [*HARD_TEXTS.values(), *code]:
+        encoded = theirs(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        assert encoded == trained.encode(text), text[:60]

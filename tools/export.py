@@ -1,0 +1,104 @@
+"""Writes a run as a Hugging Face folder that `transformers` loads without remote code.
+
+    python -m tools.export --checkpoint runs/nano
+    python -m tools.export --checkpoint runs/nano --step 2000 --output exported/nano --dtype bfloat16
+
+The folder is put in its place only when `transformers` agrees with the model: logits, token ids, greedy text. An
+exported folder may be given as well: it is read and written again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import sys
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from smallcoder_jax.config import from_config_dict
+from smallcoder_jax.errors import run_cli
+from smallcoder_jax.export import card as model_card
+from smallcoder_jax.export import huggingface, parity
+
+if TYPE_CHECKING:
+    from smallcoder_jax.loading import LoadedModel
+
+
+def main(argv: list[str] | None = None) -> int | None:
+    """Exports one model. Raises UserError on what cannot be exported, CheckFailed where transformers disagrees."""
+    args = build_parser().parse_args(argv)
+    import smallcoder_jax
+
+    loaded = smallcoder_jax.load(args.checkpoint, step=args.step)
+    again = (args.checkpoint / huggingface.RECORD).is_file()
+    if again:
+        record = huggingface.read_record(args.checkpoint)
+        card, dtype = {key: value for key, value in record.card.items() if key != "parity"}, args.dtype or record.dtype
+    else:
+        card, dtype = run_card(args.checkpoint, loaded), args.dtype or "float32"
+    output = args.output or (args.checkpoint if again else args.checkpoint / "export")
+    params = huggingface.round_params(loaded.params, dtype)
+
+    def check(folder: Path) -> Mapping[str, Any]:
+        report = parity.check(folder, loaded.model, params, loaded.tokenizer, texts=sample_texts())
+        print(json.dumps(report.to_dict(), indent=1) if args.json else report.table())
+        return report.record()
+
+    huggingface.write_export(
+        output,
+        model=loaded.model,
+        params=params,
+        tokenizer=loaded.tokenizer,
+        card=card,
+        dtype=dtype,
+        check=None if args.skip_parity else check,
+    )
+    unchecked = ", not checked against transformers" if args.skip_parity else ""
+    print(f"exported to {output}{unchecked}", file=sys.stderr)
+    return None
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every flag of the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--checkpoint", required=True, type=Path, help="a run folder or an exported folder")
+    parser.add_argument("--step", default=None, help="checkpoint of a run: a step number or 'best' (default: the best)")
+    parser.add_argument("--output", type=Path, help="folder to write (default: export/ in the run)")
+    parser.add_argument(
+        "--dtype", choices=get_args(huggingface.Dtype), help="how weights are stored (default: float32)"
+    )
+    parser.add_argument("--json", action="store_true", help="print the comparison as JSON instead of a table")
+    parser.add_argument(
+        "--skip-parity",
+        action="store_true",
+        help="write without the comparison, where torch cannot be installed; the model card then says so",
+    )
+    return parser
+
+
+def run_card(path: Path, loaded: LoadedModel) -> dict[str, Any]:
+    """The model card's content for a step of the run in `path`."""
+    from smallcoder_jax.data import shards
+    from smallcoder_jax.evaluate.verify import find_tokens
+    from smallcoder_jax.train.run_folder import RunFolder, read_json
+
+    config = from_config_dict(loaded.info["config"])
+    history = RunFolder(path).metrics_history_json
+    references = read_json(history, "a metrics history").get("references", {}) if history.exists() else {}
+    tokens = find_tokens(config, loaded.info["run"], loaded.info["identity"]["data"]["fingerprint"])
+    manifest = shards.read_manifest(tokens) if tokens else None
+    return model_card.of_run(config, loaded.info, references, manifest)
+
+
+def sample_texts() -> list[str]:
+    """Real code that is on every machine."""
+    return [inspect.getsource(module) for module in (argparse, json, textwrap)]
+
+
+if __name__ == "__main__":
+    run_cli(main)

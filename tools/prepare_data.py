@@ -1,0 +1,35 @@
+"""Prepares the data of a config: corpus, tokenizer, token shards. What is there already is kept.
+
+    python -m tools.prepare_data --config=configs/nano.py [--config.data.sources=dir:PATH ...]
+
+Ends with the accounting: what was read, kept and dropped, why, and statistics of the documents.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from smallcoder_jax.configfile import load_config, split_overrides
+from smallcoder_jax.data.prepare import prepare
+from smallcoder_jax.data.progress import Progress
+from smallcoder_jax.data.statistics import format_report
+from smallcoder_jax.errors import run_cli
+
+
+def main(argv: list[str] | None = None) -> None:
+    others, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="config file; --config.key=value overrides a key")
+    arguments = parser.parse_args(others)
+    prepared = prepare(load_config(arguments.config, overrides), Progress(sys.stderr))
+    print(format_report(prepared.manifest))
+    print()
+    print(f"corpus:    {prepared.corpus_folder}")
+    print(f"tokenizer: {prepared.tokenizer_folder}")
+    print(f"tokens:    {prepared.tokens_folder} (fingerprint {prepared.manifest.fingerprint[:16]})")
+    print(f"check it:  python -m tools.validate_data --config={' '.join([arguments.config, *overrides])}")
+
+
+if __name__ == "__main__":
+    run_cli(main)

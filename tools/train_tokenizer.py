@@ -1,0 +1,67 @@
+"""Trains a sentencepiece tokenizer on data sources and says how well it does on documents that it was not trained on.
+
+    python -m tools.train_tokenizer --sources=stdlib --vocab-size=4096 --output=tokenizers/nano
+
+Use it with --config.tokenizer.path=tokenizers/nano. Exit code 3 when a held-out document does not come back byte for
+byte.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from smallcoder_jax.config import DataConfig
+from smallcoder_jax.data.corpus import corpus_key, ensure_corpus, read_split
+from smallcoder_jax.data.progress import Progress
+from smallcoder_jax.data.sources import parse_sources
+from smallcoder_jax.errors import CheckFailed, UserError, run_cli
+from smallcoder_jax.tokenizers.base import Tokenizer
+from smallcoder_jax.tokenizers.sentencepiece import train_sentencepiece
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sources", required=True, help="as data.sources: stdlib, dir:PATH, jsonl:PATH, hf:NAME, ...")
+    parser.add_argument("--vocab-size", type=int, required=True, help="entries, special pieces and bytes included")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist or be empty")
+    parser.add_argument("--train-bytes", type=int, default=30_000_000, help="how much text to train on")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where corpora are kept")
+    arguments = parser.parse_args(argv)
+    if arguments.output.exists() and (not arguments.output.is_dir() or any(arguments.output.iterdir())):
+        raise UserError(f"--output {arguments.output} exists and is not empty; name another folder or delete it")
+    specs = parse_sources(arguments.sources)
+    data = DataConfig(sources=arguments.sources, dir=str(arguments.data_dir))
+    progress = Progress(sys.stderr)
+    corpus = arguments.data_dir / "corpus" / corpus_key(specs, data)
+    ensure_corpus(specs, data, corpus, progress)
+    progress.note(f"training {arguments.vocab_size:,} entries on up to {arguments.train_bytes / 1e6:.0f} MB")
+    texts = (document.text for document in read_split(corpus, "train"))
+    tokenizer = train_sentencepiece(texts, arguments.vocab_size, arguments.train_bytes)
+    ratio, size = bytes_per_token(tokenizer, (document.text for document in read_split(corpus, "validation")))
+    tokenizer.save(arguments.output)
+    print(f"entries:         {tokenizer.vocab_size:,}")
+    print(f"bytes per token: {ratio:.3f} on {size / 1e6:.2f} MB of held-out text, each document back byte for byte")
+    print(f"hash:            {tokenizer.hash[:16]}")
+    print(
+        f"use it with:     --config.tokenizer.path={arguments.output} --config.model.vocab_size={tokenizer.vocab_size}"
+    )
+
+
+def bytes_per_token(tokenizer: Tokenizer, texts: Iterable[str]) -> tuple[float, int]:
+    """UTF-8 bytes per id over `texts`, and the bytes. Raises CheckFailed where ids do not give their text back."""
+    held_out = list(texts)
+    tokens = size = 0
+    for text, ids in zip(held_out, tokenizer.encode_batch(held_out, os.cpu_count() or 1), strict=True):
+        raw = text.encode("utf-8")
+        if b"".join(tokenizer.token_bytes[i] for i in ids) != raw:
+            raise CheckFailed(f"a held-out document does not come back byte for byte; it begins with {text[:60]!r}")
+        tokens, size = tokens + len(ids), size + len(raw)
+    return size / max(tokens, 1), size
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,75 @@
+"""Says of runs whether they hold the models that they say they hold.
+
+    python -m tools.verify_models --run runs/nano
+    python -m tools.verify_models --all --runs runs --json
+
+Checksums and data fingerprints are worked out again and the newest checkpoint is evaluated on held-out text. Statuses:
+verified, not_found, no_checkpoint, wrong_data, corrupt, error. Exit code 0 when every run is verified, 3 otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+from smallcoder_jax.errors import CheckFailed, UserError, run_cli
+
+
+def main(argv: list[str] | None = None) -> int | None:
+    """Verifies and prints. Raises UserError where there is nothing to verify, CheckFailed where one is not verified."""
+    args = build_parser().parse_args(argv)
+    runs = find_runs(args.runs) if args.all else args.run
+    from smallcoder_jax.evaluate.verify import verify
+    from smallcoder_jax.runtime import configure_jax
+
+    configure_jax()
+    verdicts = []
+    for run in runs:
+        verdicts.append(verify(run, batches=args.batches))
+        if not args.json:
+            print(f"{verdicts[-1].status:<14} {run}\n    {verdicts[-1].reason}", flush=True)
+    if args.json:
+        print(json.dumps([dataclasses.asdict(verdict) for verdict in verdicts], indent=1))
+    failed = [verdict.run for verdict in verdicts if verdict.status != "verified"]
+    if failed:
+        raise CheckFailed(f"{len(failed)} of {len(verdicts)} not verified: {', '.join(failed)}")
+    return None
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Every flag of the command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.verify_models", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--run", type=Path, action="append", help="a run folder; may be given several times")
+    what.add_argument("--all", action="store_true", help="every run under --runs")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of runs (default: runs)")
+    parser.add_argument("--json", action="store_true", help="print the verdicts as JSON")
+    parser.add_argument(
+        "--batches",
+        type=_positive,
+        default=None,
+        help="validation batches to evaluate (default: as many as in training; fewer are not compared with the record)",
+    )
+    return parser
+
+
+def find_runs(folder: Path) -> list[Path]:
+    """Every run folder under `folder`, at any depth. Raises UserError where there is none."""
+    runs = sorted(path.parent for path in folder.rglob("run.json"))
+    if not runs:
+        raise UserError(f"no run under {folder}: expected folders that hold run.json; name another with --runs")
+    return runs
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
+    return int(text)
+
+
+if __name__ == "__main__":
+    run_cli(main)
