@@ -79,7 +79,7 @@ class DataConfig:
 
     sources: str = "hf:bigcode/the-stack-smol"
     dir: str = "data"  # prepared corpora, tokenizers and token shards; shared between runs
-    workers: int = 0  # reader processes; 0: threads of this process
+    workers: int = 0  # reader processes; 0: a thread of this process
     prefetch: int = 2  # batches kept ready on the device
     packing: Literal["concat", "best_fit"] = "concat"
     fim_rate: float = 0.5  # share of documents rearranged for fill-in-the-middle

@@ -33,8 +33,7 @@ def main(argv: list[str] | None = None) -> int | None:
     job = read_job(args)
     import smallcoder_jax
 
-    loaded = smallcoder_jax.load(args.checkpoint, step=args.step)
-    generator = Generator(loaded.model, loaded.compute, loaded.params, loaded.tokenizer)
+    generator = smallcoder_jax.load(args.checkpoint, step=args.step).generator
     for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character gets a question mark
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
@@ -48,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     default = SamplingOptions()
     parser.add_argument("--checkpoint", required=True, type=Path, help="a run folder or an export folder")
-    parser.add_argument("--step", default=None, help="checkpoint of a run: a step number or 'best' (default: the last)")
+    parser.add_argument("--step", default=None, help="checkpoint of a run: a step number or 'best', the default")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", action="append", help="text to continue; may be given several times")
     what.add_argument(

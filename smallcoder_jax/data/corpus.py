@@ -6,15 +6,13 @@ a source stand together, in the order in which the source yields them.
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
+import functools
 import hashlib
-import io
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from smallcoder_jax.config import DataConfig
 from smallcoder_jax.data.collect import SourceReport, collect_source
@@ -28,8 +26,6 @@ from smallcoder_jax.errors import UserError
 FORMAT = 1  # raised when the same sources and settings begin to give another corpus
 ACCOUNTING = "accounting.json"
 MIN_REPOSITORIES = 20  # a source with fewer is split by document: by repository, one side could stay empty
-_FIELDS = ("text", "source", "path", "repository", "language", "license", "hash")
-_READ_AHEAD = 256
 
 
 def corpus_key(specs: Sequence[SourceSpec], data: DataConfig) -> str:
@@ -89,31 +85,29 @@ def read_split(folder: Path, split: str, source: str | None = None) -> Iterator[
         start = stop
 
 
-def document_digest() -> Any:
-    """A hash to be fed with `add_to_digest`; over every document it gives a corpus's fingerprint."""
-    return hashlib.sha256(b"corpus")
+class CorpusFingerprint:
+    """A hash over the documents of each split, in order, with their provenance."""
 
+    def __init__(self) -> None:
+        self._splits = {split: hashlib.sha256() for split in SPLITS}
 
-def add_to_digest(digest: Any, split: str, document: Document) -> None:
-    """Adds a document, its provenance and its side to a fingerprint."""
-    fields = [split, document.hash, document.path, document.repository, document.language, document.license]
-    digest.update(json.dumps(fields).encode())
+    def add(self, split: str, document: Document) -> None:
+        fields = [document.hash, document.path, document.repository, document.language, document.license]
+        self._splits[split].update(json.dumps(fields).encode())
+
+    def hexdigest(self) -> str:
+        return hashlib.sha256(b"".join(digest.digest() for digest in self._splits.values())).hexdigest()
 
 
 def _read_range(folder: Path, split: str, start: int, stop: int) -> Iterator[Document]:
     if start == stop:
         return
-    import tensorflow_datasets as tfds
+    from smallcoder_jax.data import builder  # imports tensorflow_datasets, which commands without data do without
 
     info = next(folder.glob("*/*/dataset_info.json"), None)
     if info is None:
         raise UserError(f"{folder} holds no corpus; delete it and prepare the data again")
-    builder: Any = tfds.builder_from_directory(info.parent)
-    records = builder.as_data_source(split)
-    for first in range(start, stop, _READ_AHEAD):
-        for record in records.__getitems__(list(range(first, min(first + _READ_AHEAD, stop)))):
-            values = {name: record[name].decode("utf-8") for name in _FIELDS if name != "hash"}
-            yield Document(**values)
+    yield from builder.load_range(info, split, start, stop)
 
 
 class _Side:
@@ -136,17 +130,17 @@ def _read_spool(path: Path) -> Iterator[Document]:
 
 
 def _account(reports: Sequence[SourceReport], sides: Sequence[_Side], spool: Path) -> dict[str, Any]:
-    sources, digest = [], document_digest()
+    sources, fingerprint = [], CorpusFingerprint()
     for index, (report, side) in enumerate(zip(reports, sides, strict=True)):
         counts = {split: {"documents": 0, "bytes": 0} for split in SPLITS}
         for document in _read_spool(spool / f"{index}.jsonl"):
             split = side.of(document)
             counts[split]["documents"] += 1
             counts[split]["bytes"] += len(document.text.encode("utf-8"))
-            add_to_digest(digest, split, document)
+            fingerprint.add(split, document)
         sources.append({**report.to_dict(), "split_by": side.by, **counts})
     dummy = any(report.dummy for report in reports)
-    return {"format": FORMAT, "dummy": dummy, "fingerprint": digest.hexdigest(), "sources": sources}
+    return {"format": FORMAT, "dummy": dummy, "fingerprint": fingerprint.hexdigest(), "sources": sources}
 
 
 def _check_splits(accounting: Mapping[str, Any], data: DataConfig) -> None:
@@ -160,30 +154,12 @@ def _check_splits(accounting: Mapping[str, Any], data: DataConfig) -> None:
 
 
 def _write_records(folder: Path, spool: Path, sides: Sequence[_Side]) -> None:
-    import tensorflow_datasets as tfds
+    from smallcoder_jax.data import builder  # imports tensorflow_datasets, which commands without data do without
 
-    class CodeCorpus(tfds.core.GeneratorBasedBuilder):
-        """Documents with provenance, in the order of their sources."""
+    def documents(split: str) -> Iterator[Document]:
+        for index, side in enumerate(sides):
+            for document in _read_spool(spool / f"{index}.jsonl"):
+                if side.of(document) == split:
+                    yield document
 
-        VERSION = tfds.core.Version("1.0.0")
-        url_infos: ClassVar[dict[str, Any]] = {}  # nothing is downloaded, so there are no checksums to look up
-
-        def _info(self) -> tfds.core.DatasetInfo:
-            features = tfds.features.FeaturesDict({name: tfds.features.Text() for name in _FIELDS})
-            return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
-
-        def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
-            del dl_manager  # everything is on this machine already
-            return {split: self._generate_examples(split) for split in SPLITS}
-
-        def _generate_examples(self, split: str) -> Iterator[tuple[str, dict[str, str]]]:
-            for index, side in enumerate(sides):
-                for number, document in enumerate(_read_spool(spool / f"{index}.jsonl")):
-                    if side.of(document) == split:
-                        yield f"{index}-{number}", {**dataclasses.asdict(document), "hash": document.hash}
-
-    tfds.disable_progress_bar()
-    builder: Any = CodeCorpus(data_dir=str(folder), file_format="array_record")
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints temporary paths
-        builder.download_and_prepare()
-    shutil.rmtree(folder / "downloads", ignore_errors=True)
+    builder.store(folder, {split: functools.partial(documents, split) for split in SPLITS})

@@ -6,12 +6,14 @@ import itertools
 import os
 from collections.abc import Iterable, Iterator
 
+import numpy as np
+
 from smallcoder_jax.data.documents import Document
 from smallcoder_jax.data.repository import group_repositories
 from smallcoder_jax.errors import UserError
 from smallcoder_jax.tokenizers.base import FILE_SEP, REPO_NAME, Tokenizer
 
-_BATCH = 64  # groups encoded in one call
+_BATCH = 64  # texts encoded in one call
 
 
 class DocumentEncoder:
@@ -45,18 +47,24 @@ class DocumentEncoder:
         files = [(specials[FILE_SEP], f"{document.path}\n{document.text}") for document in group]
         return [(specials[REPO_NAME], group[0].repository), *files]
 
-    def encode(self, documents: Iterable[Document]) -> Iterator[tuple[list[int], int]]:
+    def encode(self, documents: Iterable[Document]) -> Iterator[tuple[np.ndarray, int]]:
         """Every record's ids, with the UTF-8 bytes of the texts that they stand for."""
         tokenizer = self._tokenizer
         groups = self.groups(documents)
         while batch := list(itertools.islice(groups, _BATCH)):
             records = [self.parts(group) for group in batch]
-            texts = [text for parts in records for _, text in parts]
-            encoded = iter(tokenizer.encode_batch(texts, self._threads))
+            encoded = self._encode([text for parts in records for _, text in parts])
             for parts in records:
-                ids = [tokenizer.bos_id]
+                pieces = [np.array([tokenizer.bos_id])]
                 for special, _ in parts:
                     if special is not None:
-                        ids.append(special)
-                    ids += next(encoded)
-                yield [*ids, tokenizer.eos_id], sum(len(text.encode("utf-8")) for _, text in parts)
+                        pieces.append(np.array([special]))
+                    pieces.append(next(encoded))
+                ids = np.concatenate([*pieces, np.array([tokenizer.eos_id])])
+                yield ids, sum(len(text.encode("utf-8")) for _, text in parts)
+
+    def _encode(self, texts: list[str]) -> Iterator[np.ndarray]:
+        # A repository may have thousands of files: as lists, the ids of all of them would take gigabytes.
+        for start in range(0, len(texts), _BATCH):
+            for ids in self._tokenizer.encode_batch(texts[start : start + _BATCH], self._threads):
+                yield np.array(ids, np.int32)

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from smallcoder_jax.config import Config
 from smallcoder_jax.data import shards
 from smallcoder_jax.data.corpus import corpus_key, ensure_corpus, read_accounting, read_split
@@ -139,7 +141,7 @@ def _write_tokens(places: _Places, tokenizer: Tokenizer, repository_order: bool,
         progress.start("tokenising", total_bytes=size)
     encoder = DocumentEncoder(tokenizer, repository_order)
 
-    def stream(spec: SourceSpec, split: str) -> Iterator[tuple[list[int], int]]:
+    def stream(spec: SourceSpec, split: str) -> Iterator[tuple[np.ndarray, int]]:
         for ids, size in encoder.encode(read_split(places.corpus, split, spec.text)):
             if progress:
                 progress.add(size)

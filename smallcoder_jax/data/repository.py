@@ -69,10 +69,9 @@ def _imports(files: Sequence[Document]) -> list[set[int]]:
     for i, file in enumerate(files):
         targets: set[int] = set()
         if file.path.endswith((".py", ".pyi")):
-            for name in _imported_names(file):
-                target = modules.get(name)
-                if target is not None and target != i:
-                    targets.add(target)
+            for names in _imported_names(file):
+                target = next((modules[name] for name in names if name in modules), i)
+                targets.update({target} - {i})
         result.append(targets)
     return result
 
@@ -96,15 +95,15 @@ def _dotted(path: str) -> list[str]:
     return parts[:-1] if parts[-1] == "__init__" else parts
 
 
-def _imported_names(file: Document) -> Iterator[str]:
-    """Every dotted name that an import statement may mean: `from a import b` is `a.b` or `a`."""
+def _imported_names(file: Document) -> Iterator[tuple[str, ...]]:
+    """For everything that is imported, the dotted names that it may have: `from a import b` is `a.b`, or else `a`."""
     package = list(PurePosixPath(file.path).parts[:-1])
     for match in _IMPORT.finditer(file.text):
         if match["plain"] is not None:
             for part in match["plain"].split(","):
                 name = _NAME.match(part.strip())
                 if name:
-                    yield name[0]
+                    yield (name[0],)
             continue
         base = match["base"]
         dots = len(base) - len(base.lstrip("."))
@@ -114,6 +113,4 @@ def _imported_names(file: Document) -> Iterator[str]:
         if dots:
             stem = package[: len(package) - (dots - 1)] + stem
         for name in _NAME.findall(re.sub(r"\bas[ \t]+\w+", "", match["names"])):
-            yield ".".join([*stem, name])
-        if stem:
-            yield ".".join(stem)
+            yield ".".join([*stem, name]), ".".join(stem)

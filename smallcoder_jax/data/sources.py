@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping
-from urllib.parse import parse_qsl
 
 from smallcoder_jax.config import nearest
 from smallcoder_jax.data import local, tables
@@ -90,10 +89,10 @@ def _parse(part: str) -> SourceSpec:
     kind, colon, location = address.partition(":")
     if kind not in KINDS:
         raise UserError(f"data.sources: unknown kind of source '{kind}' in {part!r}; {nearest(kind, list(KINDS))}")
-    if (kind in _WITHOUT_LOCATION) == bool(location or colon):
+    if colon if kind in _WITHOUT_LOCATION else not location:
         shape = kind if kind in _WITHOUT_LOCATION else f"{kind}:{'NAME' if kind in ('hf', 'tfds') else 'PATH'}"
         raise UserError(f"data.sources: {part!r} should read {shape}[@WEIGHT][!nofim]")
-    options = tuple(parse_qsl(query, keep_blank_values=True))
+    options = tuple((key, value) for key, _, value in (item.partition("=") for item in query.split("&") if item))
     for key, _ in options:
         if key not in KINDS[kind]:
             known = f"; {nearest(key, list(KINDS[kind]))}" if KINDS[kind] else "; this kind has none"

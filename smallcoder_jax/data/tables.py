@@ -180,7 +180,7 @@ def _first(row: Mapping[str, Any], names: tuple[str, ...]) -> str:
     value = next((row[name] for name in names if row.get(name) is not None), "")
     if isinstance(value, (list, tuple)):
         return ", ".join(sorted(map(str, value)))
-    return _as_text(value) or str(value)
+    return str(_as_text(value) or value).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _as_text(value: Any) -> str | None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from smallcoder_jax.data import shards
-from smallcoder_jax.data.corpus import add_to_digest, document_digest, read_accounting, read_split
+from smallcoder_jax.data.corpus import CorpusFingerprint, read_accounting, read_split
 from smallcoder_jax.data.encode import DocumentEncoder
 from smallcoder_jax.data.prepare import Prepared
 from smallcoder_jax.tokenizers.base import Tokenizer
@@ -38,7 +38,7 @@ def _verdict(problems: Sequence[str]) -> str:
 def _check_corpus(prepared: Prepared) -> list[str]:
     folder = prepared.corpus_folder
     accounting = read_accounting(folder)
-    problems, digest = [], document_digest()
+    problems, fingerprint = [], CorpusFingerprint()
     sides: dict[str, str] = {}
     repositories: dict[tuple[str, str], set[str]] = collections.defaultdict(set)
     for source in accounting["sources"]:
@@ -46,7 +46,7 @@ def _check_corpus(prepared: Prepared) -> list[str]:
             documents = size = 0
             for document in read_split(folder, split, source["spec"]):
                 documents, size = documents + 1, size + len(document.text.encode("utf-8"))
-                add_to_digest(digest, split, document)
+                fingerprint.add(split, document)
                 if document.hash in sides:
                     problems.append(f"{document.path}: the same text is in {sides[document.hash]} and again in {split}")
                 sides[document.hash] = split
@@ -57,8 +57,8 @@ def _check_corpus(prepared: Prepared) -> list[str]:
                     f"{source['spec']}, {split}: {documents} documents of {size} bytes; recorded {source[split]}"
                 )
     problems += [f"repository {name} is on both sides" for (_, name), found in repositories.items() if len(found) > 1]
-    if digest.hexdigest() != accounting["fingerprint"]:
-        problems.append(f"the corpus's fingerprint is {digest.hexdigest()}; recorded {accounting['fingerprint']}")
+    if fingerprint.hexdigest() != accounting["fingerprint"]:
+        problems.append(f"the corpus's fingerprint is {fingerprint.hexdigest()}; recorded {accounting['fingerprint']}")
     return problems
 
 

@@ -55,11 +55,11 @@ def verify(run: Path, *, batches: int | None = None) -> Verdict:
     `batches` validation batches are evaluated, by default as many as in training. The third check compares with the
     record only when they are as many.
     """
-    folder = RunFolder(run)
+    folder = RunFolder(run.absolute())
     try:
         if not folder.config_json.is_file() or not folder.run_json.is_file():
             return Verdict(str(run), "not_found", f"{run} is no run folder: it lacks config.json or run.json")
-        return _verify_run(folder, batches)
+        return dataclasses.replace(_verify_run(folder, batches), run=str(run))
     except _Failure as failure:
         return dataclasses.replace(failure.verdict, run=str(run))
     except (UserError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
@@ -82,7 +82,7 @@ def find_tokens(config: Config, run: Mapping[str, Any], fingerprint: str) -> Pat
 
 
 class _Failure(Exception):
-    """Ends a verification. The run's name is put in where it is caught."""
+    """Ends a verification. The run's name is put in by `verify`."""
 
     def __init__(self, status: Status, reason: str, **values: Any):
         super().__init__(reason)
@@ -132,7 +132,7 @@ def _verify_run(folder: RunFolder, batches: int | None) -> Verdict:
         )
     beside = "not recorded for this step" if recorded is None else f"recorded {recorded:.4f}"
     reason = f"step {step}: checksums and data hold, {found:.4f} bits per byte ({beside}, untrained {untrained:.4f})"
-    return Verdict(str(folder.path), "verified", reason, **values)
+    return Verdict("", "verified", reason, **values)
 
 
 def _verify_data(folder: RunFolder, config: Config, meta: Mapping[str, Any], step: int) -> tuple[Path, Tokenizer]:

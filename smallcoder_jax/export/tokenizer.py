@@ -58,6 +58,7 @@ def write_tokenizer(folder: Path, tokenizer: base.Tokenizer, *, context: int) ->
         "model_max_length": context,
         "clean_up_tokenization_spaces": False,
         "padding_side": "left",
+        "model_input_names": ["input_ids", "attention_mask"],  # transformers 4 adds a third that generate() refuses
         "bos_token": special[tokenizer.bos_id],
         "eos_token": special[tokenizer.eos_id],
         "pad_token": special[tokenizer.pad_id],

@@ -220,7 +220,7 @@ def _vocabulary_of(
 
 
 def _pack_rows(rows: list[_Row], size: int, width: int, pad_id: int, place: jax.sharding.Sharding) -> step.Prompts:
-    """All but the last tokens of prompts, on the right of `width` columns, and unused rows up to `size`; on the device."""
+    """Prompts without their last tokens, on the right of `width` columns, and unused rows up to `size`."""
     tokens_BP = np.full((size, width), pad_id, np.int32)
     segment_ids_BP = np.zeros((size, width), np.int32)
     last_B = np.full(size, pad_id, np.int32)

@@ -18,7 +18,7 @@ from smallcoder_jax.ops.rope import rotate
 
 IMPLEMENTATIONS = ("xla",)
 # Queries are worked through in blocks: scores then take a block's memory, and keys that come later are never touched.
-QUERY_BLOCK, QUERY_BLOCKS = 128, 8
+QUERY_BLOCK, QUERY_BLOCKS = 256, 8
 
 
 class Choice(NamedTuple):
@@ -104,16 +104,19 @@ def _attend(
 ) -> Array:
     batch, length, heads, size = q_BTNH.shape
     kv_heads = k_BSKH.shape[2]
+    group = heads // kv_heads
     precision = matmul_precision(q_BTNH.dtype)
-    q_BTKGH = q_BTNH.reshape(batch, length, kv_heads, heads // kv_heads, size) * jnp.asarray(size**-0.5, q_BTNH.dtype)
-    scores_BKGTS = jnp.einsum(
-        "btkgh,bskh->bkgts", q_BTKGH, k_BSKH, precision=precision, preferred_element_type=jnp.float32
-    )
+    q_BTNH = q_BTNH * jnp.asarray(size**-0.5, q_BTNH.dtype)
+    # The queries of a group stand under one another: one matrix product for each key-value head.
+    q_BKXH = q_BTNH.reshape(batch, length, kv_heads, group, size).transpose(0, 2, 3, 1, 4)
+    q_BKXH = q_BKXH.reshape(batch, kv_heads, group * length, size)
+    scores_BKXS = jnp.einsum("bkxh,bskh->bkxs", q_BKXH, k_BSKH, precision=precision, preferred_element_type=jnp.float32)
     seen_BTS = visible(q_positions_BT, kv_positions_BS, q_segment_ids_BT, kv_segment_ids_BS, window)
-    seen_B11TS = seen_BTS[:, None, None, :, :]
-    scores_BKGTS = jnp.where(seen_B11TS, scores_BKGTS, jnp.float32(-1e30))
+    scores_BKGTS = scores_BKXS.reshape(batch, kv_heads, group, length, -1)
+    scores_BKGTS = jnp.where(seen_BTS[:, None, None, :, :], scores_BKGTS, jnp.float32(-1e30))
     weights_BKGTS = jax.nn.softmax(scores_BKGTS, axis=-1).astype(v_BSKH.dtype)
-    o_BTKGH = jnp.einsum("bkgts,bskh->btkgh", weights_BKGTS, v_BSKH, precision=precision)
-    o_BTNH = o_BTKGH.reshape(batch, length, heads, size)
+    weights_BKXS = weights_BKGTS.reshape(batch, kv_heads, group * length, -1)
+    o_BKXH = jnp.einsum("bkxs,bskh->bkxh", weights_BKXS, v_BSKH, precision=precision)
+    o_BTNH = o_BKXH.reshape(batch, heads, length, size).transpose(0, 2, 1, 3)
     # A query that sees nothing has averaged everything: its output is defined as 0.
     return jnp.where(seen_BTS.any(-1)[:, :, None, None], o_BTNH, jnp.zeros((), o_BTNH.dtype))

@@ -36,12 +36,12 @@ def tokenizer() -> SentencePieceTokenizer:
 
 
 def llama(**changes: Any) -> ModelConfig:
-    shape = dict(vocab_size=420, width=64, mlp_width=96, layers=2, heads=4, kv_heads=2, head_size=32, context=160)
-    return ModelConfig(**{**shape, "rope_theta": 123_456.0, **changes})
+    shape = {"vocab_size": 420, "width": 64, "mlp_width": 96, "layers": 2, "heads": 4, "kv_heads": 2, "head_size": 32}
+    return ModelConfig(**{**shape, "context": 160, "rope_theta": 123_456.0, **changes})
 
 
 def gpt2(**changes: Any) -> ModelConfig:
-    kinds = dict(norm="layernorm", norm_eps=1e-5, positions="learned", mlp="gelu", bias="all")
+    kinds = {"norm": "layernorm", "norm_eps": 1e-5, "positions": "learned", "mlp": "gelu", "bias": "all"}
     return llama(**{**kinds, "kv_heads": 4, "head_size": 16, "rope_theta": 10_000.0, **changes})
 
 

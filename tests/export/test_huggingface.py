@@ -51,9 +51,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_export_import_export_gives_the_same_bytes(
-    name: str, dtype: Any, tokenizer: Tokenizer, tmp_path: Path
-) -> None:
+def test_export_import_export_gives_the_same_bytes(name: str, dtype: Any, tokenizer: Tokenizer, tmp_path: Path) -> None:
     params = export(tmp_path / "one", MODELS[name], tokenizer, dtype=dtype)
     read, record = huggingface.read_export(tmp_path / "one"), huggingface.read_record(tmp_path / "one")
     assert dataclasses.replace(read.model, dropout=0.0) == dataclasses.replace(MODELS[name], dropout=0.0)
@@ -251,7 +249,7 @@ def test_missing_and_damaged_files(exported: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="safetensors is damaged"):
         huggingface.read_export(folder)
     weights.rename(folder / "model-00001-of-00002.safetensors")
-    with pytest.raises(UserError, match="are spread over model-00001-of-00002.safetensors"):
+    with pytest.raises(UserError, match=r"are spread over model-00001-of-00002\.safetensors"):
         huggingface.read_export(folder)
     (folder / "pytest_marker.bin").write_bytes(b"\x80\x04")
     with pytest.raises(UserError, match="a pickle can run any code and is never opened"):

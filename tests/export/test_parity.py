@@ -131,8 +131,9 @@ def test_a_failed_check_leaves_what_was_there(tokenizer: Tokenizer, tmp_path: Pa
         raise CheckFailed(f"no good: {sorted(path.name for path in written.iterdir())}")
 
     with pytest.raises(CheckFailed, match=r"model\.safetensors"):
-        export_other = dict(model=model, params=other, tokenizer=tokenizer, card={"name": "y"}, check=check)
-        huggingface.write_export(folder, **export_other)
+        huggingface.write_export(
+            folder, model=model, params=other, tokenizer=tokenizer, card={"name": "y"}, check=check
+        )
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 

@@ -54,6 +54,7 @@ def test_specials_are_parsed_unless_split(tokenizer: base.Tokenizer, tmp_path: P
         ]  # fmt: skip
     assert (theirs.pad_token_id, theirs.eos_token_id) == (tokenizer.pad_id, tokenizer.eos_id)
     assert theirs.padding_side == "left"
+    assert set(theirs(["a", "bc"], padding=True)) == {"input_ids", "attention_mask"}
     assert theirs.model_max_length == 128
 
 

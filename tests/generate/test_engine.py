@@ -11,10 +11,11 @@ import jax
 import numpy as np
 import pytest
 
-from smallcoder_jax.config import ComputeConfig
+from smallcoder_jax.config import ComputeConfig, MeshConfig
 from smallcoder_jax.errors import UserError
 from smallcoder_jax.generate import engine, step
 from smallcoder_jax.generate.sampling import SamplingOptions
+from smallcoder_jax.mesh import make_mesh, params_sharding
 from smallcoder_jax.models import build
 from smallcoder_jax.models import cache as kv_cache
 from smallcoder_jax.tokenizers.base import EOS, IM_END
@@ -135,11 +136,20 @@ def test_a_row_that_ends_early_stops_alone_and_the_loop_stops_with_the_last(tiny
     end = next(token for token in free[0][2:] if token not in free[1][:8])
     stops = [ids.index(end) + 1 if end in ids else 30 for ids in free]
     assert stops[0] < stops[1]
-    decoded = []
-    monkeypatch.setattr(step, "decode", lambda *a, f=step.decode, **k: decoded.append(1) or f(*a, **k))
+    decoded, decode = [], step.decode
+
+    def record(*args, **keywords):
+        state, produced = decode(*args, **keywords)
+        decoded.append(np.asarray(produced.tokens_B))
+        return state, produced
+
+    monkeypatch.setattr(step, "decode", record)
     completions = tiny.generator(ending_at(end)).generate(prompts, options)
     assert [c.token_ids for c in completions] == [ids[:stop] for ids, stop in zip(free, stops, strict=True)]
     assert [c.finish_reason for c in completions] == ["stop" if stop < 30 else "length" for stop in stops]
+    after_the_end = [tokens[1] for tokens in decoded[stops[0] :]]
+    # The shorter prompt is the first row on the device.
+    assert after_the_end == [ByteTokenizer().pad_id] * (len(decoded) - stops[0])
     decoded.clear()
     (alone,) = tiny.generator(ending_at(end)).generate(prompts[:1], options)
     assert alone.token_ids == free[0][: stops[0]]
@@ -187,6 +197,12 @@ def test_a_seed_decides_everything_and_samples_differ(tiny):
     assert [c.prompt for c in first] == ["a"] * 3 + ["b"] * 3
     assert [c.token_ids for c in first] == [c.token_ids for c in again]
     assert len({c.token_ids for c in [*first, *other]}) == 12
+
+
+def test_every_step_draws_anew(tiny):
+    indifferent = jax.tree.map(np.zeros_like, tiny.params)
+    (completion,) = tiny.generator(params=indifferent).generate(["a"], SAMPLED)
+    assert len(set(completion.token_ids)) > 8
 
 
 def test_specials_are_never_produced_and_ends_are(tiny):
@@ -288,13 +304,8 @@ def test_multi_byte_characters_stream_whole(make_tiny):
 
 
 def test_parameters_split_over_a_mesh_give_the_same_text_without_hidden_transfers(tiny, caplog):
-    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
-
-    def split(x):
-        spec = ("fsdp",) if x.shape[0] % 8 == 0 else ()
-        return jax.device_put(x, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec)))
-
-    generator = tiny.generator(params=jax.tree.map(split, tiny.params))
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), tiny.model, batch_size=4)
+    generator = tiny.generator(params=jax.device_put(tiny.params, params_sharding(mesh, tiny.params)))
     with compilations(caplog) as compiled, jax.transfer_guard("disallow"):
         completions = generator.generate(["a", "import"], SAMPLED)
     assert [c.token_ids for c in completions] == [

@@ -8,7 +8,6 @@ import types
 import pytest
 
 import smallcoder_jax
-from smallcoder_jax.config import ComputeConfig
 from smallcoder_jax.errors import UserError
 from smallcoder_jax.generate.sampling import SamplingOptions
 from tools import generate as tool
@@ -53,10 +52,7 @@ def test_main_loads_the_checkpoint_and_prints_prompt_and_completion(tiny, monkey
 
     def load(path, step):
         asked.append((str(path), step))
-        generator = tiny.generator()
-        return types.SimpleNamespace(
-            model=tiny.model, compute=ComputeConfig(dtype="float32"), params=tiny.params, tokenizer=generator.tokenizer
-        )
+        return types.SimpleNamespace(generator=tiny.generator())
 
     monkeypatch.setattr(smallcoder_jax, "load", load, raising=False)
     tool.main(

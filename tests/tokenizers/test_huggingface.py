@@ -79,7 +79,7 @@ def test_published_names_of_special_pieces(code_llama: Path) -> None:
 
 def test_cutting_at_borders_changes_no_id(byte_level: Path, code: list[str]) -> None:
     tokenizer = read_hugging_face(str(byte_level))
-    ids = tokenizer.encode(code[2])
+    ids = tokenizer.encode(code[2][:8000])
     borders = np.flatnonzero(tokenizer.borders(np.array(ids)))
     assert len(borders) > len(ids) / 20
     for k in borders[::10]:

@@ -47,7 +47,7 @@ def test_newlines_and_indentation_are_entries(trained: SentencePieceTokenizer) -
 def test_tabs_can_be_learned() -> None:
     texts = [f"func f{i}() {{\n\t\treturn value{i}\n\t}}\n" for i in range(500)]
     tokenizer = train_sentencepiece(texts, vocab_size=340, max_bytes=1_000_000)
-    assert b"\t\treturn" in tokenizer.token_bytes
+    assert any(b"\t\tret" in piece for piece in tokenizer.token_bytes)
 
 
 def test_training_twice_gives_the_same_model(trained: SentencePieceTokenizer, code: list[str]) -> None:
@@ -96,7 +96,7 @@ def test_folder_without_a_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a sentencepiece model"):
         load_tokenizer(tmp_path)
     (tmp_path / base.KIND_FILE).write_text('{"kind": "other"}')
-    with pytest.raises(UserError, match="'other'.*not known"):
+    with pytest.raises(UserError, match=r"'other'.*not known"):
         load_tokenizer(tmp_path)
 
 
@@ -115,6 +115,7 @@ def published(trained: SentencePieceTokenizer, tmp_path_factory: pytest.TempPath
     trained.save(folder)
     settings = {
         "tokenizer_class": "LlamaTokenizer",
+        "add_prefix_space": False,
         **{"bos_token": base.BOS, "eos_token": base.EOS, "pad_token": base.PAD, "unk_token": base.UNK},
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))

@@ -1,0 +1,47 @@
+# Two commands are enough: `make quickstart` and `make test`. Both make .venv and install what they need.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+RUN ?= runs/quickstart
+
+.PHONY: quickstart test test-slow lint bench clean help
+
+help:
+	@echo "make quickstart   install, train nano on the standard library's source, evaluate, export, check, complete"
+	@echo "make test         install what tests need; lint, type check, tests"
+	@echo "make test-slow    the tests that take minutes"
+	@echo "make bench        data pipeline and training step, each beside PyTorch"
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed, $$($(PYTHON) --version) was found; make PYTHON=python3.12 ... names another"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.quickstart: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e '.[tensorboard,parity]'
+	@touch $@
+
+$(VENV)/.test: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e '.[test]'
+	@touch $@ $(VENV)/.quickstart
+
+quickstart: $(VENV)/.quickstart
+	$(BIN)/python -m tools.quickstart --workdir=$(RUN)
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.test
+	$(BIN)/python -m pytest -m slow
+
+bench: $(VENV)/.test
+	$(BIN)/python -m tools.bench_data
+	$(BIN)/python -m tools.bench_step --config=configs/nano.py --against=torch
+
+clean:
+	rm -rf $(VENV) runs data

@@ -1,0 +1,59 @@
+"""The TFDS builder that stores a corpus. Importing this module imports tensorflow_datasets, but not TensorFlow."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, ClassVar
+
+import tensorflow_datasets as tfds
+
+from smallcoder_jax.data.documents import Document
+
+_FIELDS = ("text", "source", "path", "repository", "language", "license")
+_READ_AHEAD = 256
+
+
+class CodeCorpus(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+    """Documents with provenance, in the order in which they are given."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    url_infos: ClassVar[dict[str, Any]] = {}  # nothing is downloaded, so there are no checksums to look up
+
+    def __init__(self, splits: dict[str, Callable[[], Iterator[Document]]], data_dir: str):
+        self._splits = splits
+        super().__init__(data_dir=data_dir, file_format="array_record")
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        features = tfds.features.FeaturesDict({name: tfds.features.Text() for name in (*_FIELDS, "hash")})
+        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
+
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
+        del dl_manager  # everything is on this machine already
+        return {split: self._generate_examples(documents) for split, documents in self._splits.items()}
+
+    def _generate_examples(self, documents: Callable[[], Iterator[Document]]) -> Iterator[tuple[int, dict[str, str]]]:
+        for number, document in enumerate(documents()):
+            yield number, {**dataclasses.asdict(document), "hash": document.hash}
+
+
+def store(folder: Path, splits: dict[str, Callable[[], Iterator[Document]]]) -> None:
+    """Writes the documents of every split as a TFDS data set in `folder`."""
+    tfds.disable_progress_bar()
+    builder: Any = CodeCorpus(splits, str(folder))
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints temporary paths
+        builder.download_and_prepare()
+    shutil.rmtree(folder / "downloads", ignore_errors=True)
+
+
+def load_range(info: Path, split: str, start: int, stop: int) -> Iterator[Document]:
+    """Documents number `start` up to `stop` of a split; `info` is the data set's `dataset_info.json`."""
+    builder: Any = tfds.builder_from_directory(info.parent)
+    records = builder.as_data_source(split)
+    for first in range(start, stop, _READ_AHEAD):
+        for record in records.__getitems__(list(range(first, min(first + _READ_AHEAD, stop)))):
+            yield Document(**{name: record[name].decode("utf-8") for name in _FIELDS})

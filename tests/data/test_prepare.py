@@ -1,0 +1,325 @@
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from smallcoder_jax.config import Config, from_config_dict, to_dict
+from smallcoder_jax.data import corpus, prepare, shards
+from smallcoder_jax.data.corpus import read_accounting, read_split
+from smallcoder_jax.data.statistics import format_report
+from smallcoder_jax.errors import UserError
+from smallcoder_jax.tokenizers import base
+from smallcoder_jax.tokenizers.bytes import ByteTokenizer
+from tests.data.conftest import code
+
+MakeConfig = Callable[..., Config]
+
+
+def with_sentencepiece(config: Config, vocab_size: int, path: str = "") -> Config:
+    plain = to_dict(config)
+    plain["model"]["vocab_size"] = vocab_size
+    plain["tokenizer"] = {"kind": "sentencepiece", "path": path}
+    return from_config_dict(plain)
+
+
+def records(prepared: prepare.Prepared, split: str) -> list[np.ndarray]:
+    manifest = prepared.manifest
+    return [
+        ids
+        for source in manifest.sources
+        for ids in shards.read_records(prepared.tokens_folder, getattr(source, split).files, manifest.dtype)
+    ]
+
+
+def leftovers(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("*/*") if path.name.startswith(".") or path.name.endswith(".partial")]
+
+
+def test_every_document_is_stored_once_with_bos_and_eos(tree: Path, make_config: MakeConfig) -> None:
+    prepared = prepare.prepare(make_config(f"dir:{tree}"))
+    texts = []
+    for ids in records(prepared, "train") + records(prepared, "validation"):
+        assert (ids[0], ids[-1]) == (254, 255)
+        texts.append(prepared.tokenizer.decode(ids.tolist()))
+    assert sorted(texts) == sorted(code(number) for number in range(40))
+    entry = prepared.manifest.sources[0]
+    assert entry.train.documents + entry.validation.documents == 40
+    assert entry.train.bytes + entry.validation.bytes == sum(len(code(number)) for number in range(40))
+    assert not prepared.manifest.dummy
+    assert (prepared.tokens_folder / prepared.manifest.tokenizer).resolve() == prepared.tokenizer_folder.resolve()
+    assert "tensorflow" not in sys.modules
+
+
+def test_the_same_documents_give_the_same_fingerprint_anywhere(tree: Path, make_config: MakeConfig) -> None:
+    first = prepare.prepare(with_sentencepiece(make_config(f"dir:{tree}"), 330))
+    copy = tree.parent / "copy"
+    shutil.copytree(tree, copy)
+    second = prepare.prepare(with_sentencepiece(make_config(f"dir:{copy}", dir=str(tree.parent / "other")), 330))
+    assert second.manifest.fingerprint == first.manifest.fingerprint
+    assert second.tokenizer.hash == first.tokenizer.hash
+    assert second.tokens_folder != first.tokens_folder
+
+
+def test_preparing_twice_does_the_work_once(
+    tree: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = with_sentencepiece(make_config(f"dir:{tree}"), 330)
+    first = prepare.prepare(config)
+
+    def refuse(*args: object, **options: object) -> None:
+        raise AssertionError("the work was done again")
+
+    monkeypatch.setattr(corpus, "collect_source", refuse)
+    monkeypatch.setattr(prepare, "train_sentencepiece", refuse)
+    monkeypatch.setattr(shards, "write_tokens", refuse)
+    assert prepare.prepare(config).manifest == first.manifest
+    assert prepare.find_prepared(config).manifest == first.manifest
+
+
+@pytest.mark.parametrize("change", [{"min_characters": 60}, {"validation_fraction": 0.3}, {"max_documents": 30}])
+def test_other_settings_give_another_corpus(tree: Path, make_config: MakeConfig, change: dict[str, float]) -> None:
+    one, other = make_config(f"dir:{tree}"), make_config(f"dir:{tree}", **change)
+    assert prepare.prepare(one).corpus_folder != prepare.prepare(other).corpus_folder
+
+
+def test_a_changed_file_gives_another_corpus(tree: Path, make_config: MakeConfig) -> None:
+    config = make_config(f"dir:{tree}")
+    before = prepare.prepare(config)
+    (tree / "f00.py").write_text(code(100))
+    after = prepare.prepare(config)
+    assert after.manifest.fingerprint != before.manifest.fingerprint
+    with pytest.raises(UserError, match="not prepared, or its sources changed"):
+        prepare.find_prepared(make_config(f"dir:{tree}", min_characters=51))
+
+
+def test_duplicates_are_dropped_across_sources_and_never_straddle(tree: Path, make_config: MakeConfig) -> None:
+    copy = tree.parent / "copy"
+    shutil.copytree(tree, copy)
+    (copy / "own.py").write_text(code(1000))
+    (tree / "again.py").write_text(code(3))
+    prepared = prepare.prepare(make_config(f"dir:{tree},dir:{copy}@0.5!nofim"))
+    first, second = prepared.accounting["sources"]
+    assert (first["kept"], first["duplicates"]) == (40, 1)
+    assert (second["kept"], second["duplicates"]) == (1, 40)
+    train = {document.hash for document in read_split(prepared.corpus_folder, "train")}
+    validation = {document.hash for document in read_split(prepared.corpus_folder, "validation")}
+    assert not train & validation
+    assert len(train) + len(validation) == 41
+    entry = prepared.manifest.sources[1]
+    assert (entry.weight, entry.fim, entry.train.documents + entry.validation.documents) == (0.5, False, 1)
+
+
+def test_a_document_keeps_its_side_when_others_come_and_go(tree: Path, make_config: MakeConfig) -> None:
+    def sides() -> dict[str, str]:
+        folder = prepare.prepare(make_config(f"dir:{tree}")).corpus_folder
+        return {document.text: split for split in shards.SPLITS for document in read_split(folder, split)}
+
+    before = sides()
+    (tree / "f05.py").unlink()
+    (tree / "a_new.py").write_text(code(500))
+    after = sides()
+    shared = before.keys() & after.keys()
+    assert len(shared) == 39
+    assert all(before[text] == after[text] for text in shared)
+    assert set(before.values()) == set(shards.SPLITS)
+
+
+def test_repositories_stay_on_one_side(tmp_path: Path, make_config: MakeConfig) -> None:
+    root = tmp_path / "repositories"
+    for number in range(120):
+        folder = root / f"r{number // 4:02d}"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"f{number}.py").write_text(code(number))
+    prepared = prepare.prepare(make_config(f"dir:{root}"))
+    assert prepared.accounting["sources"][0]["split_by"] == "repository"
+    train, validation = (
+        {document.repository for document in read_split(prepared.corpus_folder, split)} for split in shards.SPLITS
+    )
+    assert not train & validation
+    assert len(train) + len(validation) == 30
+    assert min(len(train), len(validation)) > 0
+
+
+def test_repository_order_makes_one_record_of_a_repository(tmp_path: Path, make_config: MakeConfig) -> None:
+    root = tmp_path / "repositories"
+    for number in range(25):
+        folder = root / f"r{number:02d}"
+        folder.mkdir(parents=True)
+        (folder / "a.py").write_text(f"from z import f\n{code(number)}")
+        (folder / "z.py").write_text(code(number + 1000))
+    (root / "alone.py").write_text(code(5000))
+    prepared = prepare.prepare(make_config(f"dir:{root}", repository_order=True))
+    stored = records(prepared, "train") + records(prepared, "validation")
+    assert len(stored) == 26
+    specials = prepared.tokenizer.specials
+    found = next(ids.tolist() for ids in stored if b"r07" in bytes(ids.astype(np.uint8)))
+    text = [f"r07/z.py\n{code(1007)}", f"r07/a.py\nfrom z import f\n{code(7)}"]
+    assert found == [
+        254,
+        specials[base.REPO_NAME],
+        *b"r07",
+        specials[base.FILE_SEP],
+        *text[0].encode(),
+        specials[base.FILE_SEP],
+        *text[1].encode(),
+        255,
+    ]
+
+
+def test_accounting_counts_everything(tree: Path, make_config: MakeConfig) -> None:
+    (tree / "short.py").write_text("x = 1\n")
+    (tree / "null.py").write_bytes(b"\0" * 100)
+    (tree / "bad.py").write_bytes(b"# \xff\n" + code(50).encode())
+    (tree / "made.py").write_text("# Generated by a tool. Do not edit.\n" + code(51))
+    (tree / "flat.js").write_text("var a=1;" * 500)
+    (tree / "vendor").mkdir()
+    (tree / "vendor" / "lib.py").write_text(code(52))
+    (tree / "twice.py").write_text(code(7))
+    (tree / "picture.dat").write_text("not source")
+    prepared = prepare.prepare(make_config(f"dir:{tree}"))
+    (source,) = prepared.accounting["sources"]
+    assert source["dropped"] == {"short": 1, "binary": 1, "minified": 1, "generated": 1, "vendored": 1}
+    assert (source["read"], source["kept"], source["duplicates"], source["unreadable"]) == (47, 40, 1, 1)
+    assert source["passed_over"] == {"not_source": 1}
+    assert source["read"] == source["kept"] + sum(source["dropped"].values()) + 2
+    assert source["statistics"]["languages"] == {"python": 40}
+    assert read_accounting(prepared.corpus_folder)["fingerprint"] == prepared.accounting["fingerprint"]
+    report = format_report(prepared.manifest)
+    assert "unreadable" in report
+    assert "python 40" in report
+
+
+def test_max_documents(tree: Path, make_config: MakeConfig) -> None:
+    prepared = prepare.prepare(make_config(f"dir:{tree}", max_documents=25))
+    assert prepared.accounting["sources"][0]["kept"] == 25
+
+
+def test_bad_sources(tmp_path: Path, make_config: MakeConfig) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(UserError, match=r"empty: there is no document"):
+        prepare.prepare(make_config(f"dir:{empty}"))
+    (empty / "a.bin").write_bytes(b"\0\1")
+    (empty / "b.py").write_bytes(b"\0\1")
+    with pytest.raises(UserError, match=r"no usable document.*binary 2"):
+        prepare.prepare(make_config(f"dir:{empty}"))
+    with pytest.raises(UserError, match="does not exist"):
+        prepare.prepare(make_config(f"dir:{tmp_path / 'nothing'}"))
+    (empty / "one.py").write_text(code(1))
+    with pytest.raises(UserError, match=r"split is empty.*validation_fraction"):
+        prepare.prepare(make_config(f"dir:{empty}"))
+    assert leftovers(tmp_path / "data") == []
+    assert not list((tmp_path / "data").glob("*/*"))
+
+
+def test_wrong_vocabulary(tree: Path, make_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(f"dir:{tree}")
+    own = tmp_path / "own"
+    prepared = prepare.prepare(with_sentencepiece(config, 330))
+    prepared.tokenizer.save(own)
+    with pytest.raises(UserError, match=r"330 entries, but model.vocab_size=340"):
+        prepare.prepare(with_sentencepiece(config, 340, str(own)))
+    with pytest.raises(UserError, match="cannot be trained on this text"):
+        prepare.prepare(with_sentencepiece(config, 60_000))
+    assert leftovers(tmp_path / "data") == []
+
+
+@pytest.mark.parametrize("where", ["given", "stored"])
+def test_a_tokenizer_that_changed(tree: Path, make_config: MakeConfig, tmp_path: Path, where: str) -> None:
+    own = tmp_path / "own"
+    config = with_sentencepiece(make_config(f"dir:{tree}"), 330, str(own))
+    prepare.prepare(with_sentencepiece(config, 330)).tokenizer.save(own)
+    prepared = prepare.prepare(config)
+    other = prepare.prepare(with_sentencepiece(make_config(f"dir:{tree}", max_documents=20), 330))
+    other.tokenizer.save(own if where == "given" else prepared.tokenizer_folder)
+    with pytest.raises(UserError, match="changed since the data was prepared"):
+        prepare.prepare(config)
+
+
+def test_full_disk_while_the_corpus_is_written(
+    tree: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def full(path: Path, value: object) -> None:
+        path.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    config = make_config(f"dir:{tree}")
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus, "write_json", full)
+        with pytest.raises(UserError, match=r"disk of .*data.corpus is full.*data\.dir"):
+            prepare.prepare(config)
+    assert list((tmp_path / "data" / "corpus").iterdir()) == []
+    assert prepare.prepare(config).manifest.sources[0].train.documents > 0
+
+
+def test_full_disk_while_tokens_are_written(
+    tree: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class FullWriter:
+        def __init__(self, path: str, options: str):
+            self.path = path
+
+        def write(self, record: bytes) -> None:
+            raise RuntimeError(f"write() failed: No space left on device; writing {self.path}")
+
+    config = make_config(f"dir:{tree}")
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "ArrayRecordWriter", FullWriter)
+        with pytest.raises(UserError, match=r"disk of .*tokens is full"):
+            prepare.prepare(config)
+    assert list((tmp_path / "data" / "tokens").iterdir()) == []
+    assert prepare.prepare(config).manifest.sources[0].train.documents > 0
+
+
+def test_dummy_data_only_when_asked_and_marked(tmp_path: Path, make_config: MakeConfig) -> None:
+    missing = f"dir:{tmp_path / 'nothing'}"
+    with pytest.raises(UserError, match="does not exist"):
+        prepare.prepare(make_config(missing))
+    prepared = prepare.prepare(make_config(missing, allow_dummy_data=True))
+    assert prepared.manifest.dummy
+    assert "does not exist" in prepared.accounting["sources"][0]["dummy"]
+    assert {document.source for document in read_split(prepared.corpus_folder, "train")} == {"dummy"}
+    assert "DUMMY" in format_report(prepared.manifest)
+
+
+def test_dummy_data_is_not_used_where_the_source_can_be_read(tree: Path, make_config: MakeConfig) -> None:
+    assert not prepare.prepare(make_config(f"dir:{tree}", allow_dummy_data=True)).manifest.dummy
+
+
+def test_provenance_is_kept(tmp_path: Path, make_config: MakeConfig) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [
+        {"content": code(n), "path": f"é{n}.py", "repo": "r", "license": "mit", "lang": "Python"} for n in range(30)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    prepared = prepare.prepare(make_config(f"jsonl:{path}"))
+    documents = [document for split in shards.SPLITS for document in read_split(prepared.corpus_folder, split)]
+    assert {document.path for document in documents} == {f"é{n}.py" for n in range(30)}
+    assert {(d.source, d.repository, d.license, d.language) for d in documents} == {
+        (f"jsonl:{path}", "r", "mit", "python")
+    }
+    assert prepared.accounting["sources"][0]["statistics"]["licenses"] == {"mit": 30}
+
+
+def test_specials_written_in_a_text_stay_text(tmp_path: Path, make_config: MakeConfig) -> None:
+    folder = tmp_path / "hard"
+    folder.mkdir()
+    text = "</s><|fim_prefix|> <|im_end|>\r\n\t\u2581 \U0001f600 é" * 3
+    for number in range(30):
+        (folder / f"{number}.py").write_bytes(f"{text}{code(number)}".encode())
+    prepared = prepare.prepare(with_sentencepiece(make_config(f"dir:{folder}"), 330))
+    specials = set(prepared.tokenizer.specials.values())
+    for ids in records(prepared, "train"):
+        assert not specials & set(ids[1:-1].tolist())
+        assert b"".join(prepared.tokenizer.token_bytes[i] for i in ids).decode().startswith(text)
+
+
+def test_byte_tokenizer_hash_is_recorded(tree: Path, make_config: MakeConfig) -> None:
+    assert prepare.prepare(make_config(f"dir:{tree}")).manifest.tokenizer_hash == ByteTokenizer().hash

@@ -1,0 +1,74 @@
+"""From a trained run to an exported folder and back, by the command."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import smallcoder_jax
+from smallcoder_jax.errors import CheckFailed, UserError
+from smallcoder_jax.export import parity
+from tools import export
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_run_to_export_to_export(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert export.main(["--checkpoint", str(trained / "run"), "--output", str(first), "--json"]) is None
+    report = json.loads(capsys.readouterr().out)
+    assert report["passed"]
+    assert report["largest_difference"] < 1e-4
+    loaded, original = smallcoder_jax.load(first), smallcoder_jax.load(trained / "run")
+    assert loaded.model == original.model
+    np.testing.assert_array_equal(loaded.params["embed"]["embedding"], original.params["embed"]["embedding"])
+    export.main(["--checkpoint", str(first), "--output", str(second)])
+    assert contents(first) == contents(second)
+    card = (first / "README.md").read_text()
+    assert "| steps | 24 |" in card
+    assert "| bits per byte, xz -9e, all in one |" in card
+    assert "| unknown | 80 |" in card
+    assert f"| dir:{trained / 'code'} |" in card
+    assert "with the model it was made from" in card
+
+
+def test_step_dtype_and_no_check(trained: Path, tmp_path: Path) -> None:
+    run = str(trained / "run")
+    export.main(
+        ["--checkpoint", run, "--step", "12", "--dtype", "bfloat16", "--skip-parity", "--output", str(tmp_path / "out")]
+    )
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| steps | 12 |" in card
+    assert "The weights are stored in bfloat16." in card
+    assert "Parity: not checked." in card
+    with pytest.raises(UserError, match="no checkpoint '13'"):
+        export.main(["--checkpoint", run, "--step", "13"])
+
+
+def test_nothing_is_published_where_transformers_disagrees(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parity.check, "__kwdefaults__", {**parity.check.__kwdefaults__, "tolerance": 0.0})
+    monkeypatch.setattr(export, "sample_texts", list)
+    with pytest.raises(CheckFailed, match="FAILED"):
+        export.main(["--checkpoint", str(trained / "run"), "--output", str(tmp_path / "out")])
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_the_data_the_card_says_what_it_knows(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hidden = trained / "elsewhere"
+    (trained / "data" / "tokens").rename(hidden)
+    try:
+        export.main(["--checkpoint", str(trained / "run"), "--skip-parity", "--output", str(tmp_path / "out")])
+    finally:
+        hidden.rename(trained / "data" / "tokens")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| not known | not known |" in card
+    assert "The licences of the documents are not recorded." in card
