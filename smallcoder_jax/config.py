@@ -73,7 +73,8 @@ class TokenizerConfig:
 class DataConfig:
     """Where documents come from and how they become rows of tokens.
 
-    `sources`: comma-separated `SPEC[@WEIGHT][!nofim]`, SPEC one of `stdlib`, `installed`, `dir:PATH`, `jsonl:PATH`,
+    `sources`: comma-separated `SPEC[@WEIGHT][!nofim]`, SPEC one of `stdlib` (the running
+    Python's library, without its tests), `installed`, `dir:PATH`, `jsonl:PATH`,
     `parquet:PATH`, `tfds:NAME`, `hf:NAME[?config=..&split=..&column=..&streaming=1]`. Weights are per token.
     """
 
@@ -176,8 +177,11 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def default_config() -> ConfigDict:
-    """A mutable ConfigDict of every default: what a config file starts from."""
+def default_config() -> Any:
+    """A mutable ConfigDict of every default: what a config file starts from.
+
+    Typed Any, because a type checker cannot follow the attributes of a ConfigDict.
+    """
     return ConfigDict(to_dict(Config()))
 
 
@@ -223,7 +227,7 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
     built = {}
     for key, value in values.items():
         hint, path = hints[key], prefix + key
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             if not isinstance(value, Mapping):
                 raise UserError(f"config key '{path}' is a section; got {value!r}")
             built[key] = _build(hint, value, path + ".")

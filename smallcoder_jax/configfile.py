@@ -46,7 +46,8 @@ def load_config(path: str, overrides: list[str]) -> Config:
     return from_config_dict(values)
 
 
-def read_config_file(path: str) -> ConfigDict:
+def read_config_file(path: str) -> Any:
+    """The ConfigDict of a config file. Raises UserError where the file is missing or has no `get_config`."""
     file = Path(path)
     if not file.is_file():
         known = sorted(str(p) for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
@@ -61,7 +62,8 @@ def read_config_file(path: str) -> ConfigDict:
 
 
 def _set(values: ConfigDict, key: str, text: str) -> None:
-    section, parts = values, key.split(".")
+    section: Any = values
+    parts = key.split(".")
     for depth, part in enumerate(parts):
         known = list(section.keys())
         if part not in known:

@@ -91,10 +91,10 @@ def scale_by_muon(momentum: float) -> optax.GradientTransformation:
     def init(params: Any) -> MuonState:
         return MuonState(jax.tree.map(jnp.zeros_like, params))
 
-    def update(gradients: Any, state: MuonState, params: Any = None) -> tuple[Any, MuonState]:
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, MuonState]:
         del params
-        mean = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, state.momentum, gradients)
-        ahead = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, mean, gradients)
+        mean = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, state.momentum, updates)
+        ahead = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, mean, updates)
         return _orthogonal_updates(ahead), MuonState(mean)
 
     return optax.GradientTransformation(init, update)

@@ -15,14 +15,17 @@ from smallcoder_jax.data.documents import Document, Skipped
 from smallcoder_jax.data.languages import language_of
 from smallcoder_jax.errors import UserError
 
-_PACKAGE_FOLDERS = frozenset({"site-packages", "dist-packages"})
+# Installed packages are another source. The regression tests are not on every machine (some systems package them
+# apart), and where they are, they outweigh the library two to one.
+_NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
 _SNIFF_BYTES = 8192
 
 
 def read_stdlib(source: str) -> Iterator[Document | Skipped]:
-    """The Python files of the running Python's standard library, in sorted order. They belong to no repository."""
+    """The Python files of the running Python's standard library without its regression tests, in sorted order. They
+    belong to no repository."""
     root = _stdlib_root()
-    for item in _read_tree(root, source, skip_folders=_PACKAGE_FOLDERS, extension=".py"):
+    for item in _read_tree(root, source, skip_folders=_NOT_LIBRARY, extension=".py"):
         yield _with(item, "", "PSF-2.0")
 
 
@@ -62,7 +65,7 @@ def listing_hash(kind: str, location: str) -> str:
         if root.is_file():
             digest.update(_listing_line(root, root.name, times))
         elif root.is_dir():
-            skip = _PACKAGE_FOLDERS if kind == "stdlib" else frozenset()
+            skip = _NOT_LIBRARY if kind == "stdlib" else frozenset()
             for path in _walk(root, skip, []):
                 digest.update(_listing_line(path, path.relative_to(root).as_posix(), times))
     return digest.hexdigest()

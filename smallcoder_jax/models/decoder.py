@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -99,7 +100,7 @@ class Decoder(nnx.Module):
         self.position_embed = Embedding(model.context, model.width, rngs=rngs) if learned else None
         if compute.layers == "scan":
             make = nnx.vmap(lambda layer_rngs: Block(model, compute, rngs=layer_rngs))
-            self.blocks = make(rngs.split(model.layers))
+            self.blocks: Any = make(rngs.split(model.layers))
         else:
             self.blocks = nnx.List([Block(model, compute, rngs=rngs) for _ in range(model.layers)])
         self.final_norm = NORMS[model.norm](model.width, model.norm_eps)

@@ -27,8 +27,7 @@ class Tokenizer(Protocol):
     """Text to ids and back.
 
     `specials` maps every special piece this tokenizer has to its id. `token_bytes[i]` is the UTF-8 that id i stands
-    for, empty for specials, so that a document's bytes are the concatenation over its ids. `starts_word[i]` says that
-    no id before i could have been merged with it: a place where a text may be cut without changing the ids.
+    for, empty for specials, so that a document's bytes are the concatenation over its ids.
     """
 
     vocab_size: int
@@ -37,7 +36,6 @@ class Tokenizer(Protocol):
     eos_id: int
     specials: dict[str, int]
     token_bytes: list[bytes]
-    starts_word: np.ndarray
     hash: str
 
     def encode(self, text: str) -> list[int]:
@@ -49,9 +47,9 @@ class Tokenizer(Protocol):
         ...
 
     def borders(self, ids: np.ndarray) -> np.ndarray:
-        """bool, one per id: True where the text may be cut before that id without changing any id on either side.
+        """bool, one per id: True where no id could cover the bytes on both sides of the place before that id.
 
-        Finer than `starts_word`, because it looks at the id before as well; the end of a line is always one.
+        So whatever a text is changed to on one side of it, the ids on the other side stay. The end of a line is one.
         """
         ...
 

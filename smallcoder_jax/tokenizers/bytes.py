@@ -39,7 +39,6 @@ class ByteTokenizer:
         unused = set(SPECIALS.values())
         self._vocabulary = Vocabulary([b"" if i in unused else bytes([i]) for i in range(256)])
         self.token_bytes = self._vocabulary.token_bytes
-        self.starts_word = self._vocabulary.starts_word
         self.hash = hashlib.sha256(f"bytes|{sorted(SPECIALS.items())}".encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:

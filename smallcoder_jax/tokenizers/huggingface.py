@@ -57,7 +57,6 @@ class HuggingFaceTokenizer:
         self.specials = self._find_specials({str(token): int(i) for i, token in added.items() if token.special})
         self._vocabulary = Vocabulary(self._read_bytes(settings, set(self.specials.values())))
         self.token_bytes = self._vocabulary.token_bytes
-        self.starts_word = self._vocabulary.starts_word
         self._lead = self._find_lead()
         identity = json.dumps([settings, self.bos_id, self.eos_id, self.pad_id], sort_keys=True)
         self.hash = hashlib.sha256(b"hf|" + identity.encode()).hexdigest()

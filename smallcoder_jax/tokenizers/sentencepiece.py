@@ -86,7 +86,6 @@ class SentencePieceTokenizer:
         }
         self._vocabulary = Vocabulary([_piece_bytes(processor, i) for i in range(self.vocab_size)])
         self.token_bytes = self._vocabulary.token_bytes
-        self.starts_word = self._vocabulary.starts_word
         self._space_ids = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
         self.hash = hashlib.sha256(b"sentencepiece|" + model).hexdigest()
 

@@ -24,12 +24,10 @@ class Vocabulary:
             joins[values[:-1], values[1:]] = True
         joins[:, _CONTINUATION] = True
         special = np.array([not piece for piece in self.token_bytes], dtype=bool)
-        first = np.array([piece[0] if piece else 0 for piece in self.token_bytes], dtype=np.uint8)
+        self._first = np.array([piece[0] if piece else 0 for piece in self.token_bytes], dtype=np.uint8)
         self._joins = joins
         self._special = special
-        self._first = first
         self._last = np.array([piece[-1] if piece else 0 for piece in self.token_bytes], dtype=np.uint8)
-        self.starts_word: np.ndarray = special | ~np.any(joins, axis=0)[first]
 
     def borders(self, ids: np.ndarray) -> np.ndarray:
         """bool, one per id: no id could cover the bytes on both sides of the place before it."""

@@ -65,7 +65,7 @@ class Checkpointer:
         rest = {"optimizer": state.optimizer, "step": state.step, "key": state.key}
         _write_json(target / "meta.json", {**meta, "step": step, "leaves": leaves_of(state.params)})
         _write_json(target / f"data-{jax.process_index()}.json", data_state)
-        response = ocp.save_checkpointables_async(target / "state", {"params": state.params, "rest": rest})
+        response = ocp.save_checkpointables_async(_orbax_path(target), {"params": state.params, "rest": rest})
 
         def finish() -> None:
             try:
@@ -115,7 +115,7 @@ class Checkpointer:
         meta = json.loads((target / "meta.json").read_text())
         _check_leaves(meta["leaves"], leaves_of(abstract.params), target)
         rest = {"optimizer": abstract.optimizer, "step": abstract.step, "key": abstract.key}
-        loaded = ocp.load_checkpointables(target / "state", {"params": abstract.params, "rest": rest})
+        loaded = ocp.load_checkpointables(_orbax_path(target), {"params": abstract.params, "rest": rest})
         state = TrainState(loaded["rest"]["step"], loaded["params"], loaded["rest"]["optimizer"], loaded["rest"]["key"])
         data_file = target / f"data-{jax.process_index()}.json"
         data_state = json.loads(data_file.read_text()) if data_file.exists() else None
@@ -157,7 +157,7 @@ def load_params(step_folder: Path, abstract: Any) -> tuple[Any, dict[str, Any]]:
     target = verified(step_folder)
     meta = json.loads((target / "meta.json").read_text())
     _check_leaves(meta["leaves"], leaves_of(abstract), target)
-    return ocp.load_checkpointables(target / "state", {"params": abstract})["params"], meta
+    return ocp.load_checkpointables(_orbax_path(target), {"params": abstract})["params"], meta
 
 
 def verify_step(step_folder: Path) -> list[str]:
@@ -212,6 +212,11 @@ def _check_leaves(saved: dict[str, list[Any]], wanted: dict[str, list[Any]], tar
                 f"checkpoint {target}: parameter '{name}' is {saved.get(name, 'absent')} in the file, but the model "
                 f"wants {wanted.get(name, 'none')}; use the config that the run was made with"
             )
+
+
+def _orbax_path(step_folder: Path) -> str:
+    """Where Orbax's part of a step is; it takes absolute paths only."""
+    return str(step_folder.resolve() / "state")
 
 
 def _write_json(path: Path, value: Any) -> None:

@@ -149,8 +149,7 @@ class Trainer:
     def _restore_or_init(self, optimizer: Any) -> TrainState:
         steps = self.checkpointer.steps()
         if not steps:
-            with self.mesh:
-                return jax.jit(lambda: init_state(self.config, optimizer), out_shardings=self.shardings)()
+            return jax.jit(lambda: init_state(self.config, optimizer), out_shardings=self.shardings)()
         restored = self.checkpointer.restore(steps[-1], self.abstract)
         self.tokens_seen = restored.meta["tokens_seen"]
         self.train_seconds = restored.meta["train_seconds"]
@@ -232,12 +231,12 @@ class Trainer:
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         tokens = int(values.pop("tokens"))
         self.tokens_seen += tokens
-        values |= meter.step(tokens, waited)
-        self.train_seconds += values["step_time"]
+        rates = meter.step(tokens, waited)
+        self.train_seconds += rates["step_time"]
         self.last_loss = values["loss"]
         if step % self.config.train.log_every == 0 or step == 1 or step == self.config.train.steps:
             self.log.train(step, {**values, **meter.interval(), "tokens_seen": self.tokens_seen})
-        self.terminal.progress(step, values)
+        self.terminal.progress(step, {**values, **rates})
         self.checkpointer.check()
 
     def _evaluate(self) -> bool:
@@ -265,7 +264,10 @@ class Trainer:
         params = build.to_unrolled(self.state.params)
         generator = Generator(config.model, config.compute, params, self.task.tokenizer)
         options = SamplingOptions(
-            max_tokens=config.eval.sample_tokens, temperature=config.eval.sample_temperature, seed=config.train.seed
+            max_tokens=config.eval.sample_tokens,
+            temperature=config.eval.sample_temperature,
+            seed=config.train.seed,
+            truncate_prompt=True,
         )
         completions = generator.generate(list(config.eval.sample_prompts), options)
         samples = [
@@ -385,7 +387,7 @@ class Meter:
     def resume(self) -> None:
         self.last += time.monotonic() - self.paused
 
-    def step(self, tokens: int, waited: float) -> dict[str, float | None]:
+    def step(self, tokens: int, waited: float) -> dict[str, float]:
         """Rates of one step that has just finished."""
         now = time.monotonic()
         seconds, self.last = now - self.last, now
@@ -393,20 +395,17 @@ class Meter:
         self.waited, self.steps = self.waited + waited, self.steps + 1
         return self._rates(tokens, seconds, waited, 1)
 
-    def interval(self) -> dict[str, float | None]:
+    def interval(self) -> dict[str, float]:
         """Rates since the last call."""
         rates = self._rates(self.tokens, self.seconds, self.waited, self.steps)
         self.tokens, self.seconds, self.waited, self.steps = 0, 0.0, 0.0, 0
         return rates
 
-    def _rates(self, tokens: int, seconds: float, waited: float, steps: int) -> dict[str, float | None]:
+    def _rates(self, tokens: int, seconds: float, waited: float, steps: int) -> dict[str, float]:
+        """`mfu` only where the device's peak is known."""
         rate = tokens / max(seconds, 1e-9)
-        return {
-            "tokens_per_second": rate,
-            "mfu": None if self.peak is None else rate * self.flops / self.peak,
-            "data_wait": waited / steps,
-            "step_time": seconds / steps,
-        }
+        rates = {"tokens_per_second": rate, "data_wait": waited / steps, "step_time": seconds / steps}
+        return rates if self.peak is None else {**rates, "mfu": rate * self.flops / self.peak}
 
 
 class StopRequest:
