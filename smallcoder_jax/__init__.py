@@ -10,6 +10,7 @@ Importing the package touches no device.
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
     from smallcoder_jax.config import Config
     from smallcoder_jax.loading import LoadedModel
     from smallcoder_jax.stages.run import Run
+
+# The first import of the subpackage `train` sets an attribute of that name: done here, before the function takes it.
+importlib.import_module("smallcoder_jax.train")
 
 
 def train(config: Config | ConfigDict | str | Path, workdir: str | Path) -> Run:

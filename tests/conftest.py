@@ -1,6 +1,9 @@
 """The strictest settings for every test: eight fake devices, strict types and ranks, checked shapes."""
 
 import os
+from collections.abc import Iterator
+
+import pytest
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -15,3 +18,12 @@ def pytest_configure() -> None:
 
     # Shapes in signatures are checked wherever a test passes through them.
     install_import_hook(["smallcoder_jax.ops", "smallcoder_jax.layers", "smallcoder_jax.losses"], "beartype.beartype")
+
+
+@pytest.fixture
+def standard_promotion() -> Iterator[None]:
+    """optax mixes types and ranks, which the strict settings refuse: for tests that run an optimizer."""
+    import jax
+
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield

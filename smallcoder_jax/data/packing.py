@@ -20,6 +20,7 @@ import numpy as np
 Row = list[np.ndarray]
 
 WINDOW_ROWS = 64  # best fit: how many rows' worth of documents are arranged together
+SHUFFLED_ROWS, SHUFFLED_PLACES = 256, 1 << 21  # rows shuffled together, at most; a resume reads them again, in < 1 s
 
 
 class Documents(Protocol):
@@ -77,19 +78,19 @@ class ConcatPacker:
         self._ids = next(self._documents) if self._offset else None
 
 
-class BestFitPacker:
-    """Best fit decreasing within windows: only documents longer than a row are cut, into full rows and a rest.
+class ShuffledRows:
+    """The rows of another packer in random order within windows of `SHUFFLED_ROWS`, or `SHUFFLED_PLACES`.
 
-    The rows of a window come in a random order that `seed` decides: made longest piece first, they would otherwise
-    run from long documents to short ones.
+    A long document fills many rows in a row: in order, a batch would hold one document and not a sample of all. The
+    state is that of the packer before the window, and how many rows of the window were taken.
     """
 
-    def __init__(self, documents: Documents, length: int, seed: Sequence[int]):
-        self._documents = documents
-        self._length = length
+    def __init__(self, packer: Packer, length: int, seed: Sequence[int]):
+        self._packer = packer
+        self._window_rows = max(1, min(SHUFFLED_ROWS, SHUFFLED_PLACES // length))
         self._seed = tuple(seed)
         self._window = 0  # number of the window in use, from 1
-        self._before = documents.get_state()  # the state from which it is read again
+        self._before = packer.get_state()
         self._rows: list[Row] = []
         self._taken = 0
 
@@ -104,23 +105,64 @@ class BestFitPacker:
         return self._rows[self._taken - 1]
 
     def _load_window(self) -> None:
+        self._before = self._packer.get_state()
+        rows: list[Row] = []
+        while len(rows) < self._window_rows:
+            try:
+                rows.append(self._packer.next_row())
+            except StopIteration:
+                break
+        order = np.random.default_rng((*self._seed, self._window)).permutation(len(rows))
+        self._rows, self._taken = [rows[i] for i in order], 0
+
+    def get_state(self) -> dict[str, Any]:
+        return {"packer": self._before, "window": self._window, "taken": self._taken}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._packer.set_state(state["packer"])
+        self._before, self._window, self._rows = state["packer"], state["window"], []
+        if self._window:
+            self._load_window()
+        self._taken = state["taken"]
+
+
+class BestFitPacker:
+    """Best fit decreasing within windows of `WINDOW_ROWS`: only documents longer than a row are cut, into full rows and
+    a rest. A window's rows run from long pieces to short ones (see `ShuffledRows`).
+    """
+
+    def __init__(self, documents: Documents, length: int):
+        self._documents = documents
+        self._length = length
+        self._before = documents.get_state()  # the state from which the window is read again
+        self._rows: list[Row] = []
+        self._taken = 0
+
+    def next_row(self) -> Row:
+        """The next row. Raises StopIteration after the last."""
+        if self._taken == len(self._rows):
+            self._load_window()
+            if not self._rows:
+                raise StopIteration
+        self._taken += 1
+        return self._rows[self._taken - 1]
+
+    def _load_window(self) -> None:
         self._before = self._documents.get_state()
         pieces: Row = []
         wanted = self._length * WINDOW_ROWS
         while wanted > 0 and (ids := next(self._documents, None)) is not None:
             pieces += [ids[start : start + self._length + 1] for start in range(0, len(ids) - 1, self._length)]
             wanted -= len(ids) - 1
-        rows = best_fit(pieces, self._length)
-        order = np.random.default_rng((*self._seed, self._window)).permutation(len(rows))
-        self._rows, self._taken = [rows[i] for i in order], 0
+        self._rows, self._taken = best_fit(pieces, self._length), 0
 
     def get_state(self) -> dict[str, Any]:
-        return {"documents": self._before, "window": self._window, "taken": self._taken}
+        return {"documents": self._before, "taken": self._taken}
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._documents.set_state(state["documents"])
-        self._before, self._window, self._rows = state["documents"], state["window"], []
-        if self._window:
+        self._before, self._rows = state["documents"], []
+        if state["taken"]:
             self._load_window()
         self._taken = state["taken"]
 

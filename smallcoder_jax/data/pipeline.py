@@ -1,9 +1,9 @@
 """Token shards into training and validation batches. The only user of grain.
 
 Training: every source's documents, reshuffled each epoch and endless -> fill-in-the-middle -> this reader's share ->
-mixture -> packing -> batches. A reader is one worker of one process. The share is taken from each shuffled, endless
-source and not from the mixture: two sources of equal weight alternate in the mixture, and of two readers that took
-turns there each would see one source only.
+mixture -> packing -> shuffled rows -> batches. A reader is one worker of one process. The share is taken from each
+shuffled, endless source and not from the mixture: two sources of equal weight alternate in the mixture, and of two
+readers that took turns there each would see one source only.
 
 Shapes: B rows of this process, T places of a row.
 """
@@ -33,7 +33,7 @@ from smallcoder_jax.data.shards import Manifest, SourceEntry, Split
 from smallcoder_jax.errors import UserError
 from smallcoder_jax.tokenizers.base import FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX, Tokenizer
 
-VERSION = 1  # raised when the same settings begin to give other batches
+VERSION = 2  # raised when the same settings begin to give other batches
 INLINE = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # records are small: threads cost more than they save
 BATCHES_AHEAD = 2  # kept ready by each worker
 FIM_PIECES = len((FIM_PREFIX, FIM_SUFFIX, FIM_MIDDLE))  # what a rearranged document grows by
@@ -229,12 +229,9 @@ class _PackedBatches(grain.IterDataset[dict[str, np.ndarray]]):
     def __iter__(self) -> _PackedBatchIterator:
         documents = iter(self.parents[0])
         length = self._shape[1]
-        packer = (
-            packing.ConcatPacker(documents, length)
-            if self._packer == "concat"
-            else packing.BestFitPacker(documents, length, self._seed)
-        )
-        return _PackedBatchIterator(documents, packer, self._shape, self._pad_id)
+        packers = {"concat": packing.ConcatPacker, "best_fit": packing.BestFitPacker}
+        rows = packing.ShuffledRows(packers[self._packer](documents, length), length, self._seed)
+        return _PackedBatchIterator(documents, rows, self._shape, self._pad_id)
 
 
 class _PackedBatchIterator(grain.DatasetIterator[dict[str, np.ndarray]]):

@@ -147,7 +147,8 @@ def train_sentencepiece(texts: Iterable[str], vocab_size: int, max_bytes: int) -
         except RuntimeError as error:
             raise UserError(
                 f"a tokenizer with model.vocab_size={vocab_size} cannot be trained on this text "
-                f"({counts.total()} lines): {str(error).rstrip('. ')}. Change model.vocab_size or give more text in data.sources"
+                f"({counts.total()} lines): {str(error).rstrip('. ')}. Change model.vocab_size or give more text "
+                "in data.sources"
             ) from error
     return SentencePieceTokenizer(_restore(buffer.getvalue()))
 

@@ -61,11 +61,14 @@ class Checkpointer:
             if best:
                 self._mark_best(step)
             return
-        target.mkdir(parents=True, exist_ok=True)
         rest = {"optimizer": state.optimizer, "step": state.step, "key": state.key}
-        _write_json(target / "meta.json", {**meta, "step": step, "leaves": leaves_of(state.params)})
-        _write_json(target / f"data-{jax.process_index()}.json", data_state)
-        response = ocp.save_checkpointables_async(_orbax_path(target), {"params": state.params, "rest": rest})
+        try:
+            target.mkdir(parents=True, exist_ok=True)
+            _write_json(target / "meta.json", {**meta, "step": step, "leaves": leaves_of(state.params)})
+            _write_json(target / f"data-{jax.process_index()}.json", data_state)
+            response = ocp.save_checkpointables_async(_orbax_path(target), {"params": state.params, "rest": rest})
+        except OSError as error:
+            raise self._failure(error) from error
 
         def finish() -> None:
             try:
@@ -92,10 +95,7 @@ class Checkpointer:
         """Raises UserError when a save has failed, without waiting."""
         if self._error is not None:
             error, self._error = self._error, None
-            raise UserError(
-                f"could not save a checkpoint under {self.folder}: {error}. Free space or choose another --workdir; "
-                "the steps saved before are intact and the same command continues from the newest"
-            ) from error
+            raise self._failure(error) from error
 
     def steps(self) -> list[int]:
         """Complete steps, ascending."""
@@ -120,6 +120,12 @@ class Checkpointer:
         data_file = target / f"data-{jax.process_index()}.json"
         data_state = json.loads(data_file.read_text()) if data_file.exists() else None
         return Restored(state, meta, data_state)
+
+    def _failure(self, error: BaseException) -> UserError:
+        return UserError(
+            f"could not save a checkpoint under {self.folder}: {error}. Free space or choose another --workdir; "
+            "the steps saved before are intact and the same command continues from the newest"
+        )
 
     def _mark_best(self, step: int) -> None:
         link = self.folder / "best.new"

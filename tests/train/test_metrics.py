@@ -426,7 +426,7 @@ def test_wandb_online_needs_a_key(
 
 def test_importing_the_log_imports_no_tensorflow() -> None:
     program = (
-        "import sys; import smallcoder_jax.train.metrics as m; m.MetricsLog; "
+        "import sys; from smallcoder_jax.train import metrics as m; m.MetricsLog; "
         "heavy = {'tensorflow', 'tensorboard', 'matplotlib', 'wandb'} & set(sys.modules); assert not heavy, heavy"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(metrics.__file__).parents[2])}

@@ -1,0 +1,164 @@
+"""Learning: nano's loss curve on fixed text, and one batch learned by heart.
+
+The text comes from a small grammar and a generator of its own, so that it is the same on every machine. After a change
+of nano's shape the curve is written anew:
+
+    python -m tests.golden.test_nano_curve --write
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from smallcoder_jax import optim
+from smallcoder_jax.config import ComputeConfig, Config, MeshConfig, OptimizerConfig, TrainConfig
+from smallcoder_jax.configfile import load_config
+from smallcoder_jax.mesh import batch_sharding, make_mesh
+from smallcoder_jax.stages import pretrain
+from smallcoder_jax.train.state import init_state, state_sharding
+from smallcoder_jax.train.step import make_train_step
+
+NANO = Path(__file__).resolve().parents[2] / "configs" / "nano.py"
+GOLDEN = Path(__file__).with_name("nano_losses.json")
+TOLERANCE = 0.02  # relative: other processors and library versions round otherwise
+STEPS, EVERY, ROWS, LENGTH = 50, 5, 4, 128
+OPTIMIZER = OptimizerConfig(
+    name="muon",
+    learning_rate=3e-3,
+    muon_learning_rate=0.02,
+    weight_decay=0.01,
+    schedule="linear",
+    warmup_steps=10,
+    final_ratio=0.0,
+)
+NAMES = ("total", "item", "count", "left", "right", "index", "value", "result")
+
+
+class Draws:
+    """Numbers of the multiplicative congruential generator MINSTD: fixed by arithmetic, unlike a library's."""
+
+    def __init__(self, seed: int):
+        self._state = seed
+
+    def below(self, limit: int) -> int:
+        self._state = self._state * 48271 % 2147483647
+        return self._state % limit
+
+    def of(self, choices: tuple[str, ...]) -> str:
+        return choices[self.below(len(choices))]
+
+
+def function(draws: Draws) -> str:
+    """A function of a few lines that looks like Python."""
+    name, first, second = draws.of(NAMES), draws.of(NAMES), draws.of(NAMES)
+    lines = [f"def {name}_{draws.below(100)}({first}, {second}):"]
+    for _ in range(1 + draws.below(3)):
+        operation = draws.of(("+", "-", "*", "//"))
+        lines.append(f"    {draws.of(NAMES)} = {first} {operation} {draws.below(10)}")
+        if draws.below(2):
+            lines.append(f"    if {second} {draws.of(('<', '>', '=='))} {draws.below(10)}:")
+            lines.append(f"        return {second}")
+    lines.append(f"    return {first}")
+    return "\n".join(lines) + "\n\n\n"
+
+
+def batches(rows: int, length: int, count: int) -> Iterator[dict[str, np.ndarray]]:
+    """`count` batches of one document per row; ids are the bytes after the first 256 entries of the vocabulary."""
+    draws = Draws(2024)
+    text = ""
+    while len(text) < count * rows * length + 1:
+        text += function(draws)
+    ids = np.frombuffer(text.encode("ascii"), np.uint8).astype(np.int32) + 256
+    positions = np.tile(np.arange(length, dtype=np.int32), (rows, 1))
+    for start in range(0, count * rows * length, rows * length):
+        yield {
+            "tokens": ids[start : start + rows * length].reshape(rows, length),
+            "targets": ids[start + 1 : start + rows * length + 1].reshape(rows, length),
+            "positions": positions,
+            "segment_ids": np.ones((rows, length), np.int32),
+            "loss_weights": np.ones((rows, length), np.float32),
+        }
+
+
+def nano_config(rows: int, length: int, steps: int, optimizer: OptimizerConfig) -> Config:
+    return Config(
+        name="golden",
+        model=load_config(str(NANO), []).model,
+        compute=ComputeConfig(dtype="float32", layers="scan"),
+        train=TrainConfig(steps=steps, batch_size=rows, sequence_length=length, seed=0),
+        optimizer=optimizer,
+    )
+
+
+def losses(config: Config, stream: Iterable[dict[str, np.ndarray]]) -> Iterator[float]:
+    """The training loss of each step, on one device."""
+    mesh = make_mesh(MeshConfig(), config.model, config.train.batch_size, jax.devices()[:1])
+    optimizer = optim.make_optimizer(config.optimizer, config.train.steps)
+    shardings = state_sharding(mesh, jax.eval_shape(lambda: init_state(config, optimizer)))
+    state = jax.jit(lambda: init_state(config, optimizer), out_shardings=shardings)()
+    step = make_train_step(
+        pretrain.make_loss(config),
+        optimizer,
+        optim.schedule(config.optimizer, config.train.steps),
+        peak=config.optimizer.learning_rate,
+        microbatches=1,
+        mesh=mesh,
+        shardings=shardings,
+    )
+    for batch in stream:
+        state, metrics = step(state, jax.device_put(batch, batch_sharding(mesh)))
+        yield float(metrics["loss"])
+
+
+def golden_run() -> dict[str, Any]:
+    config = nano_config(ROWS, LENGTH, STEPS, OPTIMIZER)
+    curve = list(losses(config, batches(ROWS, LENGTH, STEPS)))
+    shown = {str(step + 1): round(curve[step], 5) for step in range(STEPS) if step == 0 or (step + 1) % EVERY == 0}
+    model = config.model
+    shape = {name: getattr(model, name) for name in ("vocab_size", "width", "mlp_width", "layers", "heads", "kv_heads")}
+    return {"model": shape, "losses": shown}
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_loss_curve_of_nano() -> None:
+    expected, found = json.loads(GOLDEN.read_text()), golden_run()
+    again = "nano's shape changed: python -m tests.golden.test_nano_curve --write"
+    assert found["model"] == expected["model"], again
+    assert found["losses"]["1"] == pytest.approx(math.log(found["model"]["vocab_size"]), rel=TOLERANCE)
+    assert found["losses"] == pytest.approx(expected["losses"], rel=TOLERANCE)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_nano_learns_one_batch_by_heart() -> None:
+    steps = 80
+    config = nano_config(4, 64, steps, OPTIMIZER)
+    (batch,) = batches(4, 64, 1)
+    lowest = math.inf
+    for loss in losses(config, [batch] * steps):
+        lowest = min(lowest, loss)
+        if lowest < 0.05:
+            return
+    raise AssertionError(f"after {steps} steps on one batch the loss is {lowest}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", action="store_true", help="write the curve, instead of showing it")
+    options = parser.parse_args()
+    text = json.dumps(golden_run(), indent=2) + "\n"
+    if options.write:
+        GOLDEN.write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

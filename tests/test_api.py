@@ -1,0 +1,75 @@
+"""The notebook interface, as the package's docstring shows it."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import smallcoder_jax as sc
+from smallcoder_jax.config import default_config
+from smallcoder_jax.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+def notebook_config(root: Path) -> Any:
+    (root / "code").mkdir()
+    for number in range(40):
+        text = f"def function_{number}(x):\n    # adds {number} to x, which is a number\n    return x + {number}\n"
+        (root / "code" / f"f{number:02d}.py").write_text(text)
+    config = default_config()
+    config.name = "notebook"
+    config.model.update(
+        vocab_size=256, width=32, mlp_width=64, layers=1, heads=2, kv_heads=1, head_size=16, context=256
+    )
+    config.compute.dtype = "float32"
+    config.tokenizer.kind = "bytes"
+    config.data.update(sources=f"dir:{root / 'code'}", dir=str(root / "data"), validation_fraction=0.2)
+    config.train.update(steps=2, batch_size=8, sequence_length=32, log_every=1)
+    config.eval.update(every=0, batches=1, sample_tokens=4)
+    config.log.update(tensorboard=False, charts_every=0)
+    return config
+
+
+def test_the_example_of_the_docstring_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sc.__doc__ is not None
+    lines = [line for line in sc.__doc__.splitlines() if line.startswith("    ")]
+    example = textwrap.dedent("\n".join(lines))
+    assert "sc.train(" in example
+    assert "sc.load(" in example
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"config": notebook_config(tmp_path)}
+    exec(compile(example, "docstring", "exec"), names)
+    assert names["run"].step == 2
+    assert not names["run"].interrupted
+    assert names["run"].evaluation["loss"] > 0
+    assert (tmp_path / names["run"].folder / "checkpoints" / "2" / "manifest.json").is_file()
+    assert capsys.readouterr().out  # what the model wrote
+
+    # The same call again continues: there is nothing left to do. A path of a config file does as well.
+    values = names["config"].to_dict()
+    (tmp_path / "config.py").write_text(
+        f"from ml_collections import ConfigDict\n\n\ndef get_config():\n    return ConfigDict({values!r})\n"
+    )
+    assert sc.train("config.py", "runs/mine").step == 2
+    completions = sc.load(tmp_path / "runs" / "mine", step=2).generate(
+        ["def a", "import "], max_tokens=3, temperature=0.0
+    )
+    assert len(completions) == 2
+
+
+def test_mistakes_are_user_errors(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        sc.load(tmp_path / "nothing")
+    config = default_config()
+    config.data.sources = f"dir:{tmp_path / 'missing'}"
+    config.data.dir = str(tmp_path / "data")
+    with pytest.raises(UserError, match="missing does not exist"):
+        sc.train(config, tmp_path / "run")
+    with pytest.raises(AttributeError, match="public: load, train"):
+        sc.__getattr__("evaluate")

@@ -1,0 +1,198 @@
+"""The main command: every kind of bad input is one message and exit code 2, and a bad file does not stop a run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from smallcoder_jax.errors import EXIT_USER_ERROR, run_cli
+from smallcoder_jax.main import main
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = """
+from smallcoder_jax.config import default_config
+
+
+def get_config():
+    config = default_config()
+    config.name = "main"
+    config.model.update(
+        vocab_size=256, width=64, mlp_width=96, layers=1, heads=2, kv_heads=1, head_size=16, context=64
+    )
+    config.compute.dtype = "float32"
+    config.tokenizer.kind = "bytes"
+    config.data.update(validation_fraction=0.2)
+    config.train.update(steps=2, batch_size=8, sequence_length=32, log_every=1)
+    config.eval.update(every=0, batches=1, sample_tokens=0)
+    config.log.update(tensorboard=False, charts_every=0)
+    return config
+"""
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+class Place:
+    """A folder with a config file, source code, prepared data and runs."""
+
+    def __init__(self, root: Path):
+        self.root, self.code, self.data, self.run = root, root / "code", root / "data", root / "run"
+
+    def make(self) -> Place:
+        (self.root / "config.py").write_text(CONFIG)
+        self.code.mkdir()
+        for number in range(40):
+            text = f"def function_{number}(x):\n    # adds {number} to x, which is a number\n    return x + {number}\n"
+            (self.code / f"f{number:02d}.py").write_text(text)
+        return self
+
+    def arguments(self, *more: str) -> list[str]:
+        return [
+            f"--config={self.root / 'config.py'}",
+            f"--workdir={self.run}",
+            f"--config.data.sources=dir:{self.code}",
+            f"--config.data.dir={self.data}",
+            *more,
+        ]
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(tmp_path).make()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """With a run of two steps. One file in the middle cannot be read."""
+    place = Place(tmp_path_factory.mktemp("trained")).make()
+    (place.code / "f20.py").write_bytes(b"name = '\xff\xfe'\n" * 20)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        assert main(place.arguments()) == 0
+    return place
+
+
+def refusal(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
+    """What the command says when it ends with exit code 2: one message and nothing else on stderr."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        run_cli(lambda: main(arguments))
+    assert ended.value.code == EXIT_USER_ERROR
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("error: ") == 1
+    assert "Traceback" not in said
+    return said.removeprefix("error: ")
+
+
+def test_a_process_says_one_line_and_ends_with_2() -> None:
+    command = [sys.executable, "-m", "smallcoder_jax.main", "--config=configs/nanno.py"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == EXIT_USER_ERROR
+    assert done.stderr == "error: config file 'configs/nanno.py' does not exist; did you mean 'configs/nano.py'?\n"
+    assert done.stdout == ""
+
+
+def test_mistakes_in_the_arguments(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    cases = {
+        "--config is missing": [],
+        f"did you mean '{place.root / 'config.py'}'": [f"--config={place.root / 'confg.py'}"],
+        "unknown config key 'train.step'; did you mean 'steps'?": place.arguments("--config.train.step=3"),
+        "unknown config key 'trian.steps'; did you mean 'train'?": place.arguments("--config.trian.steps=3"),
+        "--config.train.steps=many: expected int": place.arguments("--config.train.steps=many"),
+        "expected one of 'adamw', 'muon'": place.arguments("--config.optimizer.name=sgd"),
+        "must be a positive multiple of": place.arguments("--config.train.microbatch_size=3"),
+        "--step belongs to --mode=evaluate": place.arguments("--step=2"),
+        "does not exist; train one": place.arguments("--mode=evaluate"),
+    }
+    for expected, arguments in cases.items():
+        assert expected in refusal(capsys, arguments), expected
+    assert not place.run.exists()
+    assert not place.data.exists()
+
+
+def test_sources_without_anything_to_train_on(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("empty", "binary"):
+        (place.root / name).mkdir()
+    for number in range(3):
+        (place.root / "binary" / f"{number}.py").write_bytes(bytes(range(256)) * 8)
+    for name, expected in {"missing": "does not exist", "empty": "empty", "binary": "binary"}.items():
+        said = refusal(capsys, place.arguments(f"--config.data.sources=dir:{place.root / name}"))
+        assert expected in said.replace(str(place.root), ""), said
+        assert f"dir:{place.root / name}" in said
+    assert not place.run.exists()
+
+
+def test_another_vocabulary_than_the_tokenizer_has(trained: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refusal(capsys, trained.arguments("--config.model.vocab_size=512"))
+    assert "256" in said
+    assert "512" in said
+
+
+def test_a_tokenizer_that_changed_since_the_data_was_prepared(
+    trained: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = shutil.copytree(trained.data, tmp_path / "data")
+    (recorded,) = data.glob("tokenizers/*/hash.json")
+    recorded.write_text(json.dumps({"hash": "0" * 64}))
+    said = refusal(capsys, trained.arguments(f"--config.data.dir={data}"))
+    assert "the tokenizer changed since the data was prepared" in said
+
+
+def test_a_batch_that_does_not_divide_over_the_mesh(trained: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    workdir = f"--workdir={trained.root / 'uneven'}"
+    said = refusal(capsys, [*trained.arguments("--config.train.batch_size=12"), workdir])
+    assert "a batch of 12 rows" in said
+    assert "use a multiple of 8" in said
+    said = refusal(capsys, [*trained.arguments("--config.mesh.data=3"), workdir])
+    assert "does not multiply to the 8 devices" in said
+
+
+def test_a_workdir_of_another_run(trained: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refusal(capsys, trained.arguments("--config.train.seed=7", "--config.model.mlp_width=64"))
+    assert f"{trained.run} holds another run" in said
+    assert "train.seed: the run has 0, now 7" in said
+    assert "model.mlp_width: the run has 96, now 64" in said
+    assert "batch_size" not in said
+
+
+def test_data_that_changed_is_another_run(trained: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = shutil.copytree(trained.code, tmp_path / "code")
+    (code / "f41.py").write_text("def one_more(x):\n    # this file was not there when the run began\n    return x\n")
+    said = refusal(
+        capsys, trained.arguments(f"--config.data.sources=dir:{code}", f"--config.data.dir={tmp_path / 'data'}")
+    )
+    assert "data.fingerprint: the run has" in said
+
+
+def test_a_damaged_checkpoint_is_not_continued(
+    trained: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(trained.run, tmp_path / "run", symlinks=True)
+    meta = run / "checkpoints" / "2" / "meta.json"
+    meta.write_text(meta.read_text().replace('"tokens_seen"', '"tokens_Seen"'))
+    said = refusal(capsys, [*trained.arguments(), f"--workdir={run}"])
+    assert f"{meta}: content does not match its checksum" in said
+
+
+def test_an_unreadable_file_is_skipped_and_counted(trained: Place) -> None:
+    (manifest,) = trained.data.glob("tokens/*/manifest.json")
+    (source,) = json.loads(manifest.read_text())["accounting"]["sources"]
+    assert source["kept"] == 39
+    assert source["unreadable"] == 1
+    lines = (trained.run / "metrics.jsonl").read_text().splitlines()
+    steps = [row["step"] for row in map(json.loads, lines) if "loss" in row]
+    assert steps == [1, 2]
+    assert json.loads((trained.run / "training_info.json").read_text())["parameters"] > 0
+
+
+def test_a_finished_run_evaluates(trained: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(trained.arguments("--mode=evaluate", "--step=2")) == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert 0 < shown["bits_per_byte"] < 9
+    assert any("xz" in name for name in shown["references"])
+    assert "no checkpoint '7'" in refusal(capsys, trained.arguments("--mode=evaluate", "--step=7"))

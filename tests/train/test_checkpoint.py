@@ -1,0 +1,271 @@
+"""Checkpoints: what is saved comes back, on any mesh; what is damaged or half-written is refused or removed."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from smallcoder_jax.config import MeshConfig
+from smallcoder_jax.errors import UserError
+from smallcoder_jax.mesh import make_mesh
+from smallcoder_jax.models import build
+from smallcoder_jax.train import checkpoint
+from smallcoder_jax.train.checkpoint import MANIFEST, Checkpointer, find_step, load_params, verify_step
+from smallcoder_jax.train.state import TrainState, state_sharding
+from tests.helpers import FLOAT32, tiny_model
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+MODEL = tiny_model(vocab_size=128)
+ONE_DEVICE = MeshConfig()
+META = {"config": {"name": "tiny"}, "tokens_seen": 7}
+DATA_STATE = {"documents": {"next_index": 12}, "offset": 5}
+
+
+def state_at(step: int, seed: int = 0) -> TrainState:
+    """A state with other numbers in every leaf, on the default device."""
+    _, abstract = build.abstract_model(MODEL, FLOAT32)
+    generator = np.random.default_rng(seed)
+    params = jax.tree.map(lambda leaf: jnp.asarray(generator.normal(size=leaf.shape), leaf.dtype), abstract)
+    moments = jax.tree.map(lambda leaf: leaf * 0.5, optax.scale_by_adam().init(params)._replace(mu=params, nu=params))
+    return TrainState(jnp.int32(step), params, moments, jax.random.key_data(jax.random.key(seed)))
+
+
+def abstract_of(state: TrainState, mesh_config: MeshConfig = ONE_DEVICE, devices: int = 1) -> TrainState:
+    mesh = make_mesh(mesh_config, MODEL, 8, jax.devices()[:devices])
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        state,
+        state_sharding(mesh, state),
+    )
+
+
+def assert_equal(found: Any, expected: Any) -> None:
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def save(folder: Path, *steps: int, keep: int = 3, best: int | None = None) -> Checkpointer:
+    checkpointer = Checkpointer(folder, keep)
+    for step in steps:
+        checkpointer.save(state_at(step, seed=step), META, DATA_STATE, best=step == best)
+    checkpointer.wait()
+    return checkpointer
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with step 2. Tests that change it copy it first."""
+    folder = tmp_path_factory.mktemp("saved") / "checkpoints"
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        save(folder, 2)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("mesh", "devices"), [(ONE_DEVICE, 1), (MeshConfig(data=1, fsdp=8), 8), (MeshConfig(fsdp=2, tensor=2), 8)]
+)
+def test_everything_comes_back_onto_any_mesh(saved: Path, mesh: MeshConfig, devices: int) -> None:
+    expected = state_at(2, seed=2)
+    wanted = abstract_of(expected, mesh, devices)
+    restored = Checkpointer(saved, 3).restore(2, wanted)
+    assert_equal(restored.state, expected)
+    assert jax.tree.all(jax.tree.map(lambda a, b: a.sharding == b.sharding, restored.state, wanted))
+    assert restored.data_state == DATA_STATE
+    assert restored.meta["tokens_seen"] == 7
+    assert restored.meta["step"] == 2
+
+
+def test_a_split_state_comes_back_onto_one_device(tmp_path: Path) -> None:
+    expected = state_at(3, seed=1)
+    wanted = abstract_of(expected, MeshConfig(data=1, fsdp=8), 8)
+    split = jax.device_put(expected, jax.tree.map(lambda leaf: leaf.sharding, wanted))
+    checkpointer = Checkpointer(tmp_path, 1)
+    checkpointer.save(split, META, DATA_STATE)
+    checkpointer.wait()
+    assert_equal(checkpointer.restore(3, abstract_of(expected)).state, expected)
+
+
+def test_parameters_alone(saved: Path) -> None:
+    expected = state_at(2, seed=2)
+    params, meta = load_params(find_step(saved, 2), abstract_of(expected).params)
+    assert_equal(params, expected.params)
+    assert meta["config"] == META["config"]
+
+
+def test_the_newest_steps_and_the_best_are_kept(tmp_path: Path) -> None:
+    checkpointer = save(tmp_path, 1, 2, 3, 4, 5, keep=2, best=2)
+    assert checkpointer.steps() == [2, 4, 5]
+    assert checkpointer.best() == 2
+    assert find_step(tmp_path, None) == (tmp_path / "2").resolve()
+    assert find_step(tmp_path, "best") == (tmp_path / "2").resolve()
+    assert find_step(tmp_path, 4) == tmp_path / "4"
+    with pytest.raises(UserError, match=r"no checkpoint '3' under .*; there are: 2, 4, 5"):
+        find_step(tmp_path, 3)
+    checkpointer.save(state_at(6), META, DATA_STATE, best=True)
+    checkpointer.wait()
+    assert checkpointer.steps() == [5, 6]
+    assert checkpointer.best() == 6
+
+
+def test_a_step_that_is_saved_already_can_become_the_best(tmp_path: Path) -> None:
+    checkpointer = save(tmp_path, 1, 2)
+    before = (tmp_path / "1" / MANIFEST).read_bytes()
+    checkpointer.save(state_at(1, seed=9), META, DATA_STATE, best=True)
+    checkpointer.wait()
+    assert checkpointer.best() == 1
+    assert (tmp_path / "1" / MANIFEST).read_bytes() == before
+
+
+def test_a_flipped_bit_in_any_file_is_refused_by_name(saved: Path, tmp_path: Path) -> None:
+    step = shutil.copytree(saved, tmp_path / "checkpoints") / "2"
+    wanted = abstract_of(state_at(2))
+    files = sorted(path for path in step.rglob("*") if path.is_file() and path != step / MANIFEST)
+    assert {"meta.json", "data-0.json"} < {path.name for path in files}
+    assert len(files) > 15
+    for path in files:
+        content = bytearray(path.read_bytes())
+        if not content:
+            continue
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+        assert verify_step(step) == [f"{path}: content does not match its checksum"]
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+    assert verify_step(step) == []
+    big = max(files, key=lambda path: path.stat().st_size)
+    content = bytearray(big.read_bytes())
+    content[-1] ^= 128
+    big.write_bytes(content)
+    for read in (
+        lambda: Checkpointer(step.parent, 3).restore(2, wanted),
+        lambda: load_params(step, wanted.params),
+    ):
+        with pytest.raises(UserError, match=f"is damaged:\n  .*{big.name}: content does not match its checksum"):
+            read()
+
+
+def test_truncated_missing_and_added_files_are_refused_by_name(saved: Path, tmp_path: Path) -> None:
+    step = shutil.copytree(saved, tmp_path / "checkpoints") / "2"
+    big = max((path for path in step.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    content = big.read_bytes()
+    big.write_bytes(content[:-1])
+    assert verify_step(step) == [f"{big}: content does not match its checksum"]
+    big.unlink()
+    assert verify_step(step) == [f"{big}: missing"]
+    big.write_bytes(content)
+    (step / "more").write_text("")
+    assert verify_step(step) == [f"{step / 'more'}: not in the manifest"]
+    (step / "more").unlink()
+    assert verify_step(step) == []
+    (step / MANIFEST).write_text("{")
+    (problem,) = verify_step(step)
+    assert problem.startswith(f"{step / MANIFEST}: unreadable")
+    (step / MANIFEST).unlink()
+    assert verify_step(step) == [f"{step / MANIFEST}: missing, so the save was never finished"]
+
+
+def test_an_empty_or_half_written_step_is_never_the_latest(saved: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(saved, tmp_path / "checkpoints")
+    (folder / "9").mkdir()
+    shutil.copytree(folder / "2", folder / "7")
+    (folder / "7" / MANIFEST).unlink()
+    assert find_step(folder, None) == folder / "2"
+    checkpointer = Checkpointer(folder, 3)
+    assert checkpointer.steps() == [2]
+    assert sorted(path.name for path in folder.iterdir()) == ["2"]
+    checkpointer.save(state_at(7, seed=7), META, DATA_STATE)
+    checkpointer.wait()
+    assert_equal(checkpointer.restore(7, abstract_of(state_at(7))).state, state_at(7, seed=7))
+
+
+def test_no_checkpoint_at_all(tmp_path: Path) -> None:
+    (tmp_path / "3").mkdir()
+    with pytest.raises(UserError, match="no complete checkpoint under"):
+        find_step(tmp_path, None)
+    with pytest.raises(UserError, match="never finished"):
+        Checkpointer(tmp_path / "other", 3).restore(3, abstract_of(state_at(3)))
+
+
+def test_another_shape_or_dtype_is_named(saved: Path) -> None:
+    wanted = abstract_of(state_at(2))
+    name = "blocks/1/mlp/gate/kernel"
+
+    def with_gate(**changes: Any) -> TrainState:
+        gate = wanted.params["blocks"][1]["mlp"]["gate"]["kernel"]
+        values = {"shape": gate.shape, "dtype": gate.dtype, "sharding": gate.sharding, **changes}
+        params = jax.tree.map(lambda leaf: leaf, wanted.params)
+        params["blocks"][1]["mlp"]["gate"]["kernel"] = jax.ShapeDtypeStruct(**values)
+        return wanted._replace(params=params)
+
+    for changes, given in (({"shape": (64, 98)}, r"\[64, 98\]"), ({"dtype": jnp.bfloat16}, "bfloat16")):
+        with pytest.raises(UserError, match=rf"parameter '{name}' is .*\[64, 96\].*float32.* wants .*{given}"):
+            Checkpointer(saved, 3).restore(2, with_gate(**changes))
+    _, deeper = build.abstract_model(dataclasses.replace(MODEL, layers=3), FLOAT32)
+    with pytest.raises(UserError, match=r"parameter 'blocks/2/\S+' is absent in the file"):
+        load_params(saved / "2", deeper)
+
+
+@pytest.mark.parametrize("where", ["meta", "orbax", "manifest"])
+def test_a_full_disk_is_one_message_and_the_earlier_step_stays(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpointer = save(tmp_path, 1)
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    write_json = checkpoint._write_json
+
+    class Response:
+        def result(self) -> None:
+            raise full
+
+    def write(path: Path, value: Any) -> None:
+        if path.name == {"meta": "meta.json", "manifest": MANIFEST}.get(where):
+            raise full
+        write_json(path, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_write_json", write)
+        if where == "orbax":
+            patch.setattr(checkpoint.ocp, "save_checkpointables_async", lambda *_: Response())
+
+        def save_and_wait() -> None:
+            checkpointer.save(state_at(2, seed=2), META, DATA_STATE)
+            checkpointer.wait()
+
+        with pytest.raises(UserError, match=r"could not save a checkpoint .*No space left on device.* are intact"):
+            save_and_wait()
+    assert checkpointer.steps() == [1]
+    again = Checkpointer(tmp_path, 3)
+    assert_equal(again.restore(1, abstract_of(state_at(1))).state, state_at(1, seed=1))
+    again.save(state_at(2, seed=2), META, DATA_STATE)
+    again.wait()
+    assert_equal(again.restore(2, abstract_of(state_at(2))).state, state_at(2, seed=2))
+
+
+def test_the_next_call_raises_what_a_save_in_the_background_raised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpointer = save(tmp_path, 1)
+
+    def fail(folder: Path) -> Any:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(checkpoint, "checksums", fail)
+    checkpointer.save(state_at(2), META, DATA_STATE)
+    with pytest.raises(UserError, match="Input/output error"):
+        checkpointer.save(state_at(3), META, DATA_STATE)
+    checkpointer.check()  # said once
+    assert json.loads((tmp_path / "1" / MANIFEST).read_text())["format"] == 1
