@@ -24,12 +24,18 @@ def get_config() -> ConfigDict:
     )
     config.compute.dtype = "float32"  # a CPU multiplies float32 as fast as bfloat16
     config.data.update(sources="stdlib", fim_rate=0.1)
-    config.train.update(steps=600, batch_size=8, sequence_length=512)
+    # Many small steps: at this size a step is worth more than the tokens in it. Microbatches stay in the cache.
+    config.train.update(steps=800, batch_size=4, sequence_length=512, microbatch_size=2, log_every=20)
     config.optimizer.update(
-        name="muon", learning_rate=3e-3, muon_learning_rate=0.02, weight_decay=0.0, schedule="linear",
-        warmup_steps=20, final_ratio=0.0,
-    )  # fmt: skip
-    config.eval.update(every=200, batches=10, batch_size=16)
+        name="muon",
+        learning_rate=0.02,  # of the embedding and the norms
+        muon_learning_rate=0.04,
+        weight_decay=0.0,
+        schedule="linear",
+        warmup_steps=20,
+        final_ratio=0.0,
+    )
+    config.eval.update(every=200, batches=8, batch_size=16)
     config.checkpoint.update(every=200, keep=2)
-    config.log.update(charts_every=200)
+    config.log.update(charts_every=400)
     return config

@@ -34,6 +34,10 @@ def shares(optimizer: OptimizerConfig, steps: int) -> list[float]:
     return [float(share(step)) for step in range(steps)]
 
 
+def tiny_params(**changes: Any) -> Any:
+    return jax.jit(lambda: build.init_params(tiny_model(**changes), FLOAT32, jax.random.key(0)))()
+
+
 def run_steps(optimizer: OptimizerConfig, params: Any, gradients: list[Any]) -> Any:
     """The parameters after one optimizer step per entry of `gradients`."""
     chain = make_optimizer(optimizer, len(gradients))
@@ -100,7 +104,7 @@ def test_adamw_against_its_definition() -> None:
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_only_what_the_pattern_names_decays(name: str) -> None:
-    params = build.init_params(tiny_model(norm="layernorm", bias="all"), FLOAT32, jax.random.key(0))
+    params = tiny_params(norm="layernorm", bias="all")
     params = jax.tree.map(lambda x: x + 1.0, params)
     zeros = jax.tree.map(jnp.zeros_like, params)
     optimizer = changed(name=name, weight_decay=0.5, muon_learning_rate=0.2, decay_pattern=r".*(kernel|embedding)$")
@@ -181,7 +185,7 @@ def test_muon_groups_same_shapes_without_mixing_them() -> None:
 
 def test_muon_on_scanned_layers_equals_layer_by_layer() -> None:
     optimizer = changed(name="muon", weight_decay=0.1, warmup_steps=1)
-    params = build.init_params(tiny_model(), FLOAT32, jax.random.key(0))
+    params = tiny_params()
     gradient = jax.tree.map(lambda x: jnp.sin(1e3 * x), params)
     unrolled = run_steps(optimizer, params, [gradient, params])
     scanned = run_steps(optimizer, build.to_scanned(params), [build.to_scanned(gradient), build.to_scanned(params)])
@@ -190,7 +194,7 @@ def test_muon_on_scanned_layers_equals_layer_by_layer() -> None:
 
 def test_muon_takes_the_hidden_matrices_and_adam_the_rest() -> None:
     """Adam's first step has the size of its learning rate in every entry; Muon's is a scaled orthogonal matrix."""
-    params = build.init_params(tiny_model(), FLOAT32, jax.random.key(0))
+    params = tiny_params()
     gradient = jax.tree.map(lambda x: 1.0 + jnp.abs(jnp.sin(1e3 * x)), params)
     after = run_steps(changed(name="muon", learning_rate=0.1, muon_learning_rate=0.02), params, [gradient])
     for path, (new, old) in jax.tree_util.tree_leaves_with_path(

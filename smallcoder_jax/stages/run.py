@@ -13,6 +13,7 @@ from smallcoder_jax import loading
 from smallcoder_jax.config import Config, eval_rows
 from smallcoder_jax.data import pipeline
 from smallcoder_jax.data.prepare import prepare
+from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.errors import UserError
 from smallcoder_jax.evaluate.bits_per_byte import held_out_references
 from smallcoder_jax.evaluate.perplexity import evaluate
@@ -41,7 +42,7 @@ def train(config: Config, workdir: Path) -> Run:
     Raises UserError when the data cannot be had, or when `workdir` holds another run.
     """
     configure_jax()
-    prepared = prepare(config)
+    prepared = prepare(config, Progress(sys.stderr))
     references = held_out_references(prepared)
     terminal = Terminal(sys.stderr, total_steps=config.train.steps, log_every=config.train.log_every)
     folder = RunFolder(workdir)
@@ -57,7 +58,7 @@ def evaluate_run(workdir: Path, config: Config, step: str | None = None) -> dict
     """Loss, perplexity, accuracy and bits per byte of a run on the whole validation split, beside the compressors."""
     configure_jax()
     loaded = loading.load(workdir, step=step)
-    prepared = prepare(config)
+    prepared = prepare(config, Progress(sys.stderr))
     if prepared.tokenizer.hash != loaded.tokenizer.hash:
         raise UserError(f"{workdir} was trained with another tokenizer than that of {prepared.tokenizer_folder}")
     batches = pipeline.validation_batches(

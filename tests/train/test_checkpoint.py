@@ -187,6 +187,8 @@ def test_an_empty_or_half_written_step_is_never_the_latest(saved: Path, tmp_path
     checkpointer = Checkpointer(folder, 3)
     assert checkpointer.steps() == [2]
     assert sorted(path.name for path in folder.iterdir()) == ["2"]
+    (folder / "8").mkdir()  # while a run is at work
+    assert checkpointer.steps() == [2]
     checkpointer.save(state_at(7, seed=7), META, DATA_STATE)
     checkpointer.wait()
     assert_equal(checkpointer.restore(7, abstract_of(state_at(7))).state, state_at(7, seed=7))
