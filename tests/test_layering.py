@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "smallcoder_jax"
 # Rooms from the bottom up; a room imports rooms of lower levels only, or itself.
 LEVELS = [
-    ["errors", "config", "configfile", "runtime", "kernels"],
+    ["errors", "config", "configfile", "runtime"],
     ["ops", "tokenizers", "mesh"],
     ["layers", "losses"],
     ["models", "data", "optim"],

@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
         ["time", human_time(time.monotonic() - start)],
     ]
     print("\n" + format_table(["quick start", ""], rows))
-    print(f"\nprompt and completion (greedy):\n\n{PROMPT}\033[1m{completion.text}\033[0m\n")
+    print(f"\nprompt:\n\n{PROMPT}\n\nprompt and completion, greedy:\n\n{PROMPT}{completion.text}\n")
     print(f"report      {workdir / 'report.html'}\ncharts      {workdir / 'charts' / 'training_latest.png'}")
     print(f"complete    python -m tools.generate --checkpoint {workdir} --interactive")
     print("your code   python -m smallcoder_jax.main --config=configs/nano.py --workdir=runs/mine "

@@ -94,7 +94,7 @@ class Terminal:
         self._log_every = log_every
         self._tty = stream.isatty()
         self._drawn = 0  # characters of the progress line now on the screen
-        self._last_logged: int | None = None
+        self._logged = False
         self._times: deque[tuple[int, float]] = deque()  # (step, seconds) of the last ETA_WINDOW steps
 
     def note(self, text: str) -> None:
@@ -126,8 +126,8 @@ class Terminal:
             self._stream.write("\r" + line.ljust(self._drawn))
             self._stream.flush()
             self._drawn = len(line)
-        elif self._last_logged is None or step - self._last_logged >= self._log_every or step == self._total_steps:
-            self._last_logged = step
+        elif not self._logged or step % self._log_every == 0 or step == self._total_steps:
+            self._logged = True
             print(progress_line(step, self._total_steps, metrics, self.eta()), file=self._stream, flush=True)
 
     def eta(self) -> float:

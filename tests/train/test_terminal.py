@@ -157,7 +157,7 @@ def test_plain_output_has_one_line_per_log_every() -> None:
     shown = Terminal(stream, total_steps=25, log_every=10)
     for step in range(1, 26):
         shown.progress(step, {"loss": 1.0})
-    assert [line.split("/")[0].strip() for line in stream.getvalue().splitlines()] == ["1", "11", "21", "25"]
+    assert [line.split("/")[0].strip() for line in stream.getvalue().splitlines()] == ["1", "10", "20", "25"]
     assert "\r" not in stream.getvalue()
 
 
