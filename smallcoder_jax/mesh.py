@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -44,18 +45,23 @@ def make_mesh(mesh: MeshConfig, model: ModelConfig, batch_size: int, devices: li
         sizes[free[0]] = len(devices) // fixed
     if math.prod(sizes.values()) != len(devices):
         raise UserError(f"mesh {sizes} does not multiply to the {len(devices)} devices; set one axis to -1")
-    rows = sizes["data"] * sizes["fsdp"]
-    if batch_size % rows:
-        raise UserError(
-            f"a batch of {batch_size} rows (a microbatch) does not divide over {rows} = "
-            f"mesh.data x mesh.fsdp devices; use a multiple of {rows}"
-        )
+    check_rows(sizes, batch_size, "train.batch_size, or train.microbatch_size where it is set")
     for name, size in (("kv_heads", model.kv_heads), ("mlp_width", model.mlp_width), ("vocab_size", model.vocab_size)):
         if size % sizes["tensor"]:
             raise UserError(f"model.{name}={size} does not divide over mesh.tensor={sizes['tensor']}")
     if model.width % sizes["fsdp"]:
         raise UserError(f"model.width={model.width} does not divide over mesh.fsdp={sizes['fsdp']}")
     return Mesh(np.asarray(devices).reshape([sizes[axis] for axis in AXES]), AXES)
+
+
+def check_rows(sizes: Mapping[str, int], rows: int, name: str) -> None:
+    """Raises UserError when a batch of `rows` (the setting `name`) does not divide over the axes of a mesh."""
+    devices = sizes["data"] * sizes["fsdp"]
+    if rows % devices:
+        raise UserError(
+            f"a batch of {rows} rows ({name}) does not divide over {devices} = mesh.data x mesh.fsdp devices; "
+            f"use a multiple of {devices}"
+        )
 
 
 def path_name(path: tuple[Any, ...]) -> str:

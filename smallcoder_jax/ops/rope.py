@@ -6,6 +6,7 @@ Shapes: B batch, T positions, N heads, H head size.
 from __future__ import annotations
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Float, Int
 
@@ -15,8 +16,10 @@ def rotate(x_BTNH: Float[Array, "B T N H"], positions_BT: Int[Array, "B T"], the
 
     Angles and rotation are float32; the result has the dtype of `x_BTNH`.
     """
-    half = x_BTNH.shape[-1] // 2
-    frequency_h = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    size = x_BTNH.shape[-1]
+    # Rounded as the published Llama code rounds it: far from position 0, an ulp here is seen in the logits.
+    exponent_h = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
+    frequency_h = np.float32(1.0) / np.power(np.float32(theta), exponent_h)
     angle_BT1h = positions_BT.astype(jnp.float32)[:, :, None, None] * frequency_h[None, None, None, :]
     cos, sin = jnp.cos(angle_BT1h), jnp.sin(angle_BT1h)
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)

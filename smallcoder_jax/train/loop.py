@@ -19,12 +19,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from smallcoder_jax import optim
-from smallcoder_jax.config import Config, to_dict
+from smallcoder_jax.config import Config, eval_rows, to_dict
 from smallcoder_jax.data.prefetch import BatchIterator, DevicePrefetcher
 from smallcoder_jax.errors import UserError
 from smallcoder_jax.generate.engine import Generator
 from smallcoder_jax.generate.sampling import SamplingOptions
-from smallcoder_jax.mesh import batch_sharding, make_mesh, path_name
+from smallcoder_jax.mesh import batch_sharding, check_rows, make_mesh, path_name
 from smallcoder_jax.models import build
 from smallcoder_jax.ops.attention import choose
 from smallcoder_jax.tokenizers.base import Tokenizer
@@ -90,6 +90,7 @@ class Trainer:
         self._refuse_another_run(identity)
         train = config.train
         self.mesh = make_mesh(config.mesh, config.model, train.microbatch_rows)
+        check_rows(self.mesh.shape, eval_rows(config), "eval.batch_size")
         optimizer = optim.make_optimizer(config.optimizer, train.steps)
         abstract = jax.eval_shape(lambda: init_state(config, optimizer))
         self.shardings = state_sharding(self.mesh, abstract)
@@ -100,6 +101,7 @@ class Trainer:
         )
         self.checkpointer = Checkpointer(folder.checkpoints, config.checkpoint.keep)
         self.tokens_seen, self.train_seconds, self.best_loss = 0, 0.0, float("inf")
+        self.last_loss: float | None = None
         self.evaluation: dict[str, float] = {}
         self.data_state: Any = None
         self.state = self._restore_or_init(optimizer)
@@ -116,6 +118,7 @@ class Trainer:
             shardings=self.shardings,
         )
         self.eval_step = make_eval_step(task.loss_fn, mesh=self.mesh, shardings=self.shardings.params)
+        self.gradient = jax.jit(jax.grad(lambda params, batch: task.loss_fn(params, batch, None)[0]))
         folder.write_config(config)
         folder.write_run_json(
             identity,
@@ -154,6 +157,7 @@ class Trainer:
         self.tokens_seen = restored.meta["tokens_seen"]
         self.train_seconds = restored.meta["train_seconds"]
         self.best_loss = restored.meta["best_loss"] if restored.meta["best_loss"] is not None else float("inf")
+        self.last_loss = restored.meta["last_loss"]
         self.evaluation = restored.meta["evaluation"]
         self.data_state = restored.data_state
         self.terminal.note(f"resuming at step {steps[-1]} of {self.folder.path}")
@@ -285,6 +289,7 @@ class Trainer:
             "dummy_data": self.task.dummy_data,
             "tokens_seen": self.tokens_seen,
             "train_seconds": self.train_seconds,
+            "last_loss": self.last_loss,
             "best_loss": self.best_loss if np.isfinite(self.best_loss) else None,
             "evaluation": self.evaluation,
         }
@@ -295,7 +300,7 @@ class Trainer:
         """Weights, and gradients on the first rows of the validation split, as histograms by path."""
         rows = next(iter(self.task.validation_batches(1)))
         batch = jax.device_put(rows, batch_sharding(self.mesh))
-        gradients = jax.jit(jax.grad(lambda params: self.task.loss_fn(params, batch, None)[0]))(self.state.params)
+        gradients = self.gradient(self.state.params, batch)
         named = [
             {path_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
             for tree in (self.state.params, gradients)
@@ -348,7 +353,7 @@ class Trainer:
             steps=self.step,
             tokens_seen=self.tokens_seen,
             train_seconds=self.train_seconds,
-            final_train_loss=getattr(self, "last_loss", None),
+            final_train_loss=self.last_loss,
             best_val_loss=self.best_loss if np.isfinite(self.best_loss) else None,
             best_step=self.checkpointer.best(),
             dummy_data=self.task.dummy_data,
