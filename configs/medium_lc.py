@@ -30,6 +30,6 @@ def get_config() -> ConfigDict:
     config.train.update(steps=20_000, batch_size=32, sequence_length=8192, microbatch_size=8)
     config.optimizer.update(learning_rate=3e-4, warmup_steps=500)
     config.eval.update(batches=4)
-    config.compute.remat = "full"
+    config.compute.update(layers="scan", remat="full")
     config.data.repository_order = True
     return config

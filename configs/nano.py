@@ -28,9 +28,9 @@ def get_config() -> ConfigDict:
     config.train.update(steps=800, batch_size=4, sequence_length=512, microbatch_size=2, log_every=20)
     config.optimizer.update(
         name="muon",
-        learning_rate=0.02,  # of the embedding and the norms
+        learning_rate=0.01,  # of the embedding and the norms
         muon_learning_rate=0.04,
-        weight_decay=0.0,
+        weight_decay=0.1,
         schedule="linear",
         warmup_steps=20,
         final_ratio=0.0,

@@ -17,8 +17,10 @@ from smallcoder_jax.ops.precision import matmul_precision
 from smallcoder_jax.ops.rope import rotate
 
 IMPLEMENTATIONS = ("xla",)
-# Queries are worked through in blocks: scores then take a block's memory, and keys that come later are never touched.
-QUERY_BLOCK, QUERY_BLOCKS = 256, 8
+# Queries are worked through in blocks. In short rows, keys that come after a block are never touched; in long ones, a
+# loop keeps the scores of one block only. (Not both: without the loop, the CPU compiler merges what the backward pass
+# recomputes with what the forward pass computed, and keeps all of it.)
+QUERY_BLOCK, LOOP_BEYOND = 256, 1024
 
 
 class Choice(NamedTuple):
@@ -52,34 +54,39 @@ def attention(
 
     `window`: a query also sees only the last `window` positions, itself included. `rope_theta=None`: no rotation.
     Segment 0 is padding: it sees nothing, nothing sees it, and its output is 0. S == T means that key i belongs to
-    query i, as in a packed row, where positions rise within a document: keys after a query are then never touched.
-    Softmax is float32; the result has the dtype of `q_BTNH`.
+    query i, as in a packed row, where positions rise within a document. Softmax is float32; the result has the dtype of
+    `q_BTNH`.
     """
     choose(implementation)
     if rope_theta is not None:
         q_BTNH = rotate(q_BTNH, q_positions_BT, rope_theta)
         k_BSKH = rotate(k_BSKH, kv_positions_BS, rope_theta)
+    kv = (k_BSKH, v_BSKH, kv_positions_BS, kv_segment_ids_BS)
+    queries = (q_BTNH, q_positions_BT, q_segment_ids_BT)
     length, keys = q_BTNH.shape[1], k_BSKH.shape[1]
-    block = max(QUERY_BLOCK, -(-length // QUERY_BLOCKS))
-    # One block's scores are recomputed in the backward pass where keeping all of them would fill the memory.
-    attend = jax.checkpoint(_attend, static_argnums=7) if length > 1024 else _attend
+    if length > LOOP_BEYOND:
+        return _attend_in_loop(queries, kv, window)
     outputs = []
-    for start in range(0, length, block):
-        stop = min(start + block, length)
+    for start in range(0, length, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, length)
         seen = stop if keys == length else keys
-        outputs.append(
-            attend(
-                q_BTNH[:, start:stop],
-                k_BSKH[:, :seen],
-                v_BSKH[:, :seen],
-                q_positions_BT[:, start:stop],
-                kv_positions_BS[:, :seen],
-                q_segment_ids_BT[:, start:stop],
-                kv_segment_ids_BS[:, :seen],
-                window,
-            )
-        )
+        block, past = ([x[:, low:high] for x in xs] for xs, low, high in ((queries, start, stop), (kv, 0, seen)))
+        outputs.append(_attend(*block, *past, window=window))
     return jnp.concatenate(outputs, axis=1)
+
+
+def _attend_in_loop(queries: tuple[Array, ...], kv: tuple[Array, ...], window: int | None) -> Array:
+    """Attention block by block of queries, each block's scores recomputed in the backward pass."""
+    batch, length = queries[0].shape[:2]
+    blocks = -(-length // QUERY_BLOCK)
+
+    def in_blocks(x: Array) -> Array:  # [B, T, ...] -> [blocks, B, QUERY_BLOCK, ...], padded with segment 0
+        padded = jnp.pad(x, [(0, 0), (0, blocks * QUERY_BLOCK - length)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(padded.reshape(batch, blocks, QUERY_BLOCK, *x.shape[2:]), 1, 0)
+
+    attend = jax.checkpoint(lambda block: _attend(*block, *kv, window=window))
+    o_XBtNH = jax.lax.map(attend, tuple(in_blocks(x) for x in queries))
+    return jnp.moveaxis(o_XBtNH, 0, 1).reshape(batch, blocks * QUERY_BLOCK, *queries[0].shape[2:])[:, :length]
 
 
 def visible(
@@ -94,12 +101,13 @@ def visible(
 
 def _attend(
     q_BTNH: Array,
+    q_positions_BT: Array,
+    q_segment_ids_BT: Array,
     k_BSKH: Array,
     v_BSKH: Array,
-    q_positions_BT: Array,
     kv_positions_BS: Array,
-    q_segment_ids_BT: Array,
     kv_segment_ids_BS: Array,
+    *,
     window: int | None,
 ) -> Array:
     batch, length, heads, size = q_BTNH.shape

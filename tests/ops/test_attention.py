@@ -71,7 +71,7 @@ def test_reference_equals_attention_written_out(heads, kv_heads, theta, window):
     np.testing.assert_allclose(o, written_out(q, k, v, positions, segments, theta, window), atol=2e-6)
 
 
-@pytest.mark.parametrize("length", [300, 1300])  # several blocks; the second also recomputes in the backward pass
+@pytest.mark.parametrize("length", [300, 1300])  # blocks one after the other; blocks in a loop
 def test_blocks_do_not_change_values_or_gradients(length, monkeypatch):
     q, k, v, positions, segments = (jnp.asarray(x) for x in inputs(length, 4, 2, 16, seed=1))
 
@@ -83,7 +83,7 @@ def test_blocks_do_not_change_values_or_gradients(length, monkeypatch):
         return jnp.sum(jnp.sin(o))
 
     blocked = jax.jit(jax.value_and_grad(total, (0, 1, 2)))(q, k, v)
-    monkeypatch.setattr("smallcoder_jax.ops.attention.QUERY_BLOCKS", 1)
+    monkeypatch.setattr("smallcoder_jax.ops.attention.LOOP_BEYOND", length)
     monkeypatch.setattr("smallcoder_jax.ops.attention.QUERY_BLOCK", length)
     whole = jax.jit(jax.value_and_grad(lambda *qkv: total(*qkv), (0, 1, 2)))(q, k, v)
     for a, b in zip(jax.tree.leaves(blocked), jax.tree.leaves(whole), strict=True):
