@@ -1,12 +1,16 @@
 """The strictest settings for every test: eight fake devices, strict types and ranks, checked shapes."""
 
 import os
+from pathlib import Path
 from collections.abc import Iterator
 
 import pytest
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Tests compile more than they compute.
+os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "xla")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"

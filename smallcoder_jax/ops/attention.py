@@ -17,10 +17,10 @@ from smallcoder_jax.ops.precision import matmul_precision
 from smallcoder_jax.ops.rope import rotate
 
 IMPLEMENTATIONS = ("xla",)
-# Queries are worked through in blocks. In short rows, keys that come after a block are never touched; in long ones, a
-# loop keeps the scores of one block only. (Not both: without the loop, the CPU compiler merges what the backward pass
+# Queries are worked through in blocks, and keys that come after a block are not touched. In long rows a loop over the
+# blocks of a span keeps the scores of one block only. (Without a loop, the CPU compiler merges what the backward pass
 # recomputes with what the forward pass computed, and keeps all of it.)
-QUERY_BLOCK, LOOP_BEYOND = 256, 1024
+QUERY_BLOCK, LOOP_BEYOND, LOOP_SPAN = 256, 1024, 2048
 
 
 class Choice(NamedTuple):
@@ -64,18 +64,16 @@ def attention(
     kv = (k_BSKH, v_BSKH, kv_positions_BS, kv_segment_ids_BS)
     queries = (q_BTNH, q_positions_BT, q_segment_ids_BT)
     length, keys = q_BTNH.shape[1], k_BSKH.shape[1]
-    if length > LOOP_BEYOND:
-        return _attend_in_loop(queries, kv, window)
+    size, attend = (LOOP_SPAN, _attend_in_loop) if length > LOOP_BEYOND else (QUERY_BLOCK, _attend)
     outputs = []
-    for start in range(0, length, QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, length)
+    for start in range(0, length, size):
+        stop = min(start + size, length)
         seen = stop if keys == length else keys
-        block, past = ([x[:, low:high] for x in xs] for xs, low, high in ((queries, start, stop), (kv, 0, seen)))
-        outputs.append(_attend(*block, *past, window=window))
+        outputs.append(attend([x[:, start:stop] for x in queries], [x[:, :seen] for x in kv], window))
     return jnp.concatenate(outputs, axis=1)
 
 
-def _attend_in_loop(queries: tuple[Array, ...], kv: tuple[Array, ...], window: int | None) -> Array:
+def _attend_in_loop(queries: list[Array], kv: list[Array], window: int | None) -> Array:
     """Attention block by block of queries, each block's scores recomputed in the backward pass."""
     batch, length = queries[0].shape[:2]
     blocks = -(-length // QUERY_BLOCK)
@@ -84,8 +82,8 @@ def _attend_in_loop(queries: tuple[Array, ...], kv: tuple[Array, ...], window: i
         padded = jnp.pad(x, [(0, 0), (0, blocks * QUERY_BLOCK - length)] + [(0, 0)] * (x.ndim - 2))
         return jnp.moveaxis(padded.reshape(batch, blocks, QUERY_BLOCK, *x.shape[2:]), 1, 0)
 
-    attend = jax.checkpoint(lambda block: _attend(*block, *kv, window=window))
-    o_XBtNH = jax.lax.map(attend, tuple(in_blocks(x) for x in queries))
+    attend = jax.checkpoint(lambda block: _attend(block, kv, window))
+    o_XBtNH = jax.lax.map(attend, [in_blocks(x) for x in queries])
     return jnp.moveaxis(o_XBtNH, 0, 1).reshape(batch, blocks * QUERY_BLOCK, *queries[0].shape[2:])[:, :length]
 
 
@@ -99,17 +97,9 @@ def visible(
     return seen_BTS if window is None else seen_BTS & (distance_BTS < window)
 
 
-def _attend(
-    q_BTNH: Array,
-    q_positions_BT: Array,
-    q_segment_ids_BT: Array,
-    k_BSKH: Array,
-    v_BSKH: Array,
-    kv_positions_BS: Array,
-    kv_segment_ids_BS: Array,
-    *,
-    window: int | None,
-) -> Array:
+def _attend(queries: list[Array], kv: list[Array], window: int | None) -> Array:
+    q_BTNH, q_positions_BT, q_segment_ids_BT = queries
+    k_BSKH, v_BSKH, kv_positions_BS, kv_segment_ids_BS = kv
     batch, length, heads, size = q_BTNH.shape
     kv_heads = k_BSKH.shape[2]
     group = heads // kv_heads

@@ -203,10 +203,9 @@ def test_sources_may_opt_out_of_fill_in_the_middle(prepared):
 def test_every_epoch_has_its_own_order_and_draws(prepared):
     manifest, folder = prepared
     alone = dataclasses.replace(manifest, sources=manifest.sources[:1])
-    one = list(iterate((alone, folder), num_epochs=1, fim_rate=0.0))
     two = list(iterate((alone, folder), num_epochs=2, fim_rate=0.0))
-    assert same(one[0], two[0])
-    assert not any(same(one[0], batch) for batch in two[1:])
+    rows = [row.tobytes() for batch in two for row in batch["tokens"]]
+    assert len(set(rows)) > 0.9 * len(rows)  # in one order, both epochs would be cut into the same rows
     rearranged = [
         counted_targets(list(iterate((alone, folder), num_epochs=epochs, fim_rate=0.5)))[PREFIX] for epochs in (1, 2)
     ]

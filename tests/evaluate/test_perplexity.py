@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -22,7 +23,8 @@ def test_totals_are_over_counted_targets_of_all_batches() -> None:
     for batch in batches:
         batch["bytes"] = 3 * batch["loss_weights"]
         decoder = build.bind(graph, params)
-        logits = decoder.logits(decoder(batch["tokens"], batch["positions"], batch["segment_ids"]))
+        given = (jnp.asarray(batch[name]) for name in ("tokens", "positions", "segment_ids"))
+        logits = decoder.logits(decoder(*given))
         scores = np.asarray(jax.nn.log_softmax(logits), np.float64)
         for row, column in zip(*np.nonzero(batch["loss_weights"]), strict=True):
             score = scores[row, column]

@@ -71,7 +71,7 @@ def test_reference_equals_attention_written_out(heads, kv_heads, theta, window):
     np.testing.assert_allclose(o, written_out(q, k, v, positions, segments, theta, window), atol=2e-6)
 
 
-@pytest.mark.parametrize("length", [300, 1300])  # blocks one after the other; blocks in a loop
+@pytest.mark.parametrize("length", [300, 2300])  # blocks one after the other; blocks in a loop
 def test_blocks_do_not_change_values_or_gradients(length, monkeypatch):
     q, k, v, positions, segments = (jnp.asarray(x) for x in inputs(length, 4, 2, 16, seed=1))
 
