@@ -1,8 +1,8 @@
 """The strictest settings for every test: eight fake devices, strict types and ranks, checked shapes."""
 
 import os
-from pathlib import Path
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
