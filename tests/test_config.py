@@ -28,13 +28,22 @@ def fields_of_schema() -> list[tuple[str, str]]:
 
 
 def reads_in(source: str) -> set[tuple[str, str]]:
-    """(section, field) for every read written as `<section>.<field>` or `<anything>.<section>.<field>`."""
+    """(section, field) for every read written as `<section>.<field>`, `<anything>.<section>.<field>`, or through a name
+    that was assigned `<anything>.<section>`."""
     reads = set()
-    for node in ast.walk(ast.parse(source)):
+    tree = ast.parse(source)
+    section_of = {
+        node.targets[0].id: node.value.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Name)
+        and isinstance(node.value, ast.Attribute)
+    }
+    for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
             owner = node.value
             name = owner.attr if isinstance(owner, ast.Attribute) else owner.id if isinstance(owner, ast.Name) else ""
-            reads.add((name.lstrip("_"), node.attr))
+            reads |= {(name.lstrip("_"), node.attr), (section_of.get(name, ""), node.attr)}
     return reads
 
 
@@ -54,6 +63,7 @@ def test_every_field_is_read_outside_of_validation() -> None:
 
 def test_a_field_that_nothing_reads_would_be_noticed() -> None:
     assert ("train", "steps") in reads_in("x = config.train.steps")
+    assert ("train", "steps") in reads_in("settings = config.train\nx = settings.steps")
     assert ("train", "steps") not in reads_in("config.train.steps = 3\nother.steps")
 
 
