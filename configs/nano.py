@@ -1,7 +1,7 @@
 """nano: 4,000,000 parameters for a laptop CPU; what `make quickstart` trains.
 
 Command:   python -m smallcoder_jax.main --config=configs/nano.py --workdir=runs/nano
-Hardware:  two CPU cores, 4 GiB of memory.
+Hardware:  two CPU cores.
 Time:      5 to 6 minutes of training on two cores (AMD EPYC, AVX-512), 1.6M tokens.
 Expected:  1.75 bits per byte on all held-out files of Python 3.11's standard library, where xz -9e needs 2.21 file by
            file and 1.87 in one (docs/benchmarks.md). The loss starts at ln(4096) = 8.3.
