@@ -30,7 +30,8 @@ def language_model(
     if z_loss:
         loss_sum = loss_sum + z_loss * jnp.sum(jnp.square(losses.log_z_X) * weights_X)
 
-    def ranked(best: int) -> Array:
-        return jnp.sum(jnp.where(losses.rank_X < best, weights_X, 0.0))
+    def weigh(right_X: Array) -> Array:
+        return jnp.sum(jnp.where(right_X, weights_X, 0.0))
 
-    return loss_sum, jnp.sum(weights_X), {"nats": nll_sum, "correct": ranked(1), "top5": ranked(5)}
+    sums = {"nats": nll_sum, "correct": weigh(losses.best_X), "top5": weigh(losses.rank_X < 5)}
+    return loss_sum, jnp.sum(weights_X), sums

@@ -125,6 +125,7 @@ def measure_ours(config: Config, steps: int) -> Result:
     from smallcoder_jax import optim
     from smallcoder_jax.mesh import batch_sharding, make_mesh
     from smallcoder_jax.models.build import flops_per_token
+    from smallcoder_jax.runtime import give_back_memory
     from smallcoder_jax.stages.pretrain import make_loss
     from smallcoder_jax.train.flops import peak_flops
     from smallcoder_jax.train.state import init_state, state_sharding
@@ -148,6 +149,7 @@ def measure_ours(config: Config, steps: int) -> Result:
     start = time.perf_counter()
     compiled = step.lower(state, batches[0]).compile()
     compile_seconds = time.perf_counter() - start
+    give_back_memory()
 
     def run(number: int) -> float:
         nonlocal state

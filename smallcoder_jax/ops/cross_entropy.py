@@ -10,16 +10,19 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from smallcoder_jax.ops.precision import matmul_precision
 
 
 class TokenLosses(NamedTuple):
-    """Per token: negative log-likelihood in nats, log of the partition function, how many entries score higher."""
+    """Per token: negative log-likelihood in nats, log of the partition function, whether no entry scores higher, how
+    many do. The last is a pass of its own over the logits, which a caller that does not use it does not pay for.
+    """
 
     nll_X: Float[Array, " X"]
     log_z_X: Float[Array, " X"]
+    best_X: Bool[Array, " X"]
     rank_X: Int[Array, " X"]
 
 
@@ -52,7 +55,7 @@ def _forward(hidden_XD: Array, unembed_VD: Array, targets_X: Array) -> tuple[Tok
     exponent_XV = jnp.exp(logits_XV.astype(jnp.float32) - largest_X.astype(jnp.float32)[:, None])
     log_z_X = largest_X.astype(jnp.float32) + jnp.log(exponent_XV.sum(axis=-1))
     rank_X = jnp.sum(logits_XV > target_logit_X[:, None], axis=-1, dtype=jnp.int32)
-    losses = TokenLosses(log_z_X - target_logit_X.astype(jnp.float32), log_z_X, rank_X)
+    losses = TokenLosses(log_z_X - target_logit_X.astype(jnp.float32), log_z_X, target_logit_X >= largest_X, rank_X)
     return losses, (hidden_XD, unembed_VD, targets_X, logits_XV, log_z_X)
 
 

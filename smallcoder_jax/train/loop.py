@@ -27,6 +27,7 @@ from smallcoder_jax.generate.sampling import SamplingOptions
 from smallcoder_jax.mesh import batch_sharding, check_rows, make_mesh, path_name
 from smallcoder_jax.models import build
 from smallcoder_jax.ops.attention import choose
+from smallcoder_jax.runtime import give_back_memory
 from smallcoder_jax.tokenizers.base import Tokenizer
 from smallcoder_jax.train.checkpoint import Checkpointer
 from smallcoder_jax.train.flops import peak_flops
@@ -186,6 +187,7 @@ class Trainer:
             batch, data_state, waited = next(prefetcher)
             compile_start = time.monotonic()
             compiled = self.train_step.lower(self.state, batch).compile()
+            give_back_memory()
             self._show_start(compiled, time.monotonic() - compile_start)
             meter = Meter(self.config, self.mesh)
             pending: tuple[int, Any, float] | None = None

@@ -45,8 +45,13 @@ def test_values_and_gradients(dtype, tolerance):
 def test_rank_counts_better_entries():
     hidden, unembed, targets = case(jnp.float32)
     order = np.argsort(-np.asarray(plain(hidden, unembed, targets)[1]), axis=1)
+    targets = targets.at[0].set(int(order[0, 0]))
     want = [int(np.flatnonzero(order[i] == int(targets[i]))[0]) for i in range(33)]
-    assert token_losses(hidden, unembed, targets).rank_X.tolist() == want
+    assert want[0] == 0
+    assert max(want) > 0
+    found = token_losses(hidden, unembed, targets)
+    assert found.rank_X.tolist() == want
+    assert found.best_X.tolist() == [rank == 0 for rank in want]
 
 
 def test_bfloat16_logits_are_not_kept_in_float32():
