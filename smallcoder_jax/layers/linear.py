@@ -9,7 +9,7 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from smallcoder_jax.ops.precision import matmul_precision
+from smallcoder_jax.ops.linear import linear
 
 
 class Linear(nnx.Module):
@@ -21,6 +21,5 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((outputs,), jnp.float32)) if bias else None
 
     def __call__(self, x: Float[Array, "B T inputs"]) -> Float[Array, "B T outputs"]:
-        kernel = self.kernel[...].astype(self.dtype)
-        y = jnp.einsum("bti,io->bto", x, kernel, precision=matmul_precision(self.dtype))
+        y = linear(x, self.kernel[...])
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)[None, None, :]
