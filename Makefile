@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# Large pages for what a training step allocates on a CPU (BUILD.md, "It is slow while training").
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 RUN ?= runs/quickstart
 
 .PHONY: quickstart test test-slow lint bench clean help

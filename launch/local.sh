@@ -12,6 +12,8 @@ if [ $# -lt 1 ]; then
 fi
 config=$1
 shift
+# Large pages for what a training step allocates on a CPU (BUILD.md, "It is slow while training").
+export GLIBC_TUNABLES="${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}"
 for attempt in $(seq 0 "${RETRIES:-3}"); do
   [ "$attempt" -eq 0 ] || echo "launch: attempt $((attempt + 1))" >&2
   code=0

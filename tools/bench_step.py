@@ -45,6 +45,8 @@ BATCHES = 4  # different ones, in turns
 DOCUMENTS_PER_ROW = 4
 PEAK_SIZE, PEAK_TRIES = 2048, 8  # of the matrix product that stands for a CPU's peak
 LLAMA = {"norm": "rmsnorm", "positions": "rope", "mlp": "swiglu", "dropout": 0.0, "window": 0}
+# glibc's large pages, for both: on a CPU, the memory of a step is taken anew for every step, page by page.
+LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 ROOT = Path(__file__).resolve().parents[1]
 Result = dict[str, Any]
 
@@ -92,7 +94,15 @@ def run_contender(name: str, config: Config, steps: int, compile_torch: bool) ->
     """Measures one contender in a fresh process. Raises UserError where that process fails."""
     job = {"name": name, "config": to_dict(config), "steps": steps, "compile_torch": compile_torch}
     command = [sys.executable, "-c", "from tools.bench_step import contend; contend()"]
-    done = subprocess.run(command, cwd=ROOT, input=json.dumps(job), stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={**LARGE_PAGES, **os.environ},
+        input=json.dumps(job),
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
     if done.returncode == EXIT_USER_ERROR:
         raise UserError(f"the benchmark of {name} could not run; its message is above")
     if done.returncode:
@@ -356,6 +366,7 @@ def summarise(rounds: dict[str, list[Result]], config: Config) -> Result:
         "dtype": config.compute.dtype,
         "machine": f"{ours['devices']} x {ours['device']}, {cores()} cores, {platform.machine()}",
         "python": platform.python_version(),
+        "glibc_tunables": {**LARGE_PAGES, **os.environ}["GLIBC_TUNABLES"],
         "memory_of": "device" if ours["accelerator"] else "process",
         "peak_flops": peak,
         "peak_measured": ours["peak_measured"],
@@ -377,7 +388,8 @@ def table(report: Result) -> str:
     lines = [
         f"{report['name']}: {report['parameters']:,} parameters, {report['batch_size']} x {report['sequence_length']} "
         f"tokens per step, {report['microbatch_rows']} rows at a time, {report['dtype']}, {report['optimizer']}",
-        f"{report['machine']}, Python {report['python']}; {report['steps']} timed steps each",
+        f"{report['machine']}, Python {report['python']}; {report['steps']} timed steps each, both with "
+        f"GLIBC_TUNABLES={report['glibc_tunables']}",
         f"peak for MFU: {report['peak_flops'] / 1e9:,.0f} GFLOP/s ({kind})",
         f"our compilation: {human_time(report['compile_seconds'])}"
         + (f", {human_bytes(compiled)} by XLA's memory analysis (arguments and temporaries)" if compiled else ""),

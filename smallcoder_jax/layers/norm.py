@@ -8,6 +8,8 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float
 
+from smallcoder_jax.ops.rms_norm import rms_norm
+
 
 class RMSNorm(nnx.Module):
     """scale * x / sqrt(mean(x^2) + eps) (Zhang and Sennrich, arXiv 1910.07467)."""
@@ -17,9 +19,7 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        x_float = x.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.mean(jnp.square(x_float), axis=-1, keepdims=True) + self.eps)
-        return (x_float * inverse * self.scale[...][None, None, :]).astype(x.dtype)
+        return rms_norm(x, self.scale[...], self.eps)
 
 
 class LayerNorm(nnx.Module):

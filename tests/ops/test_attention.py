@@ -71,6 +71,38 @@ def test_reference_equals_attention_written_out(heads, kv_heads, theta, window):
     np.testing.assert_allclose(o, written_out(q, k, v, positions, segments, theta, window), atol=2e-6)
 
 
+def dense(q, k, v, positions, segments, theta, window):
+    """All scores at once, plainly enough for jax to derive the gradients."""
+    if theta is not None:
+        q, k = rotate(q, positions, theta), rotate(k, positions, theta)
+    k, v = (jnp.repeat(x, q.shape[2] // x.shape[2], axis=2) for x in (k, v))
+    distance = positions[:, :, None] - positions[:, None, :]
+    seen = (segments[:, :, None] == segments[:, None, :]) & (segments[:, :, None] > 0) & (distance >= 0)
+    seen &= distance < (window or distance.shape[1])
+    scores = jnp.einsum("btnh,bsnh->bnts", q, k, precision="highest") * q.shape[-1] ** -0.5
+    weights = jax.nn.softmax(jnp.where(seen[:, None, :, :], scores, -1e30), axis=-1)
+    o = jnp.einsum("bnts,bsnh->btnh", weights, v, precision="highest")
+    return jnp.where(seen.any(-1)[:, :, None, None], o, 0.0)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2)])
+@pytest.mark.parametrize(("length", "window"), [(24, None), (24, 5), (1100, None), (1100, 70)])
+def test_gradients_equal_those_that_jax_derives(heads, kv_heads, length, window):
+    q, k, v, positions, segments = (jnp.asarray(x) for x in inputs(length, heads, kv_heads, 16, seed=2))
+    do = jax.random.normal(jax.random.key(3), q.shape)
+
+    def ours(q, k, v):
+        return attention(
+            q, k, v, q_positions_BT=positions, kv_positions_BS=positions, q_segment_ids_BT=segments,
+            kv_segment_ids_BS=segments, rope_theta=1e4, window=window,
+        )  # fmt: skip
+
+    got = jax.jit(lambda *qkv: jax.vjp(ours, *qkv)[1](do))(q, k, v)
+    want = jax.jit(lambda *qkv: jax.vjp(lambda *x: dense(*x, positions, segments, 1e4, window), *qkv)[1](do))(q, k, v)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
+
+
 @pytest.mark.parametrize("length", [300, 2300])  # blocks one after the other; blocks in a loop
 def test_blocks_do_not_change_values_or_gradients(length, monkeypatch):
     q, k, v, positions, segments = (jnp.asarray(x) for x in inputs(length, 4, 2, 16, seed=1))
