@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,7 +17,8 @@ from smallcoder_jax.config import MeshConfig, ModelConfig
 from smallcoder_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
-BATCH = P(("data", "fsdp"))
+BATCH = P(("data", "fsdp"))  # rows
+HEADS = P(("data", "fsdp"), None, "tensor", None)  # rows and heads of [B, T, N, H]
 
 # Path pattern -> how the parameter is split, in the unrolled layout. The first match holds; every path must match.
 RULES: tuple[tuple[str, P], ...] = (
@@ -95,3 +97,14 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
+
+
+def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, traced so that what is inside knows the mesh (a kernel, which has to be split by hand)."""
+
+    @functools.wraps(function)
+    def traced(*arguments: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*arguments)
+
+    return traced

@@ -12,8 +12,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "smallcoder_jax"
 # Rooms from the bottom up; a room imports rooms of lower levels only, or itself.
 LEVELS = [
-    ["errors", "config", "configfile", "runtime"],
-    ["ops", "tokenizers", "mesh"],
+    ["errors", "config", "configfile", "runtime", "kernels"],
+    ["mesh", "tokenizers"],
+    ["ops"],
     ["layers", "losses"],
     ["models", "data", "optim"],
     ["generate", "export"],

@@ -45,7 +45,7 @@ class Attention(nnx.Module):
         return self.key(x_BTD).reshape(shape), self.value(x_BTD).reshape(shape)
 
     def __call__(
-        self, x_BTD: Float[Array, "B T D"], positions_BT: Array, segment_ids_BT: Array, keys: Keys
+        self, x_BTD: Float[Array, "B T D"], positions_BT: Array, segment_ids_BT: Array, keys: Keys, *, cached: bool
     ) -> Float[Array, "B T D"]:
         q_BTNH = self.query(x_BTD).reshape(*x_BTD.shape[:2], self.model.heads, self.model.head_size)
         o_BTNH = attention(
@@ -58,6 +58,7 @@ class Attention(nnx.Module):
             kv_segment_ids_BS=keys.segment_ids_BS,
             rope_theta=self.model.rope_theta if self.model.positions == "rope" else None,
             window=self.model.window or None,
-            implementation=self.implementation,
+            # What the config chooses is for packed rows; the keys of a cache are the reference's work.
+            implementation="xla" if cached else self.implementation,
         )
         return self.output(o_BTNH.reshape(*x_BTD.shape[:2], -1))

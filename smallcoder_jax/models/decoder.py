@@ -82,7 +82,7 @@ class Block(nnx.Module):
         normed_BTD = self.attention_norm(x_BTD)
         k_BTKH, v_BTKH = self.attention.project_keys(normed_BTD)
         keys = extend_keys(k_BTKH, v_BTKH) if extend_keys else Keys(k_BTKH, v_BTKH, positions_BT, segment_ids_BT)
-        attended_BTD = self.attention(normed_BTD, positions_BT, segment_ids_BT, keys)
+        attended_BTD = self.attention(normed_BTD, positions_BT, segment_ids_BT, keys, cached=extend_keys is not None)
         x_BTD = x_BTD + dropout(attended_BTD, self.dropout, _fold(key, 0))
         return x_BTD + dropout(self.mlp(self.mlp_norm(x_BTD)), self.dropout, _fold(key, 1))
 

@@ -14,10 +14,14 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from smallcoder_jax.errors import UserError
+from smallcoder_jax.kernels import flash_tpu
+from smallcoder_jax.kernels.tiles import TpuTiles
+from smallcoder_jax.mesh import BATCH, HEADS
 from smallcoder_jax.ops.precision import matmul_precision
-from smallcoder_jax.ops.rope import rotate
+from smallcoder_jax.ops.rope import angles, rotate
 
-IMPLEMENTATIONS = ("xla",)
+IMPLEMENTATIONS = ("xla", "pallas_tpu")
+TPU_TILES = TpuTiles(block_q=512, block_kv=512)
 # Queries are worked through in blocks, and keys that come after a block are not touched. In long rows a loop over the
 # blocks of a span keeps the scores of one block only. (Without a loop, the CPU compiler merges what the backward pass
 # recomputes with what the forward pass computed, and keeps all of it.)
@@ -29,13 +33,31 @@ class Choice(NamedTuple):
     reason: str
 
 
-def choose(implementation: str) -> Choice:
-    """Resolves `auto` once, before compilation; the caller logs the reason. Raises UserError on an unknown name."""
-    if implementation == "auto":
-        return Choice("xla", f"the implementation that serves platform '{jax.default_backend()}'")
-    if implementation not in IMPLEMENTATIONS:
+def choose(implementation: str, length: int, keys: int, group: int, size: int, platform: str | None = None) -> Choice:
+    """Resolves `auto` for rows of `length` queries and `keys` keys, `group` query heads of `size` to a key head.
+
+    `platform` is that of the devices; None when it is compiled for devices that are not here. Raises UserError on an
+    unknown name, and where the one asked for cannot serve the shape or the platform.
+    """
+    if implementation not in ("auto", *IMPLEMENTATIONS):
         raise UserError(f"attention implementation {implementation!r}; known: auto, {', '.join(IMPLEMENTATIONS)}")
-    return Choice(implementation, "asked for")
+    if implementation == "xla":
+        return Choice("xla", "asked for")
+    obstacle = (
+        f"it serves packed rows, where each query has its key, not {length} queries over {keys} keys"
+        if length != keys
+        else flash_tpu.obstacle(length, group, size, TPU_TILES)
+    )
+    if implementation == "pallas_tpu":
+        if platform not in (None, "tpu"):
+            raise UserError(f"attention implementation 'pallas_tpu' runs on TPUs; the platform is '{platform}'")
+        if obstacle:
+            raise UserError(f"attention implementation 'pallas_tpu': {obstacle}; use auto or xla")
+        return Choice("pallas_tpu", "asked for")
+    platform = platform or jax.default_backend()
+    if platform != "tpu":
+        return Choice("xla", f"the only one for platform '{platform}'")
+    return Choice("xla", f"pallas_tpu: {obstacle}") if obstacle else Choice("pallas_tpu", "platform 'tpu', packed rows")
 
 
 def attention(
@@ -58,13 +80,15 @@ def attention(
     query i, as in a packed row, where positions rise within a document. Softmax is float32; the result has the dtype of
     `q_BTNH`.
     """
-    choose(implementation)
+    length, keys = q_BTNH.shape[1], k_BSKH.shape[1]
+    chosen = choose(implementation, length, keys, q_BTNH.shape[2] // k_BSKH.shape[2], q_BTNH.shape[3])
+    if chosen.implementation == "pallas_tpu":
+        return _flash_tpu(q_BTNH, k_BSKH, v_BSKH, q_positions_BT, q_segment_ids_BT, rope_theta, window)
     if rope_theta is not None:
         q_BTNH = rotate(q_BTNH, q_positions_BT, rope_theta)
         k_BSKH = rotate(k_BSKH, kv_positions_BS, rope_theta)
     kv = (k_BSKH, v_BSKH, kv_positions_BS, kv_segment_ids_BS)
     queries = (q_BTNH, q_positions_BT, q_segment_ids_BT)
-    length, keys = q_BTNH.shape[1], k_BSKH.shape[1]
     size, attend = (LOOP_SPAN, _attend_in_loop) if length > LOOP_BEYOND else (QUERY_BLOCK, _attend)
     outputs = []
     for start in range(0, length, size):
@@ -72,6 +96,20 @@ def attention(
         seen = stop if keys == length else keys
         outputs.append(attend(tuple(x[:, start:stop] for x in queries), tuple(x[:, :seen] for x in kv), window))
     return jnp.concatenate(outputs, axis=1)
+
+
+def _flash_tpu(
+    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, positions_BT: Array, segment_ids_BT: Array, theta: float | None,
+    window: int | None,
+) -> Array:  # fmt: skip
+    """The TPU kernel; on a mesh, each device works on its rows and heads."""
+    rotation = None if theta is None else angles(positions_BT, q_BTNH.shape[-1], theta)
+    attend = functools.partial(flash_tpu.flash_attention, window=window, tiles=TPU_TILES)
+    operands = (q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, rotation)
+    if jax.sharding.get_abstract_mesh().size <= 1:
+        return attend(*operands)
+    in_specs = (HEADS, HEADS, HEADS, BATCH, None if rotation is None else (BATCH, BATCH))
+    return jax.shard_map(attend, in_specs=in_specs, out_specs=HEADS, check_vma=False)(*operands)
 
 
 def _attend_in_loop(queries: tuple[Array, ...], kv: tuple[Array, ...], window: int | None) -> Array:

@@ -92,6 +92,15 @@ class Trainer:
         train = config.train
         self.mesh = make_mesh(config.mesh, config.model, train.microbatch_rows)
         check_rows(self.mesh.shape, eval_rows(config), "eval.batch_size")
+        model, length = config.model, train.sequence_length
+        self.attention = choose(
+            config.compute.attention,
+            length,
+            length,
+            model.heads // model.kv_heads,
+            model.head_size,
+            self.mesh.devices.flat[0].platform,
+        )
         optimizer = optim.make_optimizer(config.optimizer, train.steps)
         abstract = jax.eval_shape(lambda: init_state(config, optimizer))
         self.shardings = state_sharding(self.mesh, abstract)
@@ -127,7 +136,7 @@ class Trainer:
                 "dataset": task.dataset,
                 "dummy_data": task.dummy_data,
                 "tokenizer_folder": str(task.tokenizer_folder.resolve()),
-                "attention": choose(config.compute.attention)._asdict(),
+                "attention": self.attention._asdict(),
             },
         )
         self.log = MetricsLog(
@@ -313,7 +322,7 @@ class Trainer:
         config, mesh = self.config, self.mesh
         count = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
         memory = compiled.memory_analysis()
-        choice = choose(config.compute.attention)
+        choice = self.attention
         device = mesh.devices.flat[0]
         self.terminal.start_table(
             f"{config.name}: {config.train.steps} steps of {config.train.batch_size} x {config.train.sequence_length} "

@@ -14,7 +14,7 @@ import optax
 from jax import Array
 from jax.sharding import Mesh
 
-from smallcoder_jax.mesh import batch_sharding, replicated
+from smallcoder_jax.mesh import batch_sharding, on_mesh, replicated
 from smallcoder_jax.train.state import TrainState
 
 Batch = dict[str, Array]
@@ -65,7 +65,7 @@ def make_train_step(
         return TrainState(state.step + 1, params, optimizer_state, state.key), metrics
 
     return jax.jit(
-        step,
+        on_mesh(mesh, step),
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
@@ -98,4 +98,4 @@ def make_eval_step(loss_fn: LossFn, *, mesh: Mesh, shardings: Any) -> Callable[[
         _, weight, sums = loss_fn(params, batch, None)
         return {**sums, "weight": weight, "bytes": jnp.sum(batch["bytes"])}
 
-    return jax.jit(step, in_shardings=(shardings, batch_sharding(mesh)), out_shardings=replicated(mesh))
+    return jax.jit(on_mesh(mesh, step), in_shardings=(shardings, batch_sharding(mesh)), out_shardings=replicated(mesh))

@@ -9,6 +9,8 @@ of nano's shape the curve is written anew:
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import json
 import math
 from collections.abc import Iterable, Iterator
@@ -22,7 +24,10 @@ import pytest
 from smallcoder_jax import optim
 from smallcoder_jax.config import ComputeConfig, Config, MeshConfig, OptimizerConfig, TrainConfig
 from smallcoder_jax.configfile import load_config
+from smallcoder_jax.kernels import flash_tpu
+from smallcoder_jax.kernels.tiles import TpuTiles
 from smallcoder_jax.mesh import batch_sharding, make_mesh
+from smallcoder_jax.ops import attention
 from smallcoder_jax.stages import pretrain
 from smallcoder_jax.train.state import init_state, state_sharding
 from smallcoder_jax.train.step import make_train_step
@@ -135,6 +140,22 @@ def test_loss_curve_of_nano() -> None:
     assert found["model"] == expected["model"], again
     assert found["losses"]["1"] == pytest.approx(math.log(found["model"]["vocab_size"]), rel=TOLERANCE)
     assert found["losses"] == pytest.approx(expected["losses"], rel=TOLERANCE)
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_loss_curve_does_not_move_when_the_kernel_is_switched(monkeypatch: pytest.MonkeyPatch) -> None:
+    interpreted = functools.partial(flash_tpu.flash_attention, interpret=True)
+    monkeypatch.setattr(attention.flash_tpu, "flash_attention", interpreted)
+    monkeypatch.setattr(attention, "TPU_TILES", TpuTiles(128, 128))
+    steps = 25
+    config = nano_config(ROWS, LENGTH, STEPS, OPTIMIZER)
+    curves = [
+        list(losses(dataclasses.replace(config, compute=compute), batches(ROWS, LENGTH, steps)))
+        for compute in (dataclasses.replace(config.compute, attention=name) for name in ("xla", "pallas_tpu"))
+    ]
+    assert curves[0] != curves[1]  # two programs did run
+    assert curves[1] == pytest.approx(curves[0], rel=1e-3)
+    assert curves[1][-1] < 0.7 * curves[1][0]
 
 
 @pytest.mark.usefixtures("standard_promotion")

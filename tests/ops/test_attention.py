@@ -143,7 +143,29 @@ def test_rotation_depends_on_relative_position_only():
     assert abs(float(score(7, 3) - score(7, 4))) > 1e-3
 
 
-def test_unknown_implementation_is_an_error():
-    assert choose("auto").implementation == "xla"
-    with pytest.raises(UserError, match="known: auto, xla"):
-        choose("flash")
+SHAPE = {"length": 2048, "keys": 2048, "group": 3, "size": 128}
+
+
+def test_auto_is_chosen_by_platform_and_shape():
+    assert choose("auto", **SHAPE).implementation == "xla"
+    assert choose("auto", **SHAPE, platform="tpu").implementation == "pallas_tpu"
+    decoding = choose("auto", **{**SHAPE, "length": 1}, platform="tpu")
+    assert decoding.implementation == "xla"
+    assert "1 queries over 2048 keys" in decoding.reason
+    endless = choose("auto", **{**SHAPE, "length": 10**6, "keys": 10**6}, platform="tpu")
+    assert endless.implementation == "xla"
+    assert "VMEM" in endless.reason
+
+
+@pytest.mark.parametrize(
+    ("implementation", "changes", "words"),
+    [
+        ("flash", {}, "known: auto, xla, pallas_tpu"),
+        ("pallas_tpu", {"platform": "cpu"}, "runs on TPUs; the platform is 'cpu'"),
+        ("pallas_tpu", {"keys": 4096}, "2048 queries over 4096 keys"),
+        ("pallas_tpu", {"length": 10**6, "keys": 10**6}, "MiB of VMEM"),
+    ],
+)
+def test_what_cannot_be_served_is_an_error_that_says_why(implementation, changes, words):
+    with pytest.raises(UserError, match=words):
+        choose(implementation, **{**SHAPE, **changes})
