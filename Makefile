@@ -6,12 +6,13 @@ BIN := $(VENV)/bin
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 RUN ?= runs/quickstart
 
-.PHONY: quickstart test test-slow lint bench clean help
+.PHONY: quickstart test test-slow test-lowering lint bench clean help
 
 help:
 	@echo "make quickstart   install, train nano on the standard library's source, evaluate, export, check, complete"
 	@echo "make test         install what tests need; lint, type check, tests"
 	@echo "make test-slow    the tests that take minutes"
+	@echo "make test-lowering  compile training steps for TPUs, on a machine without one"
 	@echo "make bench        data pipeline and training step, each beside PyTorch"
 
 $(BIN)/python:
@@ -37,6 +38,14 @@ lint: $(VENV)/.test
 
 test: lint
 	$(BIN)/python -m pytest
+
+$(VENV)-tpu/.tpu: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-tpu
+	$(VENV)-tpu/bin/python -m pip install --quiet -e '.[tpu]' pytest beartype
+	@touch $@
+
+test-lowering: $(VENV)-tpu/.tpu
+	TPU_SKIP_MDS_QUERY=1 $(VENV)-tpu/bin/python -m pytest -m lowering -s tests/lowering
 
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m slow

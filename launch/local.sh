@@ -3,11 +3,12 @@
 #
 #   launch/local.sh configs/nano.py --workdir=runs/nano [--config.key=value ...]
 #
-# Ends with the trainer's exit code: 0 done, 2 a mistake in what was given, 75 interrupted and saved. Anything else
-# (out of memory, a signal) is tried again, at most RETRIES times (default 3).
+# Ends with the trainer's exit code where a second attempt would change nothing: 0 done, 2 a mistake in what was given,
+# 3 a check that did not hold, 75 interrupted and saved, 130 Ctrl-C. Anything else (out of memory, a signal) is tried
+# again, at most RETRIES times (default 3).
 set -u
 if [ $# -lt 1 ]; then
-  sed -n '2,7s/^# \{0,1\}//p' "$0"
+  sed -n '2,8s/^# \{0,1\}//p' "$0"
   exit 2
 fi
 config=$1
@@ -18,7 +19,7 @@ for attempt in $(seq 0 "${RETRIES:-3}"); do
   [ "$attempt" -eq 0 ] || echo "launch: attempt $((attempt + 1))" >&2
   code=0
   "${PYTHON:-python}" -m smallcoder_jax.main --config="$config" "$@" || code=$?
-  case $code in 0 | 2 | 75) exit "$code" ;; esac
+  case $code in 0 | 2 | 3 | 75 | 130) exit "$code" ;; esac
   echo "launch: the trainer ended with code $code" >&2
 done
 exit "$code"

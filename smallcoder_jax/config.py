@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -187,7 +188,9 @@ def default_config() -> Any:
 
 def from_config_dict(values: ConfigDict | Mapping[str, Any]) -> Config:
     """Builds and validates the frozen config. Raises UserError on an unknown key, a wrong type or a contradiction."""
-    plain = values.to_dict() if isinstance(values, ConfigDict) else dict(values)
+    plain = values.to_dict() if isinstance(values, ConfigDict) else values
+    if not isinstance(plain, Mapping):
+        raise UserError(f"a config is sections of keys and values; got {type(plain).__name__}")
     config = _build(Config, plain, "")
     validate(config)
     return config
@@ -242,7 +245,7 @@ def _coerce(hint: Any, value: Any, path: str) -> Any:
             raise UserError(f"{path}={value!r}: expected one of {', '.join(map(repr, get_args(hint)))}")
         return value
     if get_origin(hint) is tuple:
-        if isinstance(value, str) or not all(isinstance(item, str) for item in value):
+        if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
             raise UserError(f"{path}={value!r}: expected a sequence of strings")
         return tuple(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
@@ -255,10 +258,17 @@ def _coerce(hint: Any, value: Any, path: str) -> Any:
 def validate(config: Config) -> None:
     """Refuses contradictions that types cannot see. Raises UserError naming the fields and the way out."""
     model, train, optimizer, data = config.model, config.train, config.optimizer, config.data
+    sizes = ("vocab_size", "width", "mlp_width", "layers", "heads", "kv_heads", "head_size", "context")
     checks = [
-        (model.heads % model.kv_heads == 0, f"{model.heads=} must be a multiple of {model.kv_heads=}"),
+        *((getattr(model, name) >= 1, f"model.{name}={getattr(model, name)} must be at least 1") for name in sizes),
+        # All are computed before the first is looked at.
+        (
+            model.kv_heads >= 1 and model.heads % model.kv_heads == 0,
+            f"{model.heads=} must be a multiple of {model.kv_heads=}",
+        ),
         (model.head_size % 2 == 0, f"{model.head_size=} must be even: rotary positions turn pairs"),
         (0.0 <= model.dropout < 1.0, f"{model.dropout=} must be in [0, 1)"),
+        (model.window >= 0, f"{model.window=} must not be negative; 0 is the whole document"),
         (
             1 <= train.sequence_length <= model.context,
             f"{train.sequence_length=} must be between 1 and {model.context=}; lower the first or raise the second",
@@ -268,15 +278,28 @@ def validate(config: Config) -> None:
             train.batch_size >= 1 and train.microbatch_size >= 0 and train.batch_size % train.microbatch_rows == 0,
             f"{train.batch_size=} must be a positive multiple of {train.microbatch_size=}",
         ),
+        (0 <= train.seed < 2**32, f"{train.seed=} must be between 0 and {2**32 - 1}"),
         (train.log_every >= 1, f"{train.log_every=} must be at least 1"),
         (0.0 <= data.fim_rate <= 1.0, f"{data.fim_rate=} must be in [0, 1]"),
         (0.0 <= data.fim_spm_share <= 1.0, f"{data.fim_spm_share=} must be in [0, 1]"),
         (0.0 < data.validation_fraction < 1.0, f"{data.validation_fraction=} must be between 0 and 1"),
         (data.workers >= 0, f"{data.workers=} must not be negative"),
         (data.prefetch >= 1, f"{data.prefetch=} must be at least 1"),
+        (data.max_documents >= 0, f"{data.max_documents=} must not be negative; 0 is all"),
         (config.checkpoint.every >= 1, f"{config.checkpoint.every=} must be at least 1"),
         (config.checkpoint.keep >= 1, f"{config.checkpoint.keep=} must be at least 1"),
+        (config.eval.every >= 0, f"{config.eval.every=} must not be negative; 0 is only at the end"),
+        (config.eval.batches >= 0, f"{config.eval.batches=} must not be negative; 0 is the whole split"),
         (config.eval.batch_size >= 0, f"{config.eval.batch_size=} must not be negative"),
+        (
+            config.eval.sample_tokens >= 0
+            and (config.eval.sample_tokens < model.context or not config.eval.sample_prompts),
+            f"{config.eval.sample_tokens=} must be below {model.context=}, for the prompt stands in front; 0 is none",
+        ),
+        (
+            math.isfinite(config.eval.sample_temperature) and config.eval.sample_temperature >= 0,
+            f"{config.eval.sample_temperature=} must be 0 (greedy) or a positive number",
+        ),
         (optimizer.warmup_steps >= 0, f"{optimizer.warmup_steps=} must not be negative"),
         (
             optimizer.schedule != "wsd" or 0 < optimizer.decay_steps <= train.steps,

@@ -47,7 +47,7 @@ def load_config(path: str, overrides: list[str]) -> Config:
 
 
 def read_config_file(path: str) -> Any:
-    """The ConfigDict of a config file. Raises UserError where the file is missing or has no `get_config`."""
+    """The ConfigDict of a config file. Raises UserError where the file is missing, fails, or gives no ConfigDict."""
     file = Path(path)
     if not file.is_file():
         known = sorted(str(p) for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
@@ -55,10 +55,19 @@ def read_config_file(path: str) -> Any:
         close = difflib.get_close_matches(path, known, n=1, cutoff=0.4)
         hint = f"did you mean '{close[0]}'?" if close else "python -m smallcoder_jax.main --list names those that exist"
         raise UserError(f"config file '{path}' does not exist; {hint}")
-    functions = runpy.run_path(str(file))
-    if "get_config" not in functions:
+    try:
+        get_config = runpy.run_path(str(file)).get("get_config")
+        values = get_config() if get_config else None
+    except Exception as error:  # the user's own program, which may raise anything
+        raise UserError(f"config file '{path}': {type(error).__name__}: {error}") from error
+    if get_config is None:
         raise UserError(f"config file '{path}' has no get_config()")
-    return functions["get_config"]()
+    if not isinstance(values, ConfigDict):
+        raise UserError(
+            f"config file '{path}': get_config() returns {type(values).__name__}; expected a ConfigDict: begin with "
+            "smallcoder_jax.config.default_config(), change it and return it"
+        )
+    return values
 
 
 def _set(values: ConfigDict, key: str, text: str) -> None:
@@ -83,7 +92,7 @@ def _parse(current: Any, text: str, key: str) -> Any:
     wanted = type(current).__name__
     try:
         value = ast.literal_eval({"true": "True", "false": "False"}.get(text.lower(), text))
-    except (ValueError, SyntaxError) as error:
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
         raise UserError(f"--config.{key}={text}: expected {wanted}") from error
     if isinstance(current, float) and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)

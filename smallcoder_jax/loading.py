@@ -11,17 +11,17 @@ from typing import Any
 
 import jax
 
-from smallcoder_jax.config import ComputeConfig, ModelConfig, from_json
+from smallcoder_jax.config import ComputeConfig, ModelConfig, from_config_dict
 from smallcoder_jax.errors import UserError
 from smallcoder_jax.export.huggingface import read_export
 from smallcoder_jax.generate.engine import Completion, Generator
 from smallcoder_jax.generate.sampling import SamplingOptions
 from smallcoder_jax.models import build
 from smallcoder_jax.runtime import configure_jax
-from smallcoder_jax.tokenizers.base import Tokenizer
-from smallcoder_jax.tokenizers.load import load_tokenizer
+from smallcoder_jax.tokenizers.base import KIND_FILE, Tokenizer
+from smallcoder_jax.tokenizers.load import load_tokenizer, open_tokenizer
 from smallcoder_jax.train import checkpoint
-from smallcoder_jax.train.run_folder import RunFolder
+from smallcoder_jax.train.run_folder import RunFolder, read_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ def load(path: Path, *, step: int | str | None = None) -> LoadedModel:
 
 
 def _from_run(folder: RunFolder, step: int | str | None) -> LoadedModel:
-    config = from_json(folder.config_json.read_text())
+    config = from_config_dict(read_json(folder.config_json, "the config of the run"))
     target = checkpoint.find_step(folder.checkpoints, step)
     _, abstract = build.abstract_model(config.model, config.compute)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -79,4 +79,13 @@ def _from_export(path: Path) -> LoadedModel:
     model, params, tokenizer_folder = read_export(path)
     compute = ComputeConfig(dtype="float32", layers="unroll")
     info = json.loads((path / "config.json").read_text())
-    return LoadedModel(model, compute, params, load_tokenizer(tokenizer_folder), tokenizer_folder, info)
+    tokenizer = _exported_tokenizer(tokenizer_folder)
+    return LoadedModel(model, compute, params, tokenizer, tokenizer_folder, info)
+
+
+def _exported_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer beside a model: as this package wrote it, or else as it was published."""
+    published = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
+    if published and not (folder / KIND_FILE).is_file():
+        return open_tokenizer("hf", str(folder))
+    return load_tokenizer(folder)

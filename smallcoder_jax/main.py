@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workdir", metavar="DIR", help="the run folder; default runs/NAME of the config")
     parser.add_argument("--mode", choices=("train", "evaluate"), default="train")
     parser.add_argument("--step", help="evaluate: which checkpoint, 'best' or a step; default the best")
-    parser.add_argument("--list", action="store_true", help="list every variant and stage, and end")
+    parser.add_argument("--list", action="store_true", help="list the files in configs/, and end")
     options = parser.parse_args(arguments)
     if options.list:
         print(list_configs(Path("configs")))

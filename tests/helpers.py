@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from smallcoder_jax.config import ComputeConfig, Config, ModelConfig, OptimizerConfig, TrainConfig
+from smallcoder_jax.config import ComputeConfig, Config, EvalConfig, ModelConfig, OptimizerConfig, TrainConfig
 
 FLOAT32 = ComputeConfig(dtype="float32")
 
@@ -27,6 +27,7 @@ def tiny_config(**changes: Any) -> Config:
         compute=FLOAT32,
         train=TrainConfig(steps=10, batch_size=8, sequence_length=32, log_every=1),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2, weight_decay=0.01),
+        eval=EvalConfig(sample_tokens=16),
     )
     return dataclasses.replace(config, **changes)
 

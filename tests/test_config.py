@@ -116,6 +116,9 @@ def test_other_families_are_the_same_decoder(shape: ModelConfig, count: int) -> 
     assert config_module.parameter_count(shape) == count
 
 
+SIZES = ("vocab_size", "width", "mlp_width", "layers", "heads", "kv_heads", "head_size", "context")
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -130,11 +133,65 @@ def test_other_families_are_the_same_decoder(shape: ModelConfig, count: int) -> 
         ("--config.train.sequence_length=9999", "model.context"),
         ("--config.train.batch_size=0", "positive multiple"),
         ("--config.log.tensorboard=2", "expected bool"),
+        ("--config.train.steps={[]:1}", "expected int"),
+        *((f"--config.model.{name}=0", f"model.{name}=0 must be at least 1") for name in SIZES),
+        ("--config.model.layers=-1", "model.layers=-1 must be at least 1"),
+        ("--config.model.window=-5", "model.window=-5 must not be negative"),
+        ("--config.data.max_documents=-1", "data.max_documents=-1 must not be negative"),
+        ("--config.train.seed=-1", "train.seed=-1 must be between 0 and 4294967295"),
+        (f"--config.train.seed={2**32}", "train.seed=4294967296 must be between"),
+        ("--config.eval.every=-1", "eval.every=-1 must not be negative"),
+        ("--config.eval.batches=-1", "eval.batches=-1 must not be negative"),
+        ("--config.eval.sample_tokens=-1", "eval.sample_tokens=-1 must be"),
+        ("--config.eval.sample_tokens=1024", "eval.sample_tokens=1024 must be below model.context=1024"),
+        ("--config.eval.sample_temperature=-0.1", "eval.sample_temperature=-0.1 must be"),
+        ("--config.eval.sample_temperature=1e999", "eval.sample_temperature=inf must be"),
     ],
 )
 def test_mistakes_are_named(override: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_config(str(ROOT / "configs/nano.py"), [override])
+
+
+def test_samples_fit_only_where_some_are_drawn() -> None:
+    nano = str(ROOT / "configs/nano.py")
+    short = ["--config.model.context=8", "--config.train.sequence_length=8"]
+    with pytest.raises(UserError, match="sample_tokens=64 must be below"):
+        load_config(nano, short)
+    for override in ("sample_tokens=0", "sample_tokens=7", "sample_prompts=()"):
+        assert load_config(nano, [*short, f"--config.eval.{override}"]).model.context == 8
+
+
+def test_a_sequence_of_strings_is_insisted_on() -> None:
+    for value in (5, "text", ["a", 5], None):
+        with pytest.raises(UserError, match="expected a sequence of strings"):
+            from_config_dict({"eval": {"sample_prompts": value}})
+
+
+def test_sections_are_insisted_on() -> None:
+    with pytest.raises(UserError, match="got list"):
+        from_json("[]")
+
+
+BEGINNING = "from smallcoder_jax.config import default_config\ndef get_config():\n    config = default_config()\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (BEGINNING, r"get_config\(\) returns NoneType; expected a ConfigDict"),
+        (BEGINNING + "    return config.to_dict()", r"get_config\(\) returns dict; expected a ConfigDict"),
+        (BEGINNING + "    config.trian.steps = 3", "AttributeError: .*trian"),
+        ("def get_config(:", r"SyntaxError: .*config\.py, line 1"),
+        ("import no_such_module", "ModuleNotFoundError: .*no_such_module"),
+        ("get_config = 3", "TypeError"),
+    ],
+)
+def test_mistakes_in_a_config_file_name_it(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.py"
+    path.write_text(text)
+    with pytest.raises(UserError, match=rf"config file '{path}': {message}"):
+        load_config(str(path), [])
 
 
 def test_overrides_take_the_type_of_the_key() -> None:

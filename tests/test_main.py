@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -11,8 +12,10 @@ from pathlib import Path
 import jax
 import pytest
 
+from smallcoder_jax import loading
 from smallcoder_jax.errors import EXIT_USER_ERROR, run_cli
 from smallcoder_jax.main import main
+from smallcoder_jax.train.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = """
@@ -126,7 +129,24 @@ def test_sources_without_anything_to_train_on(place: Place, capsys: pytest.Captu
         said = refusal(capsys, place.arguments(f"--config.data.sources=dir:{place.root / name}"))
         assert expected in said.replace(str(place.root), ""), said
         assert f"dir:{place.root / name}" in said
-    assert not place.run.exists()
+    assert [path.name for path in place.run.iterdir()] == [".lock"]
+
+
+def test_a_workdir_that_cannot_be_made_is_said_before_any_data_is_prepared(
+    place: Place, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = refusal(capsys, [*place.arguments(), f"--workdir={place.root / 'config.py' / 'run'}"])
+    assert f"{place.root / 'config.py' / 'run'} cannot be written" in said
+    assert "choose another --workdir" in said
+    assert not place.data.exists()
+
+
+def test_a_workdir_in_which_another_process_trains(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
+    (place.run / "checkpoints" / "1").mkdir(parents=True)  # its save in flight
+    with RunFolder(place.run).locked():
+        said = refusal(capsys, place.arguments())
+    assert f"another process trains in {place.run}" in said
+    assert (place.run / "checkpoints" / "1").is_dir()
 
 
 def test_another_vocabulary_than_the_tokenizer_has(trained: Place, capsys: pytest.CaptureFixture[str]) -> None:
@@ -197,4 +217,34 @@ def test_a_finished_run_evaluates(trained: Place, capsys: pytest.CaptureFixture[
     shown = json.loads(capsys.readouterr().out)
     assert 0 < shown["bits_per_byte"] < 9
     assert any("xz" in name for name in shown["references"])
+    assert shown["data"]["sources"] == f"dir:{trained.code}"
+    assert shown["data"]["sequence_length"] == 32
     assert "no checkpoint '7'" in refusal(capsys, trained.arguments("--mode=evaluate", "--step=7"))
+
+
+def test_a_run_is_not_evaluated_on_other_data_or_longer_rows(
+    trained: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = shutil.copytree(trained.code, tmp_path / "code")
+    (code / "f41.py").write_text("def one_more(x):\n    # this file was not there when the run began\n    return x\n")
+    other = [f"--config.data.sources=dir:{code}", f"--config.data.dir={tmp_path / 'data'}"]
+    said = refusal(capsys, trained.arguments("--mode=evaluate", *other))
+    fingerprints = [
+        json.loads(manifest.read_text())["fingerprint"]
+        for data in (trained.data, tmp_path / "data")
+        for manifest in data.glob("tokens/*/manifest.json")
+    ]
+    assert len(fingerprints) == 2
+    assert all(fingerprint in said for fingerprint in fingerprints)
+    load = loading.load
+    # An export does not say what it was trained on: then the output says what it was evaluated on.
+    monkeypatch.setattr(loading, "load", lambda path, step: dataclasses.replace(load(path, step=step), info={}))
+    assert main(trained.arguments("--mode=evaluate", *other)) == 0
+    assert json.loads(capsys.readouterr().out)["data"]["fingerprint"] == fingerprints[1]
+    monkeypatch.undo()
+    # A model that was trained at 32 tokens and has a context of 64.
+    said = refusal(
+        capsys, trained.arguments("--mode=evaluate", "--config.train.sequence_length=128", "--config.model.context=128")
+    )
+    assert "train.sequence_length=128 is longer than the context" in said
+    assert "64" in said

@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int | None:
     import smallcoder_jax
 
     loaded = smallcoder_jax.load(args.checkpoint, step=args.step)
-    again = (args.checkpoint / huggingface.RECORD).is_file()
+    again = not (args.checkpoint / "run.json").is_file()
     if again:
         record = huggingface.read_record(args.checkpoint)
         card, dtype = {key: value for key, value in record.card.items() if key != "parity"}, args.dtype or record.dtype

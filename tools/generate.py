@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import io
 import json
+import os
 import re
 import sys
 import time
@@ -142,10 +143,8 @@ def read_job(args: argparse.Namespace) -> Job:
         raise UserError(
             "--interactive answers on the terminal, once per prompt; leave --output-file and --num-samples out"
         )
-    if args.output_file and not args.output_file.resolve().parent.is_dir():
-        raise UserError(
-            f"--output-file {args.output_file}: there is no folder {args.output_file.parent}; make it first"
-        )
+    if args.output_file:
+        check_output(args.output_file)
     if args.batch_size < 1:
         raise UserError(f"--batch-size {args.batch_size} must be at least 1")
     options = SamplingOptions(
@@ -166,6 +165,17 @@ def read_job(args: argparse.Namespace) -> Job:
     if args.file:
         around = split_file(args.file, args.line)
     return Job(options, args.batch_size, prompts, around, args.interactive, args.output_file)
+
+
+def check_output(path: Path) -> None:
+    """Refuses a file that could not be written after all the work. Raises UserError."""
+    folder = path.resolve().parent
+    if not folder.is_dir():
+        raise UserError(f"--output-file {path}: there is no folder {path.parent}; make it first")
+    if path.is_dir():
+        raise UserError(f"--output-file {path} is a folder; name a file in it")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise UserError(f"--output-file {path} may not be written; name another file, or change its permissions")
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ Ends with the accounting: what was read, kept and dropped, why, and statistics o
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 
 from smallcoder_jax.configfile import load_config, split_overrides
@@ -28,7 +29,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"corpus:    {prepared.corpus_folder}")
     print(f"tokenizer: {prepared.tokenizer_folder}")
     print(f"tokens:    {prepared.tokens_folder} (fingerprint {prepared.manifest.fingerprint[:16]})")
-    print(f"check it:  python -m tools.validate_data --config={' '.join([arguments.config, *overrides])}")
+    check = ["python", "-m", "tools.validate_data", f"--config={arguments.config}", *overrides]
+    print(f"check it:  {shlex.join(check)}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from smallcoder_jax.config import DataConfig
-from smallcoder_jax.data.corpus import corpus_key, ensure_corpus, read_split
+from smallcoder_jax.data.corpus import corpus_key, ensure_corpus, read_split, training_texts
 from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.data.sources import parse_sources
 from smallcoder_jax.errors import CheckFailed, UserError, run_cli
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     corpus = arguments.data_dir / "corpus" / corpus_key(specs, data)
     ensure_corpus(specs, data, corpus, progress)
     progress.note(f"training {arguments.vocab_size:,} entries on up to {arguments.train_bytes / 1e6:.0f} MB")
-    texts = (document.text for document in read_split(corpus, "train"))
+    texts = training_texts(corpus, arguments.train_bytes)
     tokenizer = train_sentencepiece(texts, arguments.vocab_size, arguments.train_bytes)
     ratio, size = bytes_per_token(tokenizer, (document.text for document in read_split(corpus, "validation")))
     tokenizer.save(arguments.output)

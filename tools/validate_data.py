@@ -11,10 +11,12 @@ from __future__ import annotations
 import argparse
 import sys
 
+from google.protobuf.json_format import ParseError
+
 from smallcoder_jax.configfile import load_config, split_overrides
 from smallcoder_jax.data.prepare import find_prepared
 from smallcoder_jax.data.validate import validate
-from smallcoder_jax.errors import CheckFailed, run_cli
+from smallcoder_jax.errors import CheckFailed, UserError, run_cli
 
 SAMPLE_SHARE = 0.05
 MAX_SHOWN = 20
@@ -31,6 +33,11 @@ def main(argv: list[str] | None = None) -> None:
         problems = validate(prepared, 1.0 if arguments.all else SAMPLE_SHARE, print)
     except (OSError, RuntimeError, ValueError) as error:  # what a damaged record file raises
         raise CheckFailed(f"prepared data cannot be read: {error}. Delete it and prepare it again") from error
+    except (LookupError, TypeError, ParseError) as error:  # accounting.json, dataset_info.json or manifest.json
+        raise UserError(
+            f"the records of the prepared data are damaged: {error!r}. Delete {prepared.corpus_folder} and "
+            f"{prepared.tokens_folder} and prepare the data again"
+        ) from error
     if problems:
         more = [f"and {len(problems) - MAX_SHOWN} more"] if len(problems) > MAX_SHOWN else []
         raise CheckFailed("\n  ".join(["prepared data differs from its records:", *problems[:MAX_SHOWN], *more]))

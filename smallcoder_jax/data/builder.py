@@ -50,6 +50,12 @@ def store(folder: Path, splits: dict[str, Callable[[], Iterator[Document]]]) -> 
     shutil.rmtree(folder / "downloads", ignore_errors=True)
 
 
+def count(info: Path, split: str) -> int:
+    """How many documents a split holds; `info` is the data set's `dataset_info.json`."""
+    builder: Any = tfds.builder_from_directory(info.parent)
+    return len(builder.as_data_source(split))
+
+
 def load_range(info: Path, split: str, start: int, stop: int) -> Iterator[Document]:
     """Documents number `start` up to `stop` of a split; `info` is the data set's `dataset_info.json`."""
     builder: Any = tfds.builder_from_directory(info.parent)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from smallcoder_jax.data.documents import Document
-from smallcoder_jax.data.languages import PROSE
+from smallcoder_jax.data.languages import CODE
 
 REASONS = ("short", "binary", "minified", "generated", "vendored")
 # The limits of The Stack (arXiv 2211.15533, section 3) for code that people wrote.
@@ -35,7 +35,7 @@ def drop_reason(document: Document, min_characters: int) -> str | None:
         return "vendored"
     if _is_minified(document):
         return "minified"
-    if document.language not in PROSE and _GENERATED.search(text[:_HEAD_CHARACTERS]):
+    if document.language.lower() in CODE and _GENERATED.search(text[:_HEAD_CHARACTERS]):
         return "generated"
     return None
 
@@ -45,6 +45,6 @@ def _is_minified(document: Document) -> bool:
     longest = max(map(len, lines))
     if longest <= MAX_LINE and len(document.text) / len(lines) <= MAX_MEAN_LINE:
         return False
-    if document.language not in PROSE:
+    if document.language.lower() in CODE:
         return True
     return sum(map(str.isspace, document.text)) < MIN_SPACE_IN_PROSE * len(document.text)

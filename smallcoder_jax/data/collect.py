@@ -53,7 +53,7 @@ def collect_source(
         progress.start(f"reading {spec.text}")
     collector = _Collector(spec, data, seen, progress)
     try:
-        report = collector.collect(read_source(spec), spool, dummy="")
+        report = collector.collect(read_source(spec, Path(data.dir)), spool, dummy="")
     except UserError as error:
         if not data.allow_dummy_data:
             raise

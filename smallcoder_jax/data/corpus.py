@@ -23,7 +23,7 @@ from smallcoder_jax.data.sources import SourceSpec, source_identity
 from smallcoder_jax.data.storage import new_folder, short_key
 from smallcoder_jax.errors import UserError
 
-FORMAT = 1  # raised when the same sources and settings begin to give another corpus
+FORMAT = 2  # raised when the same sources and settings begin to give another corpus
 ACCOUNTING = "accounting.json"
 MIN_REPOSITORIES = 20  # a source with fewer is split by document: by repository, one side could stay empty
 
@@ -33,7 +33,7 @@ def corpus_key(specs: Sequence[SourceSpec], data: DataConfig) -> str:
     return short_key(
         {
             "format": FORMAT,
-            "sources": [source_identity(spec) for spec in specs],
+            "sources": [source_identity(spec, Path(data.dir)) for spec in specs],
             "min_characters": data.min_characters,
             "max_documents": data.max_documents,
             "validation_fraction": data.validation_fraction,
@@ -85,6 +85,28 @@ def read_split(folder: Path, split: str, source: str | None = None) -> Iterator[
         start = stop
 
 
+def count_documents(folder: Path, split: str) -> int:
+    """How many documents a split stores, whatever the accounting says."""
+    from smallcoder_jax.data import builder  # imports tensorflow_datasets, which commands without data do without
+
+    return builder.count(_dataset_info(folder), split)
+
+
+def training_texts(folder: Path, max_bytes: int) -> Iterator[str]:
+    """Texts of the training split to train a tokenizer on, about `max_bytes` UTF-8 bytes of them: as many from every
+    source, where it has them, from its beginning on. What a small source leaves over goes to the larger ones."""
+    left = max_bytes
+    sources = sorted(read_accounting(folder)["sources"], key=lambda source: source[SPLITS[0]]["bytes"])
+    for index, source in enumerate(sources):
+        taken, share = 0, left // (len(sources) - index)
+        for document in read_split(folder, SPLITS[0], source["spec"]):
+            yield document.text
+            taken += len(document.text.encode("utf-8"))
+            if taken >= share:
+                break
+        left -= taken
+
+
 class CorpusFingerprint:
     """A hash over the documents of each split, in order, with their provenance."""
 
@@ -104,10 +126,14 @@ def _read_range(folder: Path, split: str, start: int, stop: int) -> Iterator[Doc
         return
     from smallcoder_jax.data import builder  # imports tensorflow_datasets, which commands without data do without
 
+    yield from builder.load_range(_dataset_info(folder), split, start, stop)
+
+
+def _dataset_info(folder: Path) -> Path:
     info = next(folder.glob("*/*/dataset_info.json"), None)
     if info is None:
         raise UserError(f"{folder} holds no corpus; delete it and prepare the data again")
-    yield from builder.load_range(info, split, start, stop)
+    return info
 
 
 class _Side:

@@ -9,8 +9,10 @@ middle and suffix. Both orders that are in use are written here:
 SPM is the variant of the paper's appendix D that SantaCoder, StarCoder and Code Llama use: it starts like a PSM
 document with an empty prefix, so that the two orders help each other, and the middle directly continues the prefix.
 
-A user's cursor stands between characters, not between tokens, so the cuts are drawn over characters and the parts have
-the ids that each would have by itself. Only the few tokens around a cut are encoded again.
+A user's cursor stands between characters, not between tokens, so the cuts are drawn over characters. Only the few
+tokens around a cut are encoded again. The parts hold exactly the document's bytes, and have the ids that each would
+have by itself, but for byte-level BPE: its splitting by a regular expression looks ahead, so whitespace at the edge of
+what is encoded again may have other ids.
 """
 
 from __future__ import annotations

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import PurePath
 
-PROSE = frozenset({"", "text", "markdown", "restructuredtext"})
-
 _EXTENSIONS = {
     "ada": "adb ads",
     "assembly": "asm s",
@@ -70,6 +68,8 @@ _EXTENSIONS = {
 }
 _BY_EXTENSION = {extension: language for language, names in _EXTENSIONS.items() for extension in names.split()}
 _BY_NAME = {"makefile": "makefile", "dockerfile": "dockerfile", "cmakelists.txt": "cmake", "rakefile": "ruby"}
+# Anything else, a natural language such as "en" in particular, is judged as prose.
+CODE = (frozenset(_EXTENSIONS) | frozenset(_BY_NAME.values())) - {"text", "markdown", "restructuredtext"}
 
 
 def language_of(path: str) -> str | None:

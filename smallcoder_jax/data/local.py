@@ -19,6 +19,7 @@ from smallcoder_jax.errors import UserError
 # apart), and where they are, they outweigh the library two to one.
 _NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
 _SNIFF_BYTES = 8192
+_OUTPUTS = ("corpus", "tokenizers", "tokens")  # what this package writes below `data.dir`
 
 
 def read_stdlib(source: str) -> Iterator[Document | Skipped]:
@@ -38,25 +39,31 @@ def read_installed(source: str) -> Iterator[Document | Skipped]:
             yield _with(item, package, licenses.get(package, ""))
 
 
-def read_folder(source: str, location: str) -> Iterator[Document | Skipped]:
-    """The source files of a tree. A folder that holds `.git` is one repository; otherwise, where the tree has several
-    folders at its top, each is one. Raises UserError where the folder is missing or no folder."""
+def read_folder(source: str, location: str, data_dir: Path) -> Iterator[Document | Skipped]:
+    """The source files of a tree, without prepared data in `data_dir` and without runs. A folder that holds `.git` is
+    one repository; otherwise, where the tree has several folders with files at its top, each is one. Raises UserError
+    where the folder is missing or no folder."""
     root = Path(location).expanduser()
     if not root.exists():
         raise UserError(f"data source {source}: {root} does not exist; give the path of a folder of source code")
     if not root.is_dir():
         raise UserError(f"data source {source}: {root} is not a folder; use jsonl: or parquet: for a file of documents")
     try:
-        top = [entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")]
+        folders = [entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith(".")]
     except OSError as error:
         raise UserError(f"data source {source}: {root} cannot be listed: {error.strerror}; check its rights") from error
-    repositories = _Repositories(root, several=len(top) > 1)
-    for item in _read_tree(root, source):
+    top = [root / name for name in folders if not _is_output(root / name, data_dir)]
+    several = sum(any(True for _ in _walk(folder, frozenset(), [], data_dir)) for folder in top) > 1
+    repositories = _Repositories(root, several)
+    for item in _read_tree(root, source, data_dir=data_dir):
         yield _with(item, repositories.of(item.path), "") if isinstance(item, Document) else item
 
 
-def listing_hash(kind: str, location: str) -> str:
-    """A cheap hash of what a local source holds: names and sizes, and for the user's own files the times of change."""
+def listing_hash(kind: str, location: str, data_dir: Path) -> str:
+    """A cheap hash of what a local source holds: names and sizes, and for the user's own files the times of change.
+
+    Prepared data and runs among the user's own files are left out: otherwise each preparation would change the hash.
+    """
     digest = hashlib.sha256()
     if kind == "stdlib":
         digest.update(sys.version.encode())
@@ -66,7 +73,7 @@ def listing_hash(kind: str, location: str) -> str:
             digest.update(_listing_line(root, root.name, times))
         elif root.is_dir():
             skip = _NOT_LIBRARY if kind == "stdlib" else frozenset()
-            for path in _walk(root, skip, []):
+            for path in _walk(root, skip, [], data_dir if times else None):
                 digest.update(_listing_line(path, path.relative_to(root).as_posix(), times))
     return digest.hexdigest()
 
@@ -112,10 +119,14 @@ def _with(item: Document | Skipped, repository: str, license_name: str) -> Docum
 
 
 def _read_tree(
-    root: Path, source: str, skip_folders: frozenset[str] = frozenset(), extension: str = ""
+    root: Path,
+    source: str,
+    skip_folders: frozenset[str] = frozenset(),
+    extension: str = "",
+    data_dir: Path | None = None,
 ) -> Iterator[Document | Skipped]:
     skipped: list[Skipped] = []
-    for path in _walk(root, skip_folders, skipped):
+    for path in _walk(root, skip_folders, skipped, data_dir):
         yield from skipped
         skipped.clear()
         relative = path.relative_to(root).as_posix().encode("utf-8", "backslashreplace").decode("utf-8")
@@ -124,8 +135,9 @@ def _read_tree(
     yield from skipped
 
 
-def _walk(root: Path, skip_folders: frozenset[str], skipped: list[Skipped]) -> Iterator[Path]:
-    """Every file under `root` in sorted order; what is passed over on the way is added to `skipped`."""
+def _walk(root: Path, skip_folders: frozenset[str], skipped: list[Skipped], data_dir: Path | None) -> Iterator[Path]:
+    """Every file under `root` in sorted order; what is passed over on the way is added to `skipped`. With `data_dir`,
+    what this package wrote there, and its runs, are passed over too."""
 
     def refused(error: OSError) -> None:
         skipped.append(Skipped("unreadable", str(error.filename)))
@@ -137,7 +149,19 @@ def _walk(root: Path, skip_folders: frozenset[str], skipped: list[Skipped]) -> I
         folders[:] = sorted(
             name for name in folders if not name.startswith(".") and name not in skip_folders and name != "__pycache__"
         )
+        if data_dir is not None:
+            outputs = {name for name in folders if _is_output(here / name, data_dir)}
+            skipped.extend(Skipped("output", str(here / name)) for name in folders if name in outputs)
+            folders[:] = [name for name in folders if name not in outputs]
         yield from (here / name for name in sorted(files) if not name.startswith("."))
+
+
+def _is_output(folder: Path, data_dir: Path) -> bool:
+    """Whether this package wrote a folder: `data_dir`, what it keeps there, or a run."""
+    known = (data_dir, *(data_dir / name for name in _OUTPUTS))
+    if folder.name in (data_dir.name, *_OUTPUTS) and Path(os.path.realpath(folder)) in known:
+        return True
+    return (folder / "run.json").is_file() and (folder / "checkpoints").is_dir()
 
 
 def _read_file(root: Path, path: Path, relative: str, source: str) -> Document | Skipped:

@@ -16,7 +16,7 @@ import numpy as np
 
 from smallcoder_jax.config import Config
 from smallcoder_jax.data import shards
-from smallcoder_jax.data.corpus import corpus_key, ensure_corpus, read_accounting, read_split
+from smallcoder_jax.data.corpus import corpus_key, ensure_corpus, read_accounting, read_split, training_texts
 from smallcoder_jax.data.encode import DocumentEncoder
 from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.data.sources import SourceSpec, parse_sources
@@ -28,7 +28,7 @@ from smallcoder_jax.tokenizers.load import check_tokenizer, load_tokenizer, open
 from smallcoder_jax.tokenizers.sentencepiece import train_sentencepiece
 
 FORMAT = 1  # raised when the same documents and tokenizer begin to give other shards
-_TOKENIZER_FORMAT = 1  # raised when the trainer's settings change
+_TOKENIZER_FORMAT = 2  # raised when the same texts or folder begin to give another tokenizer
 _HASH_FILE = "hash.json"
 
 
@@ -59,7 +59,16 @@ def prepare(config: Config, progress: Progress | None = None) -> Prepared:
     tokenizer = _ensure_tokenizer(config, places, progress)
     if not places.tokens.is_dir():
         _write_tokens(places, tokenizer, config.data.repository_order, progress)
-    return _load(config, places, tokenizer)
+    prepared = _load(config, places, tokenizer)
+    if prepared.manifest.dummy and progress:
+        for source in prepared.accounting["sources"]:
+            if source["dummy"]:
+                progress.note(
+                    f"DUMMY DATA: generated text stands in for {source['spec']} ({source['dummy']}). It "
+                    f"stays until it is deleted: to try the source again, delete {places.corpus}, {places.tokenizer} "
+                    f"and {places.tokens} and start again"
+                )
+    return prepared
 
 
 def find_prepared(config: Config) -> Prepared:
@@ -92,7 +101,7 @@ class _Places:
         if settings.kind == "sentencepiece" and not settings.path:
             made_from = [_TOKENIZER_FORMAT, corpus, config.model.vocab_size, settings.train_bytes]
         else:
-            made_from = [settings.kind, settings.path]
+            made_from = [_TOKENIZER_FORMAT, settings.kind, settings.path]
         tokenizer = short_key(made_from)
         mixture = [[spec.text, spec.weight, spec.fim] for spec in specs]
         tokens = short_key([FORMAT, corpus, tokenizer, mixture, config.data.repository_order])
@@ -130,8 +139,7 @@ def _ensure_tokenizer(config: Config, places: _Places, progress: Progress | None
 def _train(corpus: Path, vocab_size: int, train_bytes: int, progress: Progress | None) -> Tokenizer:
     if progress:
         progress.note(f"training a tokenizer with {vocab_size:,} entries on up to {train_bytes / 1e6:.0f} MB")
-    texts = (document.text for document in read_split(corpus, "train"))
-    return train_sentencepiece(texts, vocab_size, train_bytes)
+    return train_sentencepiece(training_texts(corpus, train_bytes), vocab_size, train_bytes)
 
 
 def _write_tokens(places: _Places, tokenizer: Tokenizer, repository_order: bool, progress: Progress | None) -> None:

@@ -112,5 +112,8 @@ def _imported_names(file: Document) -> Iterator[tuple[str, ...]]:
             continue
         if dots:
             stem = package[: len(package) - (dots - 1)] + stem
-        for name in _NAME.findall(re.sub(r"\bas[ \t]+\w+", "", match["names"])):
+        names = _NAME.findall(re.sub(r"\bas[ \t]+\w+", "", match["names"]))
+        if not names:  # `import *`
+            yield (".".join(stem),)
+        for name in names:
             yield ".".join([*stem, name]), ".".join(stem)

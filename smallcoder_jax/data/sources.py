@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from smallcoder_jax.config import nearest
 from smallcoder_jax.data import local, tables
@@ -23,7 +25,7 @@ KINDS: Mapping[str, tuple[str, ...]] = {
 }
 _WITHOUT_LOCATION = ("stdlib", "installed")
 _LOCAL = ("stdlib", "installed", "dir", "jsonl", "parquet")
-_SHAPE = re.compile(r"(?P<spec>.+?)(?:@(?P<weight>[^@!]*))?(?P<nofim>!nofim)?")
+_SHAPE = re.compile(r"(?P<spec>.+?)(?:@(?P<weight>[^@!]*))?(?P<nofim>!nofim)?", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,15 +58,16 @@ def parse_sources(text: str) -> tuple[SourceSpec, ...]:
     return specs
 
 
-def read_source(spec: SourceSpec) -> Iterator[Document | Skipped]:
-    """Every document of a source, in an order that is always the same. Raises UserError where it cannot be read."""
+def read_source(spec: SourceSpec, data_dir: Path) -> Iterator[Document | Skipped]:
+    """Every document of a source, in an order that is always the same. Prepared data in `data_dir`, and runs, are no
+    part of a `dir:` that holds them. Raises UserError where the source cannot be read."""
     options = dict(spec.options)
     if spec.kind == "stdlib":
         return local.read_stdlib(spec.text)
     if spec.kind == "installed":
         return local.read_installed(spec.text)
     if spec.kind == "dir":
-        return local.read_folder(spec.text, spec.location)
+        return local.read_folder(spec.text, spec.location, _real(data_dir))
     readers = {
         "jsonl": tables.read_jsonl,
         "parquet": tables.read_parquet,
@@ -74,11 +77,16 @@ def read_source(spec: SourceSpec) -> Iterator[Document | Skipped]:
     return readers[spec.kind](spec.text, spec.location, options)
 
 
-def source_identity(spec: SourceSpec) -> str:
+def source_identity(spec: SourceSpec, data_dir: Path) -> str:
     """What decides a source's documents, for the corpus key; local files count by name, size and time of change."""
     if spec.kind in _LOCAL:
-        return f"{spec.text}|{local.listing_hash(spec.kind, spec.location)}"
+        return f"{spec.text}|{local.listing_hash(spec.kind, spec.location, _real(data_dir))}"
     return spec.text
+
+
+def _real(folder: Path) -> Path:
+    # Path.resolve raises on a loop of links; that such a folder cannot be used is said where it is made.
+    return Path(os.path.realpath(folder.expanduser()))
 
 
 def _parse(part: str) -> SourceSpec:

@@ -15,6 +15,7 @@ from typing import Any
 from smallcoder_jax.errors import UserError
 
 KEY_LENGTH = 16
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def short_key(value: Any) -> str:
@@ -26,11 +27,20 @@ def short_key(value: Any) -> str:
 def new_folder(final: Path) -> Iterator[Path]:
     """A temporary folder beside `final`, renamed to it at the end of the block and removed when the block fails.
 
-    Where another process has made `final` meanwhile, that one stays. Raises UserError when the disk is full.
+    Where another process has made `final` meanwhile, that one stays. Raises UserError when the folder cannot be made
+    or the disk is full.
     """
     with full_disk_as_user_error(final.parent):
-        final.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
+        try:
+            final.parent.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
+        except OSError as error:
+            if error.errno in _FULL:
+                raise
+            raise UserError(
+                f"the folder {final.parent} cannot be made or written to: {error.strerror}. Set data.dir to a folder "
+                "that can"
+            ) from error
         try:
             yield temporary
             temporary.chmod(0o755)  # mkdtemp lets only the owner in; prepared data is shared between runs
@@ -49,7 +59,7 @@ def full_disk_as_user_error(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError) as error:  # array_record raises RuntimeError with the system's words
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
+        full = getattr(error, "errno", None) in _FULL or "No space left on device" in str(error)
         if not full:
             raise
         raise UserError(

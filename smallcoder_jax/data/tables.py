@@ -16,6 +16,7 @@ TEXT_COLUMNS = ("content", "text", "code")
 _PATH_COLUMNS = ("path", "max_stars_repo_path", "file_path", "filename", "id")
 _REPOSITORY_COLUMNS = ("repo", "repository", "repository_name", "repo_name", "max_stars_repo_name")
 _LANGUAGE_COLUMNS = ("lang", "language", "programming_language")
+_SWITCH = {"1": True, "true": True, "0": False, "false": False}
 _LICENSE_COLUMNS = ("license", "licenses", "max_stars_repo_licenses")
 
 
@@ -95,7 +96,14 @@ def read_hugging_face(source: str, location: str, options: Mapping[str, str]) ->
     except ImportError as error:
         raise UserError(f"data source {source} needs datasets ({error}): pip install 'smallcoder_jax[hub]'") from error
     known = KNOWN_DATASETS.get(location, KnownDataset(location, ""))
-    streaming = options["streaming"] not in ("0", "false") if "streaming" in options else known.streaming
+    streaming = known.streaming
+    if "streaming" in options:
+        streaming = _SWITCH.get(options["streaming"].lower())
+        if streaming is None:
+            raise UserError(
+                f"data source {source}: streaming={options['streaming']!r} is neither on nor off; give one of "
+                f"{', '.join(_SWITCH)}"
+            )
     split, column = options.get("split", known.split), options.get("column", known.column)
     config = options.get("config")
     name, folder = (None, f"data/{config}") if config and known.folders else (config, None)
@@ -135,7 +143,7 @@ def _json_rows(source: str, path: Path) -> Iterator[Any]:
                 if line.strip():
                     try:
                         yield json.loads(line)
-                    except ValueError:
+                    except (ValueError, RecursionError):  # RecursionError: brackets nested too deep
                         yield None
     except OSError as error:
         raise UserError(f"data source {source}: {path} cannot be read: {error.strerror}; check its rights") from error

@@ -102,7 +102,7 @@ def _verify_run(folder: RunFolder, batches: int | None) -> Verdict:
     problems = checkpoint.verify_step(target)
     if problems:
         raise _Failure("corrupt", "; ".join(problems), step=step)
-    meta = json.loads((target / "meta.json").read_text(encoding="utf-8"))
+    meta = checkpoint.read_meta(target)
     # The checkpoint's own configuration: config.json beside it is not under its checksums.
     config = from_config_dict(meta["config"])
     tokens, tokenizer = _verify_data(folder, config, meta, step)

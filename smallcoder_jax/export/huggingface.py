@@ -83,11 +83,15 @@ def write_export(
             f"the tokenizer has {tokenizer.vocab_size} ids, but {model.vocab_size=}; export the model with the "
             "tokenizer that it was trained with"
         )
-    if folder.exists() and not ((folder / CONFIG).is_file() or not any(folder.iterdir())):
+    folder = folder.resolve()
+    if folder.exists() and not _may_be_replaced(folder):
         raise UserError(f"{folder} exists and is no exported model, so it is not replaced; name another --output")
     published = names.to_published(model, params)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {error}; name another --output") from error
     try:
         export_tokenizer.write_tokenizer(partial, tokenizer, context=model.context)
         write_json(partial / CONFIG, _published_config(model, tokenizer, dtype))
@@ -122,7 +126,9 @@ def read_export(folder: Path) -> Export:
     settings = _read_json(folder / CONFIG)
     model = _READERS[_one_of(folder, settings, "model_type", sorted(_READERS))](_Settings(folder / CONFIG, settings))
     try:
-        config_module.validate(config_module.Config(model=model, train=config_module.TrainConfig(sequence_length=1)))
+        # Whatever the context: nothing is trained or sampled here.
+        train, evaluation = config_module.TrainConfig(sequence_length=1), config_module.EvalConfig(sample_tokens=0)
+        config_module.validate(config_module.Config(model=model, train=train, eval=evaluation))
     except UserError as error:
         raise UserError(f"{folder / CONFIG}: {error}") from error
     return Export(model, _read_weights(folder, model), folder)
@@ -130,6 +136,11 @@ def read_export(folder: Path) -> Export:
 
 def read_record(folder: Path) -> Record:
     """What `folder` was written from. Raises UserError for a folder that this package did not write."""
+    if not (folder / RECORD).is_file():
+        raise UserError(
+            f"{folder} has no {RECORD}: it was not written by tools.export, so what its model card should say is not "
+            "known; name the run that the model comes from"
+        )
     content = _read_json(folder / RECORD)
     if content.get("format") != FORMAT or content.get("dtype") not in get_args(Dtype):
         raise UserError(f"{folder / RECORD} has format {content.get('format')!r}; this version reads format {FORMAT}")
@@ -329,7 +340,10 @@ def _read_weights(folder: Path, model: ModelConfig) -> build.Params:
                     raise UserError(f"{path}: tensor {name} is {stored}; supported: {', '.join(_STORED_DTYPES)}")
                 return file.get_tensor(name).astype(np.float32)
 
-            return names.from_published(model, file.keys(), shape, read)
+            stored = names.stored_names(model, file.keys())
+            return names.from_published(
+                model, stored, lambda name: shape(stored[name]), lambda name: read(stored[name])
+            )
     except safetensors.SafetensorError as error:
         raise UserError(f"{path} is damaged: {error}. Export or download it again") from error
 
@@ -350,6 +364,11 @@ def _one_of(folder: Path, settings: Mapping[str, Any], key: str, known: list[str
     if settings.get(key) not in known:
         raise UserError(f"{folder / CONFIG}: {key} is {settings.get(key)!r}; supported: {', '.join(known)}")
     return settings[key]
+
+
+def _may_be_replaced(folder: Path) -> bool:
+    """An earlier export or an empty folder. A config.json says nothing: a run has one too."""
+    return folder.is_dir() and ((folder / RECORD).is_file() or not any(folder.iterdir()))
 
 
 def _replace(new: Path, folder: Path) -> None:

@@ -7,6 +7,7 @@ A `Tensor` says which tensor of the published file holds which of our parameters
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -76,6 +77,20 @@ def to_published(model: ModelConfig, params: build.Params) -> dict[str, np.ndarr
         joined = parts[0] if len(parts) == 1 else np.concatenate(parts, axis=-1)
         published[tensor.name] = np.ascontiguousarray(joined.T if tensor.transposed else joined)
     return published
+
+
+def stored_names(model: ModelConfig, found: Iterable[str]) -> dict[str, str]:
+    """The name in `tensors(model)` of every parameter of a file, to the name that the file has for it.
+
+    They differ in OpenAI's own GPT-2, whose names do not begin with `transformer.`. Old GPT-2 files also hold the
+    causal mask, which is no parameter and is left out.
+    """
+    found = set(found)
+    if family(model) != "gpt2":
+        return {name: name for name in found}
+    wanted = {tensor.name for tensor in tensors(model)} - found
+    kept = [name for name in found if not _GPT2_MASK.search(name)]
+    return {f"transformer.{name}" if f"transformer.{name}" in wanted else name: name for name in kept}
 
 
 def from_published(
@@ -163,6 +178,8 @@ _LLAMA_LINEAR: dict[str, ParamPath] = {
     "mlp.up_proj": ("mlp", "up"),
     "mlp.down_proj": ("mlp", "down"),
 }
+
+_GPT2_MASK = re.compile(r"\.attn\.(masked_)?bias$")
 
 _GPT2_LINEAR: dict[str, tuple[ParamPath, ...]] = {
     "attn.c_attn": (("attention", "query"), ("attention", "key"), ("attention", "value")),

@@ -94,9 +94,9 @@ def check(
     """Compares `folder`, loaded by `transformers` without remote code, with the model in this program.
 
     Logits of every length of `lengths` that the context allows and of batches padded left and right; ids of `texts` and
-    of hard ones; special pieces and the chat template; greedy continuations. `params` are unrolled, with the values
-    that were stored. Raises CheckFailed with the table when anything differs, UserError where torch or transformers is
-    not installed.
+    of hard ones, and what they are decoded to; special pieces and the chat template; greedy continuations. `params` are
+    unrolled, with the values that were stored. Raises CheckFailed with the table when anything differs, UserError where
+    torch or transformers is not installed.
     """
     torch, transformers = _import_transformers()
     with _quiet(transformers):
@@ -114,6 +114,8 @@ def check(
         checks.append(_compare_ids(tokenizer, theirs_tokenizer, samples))
         published = export_tokenizer.is_published(folder)
         checks.append(_compare_specials(tokenizer, theirs_tokenizer, published))
+        if not published:
+            checks.append(_compare_decoding(tokenizer, theirs_tokenizer, samples))
         if not published and export_tokenizer.has_chat(tokenizer):
             checks.append(_compare_chat(tokenizer, theirs_tokenizer))
     tokens = min(GREEDY_TOKENS, max(1, model.context // 2))
@@ -284,15 +286,25 @@ def _compare_ids(tokenizer: base.Tokenizer, theirs: Any, texts: Sequence[str]) -
 def _compare_specials(tokenizer: base.Tokenizer, theirs: Any, published: bool) -> Check:
     """Each special piece is its one id where specials are parsed, and the beginning and end are where they should be.
 
-    Pieces of published tokenizers have names of their own, so there only the latter are compared.
+    Pieces of published tokenizers have names of their own and texts may begin without one, so there only the ids of
+    the latter are compared.
     """
     pieces = {} if published else tokenizer.specials
     wrong = [piece for piece, i in pieces.items() if theirs.encode(piece, add_special_tokens=False) != [i]]
     named = {"beginning": (theirs.bos_token_id, tokenizer.bos_id), "end": (theirs.eos_token_id, tokenizer.eos_id)}
     wrong += [name for name, (their_id, our_id) in named.items() if their_id not in (our_id, None)]
-    count = len(pieces) + len(named)
+    begins = published or theirs.encode("a") == [tokenizer.bos_id, *tokenizer.encode("a")]
+    wrong += [] if begins else ["beginning in front of a text"]
+    count = len(pieces) + len(named) + (not published)
     found = f"{count - len(wrong)} of {count}" + (f", not {', '.join(wrong[:3])}" if wrong else "")
     return Check("special pieces", found, "all", not wrong)
+
+
+def _compare_decoding(tokenizer: base.Tokenizer, theirs: Any, texts: Sequence[str]) -> Check:
+    ids = {text: tokenizer.encode(text) for text in texts}
+    wrong = [text for text in texts if theirs.decode(ids[text]) != tokenizer.decode(ids[text])]
+    found = f"{len(texts) - len(wrong)} of {len(texts)}" + (f", not {wrong[0][:40]!r}" if wrong else "")
+    return Check("text of token ids", found, "all", not wrong)
 
 
 def _compare_chat(tokenizer: base.Tokenizer, theirs: Any) -> Check:

@@ -89,7 +89,7 @@ def flash_attention(
     tables = (whole(rotation[0], rotation[0]), whole(-rotation[1], rotation[1])) if rotation else ()
     starts_BT = document_starts(jnp.pad(segment_ids_BT, [(0, 0), (0, more_tokens)]))
     q_BKGTH = by_head(q_BTNH).reshape(batch, kv_heads, settings.group, full_length, full_size)
-    o_BKGTH = _attend(settings, q_BKGTH, by_head(k_BTKH), by_head(v_BTKH), starts_BT, tables)
+    o_BKGTH: Array = _attend(settings, q_BKGTH, by_head(k_BTKH), by_head(v_BTKH), starts_BT, tables)
     return o_BKGTH.reshape(batch, heads, full_length, full_size)[:, :, :length, :size].transpose(0, 2, 1, 3)
 
 
@@ -311,7 +311,8 @@ def _query_rows(settings: Settings, starts: Any, i: Any) -> tuple[Array, Array]:
     """Start of the document and index in the row of every query of the block, [1, R]."""
     block_q = settings.tiles.block_q
     t_1q = i * block_q + jax.lax.broadcasted_iota(jnp.int32, (1, block_q), 1)
-    return tuple(jnp.concatenate([x_1q] * settings.group, axis=1) for x_1q in (starts[0, 0], t_1q))
+    starts_1R, t_1R = (jnp.concatenate([x_1q] * settings.group, axis=1) for x_1q in (starts[0, 0], t_1q))
+    return starts_1R, t_1R
 
 
 def _rotated_queries(settings: Settings, q: Any, tables: Any) -> Array:

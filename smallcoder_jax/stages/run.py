@@ -39,28 +39,47 @@ class Run:
 def train(config: Config, workdir: Path) -> Run:
     """Trains `config` in `workdir`, or continues the run that is there.
 
-    Raises UserError when the data cannot be had, or when `workdir` holds another run.
+    Raises UserError when the data cannot be had, or when `workdir` cannot be written, is in use or holds another run.
     """
     configure_jax()
-    prepared = prepare(config, Progress(sys.stderr))
-    references = held_out_references(prepared)
-    terminal = Terminal(sys.stderr, total_steps=config.train.steps, log_every=config.train.log_every)
     folder = RunFolder(workdir)
-    trainer = Trainer(config, folder, pretrain.make_task(config, prepared, references), terminal)
-    outcome = trainer.run()
-    if jax.process_index() == 0:
-        write_report(folder, prepared.accounting, _results(outcome, references))
-        _say_end(config, folder, outcome, terminal)
+    with folder.locked():  # first: preparing data can take hours
+        prepared = prepare(config, Progress(sys.stderr))
+        references = held_out_references(prepared)
+        terminal = Terminal(sys.stderr, total_steps=config.train.steps, log_every=config.train.log_every)
+        trainer = Trainer(config, folder, pretrain.make_task(config, prepared, references), terminal)
+        outcome = trainer.run()
+        if jax.process_index() == 0:
+            write_report(folder, prepared.accounting, _results(config, outcome, references))
+            _say_end(config, folder, outcome, terminal)
     return Run(workdir, outcome.step, outcome.interrupted, outcome.evaluation, outcome.tokens_seen)
 
 
 def evaluate_run(workdir: Path, config: Config, step: str | None = None) -> dict[str, Any]:
-    """Loss, perplexity, accuracy and bits per byte of a run on the whole validation split, beside the compressors."""
+    """Loss, perplexity, accuracy and bits per byte of a run on the whole validation split, beside the compressors.
+
+    `workdir` may be an export too. `data` says what was evaluated on: an export does not know its own validation split.
+    Raises UserError when the config's data or row length do not fit the model.
+    """
     configure_jax()
     loaded = loading.load(workdir, step=step)
+    if config.train.sequence_length > loaded.model.context:
+        raise UserError(
+            f"train.sequence_length={config.train.sequence_length} is longer than the context of the model in "
+            f"{workdir}, {loaded.model.context}; give the config and flags that it was trained with"
+        )
     prepared = prepare(config, Progress(sys.stderr))
     if prepared.tokenizer.hash != loaded.tokenizer.hash:
         raise UserError(f"{workdir} was trained with another tokenizer than that of {prepared.tokenizer_folder}")
+    fingerprint = prepared.manifest.fingerprint
+    if "identity" in loaded.info:  # a run; an export carries none
+        trained_on = loaded.info["identity"]["data"]["fingerprint"]
+        if trained_on != fingerprint:
+            raise UserError(
+                f"{workdir} was trained on data with the fingerprint {trained_on}, but '{config.data.sources}' has "
+                f"{fingerprint}, whose held-out files may be among those trained on; give the config and flags that "
+                "it was trained with"
+            )
     batches = pipeline.validation_batches(
         prepared.manifest,
         prepared.tokens_folder,
@@ -74,15 +93,26 @@ def evaluate_run(workdir: Path, config: Config, step: str | None = None) -> dict
     return {
         **evaluate(loaded.model, loaded.compute, loaded.params, batches),
         "references": held_out_references(prepared),
+        "data": {
+            "sources": config.data.sources,
+            "fingerprint": fingerprint,
+            "sequence_length": config.train.sequence_length,
+        },
     }
 
 
-def _results(outcome: Outcome, references: dict[str, float]) -> dict[str, Any]:
+def _results(config: Config, outcome: Outcome, references: dict[str, float]) -> dict[str, Any]:
+    """The results of `write_report`. The model was evaluated on a part of what the compressors were given: both say."""
+    rows = config.eval.batches * eval_rows(config)
+    evaluated_on = f"the first {rows} rows of the held-out files, or all if fewer" if rows else "all held-out files"
     return {
         "steps": outcome.step,
         "tokens seen": human_count(outcome.tokens_seen),
         **{name.replace("_", " "): round(value, 4) for name, value in outcome.evaluation.items()},
-        **{f"bits per byte, {name}": round(value, 4) for name, value in references.items()},
+        **({"evaluated on": evaluated_on} if outcome.evaluation else {}),
+        "bits per byte of compressors, on all held-out files": {
+            name: round(value, 4) for name, value in references.items()
+        },
     }
 
 

@@ -49,7 +49,9 @@ class Tokenizer(Protocol):
     def borders(self, ids: np.ndarray) -> np.ndarray:
         """bool, one per id: True where no id could cover the bytes on both sides of the place before that id.
 
-        So whatever a text is changed to on one side of it, the ids on the other side stay. The end of a line is one.
+        So where a text is changed on one side of it, the ids on the other side still stand for their bytes. They are
+        also the ids that encoding gives, but for tokenizers that first split a text by a regular expression which looks
+        across the border (byte-level BPE, at whitespace). The end of a line is a border.
         """
         ...
 

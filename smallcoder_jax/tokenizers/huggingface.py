@@ -26,7 +26,12 @@ _ALIASES = {
     base.FILE_SEP: ("<|file_sep|>", "<file_sep>", "<file_separator>"),
     base.IM_START: ("<|im_start|>",),
     base.IM_END: ("<|im_end|>",),
+    **{piece: (piece,) for piece in base.TOOL_PIECES},
 }
+# What Unicode normalisation, lower-casing, stripping or joining of whitespace would change.
+_PROBE = "Ae\u0301 \u212b\ufb01\u3000 \t\r\n\n x\n\n"
+# Tried as the text that every other text is encoded behind, see `_find_lead`.
+_LEADS = ("\n", "\x02")
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -34,7 +39,8 @@ class HuggingFaceTokenizer:
     """Implements `base.Tokenizer` over a loaded `transformers` tokenizer.
 
     `specials` holds what the tokenizer has: without FIM pieces it cannot serve fill-in-the-middle. Where it has no
-    padding id, padding is written as the end-of-text id; padding is masked everywhere.
+    padding id, padding is written as the end-of-text id; padding is masked everywhere. Unicode normalisation (NFC,
+    NFKC) is switched off, as it would change the text.
     """
 
     def __init__(self, tokenizer: Any, name: str):
@@ -45,6 +51,9 @@ class HuggingFaceTokenizer:
         backend.no_padding()
         backend.no_truncation()
         backend.encode_special_tokens = True  # a special piece written in a text is split like any other text
+        _mark_specials(tokenizer, backend)
+        if type(backend.normalizer).__name__ in ("NFC", "NFKC"):
+            backend.normalizer = None
         settings = json.loads(backend.to_str())
         self.vocab_size = len(tokenizer)
         eos = tokenizer.eos_token_id
@@ -57,7 +66,9 @@ class HuggingFaceTokenizer:
         self.specials = self._find_specials({str(token): int(i) for i, token in added.items() if token.special})
         self._vocabulary = Vocabulary(self._read_bytes(settings, set(self.specials.values())))
         self.token_bytes = self._vocabulary.token_bytes
-        self._lead = self._find_lead()
+        self._lead, self._lead_ids = self._find_lead()
+        if b"".join(self.token_bytes[i] for i in self.encode(_PROBE)) != _PROBE.encode():
+            raise self._changes_text()
         identity = json.dumps([settings, self.bos_id, self.eos_id, self.pad_id], sort_keys=True)
         self.hash = hashlib.sha256(b"hf|" + identity.encode()).hexdigest()
 
@@ -66,9 +77,8 @@ class HuggingFaceTokenizer:
 
     def encode_batch(self, texts: list[str], threads: int) -> list[list[int]]:
         del threads  # the library takes as many as RAYON_NUM_THREADS says
-        lead = "\n" if self._lead else ""
-        encoded = self._backend.encode_batch_fast([lead + text for text in texts], add_special_tokens=False)
-        return [item.ids[len(self._lead) :] for item in encoded]
+        encoded = self._backend.encode_batch_fast([self._lead + text for text in texts], add_special_tokens=False)
+        return [item.ids[len(self._lead_ids) :] for item in encoded]
 
     def borders(self, ids: np.ndarray) -> np.ndarray:
         return self._vocabulary.borders(ids)
@@ -115,20 +125,39 @@ class HuggingFaceTokenizer:
                 pieces[i] = piece.replace("▁", " ").encode("utf-8")
         return pieces
 
-    def _find_lead(self) -> list[int]:
-        """Ids that encoding puts before a newline. Tokenizers that add a space before a text would change its bytes;
-        for those every text is encoded behind a newline, which is taken off again."""
+    def _find_lead(self) -> tuple[str, list[int]]:
+        """A text to encode every text behind, and its ids, which are taken off again. Empty for most tokenizers; those
+        that add a space before a text would change its bytes."""
         probe = self._backend.encode("a", add_special_tokens=False).ids
         if b"".join(self.token_bytes[i] for i in probe) == b"a":
-            return []
-        lead = self._backend.encode("\n", add_special_tokens=False).ids
-        behind = self._backend.encode("\na", add_special_tokens=False).ids
-        if behind[: len(lead)] != lead or b"".join(self.token_bytes[i] for i in behind[len(lead) :]) != b"a":
-            raise UserError(
-                f"tokenizer {self._name} changes the text that it encodes; expected one that keeps every byte: choose "
-                "another tokenizer"
-            )
-        return lead
+            return "", []
+        for lead in _LEADS:
+            ids = self._backend.encode(lead, add_special_tokens=False).ids
+            behind = self._backend.encode(lead + "a", add_special_tokens=False).ids
+            whole = b"".join(self.token_bytes[i] for i in behind[len(ids) :]) == b"a"
+            # Where an entry goes on after the lead, the lead could become one id with the start of a text.
+            merges = any(lead.encode() in piece[:-1] for piece in self.token_bytes)
+            if behind[: len(ids)] == ids and whole and not merges:
+                return lead, ids
+        raise self._changes_text()
+
+    def _changes_text(self) -> UserError:
+        return UserError(
+            f"tokenizer {self._name} changes the text that it encodes; expected one that keeps every byte: choose "
+            "another tokenizer"
+        )
+
+
+def _mark_specials(tokenizer: Any, backend: Any) -> None:
+    """Flags the pieces that are special to this package: some published tokenizers do not, and would make them from
+    user text."""
+    from tokenizers import AddedToken
+
+    names = {name for aliases in _ALIASES.values() for name in aliases}
+    for token in tokenizer.added_tokens_decoder.values():
+        if token.content in names and not token.special:
+            flags = {name: getattr(token, name) for name in ("lstrip", "rstrip", "normalized")}
+            backend.add_special_tokens([AddedToken(token.content, special=True, **flags)])
 
 
 def read_hugging_face(name: str) -> HuggingFaceTokenizer:
@@ -145,7 +174,7 @@ def read_hugging_face(name: str) -> HuggingFaceTokenizer:
         tokenizer = AutoTokenizer.from_pretrained(
             str(Path(name).expanduser()) if looks_local else name, trust_remote_code=False, local_files_only=looks_local
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # the library behind raises bare Exception for a file that it does not understand
         raise UserError(
             f"tokenizer {name!r} cannot be loaded: {error}. Three ways out: name a folder that holds tokenizer.json or "
             "tokenizer.model; download it elsewhere with `hf download` and set HF_HOME to that cache (or HF_ENDPOINT "

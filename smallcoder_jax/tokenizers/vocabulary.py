@@ -1,7 +1,9 @@
 """What follows from the bytes that every id stands for, whichever tokenizer made them.
 
 Byte-pair encoding joins neighbours only where the joined bytes are an entry. So where no entry of the vocabulary
-holds byte a directly followed by byte b, no id ever covers both, and a text may be cut between them.
+holds byte a directly followed by byte b, no id ever covers both, and a text may be cut between them: the bytes on
+either side stay the same, and so do the ids, but for tokenizers that first split a text by a regular expression
+(byte-level BPE). One that looks ahead may split whitespace before the cut in another way.
 """
 
 from __future__ import annotations

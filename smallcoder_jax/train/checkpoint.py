@@ -17,6 +17,7 @@ import json
 import os
 import shutil
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from orbax.checkpoint import v1 as ocp
 
 from smallcoder_jax.errors import UserError
 from smallcoder_jax.mesh import path_name
+from smallcoder_jax.train.run_folder import read_json
 from smallcoder_jax.train.state import TrainState
 
 MANIFEST = "manifest.json"
@@ -46,7 +48,8 @@ class Checkpointer:
         self._error: BaseException | None = None
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.iterdir():  # of a process that was killed while saving
-            if leftover.is_dir() and not leftover.is_symlink() and not (leftover / MANIFEST).exists():
+            ours = leftover.name.isdecimal() and leftover.is_dir() and not leftover.is_symlink()
+            if ours and not (leftover / MANIFEST).exists():
                 shutil.rmtree(leftover)
 
     def save(self, state: TrainState, meta: dict[str, Any], data_state: Any, *, best: bool = False) -> None:
@@ -78,7 +81,7 @@ class Checkpointer:
                     if best:
                         self._mark_best(step)
                     self._prune()
-            except (OSError, ValueError, RuntimeError) as error:  # raised again by the next call on the main thread
+            except BaseException as error:  # whatever it is: the next call on the main thread is all that can tell
                 self._error = error
 
         self._thread = threading.Thread(target=finish, name=f"save-{step}")
@@ -106,13 +109,17 @@ class Checkpointer:
         link = self.folder / "best"
         return int(os.readlink(link)) if link.is_symlink() else None
 
-    def restore(self, step: int, abstract: TrainState) -> Restored:
+    def restore(
+        self, step: int, abstract: TrainState, check: Callable[[dict[str, Any]], None] = lambda meta: None
+    ) -> Restored:
         """The state of `step`, placed as the shardings in `abstract` say, after verifying every checksum.
 
-        Raises UserError naming the file when one does not match, or the parameter whose shape or dtype differs.
+        `check` is given meta.json before any array is read, and raises where the step is not wanted. Raises UserError
+        naming the file when one does not match, or the parameter whose shape or dtype differs.
         """
         target = verified(self.folder / str(step))
-        meta = json.loads((target / "meta.json").read_text())
+        meta = read_meta(target)
+        check(meta)
         _check_leaves(meta["leaves"], leaves_of(abstract.params), target)
         rest = {"optimizer": abstract.optimizer, "step": abstract.step, "key": abstract.key}
         loaded = ocp.load_checkpointables(_orbax_path(target), {"params": abstract.params, "rest": rest})
@@ -123,8 +130,8 @@ class Checkpointer:
 
     def _failure(self, error: BaseException) -> UserError:
         return UserError(
-            f"could not save a checkpoint under {self.folder}: {error}. Free space or choose another --workdir; "
-            "the steps saved before are intact and the same command continues from the newest"
+            f"could not save a checkpoint under {self.folder}: {type(error).__name__}: {error}. Free space or choose "
+            "another --workdir; the steps saved before are intact and the same command continues from the newest"
         )
 
     def _mark_best(self, step: int) -> None:
@@ -161,9 +168,19 @@ def find_step(folder: Path, step: int | str | None) -> Path:
 def load_params(step_folder: Path, abstract: Any) -> tuple[Any, dict[str, Any]]:
     """Only the parameters of a step, verified, and its meta.json. `abstract` as in `Checkpointer.restore`."""
     target = verified(step_folder)
-    meta = json.loads((target / "meta.json").read_text())
+    meta = read_meta(target)
     _check_leaves(meta["leaves"], leaves_of(abstract), target)
     return ocp.load_checkpointables(_orbax_path(target), {"params": abstract})["params"], meta
+
+
+def read_meta(step_folder: Path) -> dict[str, Any]:
+    """The content of a step's meta.json. Raises UserError if it is missing, damaged or of another form."""
+    path = step_folder / "meta.json"
+    what = "what a checkpoint says of itself, with its leaves"
+    meta = read_json(path, what)
+    if not isinstance(meta, dict) or not isinstance(meta.get("leaves"), dict):
+        raise UserError(f"{path} is not of the form that was written; expected {what}")
+    return meta
 
 
 def verify_step(step_folder: Path) -> list[str]:
@@ -175,6 +192,8 @@ def verify_step(step_folder: Path) -> list[str]:
         recorded = json.loads(manifest.read_text())["files"]
     except (ValueError, KeyError, TypeError) as error:
         return [f"{manifest}: unreadable ({error})"]
+    if not isinstance(recorded, dict):
+        return [f"{manifest}: unreadable ('files' is a {type(recorded).__name__}, not an object)"]
     found = checksums(step_folder)
     problems = [f"{step_folder / name}: missing" for name in sorted(recorded.keys() - found.keys())]
     problems += [f"{step_folder / name}: not in the manifest" for name in sorted(found.keys() - recorded.keys())]

@@ -5,6 +5,7 @@ Nothing in the loop waits for the device but the reading of metrics, and that is
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import signal
 import threading
@@ -15,6 +16,7 @@ from types import FrameType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -56,11 +58,10 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a run ended. `interrupted`: SIGTERM or SIGINT came; the state was saved."""
+    """How a run ended. `interrupted`: SIGTERM or SIGINT came before the last step; the state was saved."""
 
     step: int
     interrupted: bool
-    params: Any  # unrolled
     evaluation: dict[str, float]
     tokens_seen: int
 
@@ -82,13 +83,17 @@ def run_identity(config: Config, task: Task) -> dict[str, Any]:
 
 
 class Trainer:
-    """One run in one folder: built, resumed if the folder holds a run, trained to `train.steps`."""
+    """One run in one folder: built, resumed if the folder holds a run, trained to `train.steps`.
+
+    Whoever makes one holds `folder.locked()` as long as it is used.
+    """
 
     def __init__(self, config: Config, folder: RunFolder, task: Task, terminal: Terminal):
         self.config, self.folder, self.task, self.terminal = config, folder, task, terminal
         self.started = time.monotonic()
-        identity = run_identity(config, task)
-        self._refuse_another_run(identity)
+        self.identity = run_identity(config, task)
+        if folder.run_json.exists():
+            self._refuse_another_run(folder.read_run_json().get("identity"))
         train = config.train
         self.mesh = make_mesh(config.mesh, config.model, train.microbatch_rows)
         check_rows(self.mesh.shape, eval_rows(config), "eval.batch_size")
@@ -128,10 +133,15 @@ class Trainer:
             shardings=self.shardings,
         )
         self.eval_step = make_eval_step(task.loss_fn, mesh=self.mesh, shardings=self.shardings.params)
-        self.gradient = jax.jit(jax.grad(lambda params, batch: task.loss_fn(params, batch, None)[0]))
+
+        def mean_loss(params: Any, batch: dict[str, jax.Array]) -> jax.Array:
+            loss_sum, weight_sum, _ = task.loss_fn(params, batch, None)
+            return loss_sum / jnp.maximum(weight_sum, 1.0)
+
+        self.gradient = jax.jit(jax.grad(mean_loss))  # per token, as in the training step
         folder.write_config(config)
         folder.write_run_json(
-            identity,
+            self.identity,
             {
                 "dataset": task.dataset,
                 "dummy_data": task.dummy_data,
@@ -149,10 +159,8 @@ class Trainer:
         )
         self.log.references(task.references)
 
-    def _refuse_another_run(self, identity: dict[str, Any]) -> None:
-        if not self.folder.run_json.exists():
-            return
-        differences = compare_identity(self.folder.read_run_json()["identity"], identity)
+    def _refuse_another_run(self, recorded: Any) -> None:
+        differences = compare_identity(recorded, self.identity)
         if differences:
             raise UserError(
                 f"{self.folder.path} holds another run; choose another --workdir, or undo the difference:\n  "
@@ -163,7 +171,10 @@ class Trainer:
         steps = self.checkpointer.steps()
         if not steps:
             return jax.jit(lambda: init_state(self.config, optimizer), out_shardings=self.shardings)()
-        restored = self.checkpointer.restore(steps[-1], self.abstract)
+        # Checkpoints may have come here without their run.json, or beside another.
+        restored = self.checkpointer.restore(
+            steps[-1], self.abstract, check=lambda meta: self._refuse_another_run(meta.get("identity"))
+        )
         self.tokens_seen = restored.meta["tokens_seen"]
         self.train_seconds = restored.meta["train_seconds"]
         self.best_loss = restored.meta["best_loss"] if restored.meta["best_loss"] is not None else float("inf")
@@ -176,16 +187,15 @@ class Trainer:
     def run(self) -> Outcome:
         """Trains until `train.steps`, or until SIGTERM or SIGINT, and saves. Raises what the data or a save raised."""
         stop = StopRequest()
-        try:
-            if self.step < self.config.train.steps:
-                with stop:
+        with contextlib.closing(self.log), stop:
+            try:
+                if self.step < self.config.train.steps:
                     self._train(stop)
-            self.checkpointer.wait()
-        finally:
-            self.log.close()
+            finally:
+                self.checkpointer.wait()  # a signal must not kill the last save, nor the folder be free before its end
         self._write_info()
-        params = build.to_unrolled(self.state.params)
-        return Outcome(self.step, stop.requested, params, self.evaluation, self.tokens_seen)
+        interrupted = stop.requested and self.step < self.config.train.steps
+        return Outcome(self.step, interrupted, self.evaluation, self.tokens_seen)
 
     def _train(self, stop: StopRequest) -> None:
         batches = self.task.train_batches()
@@ -294,7 +304,7 @@ class Trainer:
     def _save(self, best: bool) -> None:
         meta = {
             "config": to_dict(self.config),
-            "identity": run_identity(self.config, self.task),
+            "identity": self.identity,
             "tokenizer_hash": self.task.tokenizer.hash,
             "fingerprint": self.task.identity.get("fingerprint"),
             "dummy_data": self.task.dummy_data,

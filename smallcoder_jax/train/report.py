@@ -41,7 +41,7 @@ def write_report(folder: RunFolder, accounting: Mapping[str, Any], results: Mapp
         they are there.
       accounting: where the data came from and what was dropped: nested dicts and lists of dicts, as the data rooms
         write them; each becomes a table.
-      results: what the run achieved, of the same form.
+      results: what the run achieved, of the same form; "bits per byte" is shown at the top too.
 
     Raises UserError if a file of the run is missing or damaged.
     """
@@ -148,7 +148,7 @@ def _figures(info: Mapping[str, Any], results: Mapping[str, Any]) -> list[tuple[
         ]
         if info["best_val_loss"] is not None:
             figures.append(("best validation loss", f"{info['best_val_loss']:.4f}"))
-    bits_per_byte = results.get("bits_per_byte")
+    bits_per_byte = results.get("bits per byte")
     if isinstance(bits_per_byte, float):
         figures.append(("bits per byte", f"{bits_per_byte:.3f}"))
     return figures

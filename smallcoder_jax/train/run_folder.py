@@ -5,8 +5,10 @@ Folders are made when something is first written into them, so that looking at a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
+import fcntl
 import json
 import math
 import os
@@ -14,7 +16,7 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -105,6 +107,33 @@ class RunFolder:
     def report_html(self) -> Path:
         return self.path / "report.html"
 
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Makes the folder and keeps other processes from training in it.
+
+        Raises UserError where the folder cannot be made or written, or another process trains in it.
+        """
+        import jax
+
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / ".lock").open("w")
+        except OSError as error:
+            raise UserError(f"{self.path} cannot be written: {error}; choose another --workdir") from error
+        with file:  # the system releases the lock with the file, however the process ends
+            if jax.process_index() == 0:  # the other processes of the same run share the folder
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    raise UserError(
+                        f"another process trains in {self.path}; wait until it ends, or choose another --workdir"
+                    ) from error
+                except OSError as error:
+                    raise UserError(
+                        f"{self.path} cannot be locked: {error}; choose a --workdir on another file system"
+                    ) from error
+            yield
+
     def write_config(self, config: config_module.Config) -> None:
         """Writes the resolved configuration to `config.json`."""
         write_json_atomic(self.config_json, config_module.to_dict(config))
@@ -130,7 +159,11 @@ class RunFolder:
 
     def read_run_json(self) -> dict[str, Any]:
         """The content of `run.json`. Raises UserError if it is missing or damaged."""
-        return read_json(self.run_json, "the identity of a run; is this a run folder?")
+        what = "the identity of a run; is this a run folder?"
+        content = read_json(self.run_json, what)
+        if not isinstance(content, dict):
+            raise UserError(f"{self.run_json} holds a {type(content).__name__}, not a JSON object; expected {what}")
+        return content
 
 
 def read_json(path: Path, what: str) -> Any:
@@ -174,8 +207,17 @@ def finite(value: Any) -> Any:
     return str(value)
 
 
-def compare_identity(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """One line per difference between two identities; nested keys joined by dots. Empty where they agree."""
+def compare_identity(recorded: Any, current: Any) -> list[str]:
+    """One line per difference between two identities; nested keys joined by dots. Empty where they agree.
+
+    Both may come from files that hold anything: raises UserError where one is not a mapping.
+    """
+    for identity in (recorded, current):
+        if not isinstance(identity, Mapping):
+            raise UserError(
+                f"the identity of a run is a JSON object, but a {type(identity).__name__} is recorded: run.json or a "
+                "checkpoint's meta.json was changed; choose another --workdir, or take the file from a copy"
+            )
     before, after = _flatten(finite(recorded)), _flatten(finite(current))
     lines = []
     for key in sorted(before.keys() | after.keys()):

@@ -27,13 +27,11 @@ class ToyTokenizer:
     pad_id, bos_id, eos_id = PAD, BOS, EOS
     specials: dict[str, int]
     token_bytes: list[bytes]
-    starts_word: np.ndarray
     hash = "toy"
 
     def __init__(self):
         self.specials = {FIM_PREFIX: PREFIX, FIM_SUFFIX: SUFFIX, FIM_MIDDLE: MIDDLE}
         self.token_bytes = [b"x"] * 1000 + [b""] * 10
-        self.starts_word = np.ones(1010, bool)
 
     def encode(self, text):
         raise AssertionError("nothing merges, so nothing is encoded again")

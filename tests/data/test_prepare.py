@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import shutil
 import sys
@@ -11,8 +12,9 @@ import numpy as np
 import pytest
 
 from smallcoder_jax.config import Config, from_config_dict, to_dict
-from smallcoder_jax.data import corpus, prepare, shards
+from smallcoder_jax.data import collect, corpus, prepare, shards
 from smallcoder_jax.data.corpus import read_accounting, read_split
+from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.data.statistics import format_report
 from smallcoder_jax.errors import UserError
 from smallcoder_jax.tokenizers import base
@@ -55,6 +57,68 @@ def test_every_document_is_stored_once_with_bos_and_eos(tree: Path, make_config:
     assert not prepared.manifest.dummy
     assert (prepared.tokens_folder / prepared.manifest.tokenizer).resolve() == prepared.tokenizer_folder.resolve()
     assert "tensorflow" not in sys.modules
+
+
+@pytest.mark.parametrize("place", ["data", "src/data"])
+def test_a_folder_does_not_read_what_was_prepared_in_it(tree: Path, make_config: MakeConfig, place: str) -> None:
+    (tree / "src").mkdir()
+    (tree / "src" / "own.py").write_text(code(1000))
+    config = make_config(f"dir:{tree}", dir=str(tree / place))
+    first = prepare.prepare(config)
+    run = tree / "runs" / "one"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "run.json").write_text("{}\n")
+    second = prepare.prepare(config)
+    assert second.corpus_folder == first.corpus_folder
+    assert second.accounting["sources"][0]["kept"] == 41
+    for folder in (first.corpus_folder, first.tokens_folder):
+        shutil.rmtree(folder)
+    assert prepare.prepare(config).accounting["fingerprint"] == first.accounting["fingerprint"]
+
+
+def test_a_source_as_data_folder_is_read_without_what_was_prepared(tree: Path, make_config: MakeConfig) -> None:
+    config = make_config(f"dir:{tree}", dir=str(tree))
+    first = prepare.prepare(config)
+    assert prepare.prepare(config).corpus_folder == first.corpus_folder
+    assert first.accounting["sources"][0]["kept"] == 40
+
+
+@pytest.mark.parametrize("place", ["file", "file/data", "loop", "broken"])
+def test_a_data_folder_that_cannot_be_made(tree: Path, make_config: MakeConfig, tmp_path: Path, place: str) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "broken").symlink_to(tmp_path / "file" / "nothing")
+    with pytest.raises(UserError, match=r"cannot be made or written to.*data\.dir"):
+        prepare.prepare(make_config(f"dir:{tree}", dir=str(tmp_path / place)))
+
+
+def test_the_tokenizer_is_trained_on_every_source(tree: Path, make_config: MakeConfig, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    for number in range(300):
+        (other / f"{number}.txt").write_text(f"lemon tree number {number}, one of many in the garden of lemon trees\n")
+    small = tmp_path / "small"
+    small.mkdir()
+    for number in range(5):
+        (small / f"{number}.md").write_text(
+            f"zebra {number}: a note about zebras that is long enough to be kept here\n"
+        )
+    folder = prepare.prepare(make_config(f"dir:{other},dir:{tree},dir:{small}")).corpus_folder
+    size = 3000
+    texts = list(corpus.training_texts(folder, size))
+    sizes = {word: sum(len(text) for text in texts if word in text) for word in ("lemon", "zebra", "function")}
+    whole = {entry["spec"]: entry["train"]["bytes"] for entry in read_accounting(folder)["sources"]}
+    assert sizes["zebra"] == whole[f"dir:{small}"] < size / 3
+    assert sizes["lemon"] == pytest.approx((size - sizes["zebra"]) / 2, abs=100)
+    assert sizes["function"] == pytest.approx((size - sizes["zebra"]) / 2, abs=100)
+
+
+def test_one_source_is_read_to_train_on_as_far_as_asked(tree: Path, make_config: MakeConfig) -> None:
+    folder = prepare.prepare(make_config(f"dir:{tree}")).corpus_folder
+    stored = [document.text for document in read_split(folder, "train")]
+    assert list(corpus.training_texts(folder, 1)) == stored[:1]
+    assert list(corpus.training_texts(folder, len(stored[0]) + 1)) == stored[:2]
+    assert list(corpus.training_texts(folder, 1 << 20)) == stored
 
 
 def test_the_same_documents_give_the_same_fingerprint_anywhere(tree: Path, make_config: MakeConfig) -> None:
@@ -287,6 +351,27 @@ def test_dummy_data_only_when_asked_and_marked(tmp_path: Path, make_config: Make
     assert "does not exist" in prepared.accounting["sources"][0]["dummy"]
     assert {document.source for document in read_split(prepared.corpus_folder, "train")} == {"dummy"}
     assert "DUMMY" in format_report(prepared.manifest)
+
+
+def test_dummy_data_says_how_to_be_rid_of_it(
+    tree: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_config(f"dir:{tree}", allow_dummy_data=True)
+
+    def fail(*args: object) -> None:
+        raise UserError("the network is away")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(collect, "read_source", fail)
+        prepare.prepare(config)
+    said = io.StringIO()
+    dummy = prepare.prepare(config, Progress(said))
+    assert dummy.manifest.dummy
+    assert "the network is away" in said.getvalue()
+    for folder in (dummy.corpus_folder, dummy.tokenizer_folder, dummy.tokens_folder):
+        assert str(folder) in said.getvalue()
+        shutil.rmtree(folder)
+    assert not prepare.prepare(config).manifest.dummy
 
 
 def test_dummy_data_is_not_used_where_the_source_can_be_read(tree: Path, make_config: MakeConfig) -> None:

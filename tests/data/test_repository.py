@@ -25,6 +25,15 @@ def test_imported_files_come_first() -> None:
     ]
 
 
+def test_a_star_import_is_of_the_module() -> None:
+    assert order({"a.py": "from z import *\n", "p/b.py": "from .y import *\n", "p/y.py": "", "z.py": ""}) == [
+        "p/y.py",
+        "p/b.py",
+        "z.py",
+        "a.py",
+    ]
+
+
 def test_packages_below_a_source_folder() -> None:
     assert order({"src/app/a.py": "from app.z import f\n", "src/app/z.py": "f = 1\n"}) == [
         "src/app/z.py",

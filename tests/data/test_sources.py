@@ -12,9 +12,11 @@ from smallcoder_jax.data.sources import parse_sources, read_source, source_ident
 from smallcoder_jax.errors import UserError
 from tests.data.conftest import code
 
+ELSEWHERE = Path("/nonexistent")  # where prepared data is kept: not among the sources
+
 
 def read(spec: str) -> tuple[list[Document], list[tuple[str, str]]]:
-    items = list(read_source(parse_sources(spec)[0]))
+    items = list(read_source(parse_sources(spec)[0], ELSEWHERE))
     documents = [item for item in items if isinstance(item, Document)]
     return documents, [(item.reason, item.path) for item in items if isinstance(item, Skipped)]
 
@@ -33,6 +35,7 @@ def test_specs_with_weights_and_marks() -> None:
         ("stdlb", "unknown kind of source 'stdlb'.*did you mean 'stdlib'"),
         ("", "empty source"),
         ("stdlib,,installed", "empty source"),
+        ("sdtlib\nhere", "unknown kind of source"),
         ("stdlib@0", "positive number"),
         ("stdlib@x", "positive number"),
         ("dir:", "dir:PATH"),
@@ -44,6 +47,10 @@ def test_specs_with_weights_and_marks() -> None:
 def test_bad_specs(text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse_sources(text)
+
+
+def test_a_newline_in_a_path_is_part_of_it() -> None:
+    assert parse_sources("dir:a\nb@2")[0].location == "a\nb"
 
 
 def test_stdlib_is_sorted_and_without_installed_packages() -> None:
@@ -59,7 +66,7 @@ def test_stdlib_is_sorted_and_without_installed_packages() -> None:
 
 def test_installed_packages_are_repositories() -> None:
     found: dict[str, Document] = {}
-    for item in read_source(parse_sources("installed")[0]):
+    for item in read_source(parse_sources("installed")[0], ELSEWHERE):
         if isinstance(item, Document):
             found.setdefault(item.repository, item)
         if "absl" in found and item.path > "b":
@@ -160,6 +167,14 @@ def test_jsonl_with_provenance_and_bad_lines(tmp_path: Path) -> None:
     assert [reason for reason, _ in skipped] == ["unreadable", "unreadable", "binary", "unreadable", "unreadable"]
 
 
+def test_a_line_nested_too_deep_is_a_bad_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("[" * 200_000 + "\n" + json.dumps({"content": "a = 1"}) + "\n")
+    documents, skipped = read(f"jsonl:{path}")
+    assert [document.text for document in documents] == ["a = 1"]
+    assert skipped == [("unreadable", "rows.jsonl:0")]
+
+
 def test_columns(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"question": "q", "answer": "a", "text": "t"}) + "\n")
@@ -203,6 +218,23 @@ def test_hub_source(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+@pytest.mark.parametrize(("given", "streaming"), [("1", True), ("True", True), ("0", False), ("False", False)])
+def test_streaming_is_on_or_off(monkeypatch: pytest.MonkeyPatch, given: str, streaming: bool) -> None:
+    import datasets
+
+    calls = []
+
+    def load(*args: object, **options: object) -> datasets.Dataset:
+        calls.append(options["streaming"])
+        return datasets.Dataset.from_list([{"content": "x = 1"}])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    read(f"hf:own/name?streaming={given}")
+    assert calls == [streaming]
+    with pytest.raises(UserError, match="streaming='no' is neither on nor off"):
+        read("hf:own/name?streaming=no")
+
+
 @pytest.mark.parametrize("error", [ConnectionError("no route"), ValueError("bad config"), FileNotFoundError("gone")])
 def test_hub_source_without_a_network(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     import datasets
@@ -228,10 +260,10 @@ def test_unknown_tfds_name() -> None:
 
 def test_identity_follows_the_files(tree: Path) -> None:
     (spec,) = parse_sources(f"dir:{tree}")
-    before = source_identity(spec)
-    assert source_identity(spec) == before
+    before = source_identity(spec, ELSEWHERE)
+    assert source_identity(spec, ELSEWHERE) == before
     (tree / "f00.py").write_text(code(77) + "\n")
-    assert source_identity(spec) != before
+    assert source_identity(spec, ELSEWHERE) != before
 
 
 def test_tfds_rows(tree: Path, make_config: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

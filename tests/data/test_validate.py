@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -102,6 +103,94 @@ def test_changed_records_are_found(arguments: list[str], tmp_path: Path) -> None
     accounting_path.write_text(json.dumps(plain))
     with pytest.raises(CheckFailed, match="corpus's fingerprint"):
         validate_data.main(arguments)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dummy": True}, "says dummy=True"),
+        ({"accounting": "fingerprint"}, "accounting says fingerprint='other'"),
+        ({"bytes": 1}, "bytes; recorded"),
+        ({"lost": True}, "fewer records"),
+    ],
+)
+def test_a_manifest_that_was_tampered_with(
+    tree: Path, make_config, changes: dict[str, object], message: str, tmp_path: Path
+) -> None:
+    prepared = prepare.prepare(make_config(f"dir:{tree}"))
+    manifest, folder = prepared.manifest, prepared.tokens_folder
+    (source,) = manifest.sources
+    if "dummy" in changes:
+        manifest = dataclasses.replace(manifest, dummy=True)
+    if "accounting" in changes:
+        manifest = dataclasses.replace(manifest, accounting={**manifest.accounting, "fingerprint": "other"})
+    if "bytes" in changes:
+        split = dataclasses.replace(source.train, bytes=source.train.bytes + 1)
+        manifest = dataclasses.replace(manifest, sources=(dataclasses.replace(source, train=split),))
+    if "lost" in changes:  # every record but the last, with counts and fingerprint that agree
+        stored = {
+            name: [
+                (ids, len(ids) - 2) for ids in shards.read_records(folder, getattr(source, name).files, manifest.dtype)
+            ]
+            for name in shards.SPLITS
+        }
+        folder = tmp_path / "lost"
+        written = shards.SourceTokens(
+            source.spec, source.weight, source.fim, stored["train"][:-1], stored["validation"]
+        )
+        manifest = shards.write_tokens(
+            folder,
+            [written],
+            vocab_size=manifest.vocab_size,
+            tokenizer_hash=manifest.tokenizer_hash,
+            tokenizer=manifest.tokenizer,
+            accounting=lambda entries: prepared.manifest.accounting,
+        )
+    problems = validate(dataclasses.replace(prepared, manifest=manifest, tokens_folder=folder), 1.0, lambda line: None)
+    assert len(problems) == 1
+    assert message in problems[0]
+
+
+def test_documents_that_the_accounting_leaves_out(arguments: list[str], tmp_path: Path) -> None:
+    prepare_data.main(arguments)
+    (path,) = _files(tmp_path, "corpus/*/accounting.json")
+    plain = json.loads(path.read_text())
+    plain["sources"][0]["train"]["documents"] -= 1
+    path.write_text(json.dumps(plain))
+    with pytest.raises(CheckFailed, match=r"train: .* documents are stored"):
+        validate_data.main(arguments)
+
+
+@pytest.mark.parametrize("damage", ["dataset_info", "accounting", "manifest"])
+def test_damaged_records_are_one_message(arguments: list[str], tmp_path: Path, damage: str) -> None:
+    prepare_data.main(arguments)
+    if damage == "dataset_info":
+        (path,) = _files(tmp_path, "corpus/*/*/*/dataset_info.json")
+        path.write_text(path.read_text()[:-20])
+    else:
+        name, key = ("corpus/*/accounting", "fingerprint") if damage == "accounting" else ("tokens/*/manifest", "")
+        (path,) = _files(tmp_path, f"{name}.json")
+        plain = json.loads(path.read_text())
+        del (plain if key else plain["accounting"])[key or "repository_order"]
+        path.write_text(json.dumps(plain))
+    with pytest.raises(UserError, match="damaged"):
+        validate_data.main(arguments)
+
+
+def test_the_line_to_check_data_can_be_pasted(
+    arguments: list[str], tree: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    spaced = tree.rename(tree.parent / "my tree; x")
+    overrides = [f"--config.data.sources=dir:{spaced}"]
+    prepare_data.main([*arguments, *overrides])
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert shlex.split(line.partition("check it:")[2]) == [
+        "python",
+        "-m",
+        "tools.validate_data",
+        *arguments,
+        *overrides,
+    ]
 
 
 def test_ids_of_another_text_are_found(tree: Path, make_config) -> None:

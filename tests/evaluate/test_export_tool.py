@@ -50,6 +50,30 @@ def test_step_dtype_and_no_check(trained: Path, tmp_path: Path) -> None:
         export.main(["--checkpoint", run, "--step", "13"])
 
 
+def test_a_run_is_not_replaced_by_its_export(trained: Path) -> None:
+    run = trained / "run"
+    with pytest.raises(UserError, match="is no exported model, so it is not replaced"):
+        export.main(["--checkpoint", str(run), "--skip-parity", "--output", str(run)])
+    assert (run / "checkpoints").is_dir()
+
+
+def test_a_folder_of_others_has_no_card_to_write_again(trained: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    export.main(["--checkpoint", str(trained / "run"), "--skip-parity", "--output", str(folder)])
+    (folder / "export.json").unlink()
+    with pytest.raises(UserError, match=r"has no export\.json"):
+        export.main(["--checkpoint", str(folder)])
+
+
+@pytest.mark.parametrize("damage", [None, "{", "[]"])
+def test_a_run_without_its_config(damage: str | None, trained: Path, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text((trained / "run" / "run.json").read_text())
+    if damage is not None:
+        (tmp_path / "config.json").write_text(damage)
+    with pytest.raises(UserError, match="config"):
+        smallcoder_jax.load(tmp_path)
+
+
 def test_nothing_is_published_where_transformers_disagrees(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

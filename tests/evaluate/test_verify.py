@@ -162,8 +162,21 @@ def test_a_changed_tokenizer_is_wrong_data(copied: Path) -> None:
 
 
 def test_what_cannot_be_read_is_an_error(copied: Path) -> None:
-    (copied / "run.json").write_text("{")
-    assert verify(copied).status == "error"
+    kept = (copied / "run.json").read_text()
+    for content in ("{", "[]", json.dumps({**json.loads(kept), "identity": []})):
+        (copied / "run.json").write_text(content)
+        assert verify(copied).status == "error"
+    (copied / "run.json").write_text(kept)
+    meta = json.loads((newest(copied) / "meta.json").read_text())
+    for damaged in ([], {**meta, "identity": []}, {**meta, "leaves": []}):
+        (newest(copied) / "meta.json").write_text(json.dumps(damaged))
+        seal(newest(copied))
+        assert verify(copied).status == "error"
+
+
+def test_a_manifest_of_another_form_is_corrupt(copied: Path) -> None:
+    change(newest(copied) / checkpoint.MANIFEST, files=[])
+    assert verify(copied).status == "corrupt"
 
 
 def test_command(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

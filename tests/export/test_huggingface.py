@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+import smallcoder_jax
 from smallcoder_jax.config import ModelConfig
 from smallcoder_jax.errors import UserError
 from smallcoder_jax.export import huggingface, names
@@ -76,6 +77,43 @@ def test_export_replaces_an_export_and_nothing_else(tokenizer: Tokenizer, tmp_pa
     with pytest.raises(UserError, match="is no exported model, so it is not replaced"):
         export(tmp_path / "notes", llama(), tokenizer)
     assert {path.name for path in tmp_path.iterdir()} == {"out", "notes"}
+
+
+def test_a_run_is_not_replaced(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    for name in ("config.json", "run.json", "checkpoints/best"):
+        (tmp_path / "run" / name).write_text("{}")
+    with pytest.raises(UserError, match="is no exported model, so it is not replaced"):
+        export(tmp_path / "run", llama(), tokenizer)
+    assert (tmp_path / "run" / "checkpoints" / "best").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_output_that_cannot_be_written(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("keep")
+    with pytest.raises(UserError, match="is no exported model, so it is not replaced"):
+        export(tmp_path / "file", llama(), tokenizer)
+    with pytest.raises(UserError, match="cannot be written"):
+        export(tmp_path / "file" / "out", llama(), tokenizer)
+    assert (tmp_path / "file").read_text() == "keep"
+
+
+def test_output_without_a_name_of_its_own(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    export(Path(), llama(), tokenizer)
+    assert set(contents(tmp_path / "here")) == FILES
+
+
+def test_a_link_to_an_export_stays_a_link(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    export(tmp_path / "out", llama(), tokenizer)
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    export(tmp_path / "link", gpt2(), tokenizer)
+    assert huggingface.read_export(tmp_path / "out").model == gpt2()
+    assert (tmp_path / "link").is_symlink()
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "link"}
 
 
 def test_card(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -265,6 +303,9 @@ def test_missing_and_damaged_files(exported: Path, tmp_path: Path) -> None:
     (folder / "export.json").write_text('{"format": 9}')
     with pytest.raises(UserError, match="has format 9; this version reads format 1"):
         huggingface.read_record(folder)
+    (folder / "export.json").unlink()
+    with pytest.raises(UserError, match=r"has no export\.json: it was not written by tools\.export"):
+        huggingface.read_record(folder)
 
 
 def test_a_folder_of_transformers_is_read(tmp_path: Path) -> None:
@@ -285,6 +326,57 @@ def test_a_folder_of_transformers_is_read(tmp_path: Path) -> None:
     query = params["blocks"][0]["attention"]["query"]["kernel"]
     weight = theirs.model.layers[0].self_attn.q_proj.weight.detach().to(torch.float32).numpy()
     np.testing.assert_array_equal(query, weight.T)
+
+
+def strip_prefix(tensors: dict[str, np.ndarray], keep: str = "") -> None:
+    for name in [name for name in tensors if name.startswith("transformer.") and name != keep]:
+        tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+
+
+def add_masks(tensors: dict[str, np.ndarray], prefix: str = "") -> None:
+    for i in range(2):
+        tensors[f"{prefix}h.{i}.attn.bias"] = np.ones((1, 1, 4, 4), np.uint8)
+        tensors[f"{prefix}h.{i}.attn.masked_bias"] = np.array(-1e4, np.float32)
+
+
+def test_published_gpt2_is_read(tmp_path: Path) -> None:
+    """OpenAI's file has no prefix, and old files hold the causal masks."""
+    model = gpt2(vocab_size=256)
+    params = export(tmp_path / "out", model, ByteTokenizer())
+    change_tensors(tmp_path / "out", lambda tensors: add_masks(tensors, "transformer."))
+    for change in (lambda tensors: None, strip_prefix):
+        read = huggingface.read_export(change_tensors(tmp_path / "out", change)).params
+        assert jax.tree.structure(read) == jax.tree.structure(params)
+        for mine, stored in zip(jax.tree.leaves(params), jax.tree.leaves(read), strict=True):
+            np.testing.assert_array_equal(stored, mine)
+
+
+def test_published_gpt2_that_does_not_fit(tmp_path: Path) -> None:
+    export(tmp_path / "out", gpt2(vocab_size=256), ByteTokenizer())
+    change_tensors(tmp_path / "out", strip_prefix)
+    twice = {"transformer.ln_f.weight": np.ones(64, np.float32)}
+    with pytest.raises(UserError, match=r"the file holds ln_f\.weight, which"):
+        huggingface.read_export(change_tensors(tmp_path / "out", lambda tensors: tensors.update(twice)))
+
+
+def test_published_folder_is_loaded(tmp_path: Path) -> None:
+    """Without any file of this package, and with the tokenizer in either published form."""
+    from tests.export.test_tokenizer import published
+
+    folder = tmp_path / "gpt2"
+    tokenizer = published()
+    export(folder, gpt2(vocab_size=tokenizer.vocab_size), tokenizer)
+    for name in ("tokenizer_kind.json", "export.json", "README.md"):
+        (folder / name).unlink()
+    assert smallcoder_jax.load(folder).tokenizer.encode("abba é") == tokenizer.encode("abba é")
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match="is no tokenizer's folder"):
+        smallcoder_jax.load(folder)
+    (folder / "tokenizer_config.json").unlink()
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (folder / "merges.txt").write_text("#version: 0.2\na b\n")
+    assert smallcoder_jax.load(folder).tokenizer.encode("abba é") == tokenizer.encode("abba é")
 
 
 @pytest.mark.parametrize("name", MODELS)

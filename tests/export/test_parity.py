@@ -95,6 +95,19 @@ def lose_chat_template(folder: Path) -> None:
     path.write_text(path.read_text().replace("<|im_end|>\\n", "<|im_end|>"))
 
 
+def lose_beginning(folder: Path) -> None:
+    change_tokenizer(folder, post_processor=None)
+
+
+def lose_decoder(folder: Path) -> None:
+    change_tokenizer(folder, decoder=None)
+
+
+def change_tokenizer(folder: Path, **values: Any) -> None:
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
 @pytest.mark.parametrize(
     ("damage", "complaint"),
     [
@@ -104,6 +117,8 @@ def lose_chat_template(folder: Path) -> None:
         (convert_with_transformers, r"token ids of texts .* FAILED"),
         (lose_merges, r"token ids of texts .* FAILED"),
         (lose_chat_template, r"chat template .* FAILED"),
+        (lose_beginning, r"special pieces .* not beginning in front of a text .* FAILED"),
+        (lose_decoder, r"text of token ids .* FAILED"),
     ],
 )
 def test_damage_is_noticed(damage: Any, complaint: str, tokenizer: Tokenizer, tmp_path: Path) -> None:

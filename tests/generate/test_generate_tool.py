@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import json
+import os
 import types
 
 import pytest
@@ -141,6 +142,7 @@ def test_wrong_flags_and_files_are_explained(tmp_path):
         (["--prompt", "a", "--line", "1"], "--file"),
         (["--file", str(tmp_path / "code.py"), "--line", "3"], "give 1 to 2"),
         (["--prompt", "a", "--output-file", str(tmp_path / "no" / "out")], "no folder"),
+        (["--prompt", "a", "--output-file", str(tmp_path)], "is a folder; name a file"),
         (["--prompt", "a", "--batch-size", "0"], "--batch-size 0"),
         (["--prompt", "a", "--top-p", "3"], "top_p=3"),
         (["--interactive", "--num-samples", "2"], "--interactive"),
@@ -148,3 +150,14 @@ def test_wrong_flags_and_files_are_explained(tmp_path):
     for flags, message in cases:
         with pytest.raises(UserError, match=message):
             job_of(*flags)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_an_output_file_that_may_not_be_written_is_refused_beforehand(tmp_path, monkeypatch, there):
+    path = tmp_path / "out.jsonl"
+    if there:
+        path.write_text("keep")
+    # Permissions do not stop root, who may run this.
+    monkeypatch.setattr(os, "access", lambda asked, mode: asked != (path if there else tmp_path))
+    with pytest.raises(UserError, match=r"out\.jsonl may not be written"):
+        job_of("--prompt", "a", "--output-file", str(path))

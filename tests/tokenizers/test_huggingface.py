@@ -1,9 +1,10 @@
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from smallcoder_jax.errors import UserError
 from smallcoder_jax.tokenizers import base
@@ -103,6 +104,74 @@ def test_own_tokenizer_as_a_published_one(trained: SentencePieceTokenizer, tmp_p
     assert isinstance(published, HuggingFaceTokenizer)
     assert published.specials == trained.specials
     assert published.token_bytes == trained.token_bytes
+
+
+@pytest.fixture(scope="module")
+def qwen(code: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As Qwen2.5-Coder's: text is normalised, and pieces of fill-in-the-middle and tools are not flagged special."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, special_tokens=[END], show_progress=False)
+    tokenizer.train_from_iterator(code[:2], trainer)
+    pieces = (base.FIM_PREFIX, base.FIM_MIDDLE, base.FIM_SUFFIX, base.REPO_NAME, base.FILE_SEP, *base.TOOL_PIECES)
+    tokenizer.add_tokens([AddedToken(piece, special=False, normalized=False) for piece in pieces])
+    return _publish(tmp_path_factory.mktemp("qwen") / "t", tokenizer, eos_token=END)
+
+
+def test_pieces_that_are_not_flagged_special_never_come_from_a_text(qwen: Path, tmp_path: Path) -> None:
+    tokenizer = read_hugging_face(str(qwen))
+    assert {base.FIM_PREFIX, base.REPO_NAME, base.FILE_SEP, *base.TOOL_PIECES} <= tokenizer.specials.keys()
+    text = f"a {base.FIM_PREFIX}<|fim_suffix|>\n{base.FILE_SEP} <tool_call> </tool_response> {base.REPO_NAME}"
+    ids = tokenizer.encode(text)
+    assert not set(ids) & set(tokenizer.specials.values())
+    assert b"".join(tokenizer.token_bytes[i] for i in ids) == text.encode()
+    tokenizer.save(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert (loaded.hash, loaded.specials) == (tokenizer.hash, tokenizer.specials)
+    assert loaded.encode(text) == ids
+
+
+def test_normalisation_is_switched_off(qwen: Path) -> None:
+    tokenizer = read_hugging_face(str(qwen))
+    for text in ("e\u0301", "\u212b", "\ufb01", "\u3000"):
+        assert b"".join(tokenizer.token_bytes[i] for i in tokenizer.encode(text)) == text.encode()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [normalizers.Lowercase(), normalizers.Strip(), normalizers.Sequence([normalizers.NFKD()])],
+    ids=["lower", "strip", "decompose"],
+)
+def test_a_tokenizer_that_changes_the_text_is_refused(
+    byte_level: Path, tmp_path: Path, change: normalizers.Normalizer
+) -> None:
+    tokenizer = Tokenizer.from_file(str(byte_level / "tokenizer.json"))
+    tokenizer.normalizer = change
+    with pytest.raises(UserError, match="changes the text"):
+        read_hugging_face(str(_publish(tmp_path / "t", tokenizer, eos_token=END)))
+
+
+def test_what_a_text_is_encoded_behind_does_not_join_with_it(tmp_path: Path) -> None:
+    """A space is added before every text, so that a text needs something before it, and newlines are joined."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "▁", "\n", "a", "\n\n"]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("\n", "\n")], unk_token="<unk>", byte_fallback=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.add_special_tokens(pieces[:3])
+    read = read_hugging_face(str(_publish(tmp_path / "t", tokenizer, bos_token="<s>", eos_token="</s>")))
+    for text in ("\n", "\n\n", "a", "\na", "  a\n\n\n", "\x02"):
+        assert b"".join(read.token_bytes[i] for i in read.encode(text)) == text.encode()
+
+
+def test_a_file_of_an_unknown_model(byte_level: Path, tmp_path: Path) -> None:
+    shutil.copytree(byte_level, tmp_path / "t")
+    path = tmp_path / "t" / "tokenizer.json"
+    path.write_text(path.read_text().replace('"BPE"', '"Future"'))
+    with pytest.raises(UserError, match="cannot be loaded"):
+        open_tokenizer("hf", str(tmp_path / "t"))
 
 
 def test_missing_folder_names_cause_and_ways_out(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from smallcoder_jax.train import charts
 from smallcoder_jax.train.run_folder import RunFolder
@@ -52,6 +53,16 @@ def test_charts_are_png_files_of_the_stated_size(tmp_path: Path, values: dict[st
     assert pixels.dtype == np.uint8
     assert pixels.min() < 100  # something is drawn
     assert pixels.max() == 255
+
+
+def test_the_comparison_says_what_each_side_was_measured_on() -> None:
+    axes = Figure().subplots()
+    values = history(3)
+    charts._draw_bits_per_byte(axes, charts._Curves(values, "eval_"), values["references"])
+    legend = axes.get_legend()
+    assert legend is not None
+    assert legend.get_title().get_text() == "model: rows evaluated; compressors: all held-out files"
+    assert len(legend.get_texts()) == 3
 
 
 def test_long_curves_are_thinned_and_keep_their_spikes() -> None:

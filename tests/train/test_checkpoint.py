@@ -174,6 +174,8 @@ def test_truncated_missing_and_added_files_are_refused_by_name(saved: Path, tmp_
     (step / MANIFEST).write_text("{")
     (problem,) = verify_step(step)
     assert problem.startswith(f"{step / MANIFEST}: unreadable")
+    (step / MANIFEST).write_text('{"files": []}')
+    assert verify_step(step) == [f"{step / MANIFEST}: unreadable ('files' is a list, not an object)"]
     (step / MANIFEST).unlink()
     assert verify_step(step) == [f"{step / MANIFEST}: missing, so the save was never finished"]
 
@@ -192,6 +194,15 @@ def test_an_empty_or_half_written_step_is_never_the_latest(saved: Path, tmp_path
     checkpointer.save(state_at(7, seed=7), META, DATA_STATE)
     checkpointer.wait()
     assert_equal(checkpointer.restore(7, abstract_of(state_at(7))).state, state_at(7, seed=7))
+
+
+def test_what_is_not_a_step_is_never_removed(tmp_path: Path) -> None:
+    (tmp_path / "backup" / "250").mkdir(parents=True)
+    (tmp_path / "backup" / "250" / "mine").write_text("kept")
+    (tmp_path / "7").mkdir()
+    Checkpointer(tmp_path, 3)
+    assert (tmp_path / "backup" / "250" / "mine").read_text() == "kept"
+    assert not (tmp_path / "7").exists()
 
 
 def test_no_checkpoint_at_all(tmp_path: Path) -> None:
@@ -257,17 +268,20 @@ def test_a_full_disk_is_one_message_and_the_earlier_step_stays(
     assert_equal(again.restore(2, abstract_of(state_at(2))).state, state_at(2, seed=2))
 
 
+@pytest.mark.parametrize(
+    "error", [OSError(errno.EIO, "what it was"), MemoryError("what it was"), KeyError("what it was")]
+)
 def test_the_next_call_raises_what_a_save_in_the_background_raised(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpointer = save(tmp_path, 1)
 
     def fail(folder: Path) -> Any:
-        raise OSError(errno.EIO, "Input/output error")
+        raise error
 
     monkeypatch.setattr(checkpoint, "checksums", fail)
     checkpointer.save(state_at(2), META, DATA_STATE)
-    with pytest.raises(UserError, match="Input/output error"):
+    with pytest.raises(UserError, match=rf"{type(error).__name__}: .*what it was"):
         checkpointer.save(state_at(3), META, DATA_STATE)
     checkpointer.check()  # said once
     assert json.loads((tmp_path / "1" / MANIFEST).read_text())["format"] == 1

@@ -5,9 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from smallcoder_jax.config import Config
+from smallcoder_jax.config import Config, EvalConfig, TrainConfig
 from smallcoder_jax.errors import UserError
+from smallcoder_jax.stages.run import _results
 from smallcoder_jax.train import charts, report, run_folder
+from smallcoder_jax.train.loop import Outcome
 from smallcoder_jax.train.run_folder import RunFolder, write_json_atomic
 
 ATTACK = "<script>alert('x')</script>&amp;"
@@ -83,14 +85,11 @@ def test_the_page_loads_nothing_from_elsewhere(folder: RunFolder) -> None:
 def test_it_says_what_the_run_was(folder: RunFolder) -> None:
     write_info(folder, dummy_data=False)
     accounting = {"sources": [{"spec": "stdlib", "train": {"documents": 1632, "tokens": 7_812_345}}]}
-    page = Page(
-        report.write_report(folder, accounting, {"bits_per_byte": 1.604, "export parity": "passed"}).read_text()
-    )
+    page = Page(report.write_report(folder, accounting, {"export parity": "passed"}).read_text())
     for expected in (
         "SmallCoder-nano",
         "4.2M",
         "1m30s",
-        "1.604",
         "passed",
         "7,812,345",
         "accuracy 25.0%",
@@ -101,6 +100,25 @@ def test_it_says_what_the_run_was(folder: RunFolder) -> None:
     assert f"python -m tools.verify_models --run {folder.path}" in page.text
     assert folder.read_run_json()["command"] in page.text
     assert "Trained on dummy data" not in page.text
+
+
+def test_bits_per_byte_stand_at_the_top_and_say_what_they_are_of(folder: RunFolder) -> None:
+    config = Config(train=TrainConfig(batch_size=8), eval=EvalConfig(batches=5))
+    references = {"gzip -9": 1.98, "xz -9e, all in one": 1.21}
+
+    def page(config: Config, evaluation: dict[str, float]) -> str:
+        outcome = Outcome(step=20, interrupted=False, evaluation=evaluation, tokens_seen=1_000_000)
+        return Page(report.write_report(folder, {}, _results(config, outcome, references)).read_text()).text
+
+    shown = page(config, {"loss": 2.5, "bits_per_byte": 1.604})
+    results = shown.index("Results", shown.index("Reproduce"))
+    assert shown.index("1.604") < results < shown.rindex("1.604")
+    assert "the first 40 rows of the held-out files, or all if fewer" in shown
+    of_compressors = shown.index("bits per byte of compressors, on all held-out files")
+    assert results < shown.rindex("1.604") < of_compressors < shown.index("1.98") < shown.index("1.21")
+    whole = page(Config(eval=EvalConfig(batches=0)), {"loss": 2.5, "bits_per_byte": 1.604})
+    assert "evaluated onall held-out files" in whole.replace("\n", "")
+    assert "evaluated on" not in page(config, {})
 
 
 def test_dummy_data_is_said_at_the_top(folder: RunFolder) -> None:

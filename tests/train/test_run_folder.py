@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,49 @@ def test_looking_creates_nothing(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"run\.json does not exist"):
         folder.read_run_json()
     assert not folder.path.exists()
+
+
+HOLD = """
+import pathlib, sys
+from smallcoder_jax.train.run_folder import RunFolder
+with RunFolder(pathlib.Path(sys.argv[1])).locked():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_another_process_is_kept_out_until_it_ends(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "deep" / "run")
+    environment = os.environ | {"PYTHONPATH": str(Path(run_folder.__file__).parents[2])}
+    command = [sys.executable, "-c", HOLD, str(folder.path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match="another process trains in"), folder.locked():
+            pytest.fail("two processes in one folder")
+        other.kill()
+    with folder.locked():
+        assert folder.path.is_dir()
+
+
+def test_the_lock_ends_with_its_block(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    with folder.locked(), pytest.raises(UserError, match="another process trains in"), folder.locked():
+        pytest.fail("two runs in one folder")
+    with pytest.raises(ZeroDivisionError), folder.locked():
+        raise ZeroDivisionError
+    with folder.locked():
+        assert (tmp_path / ".lock").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    below_a_file = RunFolder(tmp_path / "file" / "run")
+    with pytest.raises(UserError, match=r"run cannot be written: .*Not a directory"), below_a_file.locked():
+        pytest.fail("there is no folder")
+    (tmp_path / "run" / ".lock").mkdir(parents=True)  # stands for a file that this user may not open
+    with pytest.raises(UserError, match="run cannot be written: "), RunFolder(tmp_path / "run").locked():
+        pytest.fail("there is no lock")
 
 
 def test_json_has_no_nan_and_takes_numpy(tmp_path: Path) -> None:
@@ -61,6 +107,12 @@ def test_an_identity_that_went_through_json_compares_equal(tmp_path: Path) -> No
     assert compare_identity(json.loads((tmp_path / "a.json").read_text()), identity) == []
 
 
+@pytest.mark.parametrize("damaged", [[], "text", None, 3])
+def test_an_identity_that_is_no_object_is_refused(damaged: object) -> None:
+    with pytest.raises(UserError, match=f"a {type(damaged).__name__} is recorded"):
+        compare_identity(damaged, {"data": "aa"})
+
+
 def test_run_json_keeps_every_start_and_what_others_recorded(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.write_run_json({"data": "aa"}, {"attention": "xla"})
@@ -80,6 +132,9 @@ def test_damaged_run_json_is_one_message(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.run_json.write_text('{"identity": ')
     with pytest.raises(UserError, match="cannot be read"):
+        folder.read_run_json()
+    folder.run_json.write_text("[]")
+    with pytest.raises(UserError, match="holds a list, not a JSON object"):
         folder.read_run_json()
 
 

@@ -1,0 +1,139 @@
+"""The loop: what may be continued, signals while the last save is written, gradients that are logged."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from smallcoder_jax.config import CheckpointConfig, Config, DataConfig, EvalConfig, LogConfig, TokenizerConfig
+from smallcoder_jax.data.prepare import prepare
+from smallcoder_jax.errors import UserError
+from smallcoder_jax.stages import pretrain, run
+from smallcoder_jax.train import loop
+from smallcoder_jax.train.checkpoint import Checkpointer
+from smallcoder_jax.train.run_folder import RunFolder
+from smallcoder_jax.train.terminal import Terminal
+from tests.helpers import tiny_config, tiny_model
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+
+
+def config_of(root: Path) -> Config:
+    config = tiny_config(
+        model=tiny_model(vocab_size=256, layers=1),
+        tokenizer=TokenizerConfig(kind="bytes"),
+        data=DataConfig(sources=f"dir:{root / 'code'}", dir=str(root / "data"), validation_fraction=0.2),
+        eval=EvalConfig(every=0, batches=1, sample_tokens=0),
+        checkpoint=CheckpointConfig(every=1),
+        log=LogConfig(tensorboard=False, charts_every=0),
+    )
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, steps=2))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of `code`, `data` and a run of two steps, `run`."""
+    root = tmp_path_factory.mktemp("loop")
+    (root / "code").mkdir()
+    for number in range(40):
+        text = f"def function_{number}(x):\n    # adds {number} to x, which is a number\n    return x + {number}\n"
+        (root / "code" / f"f{number:02d}.py").write_text(text)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        assert run.train(config_of(root), root / "run").step == 2
+    return root
+
+
+@contextlib.contextmanager
+def trainer_in(folder: Path, config: Config) -> Iterator[loop.Trainer]:
+    with RunFolder(folder).locked(), (folder / "terminal").open("w") as terminal:
+        shown = Terminal(terminal, total_steps=config.train.steps, log_every=1)
+        trainer = loop.Trainer(config, RunFolder(folder), pretrain.make_task(config, prepare(config), {}), shown)
+        yield trainer
+
+
+def changed(config: Config, section: str, **values: Any) -> Config:
+    return dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **values)})
+
+
+def test_checkpoints_that_came_without_their_run_json_are_of_a_run_too(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "run" / "checkpoints", tmp_path / "checkpoints", symlinks=True)
+    config = config_of(root)
+    for other, named in {
+        changed(config, "train", seed=5): "train.seed: the run has 0, now 5",
+        changed(config, "optimizer", name="muon"): "optimizer.name: the run has 'adamw', now 'muon'",
+    }.items():
+        with pytest.raises(UserError, match=f"holds another run(.|\n)*{named}"):
+            run.train(other, tmp_path)
+    assert not (tmp_path / "run.json").exists()
+    assert run.train(config, tmp_path).step == 2  # and the refusals have let go of the folder
+
+
+def test_a_run_json_without_an_identity_is_refused(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text('{"tensorboard": "off"}')
+    with pytest.raises(UserError, match="the identity of a run is a JSON object"):
+        run.train(config_of(root), tmp_path)
+
+
+def test_sigterm_while_the_last_save_is_written_waits_for_it(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outside: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: outside.append(number))
+    wait = Checkpointer.wait
+
+    def wait_under_fire(checkpointer: Checkpointer) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        wait(checkpointer)
+
+    monkeypatch.setattr(Checkpointer, "wait", wait_under_fire)
+    config = changed(config_of(root), "checkpoint", every=2)
+    try:
+        with trainer_in(tmp_path, config) as trainer:
+            outcome = trainer.run()
+            assert outside == []
+            assert trainer.checkpointer.steps() == [2]
+            assert not outcome.interrupted  # there is nothing left to continue
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_a_failed_run_has_its_save_finished_before_the_folder_is_free(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken(Exception):
+        pass
+
+    def fail(*_: object) -> None:
+        raise Broken
+
+    monkeypatch.setattr(loop.Trainer, "_write_info", fail)
+    monkeypatch.setattr(loop.Trainer, "_train", lambda trainer, stop: (trainer._save(False), fail()))
+    with pytest.raises(Broken):
+        run.train(config_of(root), tmp_path)
+    assert (tmp_path / "checkpoints" / "0" / "manifest.json").exists()
+    with RunFolder(tmp_path).locked():
+        assert Checkpointer(tmp_path / "checkpoints", 3).steps() == [0]
+
+
+def test_logged_gradients_are_per_token(root: Path, tmp_path: Path) -> None:
+    with trainer_in(tmp_path, config_of(root)) as trainer:
+        trainer.log.close()
+        batch = {key: jnp.asarray(value) for key, value in next(iter(trainer.task.validation_batches(1))).items()}
+        total = jax.grad(lambda params: trainer.task.loss_fn(params, batch, None)[0])(trainer.state.params)
+        count = batch["loss_weights"].sum()
+        assert count > 100
+        for found, summed in zip(
+            jax.tree.leaves(trainer.gradient(trainer.state.params, batch)), jax.tree.leaves(total), strict=True
+        ):
+            np.testing.assert_allclose(found, np.asarray(summed) / count, rtol=1e-3, atol=1e-6)
