@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import math
 from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -194,11 +193,6 @@ def from_config_dict(values: ConfigDict | Mapping[str, Any]) -> Config:
     config = _build(Config, plain, "")
     validate(config)
     return config
-
-
-def from_json(text: str) -> Config:
-    """The config of a run's `config.json`."""
-    return from_config_dict(json.loads(text))
 
 
 def parameter_count(model: ModelConfig) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import pytest
 
-from smallcoder_jax.config import from_json
+from smallcoder_jax.config import from_config_dict
 from smallcoder_jax.evaluate.verify import Verdict, verify
 from smallcoder_jax.models import build
 from smallcoder_jax.train import checkpoint
@@ -85,7 +85,7 @@ def test_a_removed_file_is_corrupt(copied: Path) -> None:
 
 def other_weights(copied: Path, scale: float) -> None:
     """Replaces the newest checkpoint by one of the same shape, with checksums that hold."""
-    config = from_json((copied / "config.json").read_text())
+    config = from_config_dict(json.loads((copied / "config.json").read_text()))
     meta = json.loads((newest(copied) / "meta.json").read_text())
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     _, abstract = build.abstract_model(config.model, FLOAT32)

@@ -141,7 +141,7 @@ def test_damaged_run_json_is_one_message(tmp_path: Path) -> None:
 def test_config_comes_back(tmp_path: Path) -> None:
     config = config_module.Config(name="nano")
     RunFolder(tmp_path).write_config(config)
-    assert config_module.from_json(RunFolder(tmp_path).config_json.read_text()) == config
+    assert config_module.from_config_dict(json.loads(RunFolder(tmp_path).config_json.read_text())) == config
 
 
 def test_training_info(tmp_path: Path) -> None:
