@@ -172,6 +172,12 @@ def eval_rows(config: Config) -> int:
     return config.eval.batch_size or config.train.microbatch_rows
 
 
+def evaluated_on(config: Config) -> str:
+    """What an evaluation during training covers, in words."""
+    rows = config.eval.batches * eval_rows(config)
+    return f"the first {rows} rows of the held-out files, or all if fewer" if rows else "all held-out files"
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """The config as nested plain values, as written to `config.json`."""
     return dataclasses.asdict(config)

@@ -18,7 +18,7 @@ from typing import Any
 
 import jinja2
 
-from smallcoder_jax.config import Config, ModelConfig, eval_rows, parameter_count
+from smallcoder_jax.config import Config, ModelConfig, evaluated_on, parameter_count
 from smallcoder_jax.data.shards import Manifest
 
 _KINDS = {"rmsnorm": "A decoder in the style of Llama", "layernorm": "A decoder in the style of GPT-2"}
@@ -78,9 +78,8 @@ def of_run(
         "precision": config.compute.dtype,
     }
     evaluation = {name.replace("_", " "): value for name, value in meta["evaluation"].items()}
-    rows = config.eval.batches * eval_rows(config)
     if evaluation:  # what the compressors were given is more
-        evaluation["evaluated on"] = f"the first {rows} rows of the held-out files" if rows else "all held-out files"
+        evaluation["evaluated on"] = evaluated_on(config)
     evaluation |= {f"bits per byte of all held-out files, {name}": value for name, value in references.items()}
     return {
         "name": config.name,

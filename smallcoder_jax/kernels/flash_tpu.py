@@ -42,10 +42,10 @@ class Settings(NamedTuple):
     interpret: bool
 
 
-def obstacle(length: int, group: int, size: int, tiles: TpuTiles, itemsize: int = 4) -> str | None:
+def obstacle(length: int, group: int, size: int, tiles: TpuTiles) -> str | None:
     """Why the kernels cannot serve rows of `length`, or None: a key head with its gradients has to stay in VMEM."""
     size, length = -(-size // LANES) * LANES, -(-length // tiles.row) * tiles.row
-    resident = length * size * (4 * itemsize + 8)  # keys and values, twice for the pipeline; sums of their gradients
+    resident = length * size * 4 * (4 + 2)  # float32 keys and values, twice for the pipeline; sums of their gradients
     rows = group * tiles.block_q
     working = 6 * tiles.block_kv * rows * 4 + 12 * rows * size * 4  # scores and their like; queries and theirs
     needed = resident + working

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from smallcoder_jax import loading
-from smallcoder_jax.config import Config, eval_rows
+from smallcoder_jax.config import Config, eval_rows, evaluated_on
 from smallcoder_jax.data import pipeline
 from smallcoder_jax.data.prepare import prepare
 from smallcoder_jax.data.progress import Progress
@@ -103,13 +103,11 @@ def evaluate_run(workdir: Path, config: Config, step: str | None = None) -> dict
 
 def _results(config: Config, outcome: Outcome, references: dict[str, float]) -> dict[str, Any]:
     """The results of `write_report`. The model was evaluated on a part of what the compressors were given: both say."""
-    rows = config.eval.batches * eval_rows(config)
-    evaluated_on = f"the first {rows} rows of the held-out files, or all if fewer" if rows else "all held-out files"
     return {
         "steps": outcome.step,
         "tokens seen": human_count(outcome.tokens_seen),
         **{name.replace("_", " "): round(value, 4) for name, value in outcome.evaluation.items()},
-        **({"evaluated on": evaluated_on} if outcome.evaluation else {}),
+        **({"evaluated on": evaluated_on(config)} if outcome.evaluation else {}),
         "bits per byte of compressors, on all held-out files": {
             name: round(value, 4) for name, value in references.items()
         },

@@ -26,7 +26,7 @@ from smallcoder_jax.data.prefetch import BatchIterator, DevicePrefetcher
 from smallcoder_jax.errors import UserError
 from smallcoder_jax.generate.engine import Generator
 from smallcoder_jax.generate.sampling import SamplingOptions
-from smallcoder_jax.mesh import batch_sharding, check_rows, make_mesh, path_name
+from smallcoder_jax.mesh import batch_sharding, check_rows, make_mesh, on_mesh, path_name
 from smallcoder_jax.models import build
 from smallcoder_jax.ops.attention import choose
 from smallcoder_jax.runtime import give_back_memory
@@ -138,7 +138,7 @@ class Trainer:
             loss_sum, weight_sum, _ = task.loss_fn(params, batch, None)
             return loss_sum / jnp.maximum(weight_sum, 1.0)
 
-        self.gradient = jax.jit(jax.grad(mean_loss))  # per token, as in the training step
+        self.gradient = jax.jit(on_mesh(self.mesh, jax.grad(mean_loss)))  # per token, as in the training step
         folder.write_config(config)
         folder.write_run_json(
             self.identity,

@@ -68,10 +68,11 @@ def test_transfers_are_explicit_in_the_thread_too(sharding):
     jax.config.update("jax_transfer_guard", "disallow")
     try:
         prefetcher = DevicePrefetcher(Counter(2), sharding, depth=1)
-        next(prefetcher)
+        batch, _, _ = next(prefetcher)
         prefetcher.close()
     finally:
         jax.config.update("jax_transfer_guard", before)
+    assert np.asarray(batch["tokens"]).sum() == 0
 
 
 def test_an_error_reaches_the_caller_after_the_batches_before_it(sharding):

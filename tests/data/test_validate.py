@@ -54,7 +54,7 @@ def test_validate_needs_prepared_data(arguments: list[str]) -> None:
         validate_data.main(arguments)
 
 
-def test_repository_order_validates(arguments: list[str], tree: Path) -> None:
+def test_repository_order_validates(arguments: list[str], tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for number in range(3):
         (tree / f"r{number}").mkdir()
         (tree / f"r{number}" / "a.py").write_text(code(number + 100))
@@ -62,6 +62,7 @@ def test_repository_order_validates(arguments: list[str], tree: Path) -> None:
     overridden = [*arguments, "--config.data.repository_order=True"]
     prepare_data.main(overridden)
     validate_data.main([*overridden, "--all"])
+    assert "valid: fingerprint" in capsys.readouterr().out
 
 
 def _files(tmp_path: Path, pattern: str) -> list[Path]:

@@ -32,7 +32,7 @@ def test_run_to_export_to_export(trained: Path, tmp_path: Path, capsys: pytest.C
     card = (first / "README.md").read_text()
     assert "| steps | 24 |" in card
     assert "| bits per byte of all held-out files, xz -9e, all in one |" in card
-    assert "rows of the held-out files |" in card
+    assert "rows of the held-out files, or all if fewer |" in card
     assert "| unknown | 80 |" in card
     assert f"| dir:{trained / 'code'} |" in card
     assert "with the model it was made from" in card
