@@ -115,8 +115,8 @@ def test_blocks_do_not_change_values_or_gradients(length, monkeypatch):
         return jnp.sum(jnp.sin(o))
 
     blocked = jax.jit(jax.value_and_grad(total, (0, 1, 2)))(q, k, v)
-    monkeypatch.setattr("smallcoder_jax.ops.attention.LOOP_BEYOND", length)
-    monkeypatch.setattr("smallcoder_jax.ops.attention.QUERY_BLOCK", length)
+    monkeypatch.setattr("smallcoder_jax.ops.attention_xla.LOOP_BEYOND", length)
+    monkeypatch.setattr("smallcoder_jax.ops.attention_xla.QUERY_BLOCK", length)
     whole = jax.jit(jax.value_and_grad(lambda *qkv: total(*qkv), (0, 1, 2)))(q, k, v)
     for a, b in zip(jax.tree.leaves(blocked), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
