@@ -12,7 +12,7 @@ help:
 	@echo "make quickstart   install, train nano on the standard library's source, evaluate, export, check, complete"
 	@echo "make test         install what tests need; lint, type check, tests"
 	@echo "make test-slow    the tests that take minutes"
-	@echo "make test-lowering  compile training steps for TPUs, on a machine without one"
+	@echo "make test-lowering  compile training steps for TPUs and for H200s, on a machine without one"
 	@echo "make bench        data pipeline and training step, each beside PyTorch"
 
 $(BIN)/python:
@@ -39,20 +39,22 @@ lint: $(VENV)/.test
 test: lint
 	$(BIN)/python -m pytest
 
-$(VENV)-tpu/.tpu: pyproject.toml
-	$(PYTHON) -m venv $(VENV)-tpu
-	$(VENV)-tpu/bin/python -m pip install --quiet -e '.[tpu]' pytest beartype
+# The plug-ins of TPUs and of GPUs do not live in one environment.
+$(VENV)-%/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-$*
+	$(VENV)-$*/bin/python -m pip install --quiet -e '.[$*]' pytest beartype
 	@touch $@
 
-test-lowering: $(VENV)-tpu/.tpu
-	TPU_SKIP_MDS_QUERY=1 $(VENV)-tpu/bin/python -m pytest -m lowering -s tests/lowering
+test-lowering: $(VENV)-tpu/.installed $(VENV)-cuda/.installed
+	TPU_SKIP_MDS_QUERY=1 $(VENV)-tpu/bin/python -m pytest -m lowering -s tests/lowering/test_tpu.py
+	JAX_PLATFORMS=cpu $(VENV)-cuda/bin/python -m pytest -m lowering -s tests/lowering/test_h200.py
 
 test-slow: $(VENV)/.test
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m 'slow and not lowering'
 
 bench: $(VENV)/.test
 	$(BIN)/python -m tools.bench_data
 	$(BIN)/python -m tools.bench_step --config=configs/nano.py --against=torch
 
 clean:
-	rm -rf $(VENV) runs data
+	rm -rf $(VENV) $(VENV)-tpu $(VENV)-cuda runs data
