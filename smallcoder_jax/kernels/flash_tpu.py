@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 from smallcoder_jax.kernels.ranges import NOTHING, document_starts, key_ranges
 from smallcoder_jax.kernels.tiles import TpuTiles
@@ -28,7 +29,8 @@ from smallcoder_jax.kernels.tiles import TpuTiles
 LOWEST = -1e30  # the score of a key that is not seen
 LOG2_E = math.log2(math.e)
 LANES = 128
-VMEM_LIMIT = 100 << 20
+# What a kernel may take of a core's VMEM (v5e 128 MiB, v5p 64, v6e 128), by jax's kind of device; XLA keeps the rest.
+VMEM_MIB = {"TPU v5 lite": 120, "TPU v5e": 120, "TPU v5": 60, "TPU v5p": 60, "TPU v6 lite": 120, "TPU v6e": 120}
 
 
 class Settings(NamedTuple):
@@ -42,16 +44,31 @@ class Settings(NamedTuple):
     interpret: bool
 
 
-def obstacle(length: int, group: int, size: int, tiles: TpuTiles) -> str | None:
-    """Why the kernels cannot serve rows of `length`, or None: a key head with its gradients has to stay in VMEM."""
-    size, length = -(-size // LANES) * LANES, -(-length // tiles.row) * tiles.row
-    resident = length * size * 4 * (4 + 2)  # float32 keys and values, twice for the pipeline; sums of their gradients
-    rows = group * tiles.block_q
-    working = 6 * tiles.block_kv * rows * 4 + 12 * rows * size * 4  # scores and their like; queries and theirs
-    needed = resident + working
-    if needed <= VMEM_LIMIT:
+def obstacle(
+    length: int, group: int, size: int, dtype: DTypeLike, tiles: TpuTiles, device: str | None
+) -> str | None:  # fmt: skip
+    """Why the kernels cannot serve rows of `length` on a kind of device, or None: a key head with its gradients has to
+    stay in VMEM. None, and a device that is no TPU (which only interprets a kernel), count as the smallest.
+    """
+    if device is not None and device.startswith("TPU") and device not in VMEM_MIB:
+        return f"it is made for {', '.join(VMEM_MIB)}, not for {device}"
+    full_length = -(-length // tiles.row) * tiles.row
+    needed = vmem_bytes(full_length, group, size, dtype, tiles, backward=True) >> 20
+    limit = VMEM_MIB.get(device or "", min(VMEM_MIB.values()))
+    if needed <= limit:
         return None
-    return f"rows of {length} tokens need about {needed >> 20} MiB of VMEM, more than {VMEM_LIMIT >> 20}"
+    return f"rows of {length} tokens need about {needed} MiB of VMEM with {tiles}, more than {limit}"
+
+
+def vmem_bytes(length: int, group: int, size: int, dtype: DTypeLike, tiles: TpuTiles, *, backward: bool) -> int:
+    """VMEM that a kernel asks for: its arrays, and what the compiler spills, by its own reports for v5e, v5p and v6e
+    (5.2 bytes a score and 16 an entry of the block's queries at bfloat16, twice that at float32) with a margin.
+    """
+    itemsize, rows, size = jnp.dtype(dtype).itemsize, group * tiles.block_q, -(-size // LANES) * LANES
+    keys = 2 * length * size * (itemsize + (4 if backward else 0))  # and the sums of their gradients
+    queries = rows * size * itemsize * (9 + 10)  # with outputs and gradients, twice for the pipeline; spills
+    block = 4 * tiles.block_q * size * (itemsize + 4)  # gradients of keys to be stored, tables
+    return keys + queries + block + 3 * itemsize * rows * tiles.block_kv + (2 << 20)
 
 
 def flash_attention(
@@ -109,7 +126,7 @@ def _forward(
         halves = [k_float[..., settings.half : 2 * settings.half], k_float[..., : settings.half]]
         swapped = jnp.concatenate([*halves, k_float[..., 2 * settings.half :]], axis=-1)
         k_BKTH = (k_float * cos_B1TH + swapped * sin_B1TH).astype(k_BKTH.dtype)
-    block = _Blocks(settings, q_BKGTH.shape)
+    block = _Blocks(settings, q_BKGTH, backward=False)
     (o_BKGTH, log_sum_BKI1R) = pl.pallas_call(
         functools.partial(_forward_kernel, settings),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -135,7 +152,7 @@ def _forward(
 
 def _backward(settings: Settings, residuals: Any, do_BKGTH: Array) -> tuple[Any, ...]:
     q_BKGTH, k_BKTH, v_BKTH, starts_BT, tables, o_BKGTH, log_sum_BKI1R = residuals
-    block = _Blocks(settings, q_BKGTH.shape, backward=True)
+    block = _Blocks(settings, q_BKGTH, backward=True)
     inner_BKGT = jnp.sum(do_BKGTH.astype(jnp.float32) * o_BKGTH.astype(jnp.float32), axis=-1)
     dq_BKGTH, dk_BKTH, dv_BKTH = pl.pallas_call(
         functools.partial(_backward_kernel, settings),
@@ -185,9 +202,9 @@ _attend.defvjp(_forward, _backward)
 class _Blocks:
     """How the arrays of one call are cut: the grid is (batch, key head, block of queries)."""
 
-    def __init__(self, settings: Settings, shape: tuple[int, ...], backward: bool = False):
-        self.settings = settings
-        self.batch, self.kv_heads, self.group, self.length, self.size = shape
+    def __init__(self, settings: Settings, q_BKGTH: Array, *, backward: bool):
+        self.settings, dtype = settings, q_BKGTH.dtype
+        self.batch, self.kv_heads, self.group, self.length, self.size = q_BKGTH.shape
         self.block_q = settings.tiles.block_q
         self.blocks = self.length // self.block_q
         self.rows_R = self.group * self.block_q
@@ -203,11 +220,15 @@ class _Blocks:
         self.starts = spec((1, 1, 1, self.block_q), lambda b, k, i: (b, i, 0, 0))
         self.table = spec((1, self.block_q, self.size), lambda b, k, i: (b, i, 0))
         self.queries = spec((1, 1, self.group, self.block_q, self.size), lambda b, k, i: (b, k, 0, i, 0))
-        self.keys = spec((1, 1, self.length, self.size), lambda b, k, i: (b, k, 0, 0))
+        # One copy: there is nothing to load until all blocks of queries have passed.
+        self.keys = pl.BlockSpec(
+            (1, 1, self.length, self.size), lambda b, k, i, ranges: (b, k, 0, 0), pipeline_mode=pl.Buffered(1)
+        )
         self.own_keys = spec((1, 1, self.block_q, self.size), lambda b, k, i: (b, k, i, 0))
         self.rows = spec((1, 1, 1, 1, self.rows_R), lambda b, k, i: (b, k, i, 0, 0))
         self.compiler_params = pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+            dimension_semantics=("parallel", "parallel", "arbitrary"),
+            vmem_limit_bytes=vmem_bytes(self.length, self.group, self.size, dtype, settings.tiles, backward=backward),
         )
 
     def ranges(self, starts_BT: Array) -> Array:
@@ -322,22 +343,25 @@ def _rotated_queries(settings: Settings, q: Any, tables: Any) -> Array:
 
 
 def _turn(settings: Settings, x_GqH: Array, tables: Any, *, back: bool) -> Array:
-    """RoPE of float32 [G, block_q, H] by the block's angles, or its inverse. Halves change places by a product with a
-    permutation, because a head is narrower than a register.
-    """
+    """RoPE of float32 [G, block_q, H] by the block's angles, or its inverse."""
     if not tables:
         return x_GqH
     cos_qH, sin_qH = tables[0][0], tables[1][0]
-    size, half = x_GqH.shape[-1], settings.half
+    x_RH = x_GqH.reshape(-1, x_GqH.shape[-1])
+    turned_GqH = _halves_swapped(x_RH, settings.half).reshape(x_GqH.shape)
+    return x_GqH * cos_qH[None] + turned_GqH * (-sin_qH if back else sin_qH)[None]
+
+
+def _halves_swapped(x_RH: Array, half: int) -> Array:
+    size = x_RH.shape[1]
+    if 2 * half == LANES:
+        return pltpu.roll(x_RH, half, axis=1)
+    # A head that is narrower than a register, or padded, cannot be rolled: a product with a permutation.
     row_HH = jax.lax.broadcasted_iota(jnp.int32, (size, size), 0)
     column_HH = jax.lax.broadcasted_iota(jnp.int32, (size, size), 1)
     partner_HH = jnp.where(column_HH < half, column_HH + half, column_HH - half)
     swap_HH = ((row_HH == partner_HH) & (column_HH < 2 * half)).astype(jnp.float32)
-    turned_RH = jax.lax.dot_general(
-        x_GqH.reshape(-1, size), swap_HH, (((1,), (0,)), ((), ())), precision=jax.lax.Precision.HIGHEST
-    )
-    sin_qH = -sin_qH if back else sin_qH
-    return x_GqH * cos_qH[None] + turned_RH.reshape(x_GqH.shape) * sin_qH[None]
+    return _product(x_RH, swap_HH, ((1,), (0,)))
 
 
 def _scores(settings: Settings, k_SH: Array, q_RH: Array, starts_1R: Array, t_1R: Array, j: Any, masked: bool) -> Array:

@@ -52,3 +52,17 @@ def key_ranges(starts_BT: Array, block_q: int, block_kv: int, window: int | None
     whole_first_BI = jnp.clip(-(-latest_BI // block_kv), first_BI, stop_BI)
     whole_stop_BI = jnp.clip((t_Iq[None, :, 0] + 1) // block_kv, whole_first_BI, stop_BI)
     return Ranges(*(x.astype(jnp.int32) for x in (first_BI, whole_first_BI, whole_stop_BI, stop_BI)))
+
+
+def document_stops(segment_ids_BT: Array) -> Array:
+    """Index after the last token of each token's document, int32 [B, T]; negative for padding."""
+    return segment_ids_BT.shape[1] - document_starts(segment_ids_BT[:, ::-1])[:, ::-1]
+
+
+def query_ranges(stops_BT: Array, block_kv: int, block_q: int, window: int | None) -> Ranges:
+    """Ranges of query blocks for each block of keys, which are seen by [s, min(stop, s + window)): the key ranges of the
+    rows read backwards, where what a key is seen by becomes what it sees.
+    """
+    length = stops_BT.shape[1]
+    backwards = key_ranges(length - stops_BT[:, ::-1], block_kv, block_q, window)
+    return Ranges(*(length // block_q - x_BI[:, ::-1] for x_BI in reversed(backwards)))

@@ -10,49 +10,57 @@ from typing import NamedTuple
 
 import jax
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from smallcoder_jax.errors import UserError
 from smallcoder_jax.kernels import flash_tpu
+from smallcoder_jax.kernels.tile_table import lookup
 from smallcoder_jax.kernels.tiles import TpuTiles
 from smallcoder_jax.mesh import BATCH, HEADS
 from smallcoder_jax.ops.attention_xla import Keys, Queries, attend_xla
 from smallcoder_jax.ops.rope import angles, rotate
 
 IMPLEMENTATIONS = ("xla", "pallas_tpu")
-TPU_TILES = TpuTiles(block_q=512, block_kv=512)
 
 
 class Choice(NamedTuple):
     implementation: str
     reason: str
+    tiles: TpuTiles | None = None  # of a kernel
 
 
-def choose(implementation: str, length: int, keys: int, group: int, size: int, platform: str | None = None) -> Choice:
+def choose(
+    implementation: str, length: int, keys: int, group: int, size: int, dtype: DTypeLike,
+    platform: str | None = None, device: str | None = None,
+) -> Choice:  # fmt: skip
     """Resolves `auto` for rows of `length` queries and `keys` keys, `group` query heads of `size` to a key head.
 
-    `platform` is that of the devices; None when it is compiled for devices that are not here. Raises UserError on an
-    unknown name, and where the one asked for cannot serve the shape or the platform.
+    `platform` and `device` kind are the devices'; None when it is compiled for devices that are not here. Raises
+    UserError on an unknown name, and where the one asked for cannot serve the shape or the platform.
     """
     if implementation not in ("auto", *IMPLEMENTATIONS):
         raise UserError(f"attention implementation {implementation!r}; known: auto, {', '.join(IMPLEMENTATIONS)}")
     if implementation == "xla":
         return Choice("xla", "asked for")
+    tiles, _, origin = lookup(TpuTiles, device, size, group, length)
     obstacle = (
         f"it serves packed rows, where each query has its key, not {length} queries over {keys} keys"
         if length != keys
-        else flash_tpu.obstacle(length, group, size, TPU_TILES)
+        else flash_tpu.obstacle(length, group, size, dtype, tiles, device)
     )
     if implementation == "pallas_tpu":
         if platform not in (None, "tpu"):
             raise UserError(f"attention implementation 'pallas_tpu' runs on TPUs; the platform is '{platform}'")
         if obstacle:
             raise UserError(f"attention implementation 'pallas_tpu': {obstacle}; use auto or xla")
-        return Choice("pallas_tpu", "asked for")
+        return Choice("pallas_tpu", f"asked for; {origin}", tiles)
     platform = platform or jax.default_backend()
     if platform != "tpu":
         return Choice("xla", f"the only one for platform '{platform}'")
-    return Choice("xla", f"pallas_tpu: {obstacle}") if obstacle else Choice("pallas_tpu", "platform 'tpu', packed rows")
+    if obstacle:
+        return Choice("xla", f"pallas_tpu: {obstacle}")
+    return Choice("pallas_tpu", f"platform 'tpu', packed rows; {origin}", tiles)
 
 
 def attention(
@@ -76,9 +84,10 @@ def attention(
     `q_BTNH`.
     """
     length, keys = q_BTNH.shape[1], k_BSKH.shape[1]
-    chosen = choose(implementation, length, keys, q_BTNH.shape[2] // k_BSKH.shape[2], q_BTNH.shape[3])
-    if chosen.implementation == "pallas_tpu":
-        return _flash_tpu(q_BTNH, k_BSKH, v_BSKH, q_positions_BT, q_segment_ids_BT, rope_theta, window)
+    group, device = q_BTNH.shape[2] // k_BSKH.shape[2], _device_kind()
+    chosen = choose(implementation, length, keys, group, q_BTNH.shape[3], q_BTNH.dtype, device=device)
+    if chosen.tiles is not None:
+        return _flash_tpu(q_BTNH, k_BSKH, v_BSKH, q_positions_BT, q_segment_ids_BT, rope_theta, window, chosen.tiles)
     if rope_theta is not None:
         q_BTNH = rotate(q_BTNH, q_positions_BT, rope_theta)
         k_BSKH = rotate(k_BSKH, kv_positions_BS, rope_theta)
@@ -86,13 +95,19 @@ def attention(
     return attend_xla(queries, Keys(k_BSKH, v_BSKH, kv_positions_BS, kv_segment_ids_BS), window)
 
 
+def _device_kind() -> str:
+    """Of the devices that this is traced for: the mesh's, which need not be here, or those that are here."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.device_kind if device else jax.devices()[0].device_kind
+
+
 def _flash_tpu(
     q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, positions_BT: Array, segment_ids_BT: Array, theta: float | None,
-    window: int | None,
+    window: int | None, tiles: TpuTiles,
 ) -> Array:  # fmt: skip
     """The TPU kernel; on a mesh, each device works on its rows and heads."""
     rotation = None if theta is None else angles(positions_BT, q_BTNH.shape[-1], theta)
-    attend = functools.partial(flash_tpu.flash_attention, window=window, tiles=TPU_TILES)
+    attend = functools.partial(flash_tpu.flash_attention, window=window, tiles=tiles)
     operands = (q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, rotation)
     if jax.sharding.get_abstract_mesh().size <= 1:
         return attend(*operands)

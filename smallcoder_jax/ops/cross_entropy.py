@@ -1,18 +1,35 @@
-"""Cross-entropy over the vocabulary without float32 logits in memory.
+"""Cross-entropy over the vocabulary without float32 logits in memory: of all tokens at once, or chunk by chunk.
 
-Shapes: X tokens, D width, V vocabulary.
+Shapes: X tokens, N chunks of C tokens, D width, V vocabulary, P parts of the mesh that have tokens of their own.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
+from smallcoder_jax.mesh import BATCH
 from smallcoder_jax.ops.precision import matmul_precision
+
+# All logits at once are faster, since none are made twice. This is a quarter of the smallest accelerators' 16 GiB.
+WHOLE_BYTES = 4 * 2**30
+# Chunks are large, so that adding to the unembedding's gradient, once in each, is little beside their products.
+CHUNK_BYTES = 512 * 2**20
+
+
+class Choice(NamedTuple):
+    """How many tokens' logits a device makes at a time (None: those of all its tokens), and why."""
+
+    chunk: int | None
+    reason: str
 
 
 class TokenLosses(NamedTuple):
@@ -26,6 +43,20 @@ class TokenLosses(NamedTuple):
     rank_X: Int[Array, " X"]
 
 
+def choose(tokens: int, vocabulary: int, dtype: DTypeLike, axes: Mapping[str, int]) -> Choice:
+    """Decides by the memory that logits of `dtype` for all of `tokens` would take on each device of a mesh.
+
+    `axes`: the mesh's sizes by name; {} without a mesh.
+    """
+    token_bytes = vocabulary // axes.get("tensor", 1) * jnp.dtype(dtype).itemsize
+    size = tokens // (axes.get("data", 1) * axes.get("fsdp", 1)) * token_bytes
+    reason = f"{size / 2**30:.2f} GiB of logits per device, limit {WHOLE_BYTES / 2**30:.2f}"
+    if size <= WHOLE_BYTES:
+        return Choice(None, reason)
+    largest = max(CHUNK_BYTES // token_bytes, 1)
+    return Choice(1 << (largest.bit_length() - 1), reason)  # a power of two divides most lengths
+
+
 def logits(hidden_XD: Array, unembed_VD: Array) -> Array:
     """hidden @ unembed^T in the dtype of `hidden_XD`: [X, V]."""
     return jax.lax.dot_general(
@@ -36,42 +67,141 @@ def logits(hidden_XD: Array, unembed_VD: Array) -> Array:
     )
 
 
-@jax.custom_vjp
 def token_losses(
     hidden_XD: Float[Array, "X D"], unembed_VD: Float[Array, "V D"], targets_X: Int[Array, " X"]
 ) -> TokenLosses:
     """Cross-entropy of `targets_X` under softmax(hidden @ unembed^T), with a float32 log-sum-exp.
 
-    The logits are kept once, in the dtype of `hidden_XD`; the backward pass makes softmax from them and the saved
-    log-sum-exp. Differentiable in hidden and unembedding, through nll and log_z.
+    Differentiable in hidden and unembedding, through nll and log_z. The logits have the dtype of `hidden_XD`; `choose`
+    says whether all are kept for the backward pass, or made again there chunk by chunk.
     """
-    return _forward(hidden_XD, unembed_VD, targets_X)[0]
+    axes = jax.sharding.get_abstract_mesh().shape
+    chunk = choose(hidden_XD.shape[0], unembed_VD.shape[0], hidden_XD.dtype, axes).chunk
+    if chunk is None:
+        return whole_losses(hidden_XD, unembed_VD, targets_X)
+    return chunked_losses(hidden_XD, unembed_VD, targets_X, chunk)
 
 
-def _forward(hidden_XD: Array, unembed_VD: Array, targets_X: Array) -> tuple[TokenLosses, tuple[Array, ...]]:
+@jax.custom_vjp
+def whole_losses(
+    hidden_XD: Float[Array, "X D"], unembed_VD: Float[Array, "V D"], targets_X: Int[Array, " X"]
+) -> TokenLosses:
+    """`token_losses` with the logits of all tokens at once; the backward pass makes softmax from them and the saved
+    log-sum-exp.
+    """
+    return _whole_forward(hidden_XD, unembed_VD, targets_X)[0]
+
+
+def _whole_forward(hidden_XD: Array, unembed_VD: Array, targets_X: Array) -> tuple[TokenLosses, tuple[Array, ...]]:
     logits_XV = logits(hidden_XD, unembed_VD)
+    losses = _losses(logits_XV, targets_X)
+    return losses, (hidden_XD, unembed_VD, targets_X, logits_XV, losses.log_z_X)
+
+
+def _whole_backward(residuals: tuple[Array, ...], gradient: TokenLosses) -> tuple[Array, Array, None]:
+    hidden_XD, unembed_VD, targets_X, logits_XV, log_z_X = residuals
+    d_logits_XV = _d_logits(logits_XV, targets_X, log_z_X, gradient.nll_X, gradient.log_z_X)
+    return *_products(d_logits_XV, hidden_XD, unembed_VD, unembed_VD.dtype), None
+
+
+whole_losses.defvjp(_whole_forward, _whole_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def chunked_losses(
+    hidden_XD: Float[Array, "X D"], unembed_VD: Float[Array, "V D"], targets_X: Int[Array, " X"], chunk: int
+) -> TokenLosses:
+    """`token_losses` with the logits of `chunk` tokens at a time on each device. None are kept: the backward pass makes
+    each chunk's again, and sums the unembedding's gradient in float32.
+
+    On a mesh, X divides over the axes that split the batch.
+    """
+    return _chunked_forward(hidden_XD, unembed_VD, targets_X, chunk)[0]
+
+
+def _chunked_forward(
+    hidden_XD: Array, unembed_VD: Array, targets_X: Array, chunk: int
+) -> tuple[TokenLosses, tuple[Array, ...]]:
+    def run(unembed_VD: Array, hidden_XD: Array, targets_X: Array) -> TokenLosses:
+        parts = _in_chunks((hidden_XD, targets_X), chunk)
+        losses = jax.lax.map(lambda part: _losses(logits(part[0], unembed_VD), part[1]), parts)
+        return jax.tree.map(lambda x_NC: x_NC.reshape(-1)[: hidden_XD.shape[0]], losses)
+
+    losses = _on_own_tokens(run)(unembed_VD.astype(hidden_XD.dtype), hidden_XD, targets_X)
+    return losses, (hidden_XD, unembed_VD, targets_X, losses.log_z_X)
+
+
+def _chunked_backward(chunk: int, residuals: tuple[Array, ...], gradient: TokenLosses) -> tuple[Array, Array, None]:
+    hidden_XD, unembed_VD, targets_X, log_z_X = residuals
+
+    def run(unembed_VD: Array, hidden_XD: Array, *per_token: Array) -> tuple[Array, Array]:
+        def add(d_unembed_VD: Array, part: Any) -> tuple[Array, Array]:
+            hidden_CD, *per_token = part
+            d_logits_CV = _d_logits(logits(hidden_CD, unembed_VD), *per_token)
+            d_hidden_CD, more_VD = _products(d_logits_CV, hidden_CD, unembed_VD, jnp.float32)
+            return d_unembed_VD + more_VD, d_hidden_CD
+
+        parts = _in_chunks((hidden_XD, *per_token), chunk)
+        d_unembed_VD, d_hidden_NCD = jax.lax.scan(add, jnp.zeros(unembed_VD.shape, jnp.float32), parts)
+        return d_hidden_NCD.reshape(-1, hidden_XD.shape[1])[: hidden_XD.shape[0]], d_unembed_VD[None]
+
+    d_hidden_XD, d_unembed_PVD = _on_own_tokens(run)(
+        unembed_VD.astype(hidden_XD.dtype), hidden_XD, targets_X, log_z_X, gradient.nll_X, gradient.log_z_X
+    )
+    return d_hidden_XD, d_unembed_PVD.sum(axis=0).astype(unembed_VD.dtype), None
+
+
+chunked_losses.defvjp(_chunked_forward, _chunked_backward)
+
+
+def _on_own_tokens(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function(unembed_VD, *per_token)`, on a mesh of each device's own tokens; what it returns is joined along the
+    first axis. A loop over an axis that is split would have XLA gather all of it, and sum the unembedding's gradient
+    over the devices in every round. The vocabulary's split over `tensor` is left to XLA.
+    """
+    if jax.sharding.get_abstract_mesh().size <= 1:
+        return function
+
+    def split(unembed_VD: Array, *per_token: Array) -> Any:
+        in_specs = (P(), *[BATCH] * len(per_token))
+        run = jax.shard_map(function, in_specs=in_specs, out_specs=BATCH, axis_names={"data", "fsdp"}, check_vma=False)
+        return run(unembed_VD, *per_token)
+
+    return split
+
+
+def _in_chunks(operands: Any, chunk: int) -> Any:
+    """[X, ...] to [N, chunk, ...], padded with zeros."""
+
+    def split(x: Array) -> Array:
+        padded = jnp.pad(x, [(0, -x.shape[0] % chunk)] + [(0, 0)] * (x.ndim - 1))
+        return padded.reshape(-1, chunk, *x.shape[1:])
+
+    return jax.tree.map(split, operands)
+
+
+def _losses(logits_XV: Array, targets_X: Array) -> TokenLosses:
     target_logit_X = jnp.take_along_axis(logits_XV, targets_X[:, None], axis=1)[:, 0]
     largest_X = logits_XV.max(axis=-1)
     exponent_XV = jnp.exp(logits_XV.astype(jnp.float32) - largest_X.astype(jnp.float32)[:, None])
     log_z_X = largest_X.astype(jnp.float32) + jnp.log(exponent_XV.sum(axis=-1))
     rank_X = jnp.sum(logits_XV > target_logit_X[:, None], axis=-1, dtype=jnp.int32)
-    losses = TokenLosses(log_z_X - target_logit_X.astype(jnp.float32), log_z_X, target_logit_X >= largest_X, rank_X)
-    return losses, (hidden_XD, unembed_VD, targets_X, logits_XV, log_z_X)
+    return TokenLosses(log_z_X - target_logit_X.astype(jnp.float32), log_z_X, target_logit_X >= largest_X, rank_X)
 
 
-def _backward(residuals: tuple[Array, ...], gradient: TokenLosses) -> tuple[Array, Array, None]:
-    hidden_XD, unembed_VD, targets_X, logits_XV, log_z_X = residuals
-    d_nll_X, d_log_z_X = gradient.nll_X, gradient.log_z_X
+def _d_logits(logits_XV: Array, targets_X: Array, log_z_X: Array, d_nll_X: Array, d_log_z_X: Array) -> Array:
+    """The gradient of the logits, in their dtype."""
     softmax_XV = jnp.exp(logits_XV.astype(jnp.float32) - log_z_X[:, None])
     is_target_XV = jnp.arange(logits_XV.shape[1], dtype=targets_X.dtype)[None, :] == targets_X[:, None]
     d_logits_XV = softmax_XV * (d_nll_X + d_log_z_X)[:, None] - jnp.where(is_target_XV, d_nll_X[:, None], 0.0)
-    d_logits_XV = d_logits_XV.astype(hidden_XD.dtype)
+    return d_logits_XV.astype(logits_XV.dtype)
+
+
+def _products(d_logits_XV: Array, hidden_XD: Array, unembed_VD: Array, unembed_dtype: DTypeLike) -> tuple[Array, Array]:
+    """The gradients of the hidden states, in their dtype, and of the unembedding, in `unembed_dtype`."""
     precision = matmul_precision(hidden_XD.dtype)
     d_hidden_XD = jnp.einsum("xv,vd->xd", d_logits_XV, unembed_VD.astype(hidden_XD.dtype), precision=precision)
     d_unembed_VD = jnp.einsum(
-        "xv,xd->vd", d_logits_XV, hidden_XD, precision=precision, preferred_element_type=unembed_VD.dtype
+        "xv,xd->vd", d_logits_XV, hidden_XD, precision=precision, preferred_element_type=unembed_dtype
     )
-    return d_hidden_XD, d_unembed_VD, None
-
-
-token_losses.defvjp(_forward, _backward)
+    return d_hidden_XD, d_unembed_VD

@@ -28,7 +28,7 @@ from smallcoder_jax.generate.engine import Generator
 from smallcoder_jax.generate.sampling import SamplingOptions
 from smallcoder_jax.mesh import batch_sharding, check_rows, make_mesh, on_mesh, path_name
 from smallcoder_jax.models import build
-from smallcoder_jax.ops.attention import choose
+from smallcoder_jax.ops import attention, cross_entropy
 from smallcoder_jax.runtime import give_back_memory
 from smallcoder_jax.tokenizers.base import Tokenizer
 from smallcoder_jax.train.checkpoint import Checkpointer
@@ -97,14 +97,19 @@ class Trainer:
         train = config.train
         self.mesh = make_mesh(config.mesh, config.model, train.microbatch_rows)
         check_rows(self.mesh.shape, eval_rows(config), "eval.batch_size")
-        model, length = config.model, train.sequence_length
-        self.attention = choose(
+        model, length, device = config.model, train.sequence_length, self.mesh.devices.flat[0]
+        self.attention = attention.choose(
             config.compute.attention,
             length,
             length,
             model.heads // model.kv_heads,
             model.head_size,
-            self.mesh.devices.flat[0].platform,
+            config.compute.dtype,
+            device.platform,
+            device.device_kind,
+        )
+        self.cross_entropy = cross_entropy.choose(
+            train.microbatch_rows * length, model.vocab_size, config.compute.dtype, self.mesh.shape
         )
         optimizer = optim.make_optimizer(config.optimizer, train.steps)
         abstract = jax.eval_shape(lambda: init_state(config, optimizer))
@@ -146,7 +151,8 @@ class Trainer:
                 "dataset": task.dataset,
                 "dummy_data": task.dummy_data,
                 "tokenizer_folder": str(task.tokenizer_folder.resolve()),
-                "attention": self.attention._asdict(),
+                "attention": {"implementation": self.attention.implementation, "reason": self.attention.reason},
+                "cross_entropy": self.cross_entropy._asdict(),
             },
         )
         self.log = MetricsLog(
@@ -332,7 +338,7 @@ class Trainer:
         config, mesh = self.config, self.mesh
         count = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
         memory = compiled.memory_analysis()
-        choice = self.attention
+        choice, chunk = self.attention, self.cross_entropy.chunk
         device = mesh.devices.flat[0]
         self.terminal.start_table(
             f"{config.name}: {config.train.steps} steps of {config.train.batch_size} x {config.train.sequence_length} "
@@ -345,6 +351,8 @@ class Trainer:
                     f"vocabulary {config.model.vocab_size}",
                     "compute": f"{config.compute.dtype}, layers {config.compute.layers}, remat {config.compute.remat}",
                     "attention": f"{choice.implementation} ({choice.reason})",
+                    "cross-entropy": f"{'all tokens' if chunk is None else f'{chunk} tokens'} at a time "
+                    f"({self.cross_entropy.reason})",
                 },
                 "memory": {
                     "state": human_bytes(sum(leaf.nbytes for leaf in jax.tree.leaves(self.state)) / mesh.devices.size),

@@ -25,6 +25,7 @@ from smallcoder_jax import optim
 from smallcoder_jax.config import ComputeConfig, Config, MeshConfig, OptimizerConfig, TrainConfig
 from smallcoder_jax.configfile import load_config
 from smallcoder_jax.kernels import flash_tpu
+from smallcoder_jax.kernels.tile_table import Tiles
 from smallcoder_jax.kernels.tiles import TpuTiles
 from smallcoder_jax.mesh import batch_sharding, make_mesh
 from smallcoder_jax.ops import attention
@@ -146,7 +147,8 @@ def test_loss_curve_of_nano() -> None:
 def test_loss_curve_does_not_move_when_the_kernel_is_switched(monkeypatch: pytest.MonkeyPatch) -> None:
     interpreted = functools.partial(flash_tpu.flash_attention, interpret=True)
     monkeypatch.setattr(attention.flash_tpu, "flash_attention", interpreted)
-    monkeypatch.setattr(attention, "TPU_TILES", TpuTiles(128, 128))
+    small = Tiles(TpuTiles(128, 128), False, "the smallest")
+    monkeypatch.setattr(attention, "lookup", lambda *shape: small)
     steps = 25
     config = nano_config(ROWS, LENGTH, STEPS, OPTIMIZER)
     curves = [

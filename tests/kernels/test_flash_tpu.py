@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 
 from smallcoder_jax.config import ComputeConfig, MeshConfig
 from smallcoder_jax.kernels import flash_tpu
+from smallcoder_jax.kernels.tile_table import Tiles
 from smallcoder_jax.kernels.tiles import TpuTiles
 from smallcoder_jax.mesh import HEADS, make_mesh, on_mesh
 from smallcoder_jax.models import build
@@ -96,6 +97,22 @@ def test_a_block_is_visited_if_and_only_if_a_query_sees_it(window: int | None) -
     assert by_hand.sum() < len(KINDS) * 21  # fewer than causality alone would leave
 
 
+def test_rows_that_do_not_fit_into_a_chip_are_refused_with_the_reason() -> None:
+    def reason(length: int, device: str | None, *, dtype: str = "bfloat16", block_q: int = 512) -> str | None:
+        return flash_tpu.obstacle(length, 4, 128, dtype, TpuTiles(block_q, 512), device)
+
+    for device in ("TPU v5 lite", "TPU v5", "TPU v6 lite", None, "cpu"):
+        assert reason(16384, device) is None
+    for device in ("TPU v5", None, "cpu"):  # 64 MiB, and what is not known counts as that
+        assert "rows of 32768 tokens need about 67 MiB of VMEM" in str(reason(32768, device))
+        assert reason(32768, device, block_q=256) is None
+    for device in ("TPU v5 lite", "TPU v6 lite"):
+        assert reason(32768, device) is None
+        assert "more than 120" in str(reason(131072, device))
+    assert reason(16384, "TPU v5", dtype="float32")  # twice the keys
+    assert "not for TPU v4" in str(reason(1024, "TPU v4"))
+
+
 def test_tiles_are_checked() -> None:
     for sizes in ((100, 128), (0, 128), (384, 256)):
         with pytest.raises(ValueError, match=r"block_q="):
@@ -106,7 +123,8 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         attention_door.flash_tpu, "flash_attention", functools.partial(flash_tpu.flash_attention, interpret=True)
     )
-    monkeypatch.setattr(attention_door, "TPU_TILES", TpuTiles(128, 128))
+    small = Tiles(TpuTiles(128, 128), False, "the smallest")
+    monkeypatch.setattr(attention_door, "lookup", lambda *shape: small)
 
 
 @pytest.mark.parametrize("layers", ["unroll", "scan"])

@@ -143,7 +143,7 @@ def test_rotation_depends_on_relative_position_only():
     assert abs(float(score(7, 3) - score(7, 4))) > 1e-3
 
 
-SHAPE = {"length": 2048, "keys": 2048, "group": 3, "size": 128}
+SHAPE = {"length": 2048, "keys": 2048, "group": 3, "size": 128, "dtype": "bfloat16"}
 
 
 def test_auto_is_chosen_by_platform_and_shape():

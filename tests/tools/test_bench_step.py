@@ -9,7 +9,7 @@ import pytest
 from smallcoder_jax.config import Config, TrainConfig
 from smallcoder_jax.errors import CheckFailed, UserError
 from tests.helpers import tiny_config
-from tools import bench_step
+from tools import bench_step, packed_rows, step_timing, step_torch
 
 NANO = str(Path(bench_step.__file__).resolve().parents[1] / "configs" / "nano.py")
 
@@ -38,31 +38,80 @@ def config() -> Config:
 
 
 def test_batches_are_packed_rows_whose_positions_restart_with_each_document(config: Config) -> None:
-    first, again = bench_step.random_batches(config), bench_step.random_batches(config)
+    first, again = step_timing.random_batches(config, 8), step_timing.random_batches(config, 8)
     for batch, same in zip(first, again, strict=True):
         assert all(np.array_equal(batch[key], same[key]) for key in batch)
         assert np.array_equal(batch["tokens"][:, 1:], batch["targets"][:, :-1])
         new = np.diff(batch["segment_ids"], axis=1) == 1
         assert (batch["positions"][:, 0] == 0).all()
         assert (batch["positions"][:, 1:] == np.where(new, 0, batch["positions"][:, :-1] + 1)).all()
-    assert max(batch["segment_ids"].max() for batch in first) > 1
+    assert [int(batch["segment_ids"].max()) for batch in first] == [4] * len(first)  # rows of 32
+    for batch in step_timing.random_batches(config, None):
+        assert (batch["segment_ids"] == 1).all()
+
+
+def test_flops_are_those_that_documents_leave(config: Config) -> None:
+    batches = step_timing.random_batches(config, 8)
+    same = [batch["segment_ids"][:, :, None] == batch["segment_ids"][:, None, :] for batch in batches]
+    pairs = sum(int((one & np.tril(np.ones((32, 32), bool))).sum()) for one in same)
+    assert step_timing.visible_share(config, 8) == pytest.approx(pairs / (len(batches) * 16 * 32 * 33 / 2))
+    assert step_timing.visible_share(config, None) == 1
+
+
+@pytest.mark.parametrize(("text", "mean"), [(None, 8), ("row", None), ("5", 5)])
+def test_documents_are_asked_for_by_their_mean_length(config: Config, text: str | None, mean: int | None) -> None:
+    assert bench_step.documents_of(text, config) == mean
+
+
+@pytest.mark.parametrize("text", ["0", "32", "two"])
+def test_documents_that_do_not_fit_are_refused(config: Config, text: str) -> None:
+    with pytest.raises(UserError, match=r"a mean length below train\.sequence_length=32"):
+        bench_step.documents_of(text, config)
 
 
 @pytest.mark.usefixtures("standard_promotion")
 def test_ours_takes_steps_and_says_what_they_cost(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_step, "PEAK_SIZE", 64)
-    found = bench_step.measure_ours(config, 3)
+    found = bench_step.measure_ours(config, 3, None)
     assert len(found["step_seconds"]) == 3
     assert found["peak_measured"]
     assert found["memory"] > found["compiled_memory"] > 0
     assert found["loss"] == pytest.approx(np.log(config.model.vocab_size), rel=0.1)
 
 
-def test_torch_runs_the_same_shape(config: Config) -> None:
-    found = bench_step.measure_torch(config, 2, compile_torch=False)
+@pytest.mark.parametrize("attention", ["causal", "sdpa"])
+def test_torch_runs_the_same_shape(config: Config, attention: str) -> None:
+    found = step_torch.measure_torch("torch", config, 2, 8, attention=attention, compile=False)
     assert len(found["step_seconds"]) == 2
     assert found["loss"] == pytest.approx(np.log(config.model.vocab_size), rel=0.1)
     assert "torch" in found["software"]
+
+
+def test_torch_keeps_documents_apart_only_where_it_is_asked_to(config: Config) -> None:
+    """The loss of the second document's tokens depends on the first document's, or does not."""
+    import torch
+
+    segments = packed_rows.segment_ids(1, 32, 16, np.random.default_rng(0))
+    border = int((segments == 1).sum())
+    positions = torch.from_numpy(packed_rows.positions(segments).astype(np.int64))
+    tokens = torch.arange(32)[None] % config.model.vocab_size
+    other = torch.where(torch.from_numpy(segments == 1), tokens.flip(1), tokens)
+    moved = {}
+    for attention in ("causal", "sdpa"):
+        _, model, _ = step_torch.BUILDERS["torch"](config, attention)
+        arguments = {} if attention == "causal" else {"position_ids": positions}
+        logits = [model(input_ids=ids, **arguments).logits[:, border:] for ids in (tokens, other)]
+        moved[attention] = float((logits[0] - logits[1]).detach().abs().max())
+    assert moved["causal"] > 1e-3
+    assert moved["sdpa"] == 0
+
+
+def test_a_trainer_that_is_not_installed_is_named_with_its_command(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "litgpt", None)
+    with pytest.raises(UserError, match="pip install 'litgpt'"):
+        step_torch.measure_torch("litgpt", config, 1, None, attention="causal", compile=False)
 
 
 def test_median_over_rounds_and_ratios(config: Config) -> None:
@@ -76,7 +125,7 @@ def test_median_over_rounds_and_ratios(config: Config) -> None:
     assert report["contenders"]["ours"]["mfu"] == pytest.approx(tokens * 1e6 / 2e12)
     assert report["speed_ratio"] == 2.0
     assert report["memory_ratio"] == pytest.approx(100 / 210)
-    report["optimizer"] = "adamw"
+    report |= {"optimizer": "adamw", "documents": None}
     text = bench_step.table(report)
     assert "2.00" in text
     assert "0.48" in text
@@ -84,10 +133,34 @@ def test_median_over_rounds_and_ratios(config: Config) -> None:
     bench_step.check(report)
 
 
-@pytest.mark.parametrize(("ratio", "memory", "words"), [(1.19, 0.5, "1.19 times"), (1.3, 1.01, "1.01 times")])
-def test_check_fails_on_either(ratio: float, memory: float, words: str) -> None:
+def checked(**changes: Any) -> None:
+    report = {"name": "x", "documents": None, "device": "cpu", "memory_of": "process"}
+    bench_step.check(report | changes)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "memory", "memory_of", "words"),
+    [(1.19, 0.5, "process", "1.19 times"), (1.3, 1.01, "process", "1.01 times"), (1.29, 0.5, "device", "1.29 times")],
+)
+def test_check_fails_on_either(ratio: float, memory: float, memory_of: str, words: str) -> None:
+    checked(speed_ratio=1.31, memory_ratio=1.0, memory_of=memory_of)
     with pytest.raises(CheckFailed, match=words):
-        bench_step.check({"speed_ratio": ratio, "memory_ratio": memory})
+        checked(speed_ratio=ratio, memory_ratio=memory, memory_of=memory_of)
+
+
+def test_check_fails_below_what_is_promised_of_an_h200() -> None:
+    def medium_lc(tokens: float, documents: int | None, device: str = "NVIDIA H200") -> None:
+        ours = {"ours": {"tokens_per_second": tokens}}
+        checked(name="smallcoder-medium-lc", documents=documents, device=device, contenders=ours)
+
+    medium_lc(160_000, None)
+    medium_lc(230_000, 2048)
+    with pytest.raises(CheckFailed, match="159,999 tokens per second; expected 160,000"):
+        medium_lc(159_999, None)
+    with pytest.raises(CheckFailed, match="160,000 tokens per second; expected 230,000"):
+        medium_lc(160_000, 2048)
+    with pytest.raises(CheckFailed, match="not of NVIDIA A100"):
+        medium_lc(500_000, None, "NVIDIA A100")
 
 
 def test_unlike_hardware_is_not_compared(config: Config) -> None:
@@ -102,14 +175,15 @@ def test_unlike_hardware_is_not_compared(config: Config) -> None:
 def test_contenders_take_turns_with_adamw(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     calls = []
 
-    def run(name: str, config: Config, steps: int, compile_torch: bool) -> dict[str, Any]:
-        calls.append((name, config.optimizer.name, steps, compile_torch))
-        return result([1.0] if name == "ours" else [1.1], 10)
+    def run(job: dict[str, Any], python: str) -> dict[str, Any]:
+        calls.append((job["name"], job["config"]["optimizer"]["name"], job["steps"], job["documents"], python))
+        return result([1.0] if job["name"] == "ours" else [1.1], 10)
 
     monkeypatch.setattr(bench_step, "run_contender", run)
     with pytest.raises(CheckFailed, match=r"1\.10 times"):
-        bench_step.main([f"--config={NANO}", "--against=torch", "--steps=5", "--check"])
-    assert calls == [(name, "adamw", 5, False) for name in ("ours", "torch", "torch", "ours")]
+        bench_step.main([f"--config={NANO}", "--against=torch", "--steps=5", "--check", "--torch-python=other"])
+    turns = [("ours", sys.executable), ("torch", "other"), ("torch", "other"), ("ours", sys.executable)]
+    assert calls == [(name, "adamw", 5, 128, python) for name, python in turns]
     assert "adamw (the config says muon)" in capsys.readouterr().out
 
 
@@ -118,10 +192,9 @@ def test_bad_input_is_refused_before_anything_runs(config: Config) -> None:
         bench_step.main([f"--config={NANO}", "--check"])
     other = dataclasses.replace(config, model=dataclasses.replace(config.model, norm="layernorm"))
     with pytest.raises(UserError, match=r"model\.norm='layernorm' instead of 'rmsnorm'"):
-        bench_step.check_llama(other)
+        step_torch.check_llama(other, "torch")
 
 
-def test_a_contender_that_fails_is_named(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "executable", "false")
+def test_a_contender_that_fails_is_named() -> None:
     with pytest.raises(UserError, match="process of ours ended with 1"):
-        bench_step.run_contender("ours", config, 1, False)
+        bench_step.run_contender({"name": "ours"}, "false")

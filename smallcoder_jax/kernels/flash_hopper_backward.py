@@ -1,0 +1,196 @@
+"""Gradients of flash attention for NVIDIA Hopper: a kernel for queries and one for keys and values.
+
+Two kernels make the scores twice, seven products in place of five, and in return nothing is added up between blocks of
+threads: each gradient is summed by one warpgroup in registers, in one order, and stored once, rotated back. (One
+kernel would add dq up in global memory, atomically, in an order that changes from run to run.)
+
+Shapes: B batch, T tokens, N query heads, K key heads, G = N / K, H head size, q queries and s keys of a block.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from smallcoder_jax.kernels import hopper
+from smallcoder_jax.kernels.hopper import LOG2_E, ROWS, WARPGROUPS, Pipeline, Rows, Saved, Settings
+
+
+def query_gradients(settings: Settings, saved: Saved, rows: Rows, tables: tuple[Array, ...]) -> Array:
+    """dq: tiles of queries stay, blocks of keys pass, as in the forward pass."""
+    batch, length, heads, size = saved.q_BTNH.shape
+    tiles, dtype = settings.tiles, saved.q_BTNH.dtype
+    block = jax.ShapeDtypeStruct((tiles.dq_block_kv, size), dtype)
+    tile = plgpu.SMEM((WARPGROUPS, ROWS, size), dtype)
+    return hopper.kernel(
+        functools.partial(_query_kernel, settings),
+        settings,
+        "attention_dq",
+        out_type=jax.ShapeDtypeStruct(saved.q_BTNH.shape, dtype),
+        scratch_types=[
+            *(tile, tile, plgpu.SMEM((WARPGROUPS, 2, ROWS), jnp.float32), plgpu.SMEM((WARPGROUPS, ROWS), jnp.int32)),
+            plgpu.Barrier(num_arrivals=4, num_barriers=WARPGROUPS),
+            *Pipeline.scratch(tiles.dq_stages, block, block),
+        ],
+        grid=(heads // settings.tile_heads, length // settings.tile_queries, batch),
+    )(rows.dq_4BI, rows.oldest_BT, *saved, *tables)
+
+
+def key_gradients(settings: Settings, saved: Saved, rows: Rows, tables: tuple[Array, ...]) -> tuple[Array, Array]:
+    """dk and dv: tiles of keys stay, blocks of queries of all heads of the group pass."""
+    batch, length, heads, size = saved.k_BTKH.shape
+    block_q, stages, dtype = settings.tiles.dkv_block_q, settings.tiles.dkv_stages, saved.k_BTKH.dtype
+    keys, tile = jax.ShapeDtypeStruct(saved.k_BTKH.shape, dtype), plgpu.SMEM((WARPGROUPS, ROWS, size), dtype)
+    block = jax.ShapeDtypeStruct((block_q, size), dtype)
+    numbers = jax.ShapeDtypeStruct((2, block_q), jnp.float32)
+    return hopper.kernel(
+        functools.partial(_key_kernel, settings),
+        settings,
+        "attention_dkv",
+        out_type=(keys, keys),
+        scratch_types=[
+            *(tile, tile, plgpu.SMEM((WARPGROUPS, ROWS), jnp.int32)),
+            plgpu.Barrier(num_arrivals=3, num_barriers=WARPGROUPS),
+            *Pipeline.scratch(stages, block, block, numbers),
+        ],
+        grid=(heads, length // (WARPGROUPS * ROWS), batch),
+    )(rows.dkv_4BJ, rows.newest_BT, *saved, *tables)
+
+
+def _query_kernel(
+    settings: Settings, ranges: Any, oldest: Any, q: Any, k: Any, v: Any, do: Any, numbers: Any, *rest: Any
+) -> None:
+    tables, (dq, *scratch) = hopper.split(settings, rest)
+    *tile, loaded = scratch[:5]
+    keys = Pipeline(*scratch[5:])
+    place = hopper.Place(settings, q.shape)
+    first, _, _, stop = span = place.of(ranges)
+
+    @pl.when(place.warpgroup < WARPGROUPS)
+    def _() -> None:
+        plgpu.set_max_registers(hopper.COMPUTE_REGISTERS, action="increase")
+        own = (place.batch, place.queries, place.head)
+        own_numbers = numbers.at[place.batch, place.head, :, place.queries]
+        sources = (q.at[own], do.at[own], own_numbers, oldest.at[own[:2]])
+        mine = [x.at[place.warpgroup] for x in tile]
+        for source, destination in zip(sources, mine, strict=True):
+            plgpu.copy_gmem_to_smem(source, destination, loaded.at[place.warpgroup])
+        plgpu.barrier_wait(loaded.at[place.warpgroup])
+        my_q, my_do, my_numbers, my_oldest = mine
+        log_sum_q, inner_q, oldest_q = my_numbers[0], my_numbers[1], my_oldest[...]
+
+        shape = (ROWS, keys.rows)
+
+        def visit(j: Any, dq_qH: Array, masked: bool) -> Array:
+            n = j - first
+            key_block, value_block = keys.wait(n)
+            # Sums begin with what is to be subtracted from them.
+            scores_qs, d_weights_qs = hopper.add_products(
+                settings,
+                (hopper.along(-log_sum_q, shape, 0), my_q, key_block),
+                (hopper.along(-inner_q, shape, 0), my_do, value_block),
+            )
+            if masked:
+                scores_qs = hopper.mask(scores_qs, oldest_q, hopper.indices(place.first_query + 1), j * keys.rows)
+            d_scores_qs = (jnp.exp2(scores_qs) * d_weights_qs).astype(my_q.dtype)
+            (dq_qH,) = hopper.add_products(settings, (dq_qH, d_scores_qs, key_block))
+            keys.release(n)
+            return dq_qH
+
+        dq_qH = hopper.visit_ranges(span, visit, jnp.zeros(my_q.shape, jnp.float32))
+        hopper.store_turned_back(settings, my_q, dq_qH * settings.scale, tables, place.batch, place.queries)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(my_q, dq.at[own])
+        plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(place.warpgroup == WARPGROUPS)
+    def _() -> None:
+        plgpu.set_max_registers(hopper.COPY_REGISTERS, action="decrease")
+
+        def load(j: Any, _: None) -> None:
+            block = (place.batch, pl.ds(j * keys.rows, keys.rows), place.key_head)
+            keys.load(j - first, k.at[block], v.at[block])
+
+        lax.fori_loop(first, stop, load, None)
+        keys.drain(stop - first)
+
+
+def _key_kernel(
+    settings: Settings, ranges: Any, newest: Any, q: Any, k: Any, v: Any, do: Any, numbers: Any, *rest: Any
+) -> None:
+    tables, (dk, dv, *scratch) = hopper.split(settings, rest)
+    tile_k, tile_v, tile_newest, loaded = scratch[:4]
+    queries = Pipeline(*scratch[4:])
+    key_head, tile, batch, warpgroup = (lax.axis_index(name) for name in ("heads", "tiles", "batch", "warpgroup"))
+    group, block_q = settings.group, queries.rows
+
+    def span() -> tuple[Any, ...]:
+        """A block of queries is visited for each head of the group in turn."""
+        return tuple(ranges[n, batch, tile] * group for n in range(4))
+
+    @pl.when(warpgroup < WARPGROUPS)
+    def _() -> None:
+        plgpu.set_max_registers(hopper.COMPUTE_REGISTERS, action="increase")
+        first_key = (tile * WARPGROUPS + warpgroup) * ROWS
+        own = (batch, pl.ds(first_key, ROWS), key_head)
+        my_k, my_v, my_newest = (x.at[warpgroup] for x in (tile_k, tile_v, tile_newest))
+        plgpu.copy_gmem_to_smem(k.at[own], my_k, loaded.at[warpgroup])
+        plgpu.copy_gmem_to_smem(v.at[own], my_v, loaded.at[warpgroup])
+        plgpu.copy_gmem_to_smem(newest.at[own[:2]], my_newest, loaded.at[warpgroup])
+        plgpu.barrier_wait(loaded.at[warpgroup])
+        own_span = first, *_ = span()  # late, so that it is not held in registers across the roles
+        newest_s = my_newest[...]
+
+        shape = (ROWS, block_q)
+
+        def visit(m: Any, sums: tuple[Array, Array], masked: bool) -> tuple[Array, Array]:
+            dk_sH, dv_sH = sums
+            n = m - first
+            q_block, do_block, numbers_block = queries.wait(n)
+            # Sums begin with what is to be subtracted from them. One after the other: registers are short.
+            (scores_sq,) = hopper.add_products(
+                settings, (hopper.along(-numbers_block[0], shape, 1), my_k, q_block)
+            )
+            if masked:
+                first_query = lax.div(m, jnp.int32(group)) * block_q
+                scores_sq = hopper.mask(scores_sq, hopper.indices(first_key), newest_s, first_query)
+            weights_sq = jnp.exp2(scores_sq)
+            dv_sH, d_weights_sq = hopper.add_products(
+                settings,
+                (dv_sH, weights_sq.astype(my_k.dtype), do_block),
+                (hopper.along(-numbers_block[1], shape, 1), my_v, do_block),
+            )
+            d_scores_sq = (weights_sq * d_weights_sq).astype(my_k.dtype)
+            (dk_sH,) = hopper.add_products(settings, (dk_sH, d_scores_sq, q_block))
+            queries.release(n)
+            return dk_sH, dv_sH
+
+        nothing_sH = jnp.zeros(my_k.shape, jnp.float32)
+        dk_sH, dv_sH = hopper.visit_ranges(own_span, visit, (nothing_sH, nothing_sH))
+        my_v[...] = dv_sH.astype(my_v.dtype)
+        # Queries carry scale and log2(e); of these the scores' gradient wants the scale alone.
+        hopper.store_turned_back(settings, my_k, dk_sH / LOG2_E, tables, batch, own[1])
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(my_k, dk.at[own])
+        plgpu.copy_smem_to_gmem(my_v, dv.at[own])
+        plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(warpgroup == WARPGROUPS)
+    def _() -> None:
+        plgpu.set_max_registers(hopper.COPY_REGISTERS, action="decrease")
+        first, *_, stop = span()
+
+        def load(m: Any, _: None) -> None:
+            block = pl.ds(lax.div(m, jnp.int32(group)) * block_q, block_q)
+            head = key_head * group + lax.rem(m, jnp.int32(group))
+            tiles = (x.at[batch, block, head] for x in (q, do))
+            queries.load(m - first, *tiles, numbers.at[batch, head, :, block])
+
+        lax.fori_loop(first, stop, load, None)
+        queries.drain(stop - first)

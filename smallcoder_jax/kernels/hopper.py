@@ -1,0 +1,242 @@
+"""What the kernels for NVIDIA Hopper share (Pallas Mosaic GPU): products of warpgroups, and RoPE of a tile.
+
+A block of threads has WARPGROUPS warpgroups that compute and one that copies. Each that computes owns ROWS rows, the
+rows of one wgmma instruction; what it sums stays in its registers.
+
+Shapes: B batch, T tokens, N query heads, K key heads, H head size (a multiple of 64), E = H / 2; r rows of a
+warpgroup, s rows of the other side.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from smallcoder_jax.kernels.tiles import HopperTiles
+
+LOWEST = -1e30  # the score of a key that is not seen
+LOG2_E = math.log2(math.e)
+WARPGROUPS, ROWS = 2, 64
+# Of the 65536 registers of a multiprocessor: 2 * 128 threads that compute, 128 that copy.
+COMPUTE_REGISTERS, COPY_REGISTERS = 240, 24
+COMPILER_PARAMS = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
+# Until jax 0.10 the index is an argument of its own.
+_LOAD_INDEX = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
+
+
+class Settings(NamedTuple):
+    """What the kernels are compiled for."""
+
+    tiles: HopperTiles
+    group: int
+    scale: float  # of the scores: 1 / sqrt(true head size)
+    rotated: bool
+    interpret: Any  # the parameters of Mosaic GPU's interpreter, or None
+
+    @property
+    def tile_heads(self) -> int:
+        """Query heads of a tile: its warpgroups take two heads of a group, or else two blocks of queries."""
+        return WARPGROUPS if self.group % WARPGROUPS == 0 else 1
+
+    @property
+    def tile_queries(self) -> int:
+        return ROWS * WARPGROUPS // self.tile_heads
+
+
+class Rows(NamedTuple):
+    """What the kernels know of documents: the oldest key that each query sees (NOTHING for padding), the end of the
+    queries that see each key (negative for padding), and the ranges of blocks of each tile.
+    """
+
+    oldest_BT: Array
+    newest_BT: Array
+    forward_4BI: Array
+    dq_4BI: Array
+    dkv_4BJ: Array
+
+
+class Saved(NamedTuple):
+    """What the backward pass works from: queries rotated, times the scale and log2(e), and keys rotated; two numbers of
+    each query: the log2 of its weights' sum, and the inner product of its output and that one's gradient.
+    """
+
+    q_BTNH: Array
+    k_BTKH: Array
+    v_BTKH: Array
+    do_BTNH: Array
+    numbers_BN2T: Array
+
+
+class Place:
+    """Where a warpgroup of a kernel over tiles of queries stands. The grid takes late tiles, which see the most keys,
+    first, so that short ones fill the end.
+    """
+
+    def __init__(self, settings: Settings, shape: tuple[int, ...]):
+        heads, tiles = lax.axis_index("heads"), shape[1] // settings.tile_queries
+        self.batch, self.warpgroup = lax.axis_index("batch"), lax.axis_index("warpgroup")
+        self.tile = tiles - 1 - lax.axis_index("tiles")
+        over_heads = settings.tile_heads > 1
+        self.head = heads * settings.tile_heads + (self.warpgroup if over_heads else 0)
+        self.key_head = lax.div(heads * settings.tile_heads, jnp.int32(settings.group))
+        self.first_query = self.tile * settings.tile_queries + (0 if over_heads else self.warpgroup * ROWS)
+        self.queries = pl.ds(self.first_query, ROWS)
+
+    def of(self, ranges: Any) -> tuple[Any, ...]:
+        """The ranges of the tile."""
+        return tuple(ranges[n, self.batch, self.tile] for n in range(4))
+
+
+class Pipeline:
+    """Blocks in shared memory on their way from the warpgroup that copies to those that compute; what belongs together
+    travels together. Block n of a kernel's sequence lies in slot n modulo the stages.
+    """
+
+    def __init__(self, *scratch: Any):
+        *self.slots, self.full, self.empty = scratch
+        self.stages, self.rows = self.slots[0].shape[:2]
+
+    @staticmethod
+    def scratch(stages: int, *blocks: jax.ShapeDtypeStruct) -> list[Any]:
+        return [
+            *(plgpu.SMEM((stages, *block.shape), block.dtype) for block in blocks),
+            plgpu.Barrier(num_arrivals=len(blocks), num_barriers=stages),
+            plgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
+        ]
+
+    def slot(self, n: Any) -> Any:
+        return lax.rem(n, jnp.int32(self.stages))
+
+    def load(self, n: Any, *sources: Any) -> None:
+        pl.when(n >= self.stages)(lambda: plgpu.barrier_wait(self.empty.at[self.slot(n)]))
+        for source, slots in zip(sources, self.slots, strict=True):
+            plgpu.copy_gmem_to_smem(source, slots.at[self.slot(n)], self.full.at[self.slot(n)])
+
+    def wait(self, n: Any) -> list[Any]:
+        plgpu.barrier_wait(self.full.at[self.slot(n)])
+        return [slots.at[self.slot(n)] for slots in self.slots]
+
+    def release(self, n: Any) -> None:
+        plgpu.barrier_arrive(self.empty.at[self.slot(n)])
+
+    def drain(self, count: Any) -> None:
+        """Waits until all of `count` blocks are released."""
+        oldest = jnp.maximum(count - self.stages, 0)
+        lax.fori_loop(oldest, count, lambda n, _: plgpu.barrier_wait(self.empty.at[self.slot(n)]), None)
+
+
+def split(settings: Settings, refs: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The tables of the rotation, if there are any, from the outputs and the scratch that follow them."""
+    tables = 2 if settings.rotated else 0
+    return refs[:tables], refs[tables:]
+
+
+def visit_ranges(ranges: tuple[Any, ...], visit: Callable[[Any, Any, bool], Any], sums: Any) -> Any:
+    """Visits the blocks of a tile; those in the middle without a mask."""
+    for start, stop, masked in zip(ranges[:3], ranges[1:], (True, False, True), strict=True):
+        sums = lax.fori_loop(start, stop, lambda j, sums, masked=masked: visit(j, sums, masked), sums)
+    return sums
+
+
+def indices(first: Any) -> Array:
+    """Those of a warpgroup's rows."""
+    return first + lax.broadcasted_iota(jnp.int32, (ROWS,), 0)
+
+
+def mask(scores_rs: Array, low_r: Array, high_r: Array, first: Any) -> Array:
+    """Scores with those put low that lie outside of their row's [low, high); `first` is the index of the column 0."""
+    column_rs = first + lax.broadcasted_iota(jnp.int32, scores_rs.shape, 1)
+    seen_rs = (column_rs >= along(low_r, scores_rs.shape, 0)) & (column_rs < along(high_r, scores_rs.shape, 0))
+    return jnp.where(seen_rs, scores_rs, LOWEST)
+
+
+def kernel(body: Callable[..., None], settings: Settings, name: str, **arguments: Any) -> Callable[..., Any]:
+    """`plgpu.kernel` over a grid of (heads, tiles, batch) with one warpgroup more than compute."""
+    return plgpu.kernel(
+        body,
+        grid_names=("heads", "tiles", "batch"),
+        num_threads=WARPGROUPS + 1,
+        thread_name="warpgroup",
+        compiler_params=COMPILER_PARAMS,
+        interpret=settings.interpret,
+        kernel_name=name,
+        **arguments,
+    )
+
+
+def product(settings: Settings, a_rH: Any, b_sH: Any, meanwhile: Callable[[], None]) -> Array:
+    """a b^T of two tiles in shared memory, float32; `meanwhile` is run while the tensor cores work.
+
+    The interpreter knows neither transposed tiles nor operands in registers, so there the product is XLA's.
+    """
+    if settings.interpret is not None:
+        meanwhile()
+        return _product(a_rH[...], b_sH[...], ((1,), (1,)))
+
+    def run(total: Any) -> Array:
+        plgpu.wgmma(total, a_rH, b_sH.transpose((1, 0)))
+        meanwhile()
+        return total[...]
+
+    return pl.run_scoped(run, plgpu.ACC((a_rH.shape[0], b_sH.shape[0]), jnp.float32))
+
+
+def add_products(settings: Settings, *terms: tuple[Array, Any, Any]) -> list[Array]:
+    """total + a b of each (total, a, b) with a in registers and b a tile in shared memory; total + a b^T where both are
+    tiles.
+    """
+
+    def run(totals: list[Any]) -> None:
+        for total, (_, a, b) in zip(totals, terms, strict=True):
+            plgpu.wgmma(total, a, b if isinstance(a, Array) else b.transpose((1, 0)))
+
+    if settings.interpret is None:
+        return pl.run_state(run)([plgpu.ACC.init(total) for total, _, _ in terms])
+    return [
+        total + (_product(a, b[...], ((1,), (0,))) if isinstance(a, Array) else _product(a[...], b[...], ((1,), (1,))))
+        for total, a, b in terms
+    ]
+
+
+def _product(a: Array, b: Array, contracting: Any) -> Array:
+    return lax.dot_general(a, b, (contracting, ((), ())), preferred_element_type=jnp.float32)
+
+
+def along(row: Array, shape: tuple[int, int], axis: int) -> Array:
+    """A vector as a matrix whose `axis` it runs along."""
+    return lax.broadcast_in_dim(row, shape, (axis,))
+
+
+def angles(settings: Settings, tables: tuple[Any, ...], b: Any, rows: Any) -> tuple[Array, Array]:
+    """Cosines and sines of a tile's rows, [r, E], straight from global memory: they are used once."""
+    cos, sin = (table.at[b, rows] for table in tables)
+    if settings.interpret is not None:
+        return cos[...], sin[...]
+    return plgpu.load(cos, *_LOAD_INDEX, optimized=False), plgpu.load(sin, *_LOAD_INDEX, optimized=False)
+
+
+def turn(first_rE: Array, second_rE: Array, angle: tuple[Array, Array], *, back: bool) -> tuple[Array, Array]:
+    """RoPE of the two halves of float32 heads, or its inverse."""
+    cos_rE, sin_rE = angle
+    if back:
+        sin_rE = -sin_rE
+    return first_rE * cos_rE - second_rE * sin_rE, second_rE * cos_rE + first_rE * sin_rE
+
+
+def store_turned_back(settings: Settings, tile: Any, x_rH: Array, tables: tuple[Any, ...], b: Any, rows: Any) -> None:
+    """Writes float32 gradients of rotated heads, rotated back, to a tile in shared memory."""
+    if not tables:
+        tile[...] = x_rH.astype(tile.dtype)
+        return
+    half = x_rH.shape[1] // 2
+    first_rE, second_rE = turn(x_rH[:, :half], x_rH[:, half:], angles(settings, tables, b, rows), back=True)
+    tile[:, :half] = first_rE.astype(tile.dtype)
+    tile[:, half:] = second_rE.astype(tile.dtype)

@@ -1,0 +1,189 @@
+"""The PyTorch side of `tools.bench_step`: a training step of our shape in libraries of others.
+
+`torch`: transformers. `litgpt`: the model and loss of litgpt's pretraining.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from smallcoder_jax.config import Config, parameter_count
+from smallcoder_jax.errors import UserError
+from tools.step_timing import cores, random_batches, resident_set, timed
+
+LLAMA = {"norm": "rmsnorm", "positions": "rope", "mlp": "swiglu", "dropout": 0.0, "window": 0}
+CAUSAL = "causal"  # the attention that knows no documents
+Loss = Callable[[Any, dict[str, Any]], Any]  # of the model and a microbatch
+
+
+def check_llama(config: Config, name: str) -> None:
+    """Raises UserError for a model that is no Llama, which is what these libraries compute."""
+    differing = [
+        f"model.{name}={getattr(config.model, name)!r} instead of {wanted!r}"
+        for name, wanted in LLAMA.items()
+        if getattr(config.model, name) != wanted
+    ]
+    if differing:
+        raise UserError(f"--against={name} compares with Llama, which this config is not: {', '.join(differing)}")
+
+
+def measure_torch(
+    name: str, config: Config, steps: int, documents: int | None, *, attention: str, compile: bool
+) -> dict[str, Any]:
+    """Runs steps of contender `name`. Raises UserError where it is not installed."""
+    torch, model, loss_of = BUILDERS[name](config, attention)
+    torch.set_num_threads(cores())
+    train, settings = config.train, config.optimizer
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = model.to(device).train()
+    parameters = list(model.parameters())
+    count = sum(parameter.numel() for parameter in parameters)
+    if count != parameter_count(config.model):
+        raise UserError(f"{name}'s model has {count:,} parameters, ours {parameter_count(config.model):,}")
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
+            {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
+        ],
+        lr=settings.learning_rate,
+        betas=(settings.b1, settings.b2),
+        eps=settings.eps,
+        fused=True,
+    )
+    forward = torch.compile(model) if compile else model
+    batches = [
+        {key: torch.from_numpy(batch[key].astype(np.int64)).to(device) for key in ("tokens", "targets", "positions")}
+        for batch in random_batches(config, documents)
+    ]
+    rows, half = train.microbatch_rows, config.compute.dtype == "bfloat16"
+
+    def run(number: int) -> float:
+        total = 0.0
+        for start in range(0, train.batch_size, rows):
+            part = {key: value[start : start + rows] for key, value in batches[number % len(batches)].items()}
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
+                loss = loss_of(forward, part) / (train.batch_size // rows)
+            loss.backward()
+            total += loss.detach()
+        if settings.clip_norm > 0:
+            torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return float(total)  # waits for the device, the optimizer's work included
+
+    step_seconds, loss = timed(run, steps)
+    accelerator = device.type == "cuda"
+    return {
+        "software": ", ".join([*VERSIONS[name](), f"torch {torch.__version__}", *(["compiled"] if compile else [])]),
+        "device": torch.cuda.get_device_name() if accelerator else "cpu",
+        "devices": 1,
+        "accelerator": accelerator,
+        "step_seconds": step_seconds,
+        "loss": loss,
+        "memory": torch.cuda.max_memory_allocated() if accelerator else resident_set(),
+    }
+
+
+def build_transformers(config: Config, attention: str) -> tuple[Any, Any, Loss]:
+    torch, transformers = modules("torch", "smallcoder_jax[parity]", "torch", "transformers")
+    if attention == CAUSAL:
+        # Without a mask function, transformers passes no mask, and sdpa takes its causal kernel. For "sdpa" itself a
+        # compiled model makes a dense mask, because it cannot see that rows are one document each.
+        sdpa = importlib.import_module("transformers.integrations.sdpa_attention").sdpa_attention_forward
+        transformers.AttentionInterface.register(CAUSAL, sdpa)
+    torch.manual_seed(config.train.seed)
+    model = transformers.LlamaForCausalLM(llama_config(config, transformers, attention))
+
+    def loss(model: Any, part: dict[str, Any]) -> Any:
+        positions = {} if attention == CAUSAL else {"position_ids": part["positions"]}
+        return model(input_ids=part["tokens"], labels=part["tokens"], **positions).loss
+
+    return torch, model, loss
+
+
+def build_litgpt(config: Config, attention: str) -> tuple[Any, Any, Loss]:
+    torch, litgpt, utils = modules("litgpt", "litgpt", "torch", "litgpt", "litgpt.utils")
+    if attention != CAUSAL:
+        raise UserError(f"litgpt does not keep documents apart; it runs with --their-attention={CAUSAL}")
+    model = config.model
+    torch.manual_seed(config.train.seed)
+    built = litgpt.GPT(
+        litgpt.Config(
+            block_size=model.context,
+            vocab_size=model.vocab_size,
+            padded_vocab_size=model.vocab_size,
+            n_layer=model.layers,
+            n_embd=model.width,
+            n_head=model.heads,
+            n_query_groups=model.kv_heads,
+            head_size=model.head_size,
+            intermediate_size=model.mlp_width,
+            rope_base=int(model.rope_theta),
+            rotary_percentage=1.0,
+            parallel_residual=False,
+            bias=model.bias == "all",
+            norm_class_name="RMSNorm",
+            norm_eps=model.norm_eps,
+            mlp_class_name="LLaMAMLP",
+        )
+    )
+    built.apply(built._init_weights)
+    if model.embeddings == "tied":
+        built.transformer.wte.weight = built.lm_head.weight
+
+    def loss(model: Any, part: dict[str, Any]) -> Any:
+        return utils.chunked_cross_entropy(model(part["tokens"]), part["targets"], chunk_size=0)
+
+    return torch, built, loss
+
+
+def llama_config(config: Config, transformers: Any, attention: str) -> Any:
+    """The transformers configuration of our shape."""
+    model = config.model
+    return transformers.LlamaConfig(
+        vocab_size=model.vocab_size,
+        hidden_size=model.width,
+        intermediate_size=model.mlp_width,
+        num_hidden_layers=model.layers,
+        num_attention_heads=model.heads,
+        num_key_value_heads=model.kv_heads,
+        head_dim=model.head_size,
+        max_position_embeddings=model.context,
+        rms_norm_eps=model.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
+        tie_word_embeddings=model.embeddings == "tied",
+        attention_bias=model.bias == "all",
+        mlp_bias=model.bias == "all",
+        attn_implementation=attention,
+        use_cache=False,
+    )
+
+
+def modules(contender: str, package: str, *names: str) -> list[Any]:
+    """The modules of a contender. Raises UserError with the command that installs them."""
+    try:
+        return [importlib.import_module(name) for name in names]
+    except ImportError as error:
+        raise UserError(
+            f"--against={contender} needs {error.name}; run: {sys.executable} -m pip install '{package}'"
+        ) from error
+
+
+def versions(*packages: str) -> Callable[[], list[str]]:
+    return lambda: [f"{package} {importlib.metadata.version(package)}" for package in packages]
+
+
+BUILDERS: dict[str, Callable[[Config, str], tuple[Any, Any, Loss]]] = {
+    "torch": build_transformers,
+    "litgpt": build_litgpt,
+}
+VERSIONS = {
+    "torch": versions("transformers"),
+    "litgpt": versions("litgpt"),
+}
