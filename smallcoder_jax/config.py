@@ -46,7 +46,7 @@ class ComputeConfig:
     """How the model is computed; none of it changes what is computed beyond rounding."""
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of activations and matrix products; parameters are float32
-    attention: Literal["auto", "xla", "pallas_tpu"] = "auto"
+    attention: Literal["auto", "xla", "cudnn", "pallas_tpu", "pallas_gpu"] = "auto"
     layers: Literal["scan", "unroll"] = "unroll"  # scan compiles faster, unroll runs faster
     remat: Literal["none", "dots", "full"] = "none"  # recomputed backward: nothing, elementwise, all
 

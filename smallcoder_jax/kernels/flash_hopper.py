@@ -30,17 +30,21 @@ from smallcoder_jax.kernels.ranges import NOTHING, document_starts, document_sto
 from smallcoder_jax.kernels.tiles import HopperTiles
 
 SIZES = (64, 128)
+HOPPER = ("H100", "H200", "H800", "H20")  # in jax's kind of device
+LONGEST = 1 << 24
 SHARED_MEMORY = 227 << 10  # what a block of threads may have
 
 
 def obstacle(
     length: int, group: int, size: int, dtype: DTypeLike, tiles: HopperTiles, device: str | None
 ) -> str | None:  # fmt: skip
-    """Why the kernels cannot serve rows on a kind of device, or None. Any `length` and `group` will do: a row's keys
-    pass through shared memory block by block.
+    """Why the kernels cannot serve rows of `length` on a kind of device, or None (also for a CPU, which interprets
+    them). Any `group` will do: each of its heads has its own tiles.
     """
-    del length, group
-    if device is not None and not any(name in device for name in ("H100", "H200", "H800", "H20", "GH200")):
+    del group
+    if length > LONGEST:
+        return f"it counts queries in float32, up to {LONGEST}, not {length}"
+    if device not in (None, "cpu") and not any(name in device for name in HOPPER):
         return f"it is made for NVIDIA Hopper (H100, H200), not for {device}"
     if jnp.dtype(dtype) != jnp.bfloat16:
         return f"it multiplies bfloat16, not {jnp.dtype(dtype).name}"
@@ -144,6 +148,8 @@ def _forward(
         functools.partial(_forward_kernel, settings),
         settings,
         "attention_forward",
+        shape=q_BTNH.shape,
+        products=2,
         out_type=[queries, queries, jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)],
         scratch_types=[
             plgpu.SMEM((WARPGROUPS, ROWS, size), dtype),
@@ -162,8 +168,9 @@ def _forward(
 def _backward(settings: Settings, residuals: Any, do_BTNH: Array) -> tuple[Any, ...]:
     q_BTNH, k_BTKH, v_BTKH, rows, tables, o_BTNH, log_sum_BNT = residuals
     inner_BTN = jnp.sum(do_BTNH.astype(jnp.float32) * o_BTNH.astype(jnp.float32), axis=-1)
-    numbers_BN2T = jnp.stack([log_sum_BNT, inner_BTN.transpose(0, 2, 1)], axis=2)
-    saved = hopper.Saved(q_BTNH, k_BTKH, v_BTKH, do_BTNH, numbers_BN2T)
+    index_BNT = jnp.broadcast_to(jnp.arange(q_BTNH.shape[1], dtype=jnp.float32), log_sum_BNT.shape)
+    numbers_BN3T = jnp.stack([log_sum_BNT, inner_BTN.transpose(0, 2, 1), index_BNT], axis=2)
+    saved = hopper.Saved(q_BTNH, k_BTKH, v_BTKH, do_BTNH, numbers_BN3T)
     dq_BTNH = query_gradients(settings, saved, rows, tables)
     dk_BTKH, dv_BTKH = key_gradients(settings, saved, rows, tables)
     return dq_BTNH, dk_BTKH, dv_BTKH, None, None
@@ -177,7 +184,7 @@ def _forward_kernel(settings: Settings, ranges: Any, oldest: Any, q: Any, k: Any
     tile_q, tile_oldest, tile_sum, loaded, turn, *pipelines = scratch
     keys, values = Pipeline(*pipelines[:3]), Pipeline(*pipelines[3:])
     place = hopper.Place(settings, q.shape)
-    first, _, _, stop = span = place.of(ranges)
+    first, _, _, stop = bounds = place.bounds(ranges)
 
     @pl.when(place.warpgroup < WARPGROUPS)
     def _() -> None:
@@ -191,7 +198,7 @@ def _forward_kernel(settings: Settings, ranges: Any, oldest: Any, q: Any, k: Any
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(my_q, q_rotated.at[own])
         oldest_q = my_oldest[...]
-        o_qH, largest_q, total_q = _attend_to_keys(settings, my_q, oldest_q, keys, values, turn, place, span)
+        o_qH, largest_q, total_q = _attend_to_keys(settings, my_q, oldest_q, keys, values, turn, place, bounds)
         my_sum[...] = jnp.where(oldest_q == NOTHING, -LOWEST, largest_q + jnp.log(total_q) * LOG2_E)
         blind_qH = hopper.along(oldest_q, o_qH.shape, 0) == NOTHING
         o_qH = jnp.where(blind_qH, 0.0, o_qH / hopper.along(total_q, o_qH.shape, 0))
@@ -212,8 +219,8 @@ def _forward_kernel(settings: Settings, ranges: Any, oldest: Any, q: Any, k: Any
             values.load(j - first, v.at[block])
 
         lax.fori_loop(first, stop, load, None)
-        keys.drain(stop - first)
-        values.drain(stop - first)
+        keys.drain(settings, stop - first)
+        values.drain(settings, stop - first)
 
 
 def _rotate_queries(settings: Settings, my_q: Any, tables: tuple[Any, ...], place: hopper.Place) -> None:
@@ -231,7 +238,7 @@ def _rotate_queries(settings: Settings, my_q: Any, tables: tuple[Any, ...], plac
 
 def _attend_to_keys(
     settings: Settings, my_q: Any, oldest_q: Array, keys: Pipeline, values: Pipeline, turn: Any, place: hopper.Place,
-    span: tuple[Any, ...],
+    bounds: tuple[Any, ...],
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     """Sums of weighted values, largest scores and sums of weights, over the key blocks of the tile."""
 
@@ -241,11 +248,11 @@ def _attend_to_keys(
 
     def visit(j: Any, sums: tuple[Array, Array, Array], masked: bool) -> tuple[Array, Array, Array]:
         o_qH, before_q, total_q = sums
-        n = j - span[0]
+        n = j - bounds[0]
         scores_qs = hopper.product(settings, my_q, *keys.wait(n), meanwhile=pass_turn)
         keys.release(n)
         if masked:
-            scores_qs = hopper.mask(scores_qs, oldest_q, hopper.indices(place.first_query + 1), j * keys.rows)
+            scores_qs = place.mask(scores_qs, oldest_q, j * keys.rows)
         largest_q = jnp.maximum(before_q, scores_qs.max(axis=1))
         weights_qs = jnp.exp2(scores_qs - hopper.along(largest_q, scores_qs.shape, 0))
         fade_q = jnp.exp2(before_q - largest_q)
@@ -265,6 +272,6 @@ def _attend_to_keys(
     pl.when(place.warpgroup == 1)(pass_turn)
     nothing_q = jnp.zeros((ROWS,), jnp.float32)
     sums = (jnp.zeros(my_q.shape, jnp.float32), jnp.full((ROWS,), LOWEST, jnp.float32), nothing_q)
-    sums = hopper.visit_ranges(span, visit, sums)
+    sums = hopper.visit_ranges(bounds, visit, sums)
     pl.when(place.warpgroup == 0)(pass_turn)
     return sums

@@ -32,9 +32,11 @@ def query_gradients(settings: Settings, saved: Saved, rows: Rows, tables: tuple[
         functools.partial(_query_kernel, settings),
         settings,
         "attention_dq",
+        shape=saved.q_BTNH.shape,
+        products=3,
         out_type=jax.ShapeDtypeStruct(saved.q_BTNH.shape, dtype),
         scratch_types=[
-            *(tile, tile, plgpu.SMEM((WARPGROUPS, 2, ROWS), jnp.float32), plgpu.SMEM((WARPGROUPS, ROWS), jnp.int32)),
+            *(tile, tile, plgpu.SMEM((WARPGROUPS, 3, ROWS), jnp.float32), plgpu.SMEM((WARPGROUPS, ROWS), jnp.int32)),
             plgpu.Barrier(num_arrivals=4, num_barriers=WARPGROUPS),
             *Pipeline.scratch(tiles.dq_stages, block, block),
         ],
@@ -48,11 +50,13 @@ def key_gradients(settings: Settings, saved: Saved, rows: Rows, tables: tuple[Ar
     block_q, stages, dtype = settings.tiles.dkv_block_q, settings.tiles.dkv_stages, saved.k_BTKH.dtype
     keys, tile = jax.ShapeDtypeStruct(saved.k_BTKH.shape, dtype), plgpu.SMEM((WARPGROUPS, ROWS, size), dtype)
     block = jax.ShapeDtypeStruct((block_q, size), dtype)
-    numbers = jax.ShapeDtypeStruct((2, block_q), jnp.float32)
+    numbers = jax.ShapeDtypeStruct((3, block_q), jnp.float32)
     return hopper.kernel(
         functools.partial(_key_kernel, settings),
         settings,
         "attention_dkv",
+        shape=saved.q_BTNH.shape,
+        products=4,
         out_type=(keys, keys),
         scratch_types=[
             *(tile, tile, plgpu.SMEM((WARPGROUPS, ROWS), jnp.int32)),
@@ -70,7 +74,7 @@ def _query_kernel(
     *tile, loaded = scratch[:5]
     keys = Pipeline(*scratch[5:])
     place = hopper.Place(settings, q.shape)
-    first, _, _, stop = span = place.of(ranges)
+    first, _, _, stop = bounds = place.bounds(ranges)
 
     @pl.when(place.warpgroup < WARPGROUPS)
     def _() -> None:
@@ -97,13 +101,13 @@ def _query_kernel(
                 (hopper.along(-inner_q, shape, 0), my_do, value_block),
             )
             if masked:
-                scores_qs = hopper.mask(scores_qs, oldest_q, hopper.indices(place.first_query + 1), j * keys.rows)
+                scores_qs = place.mask(scores_qs, oldest_q, j * keys.rows)
             d_scores_qs = (jnp.exp2(scores_qs) * d_weights_qs).astype(my_q.dtype)
             (dq_qH,) = hopper.add_products(settings, (dq_qH, d_scores_qs, key_block))
             keys.release(n)
             return dq_qH
 
-        dq_qH = hopper.visit_ranges(span, visit, jnp.zeros(my_q.shape, jnp.float32))
+        dq_qH = hopper.visit_ranges(bounds, visit, jnp.zeros(my_q.shape, jnp.float32))
         hopper.store_turned_back(settings, my_q, dq_qH * settings.scale, tables, place.batch, place.queries)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(my_q, dq.at[own])
@@ -118,7 +122,7 @@ def _query_kernel(
             keys.load(j - first, k.at[block], v.at[block])
 
         lax.fori_loop(first, stop, load, None)
-        keys.drain(stop - first)
+        keys.drain(settings, stop - first)
 
 
 def _key_kernel(
@@ -130,9 +134,9 @@ def _key_kernel(
     key_head, tile, batch, warpgroup = (lax.axis_index(name) for name in ("heads", "tiles", "batch", "warpgroup"))
     group, block_q = settings.group, queries.rows
 
-    def span() -> tuple[Any, ...]:
-        """A block of queries is visited for each head of the group in turn."""
-        return tuple(ranges[n, batch, tile] * group for n in range(4))
+    # A block of queries is visited for each head of the group in turn; visits are counted from the first.
+    first, *stops = (ranges[n, batch, tile] for n in range(4))
+    bounds = (jnp.int32(0), *((stop - first) * group for stop in stops))
 
     @pl.when(warpgroup < WARPGROUPS)
     def _() -> None:
@@ -144,22 +148,18 @@ def _key_kernel(
         plgpu.copy_gmem_to_smem(v.at[own], my_v, loaded.at[warpgroup])
         plgpu.copy_gmem_to_smem(newest.at[own[:2]], my_newest, loaded.at[warpgroup])
         plgpu.barrier_wait(loaded.at[warpgroup])
-        own_span = first, *_ = span()  # late, so that it is not held in registers across the roles
-        newest_s = my_newest[...]
+        # Columns are read as numbers of the queries rather than made here, which would hold registers in all the loop.
+        key_s, newest_s = hopper.indices(first_key).astype(jnp.float32), my_newest[...].astype(jnp.float32)
 
         shape = (ROWS, block_q)
 
-        def visit(m: Any, sums: tuple[Array, Array], masked: bool) -> tuple[Array, Array]:
+        def visit(n: Any, sums: tuple[Array, Array], masked: bool) -> tuple[Array, Array]:
             dk_sH, dv_sH = sums
-            n = m - first
             q_block, do_block, numbers_block = queries.wait(n)
             # Sums begin with what is to be subtracted from them. One after the other: registers are short.
-            (scores_sq,) = hopper.add_products(
-                settings, (hopper.along(-numbers_block[0], shape, 1), my_k, q_block)
-            )
+            (scores_sq,) = hopper.add_products(settings, (hopper.along(-numbers_block[0], shape, 1), my_k, q_block))
             if masked:
-                first_query = lax.div(m, jnp.int32(group)) * block_q
-                scores_sq = hopper.mask(scores_sq, hopper.indices(first_key), newest_s, first_query)
+                scores_sq = hopper.mask(scores_sq, key_s, newest_s, hopper.along(numbers_block[2], shape, 1))
             weights_sq = jnp.exp2(scores_sq)
             dv_sH, d_weights_sq = hopper.add_products(
                 settings,
@@ -172,7 +172,7 @@ def _key_kernel(
             return dk_sH, dv_sH
 
         nothing_sH = jnp.zeros(my_k.shape, jnp.float32)
-        dk_sH, dv_sH = hopper.visit_ranges(own_span, visit, (nothing_sH, nothing_sH))
+        dk_sH, dv_sH = hopper.visit_ranges(bounds, visit, (nothing_sH, nothing_sH))
         my_v[...] = dv_sH.astype(my_v.dtype)
         # Queries carry scale and log2(e); of these the scores' gradient wants the scale alone.
         hopper.store_turned_back(settings, my_k, dk_sH / LOG2_E, tables, batch, own[1])
@@ -184,13 +184,11 @@ def _key_kernel(
     @pl.when(warpgroup == WARPGROUPS)
     def _() -> None:
         plgpu.set_max_registers(hopper.COPY_REGISTERS, action="decrease")
-        first, *_, stop = span()
 
-        def load(m: Any, _: None) -> None:
-            block = pl.ds(lax.div(m, jnp.int32(group)) * block_q, block_q)
-            head = key_head * group + lax.rem(m, jnp.int32(group))
-            tiles = (x.at[batch, block, head] for x in (q, do))
-            queries.load(m - first, *tiles, numbers.at[batch, head, :, block])
+        def load(n: Any, _: None) -> None:
+            block = pl.ds((first + lax.div(n, jnp.int32(group))) * block_q, block_q)
+            head = key_head * group + lax.rem(n, jnp.int32(group))
+            queries.load(n, q.at[batch, block, head], do.at[batch, block, head], numbers.at[batch, head, :, block])
 
-        lax.fori_loop(first, stop, load, None)
-        queries.drain(stop - first)
+        lax.fori_loop(0, bounds[-1], load, None)
+        queries.drain(settings, bounds[-1])

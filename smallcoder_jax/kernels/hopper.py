@@ -28,8 +28,9 @@ WARPGROUPS, ROWS = 2, 64
 # Of the 65536 registers of a multiprocessor: 2 * 128 threads that compute, 128 that copy.
 COMPUTE_REGISTERS, COPY_REGISTERS = 240, 24
 COMPILER_PARAMS = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
-# Until jax 0.10 the index is an argument of its own.
+# In jax 0.10 a load's index is an argument of its own, and a kernel takes no estimate of its cost.
 _LOAD_INDEX = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
+_TAKES_COST = "cost_estimate" in inspect.signature(plgpu.kernel).parameters
 
 
 class Settings(NamedTuple):
@@ -64,15 +65,15 @@ class Rows(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the backward pass works from: queries rotated, times the scale and log2(e), and keys rotated; two numbers of
-    each query: the log2 of its weights' sum, and the inner product of its output and that one's gradient.
+    """What the backward pass works from: queries rotated, times the scale and log2(e), and keys rotated; three numbers
+    of each query: the log2 of its weights' sum, the inner product of its output and that one's gradient, its index.
     """
 
     q_BTNH: Array
     k_BTKH: Array
     v_BTKH: Array
     do_BTNH: Array
-    numbers_BN2T: Array
+    numbers_BN3T: Array
 
 
 class Place:
@@ -90,9 +91,14 @@ class Place:
         self.first_query = self.tile * settings.tile_queries + (0 if over_heads else self.warpgroup * ROWS)
         self.queries = pl.ds(self.first_query, ROWS)
 
-    def of(self, ranges: Any) -> tuple[Any, ...]:
-        """The ranges of the tile."""
+    def bounds(self, ranges: Any) -> tuple[Any, ...]:
+        """Of the ranges of the tile."""
         return tuple(ranges[n, self.batch, self.tile] for n in range(4))
+
+    def mask(self, scores_qs: Array, oldest_q: Array, first_key: Any) -> Array:
+        """Scores with those of keys that a query does not see put low."""
+        key_qs = first_key + lax.broadcasted_iota(jnp.int32, scores_qs.shape, 1)
+        return mask(scores_qs, oldest_q, indices(self.first_query + 1), key_qs)
 
 
 class Pipeline:
@@ -127,8 +133,12 @@ class Pipeline:
     def release(self, n: Any) -> None:
         plgpu.barrier_arrive(self.empty.at[self.slot(n)])
 
-    def drain(self, count: Any) -> None:
-        """Waits until all of `count` blocks are released."""
+    def drain(self, settings: Settings, count: Any) -> None:
+        """Waits until all of `count` blocks are released, as the interpreter demands; on the device it costs registers
+        and is for nothing.
+        """
+        if settings.interpret is None:
+            return
         oldest = jnp.maximum(count - self.stages, 0)
         lax.fori_loop(oldest, count, lambda n, _: plgpu.barrier_wait(self.empty.at[self.slot(n)]), None)
 
@@ -139,9 +149,9 @@ def split(settings: Settings, refs: tuple[Any, ...]) -> tuple[tuple[Any, ...], t
     return refs[:tables], refs[tables:]
 
 
-def visit_ranges(ranges: tuple[Any, ...], visit: Callable[[Any, Any, bool], Any], sums: Any) -> Any:
-    """Visits the blocks of a tile; those in the middle without a mask."""
-    for start, stop, masked in zip(ranges[:3], ranges[1:], (True, False, True), strict=True):
+def visit_ranges(bounds: tuple[Any, ...], visit: Callable[[Any, Any, bool], Any], sums: Any) -> Any:
+    """Visits the blocks of a tile between its four bounds; those in the middle without a mask."""
+    for start, stop, masked in zip(bounds[:3], bounds[1:], (True, False, True), strict=True):
         sums = lax.fori_loop(start, stop, lambda j, sums, masked=masked: visit(j, sums, masked), sums)
     return sums
 
@@ -151,15 +161,26 @@ def indices(first: Any) -> Array:
     return first + lax.broadcasted_iota(jnp.int32, (ROWS,), 0)
 
 
-def mask(scores_rs: Array, low_r: Array, high_r: Array, first: Any) -> Array:
-    """Scores with those put low that lie outside of their row's [low, high); `first` is the index of the column 0."""
-    column_rs = first + lax.broadcasted_iota(jnp.int32, scores_rs.shape, 1)
+def mask(scores_rs: Array, low_r: Array, high_r: Array, column_rs: Array) -> Array:
+    """Scores with those put low whose column lies outside of their row's [low, high)."""
     seen_rs = (column_rs >= along(low_r, scores_rs.shape, 0)) & (column_rs < along(high_r, scores_rs.shape, 0))
     return jnp.where(seen_rs, scores_rs, LOWEST)
 
 
-def kernel(body: Callable[..., None], settings: Settings, name: str, **arguments: Any) -> Callable[..., Any]:
-    """`plgpu.kernel` over a grid of (heads, tiles, batch) with one warpgroup more than compute."""
+def kernel(
+    body: Callable[..., None], settings: Settings, name: str, *, shape: tuple[int, ...], products: int, **arguments: Any
+) -> Callable[..., Any]:
+    """`plgpu.kernel` over a grid of (heads, tiles, batch) with one warpgroup more than compute.
+
+    `shape` of the queries and `products` of matrices per pair of a query and a key: for what XLA is told of the cost,
+    which is that of one document per row, because what is skipped is known only when it runs.
+    """
+    batch, length, heads, size = shape
+    pairs = batch * heads * length * (length + 1) // 2
+    moved = (2 + 2 // settings.group) * products // 2 * 2 * batch * length * heads * size
+    cost = pl.CostEstimate(flops=2 * products * pairs * size, transcendentals=pairs, bytes_accessed=moved)
+    if _TAKES_COST:
+        arguments["cost_estimate"] = cost
     return plgpu.kernel(
         body,
         grid_names=("heads", "tiles", "batch"),
@@ -186,7 +207,7 @@ def product(settings: Settings, a_rH: Any, b_sH: Any, meanwhile: Callable[[], No
         meanwhile()
         return total[...]
 
-    return pl.run_scoped(run, plgpu.ACC((a_rH.shape[0], b_sH.shape[0]), jnp.float32))
+    return pl.run_scoped(run, plgpu.WGMMAAccumulatorRef((a_rH.shape[0], b_sH.shape[0]), jnp.float32))
 
 
 def add_products(settings: Settings, *terms: tuple[Array, Any, Any]) -> list[Array]:
@@ -199,7 +220,8 @@ def add_products(settings: Settings, *terms: tuple[Array, Any, Any]) -> list[Arr
             plgpu.wgmma(total, a, b if isinstance(a, Array) else b.transpose((1, 0)))
 
     if settings.interpret is None:
-        return pl.run_state(run)([plgpu.ACC.init(total) for total, _, _ in terms])
+        start: Any = [plgpu.WGMMAAccumulatorRef.init(total) for total, _, _ in terms]
+        return pl.run_state(run)(start)
     return [
         total + (_product(a, b[...], ((1,), (0,))) if isinstance(a, Array) else _product(a[...], b[...], ((1,), (1,))))
         for total, a, b in terms
@@ -210,7 +232,7 @@ def _product(a: Array, b: Array, contracting: Any) -> Array:
     return lax.dot_general(a, b, (contracting, ((), ())), preferred_element_type=jnp.float32)
 
 
-def along(row: Array, shape: tuple[int, int], axis: int) -> Array:
+def along(row: Array, shape: tuple[int, ...], axis: int) -> Array:
     """A vector as a matrix whose `axis` it runs along."""
     return lax.broadcast_in_dim(row, shape, (axis,))
 

@@ -60,8 +60,8 @@ def document_stops(segment_ids_BT: Array) -> Array:
 
 
 def query_ranges(stops_BT: Array, block_kv: int, block_q: int, window: int | None) -> Ranges:
-    """Ranges of query blocks for each block of keys, which are seen by [s, min(stop, s + window)): the key ranges of the
-    rows read backwards, where what a key is seen by becomes what it sees.
+    """Ranges of query blocks for each block of keys, where key s is seen by [s, min(stop, s + window)): the key ranges
+    of the rows read backwards, where what a key is seen by becomes what it sees.
     """
     length = stops_BT.shape[1]
     backwards = key_ranges(length - stops_BT[:, ::-1], block_kv, block_q, window)

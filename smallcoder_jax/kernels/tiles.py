@@ -38,7 +38,7 @@ class HopperTiles:
     dq_block_kv: int = 64
     dq_stages: int = 3
     dkv_block_q: int = 64
-    dkv_stages: int = 4
+    dkv_stages: int = 2
 
     def __post_init__(self) -> None:
         for size in (self.block_kv, self.dq_block_kv, self.dkv_block_q):

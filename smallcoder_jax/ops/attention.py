@@ -6,61 +6,82 @@ Shapes: B batch, T queries, S keys, N query heads, K key-value heads, G = N / K,
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
 from smallcoder_jax.errors import UserError
-from smallcoder_jax.kernels import flash_tpu
+from smallcoder_jax.kernels import flash_hopper, flash_tpu
 from smallcoder_jax.kernels.tile_table import lookup
-from smallcoder_jax.kernels.tiles import TpuTiles
+from smallcoder_jax.kernels.tiles import HopperTiles, TpuTiles
 from smallcoder_jax.mesh import BATCH, HEADS
 from smallcoder_jax.ops.attention_xla import Keys, Queries, attend_xla
 from smallcoder_jax.ops.rope import angles, rotate
 
-IMPLEMENTATIONS = ("xla", "pallas_tpu")
+IMPLEMENTATIONS = ("xla", "cudnn", "pallas_tpu", "pallas_gpu")
+PLATFORMS = {"pallas_tpu": "tpu", "pallas_gpu": "gpu", "cudnn": "gpu"}  # xla runs on any
+KERNELS = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
 
 
 class Choice(NamedTuple):
     implementation: str
     reason: str
-    tiles: TpuTiles | None = None  # of a kernel
+    tiles: TpuTiles | HopperTiles | None = None  # of a kernel
 
 
 def choose(
     implementation: str, length: int, keys: int, group: int, size: int, dtype: DTypeLike,
-    platform: str | None = None, device: str | None = None,
+    platform: str | None = None, device: str | None = None, *, packed: bool = True,
 ) -> Choice:  # fmt: skip
     """Resolves `auto` for rows of `length` queries and `keys` keys, `group` query heads of `size` to a key head.
 
-    `platform` and `device` kind are the devices'; None when it is compiled for devices that are not here. Raises
-    UserError on an unknown name, and where the one asked for cannot serve the shape or the platform.
+    `platform` and `device` kind are the devices'; None when it is compiled for devices that are not here. `packed`:
+    rows may hold several documents. Raises UserError on an unknown name, and where the one asked for cannot serve the
+    shape or the platform.
     """
     if implementation not in ("auto", *IMPLEMENTATIONS):
         raise UserError(f"attention implementation {implementation!r}; known: auto, {', '.join(IMPLEMENTATIONS)}")
     if implementation == "xla":
         return Choice("xla", "asked for")
-    tiles, _, origin = lookup(TpuTiles, device, size, group, length)
-    obstacle = (
-        f"it serves packed rows, where each query has its key, not {length} queries over {keys} keys"
-        if length != keys
-        else flash_tpu.obstacle(length, group, size, dtype, tiles, device)
-    )
-    if implementation == "pallas_tpu":
-        if platform not in (None, "tpu"):
-            raise UserError(f"attention implementation 'pallas_tpu' runs on TPUs; the platform is '{platform}'")
-        if obstacle:
-            raise UserError(f"attention implementation 'pallas_tpu': {obstacle}; use auto or xla")
-        return Choice("pallas_tpu", f"asked for; {origin}", tiles)
-    platform = platform or jax.default_backend()
-    if platform != "tpu":
-        return Choice("xla", f"the only one for platform '{platform}'")
-    if obstacle:
-        return Choice("xla", f"pallas_tpu: {obstacle}")
-    return Choice("pallas_tpu", f"platform 'tpu', packed rows; {origin}", tiles)
+    asked = implementation != "auto"
+    if asked and platform not in (None, PLATFORMS[implementation]):
+        place = PLATFORMS[implementation].upper()
+        raise UserError(f"attention implementation {implementation!r} runs on {place}s; the platform is '{platform}'")
+    if not asked:
+        platform = platform or jax.default_backend()
+        if platform not in KERNELS:
+            return Choice("xla", f"the only one for platform '{platform}'")
+        implementation = KERNELS[platform]
+    tiles, origin = None, "rows of one document"
+    if length != keys:
+        obstacle = f"it serves packed rows, where each query has its key, not {length} queries over {keys} keys"
+    elif implementation == "cudnn":
+        obstacle = _cudnn_obstacle(size, dtype, packed)
+    elif implementation == "pallas_gpu":
+        tiles, _, origin = lookup(HopperTiles, device, size, group, length)
+        obstacle = flash_hopper.obstacle(length, group, size, dtype, tiles, device)
+    else:
+        tiles, _, origin = lookup(TpuTiles, device, size, group, length)
+        obstacle = flash_tpu.obstacle(length, group, size, dtype, tiles, device)
+    if obstacle is None:
+        why = "asked for" if asked else f"platform '{platform}', packed rows"
+        return Choice(implementation, f"{why}; {origin}", tiles)
+    if asked:
+        raise UserError(f"attention implementation {implementation!r}: {obstacle}; use auto or xla")
+    return Choice("xla", f"{implementation}: {obstacle}")
+
+
+def _cudnn_obstacle(size: int, dtype: DTypeLike, packed: bool) -> str | None:
+    if packed:
+        return "it cannot be told where the documents of a row end, and rows are packed"
+    if jnp.dtype(dtype).itemsize != 2:
+        return f"it multiplies numbers of 16 bits, not {jnp.dtype(dtype).name}"
+    return f"it serves head sizes up to 128 that 8 divides, not {size}" if size > 128 or size % 8 else None
 
 
 def attention(
@@ -75,22 +96,30 @@ def attention(
     rope_theta: float | None,
     window: int | None = None,
     implementation: str = "auto",
+    packed: bool = True,
 ) -> Float[Array, "B T N H"]:
     """softmax(rot(q) rot(k)^T / sqrt(H)) v, where a query sees a key of its own document at or before its position.
 
     `window`: a query also sees only the last `window` positions, itself included. `rope_theta=None`: no rotation.
     Segment 0 is padding: it sees nothing, nothing sees it, and its output is 0. S == T means that key i belongs to
-    query i, as in a packed row, where positions rise within a document. Softmax is float32; the result has the dtype of
-    `q_BTNH`.
+    query i, as in a packed row, where positions rise within a document. `packed=False` promises rows of one document,
+    with no padding but at the end. Softmax is float32; the result has the dtype of `q_BTNH`.
     """
     length, keys = q_BTNH.shape[1], k_BSKH.shape[1]
     group, device = q_BTNH.shape[2] // k_BSKH.shape[2], _device_kind()
-    chosen = choose(implementation, length, keys, group, q_BTNH.shape[3], q_BTNH.dtype, device=device)
-    if chosen.tiles is not None:
+    chosen = choose(implementation, length, keys, group, q_BTNH.shape[3], q_BTNH.dtype, device=device, packed=packed)
+    if isinstance(chosen.tiles, TpuTiles):
         return _flash_tpu(q_BTNH, k_BSKH, v_BSKH, q_positions_BT, q_segment_ids_BT, rope_theta, window, chosen.tiles)
+    if isinstance(chosen.tiles, HopperTiles):
+        return _flash_hopper(
+            q_BTNH, k_BSKH, v_BSKH, q_positions_BT, q_segment_ids_BT, rope_theta, window, chosen.tiles
+        )  # fmt: skip
     if rope_theta is not None:
         q_BTNH = rotate(q_BTNH, q_positions_BT, rope_theta)
         k_BSKH = rotate(k_BSKH, kv_positions_BS, rope_theta)
+    if chosen.implementation == "cudnn":
+        attend = functools.partial(_cudnn, window=window)
+        return _on_each_device(attend, q_BTNH, k_BSKH, v_BSKH, q_segment_ids_BT, None)
     queries = Queries(q_BTNH, q_positions_BT, q_segment_ids_BT)
     return attend_xla(queries, Keys(k_BSKH, v_BSKH, kv_positions_BS, kv_segment_ids_BS), window)
 
@@ -105,9 +134,36 @@ def _flash_tpu(
     q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, positions_BT: Array, segment_ids_BT: Array, theta: float | None,
     window: int | None, tiles: TpuTiles,
 ) -> Array:  # fmt: skip
-    """The TPU kernel; on a mesh, each device works on its rows and heads."""
     rotation = None if theta is None else angles(positions_BT, q_BTNH.shape[-1], theta)
     attend = functools.partial(flash_tpu.flash_attention, window=window, tiles=tiles)
+    return _on_each_device(attend, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, rotation)
+
+
+def _flash_hopper(
+    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, positions_BT: Array, segment_ids_BT: Array, theta: float | None,
+    window: int | None, tiles: HopperTiles,
+) -> Array:  # fmt: skip
+    rotation = None if theta is None else angles(positions_BT, q_BTNH.shape[-1], theta)
+    attend = functools.partial(flash_hopper.flash_attention, window=window, tiles=tiles)
+    return _on_each_device(attend, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, rotation)
+
+
+def _cudnn(
+    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segment_ids_BT: Array, _: None, *, window: int | None
+) -> Array:  # fmt: skip
+    """Rows of one document: a causal mask keeps the padding at their end from everything else."""
+    local = None if window is None else (window - 1, 0)
+    o_BTNH = jax.nn.dot_product_attention(
+        q_BTNH, k_BTKH, v_BTKH, is_causal=True, local_window_size=local, implementation="cudnn"
+    )
+    return jnp.where(segment_ids_BT[:, :, None, None] > 0, o_BTNH, jnp.zeros((), o_BTNH.dtype))
+
+
+def _on_each_device(
+    attend: Callable[..., Array], q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segment_ids_BT: Array,
+    rotation: tuple[Array, Array] | None,
+) -> Array:  # fmt: skip
+    """On a mesh, each device works on its rows and heads."""
     operands = (q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, rotation)
     if jax.sharding.get_abstract_mesh().size <= 1:
         return attend(*operands)

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from smallcoder_jax.mesh import BATCH
 from smallcoder_jax.ops.precision import matmul_precision
 
-# All logits at once are faster, since none are made twice. This is a quarter of the smallest accelerators' 16 GiB.
+# All logits at once are less work: none are made twice. The limit is a quarter of the smallest accelerators' 16 GiB.
 WHOLE_BYTES = 4 * 2**30
 # Chunks are large, so that adding to the unembedding's gradient, once in each, is little beside their products.
 CHUNK_BYTES = 512 * 2**20
@@ -143,6 +143,7 @@ def _chunked_backward(chunk: int, residuals: tuple[Array, ...], gradient: TokenL
 
         parts = _in_chunks((hidden_XD, *per_token), chunk)
         d_unembed_VD, d_hidden_NCD = jax.lax.scan(add, jnp.zeros(unembed_VD.shape, jnp.float32), parts)
+        # Summed over the devices outside: here, XLA would gather what `tensor` splits first.
         return d_hidden_NCD.reshape(-1, hidden_XD.shape[1])[: hidden_XD.shape[0]], d_unembed_VD[None]
 
     d_hidden_XD, d_unembed_PVD = _on_own_tokens(run)(

@@ -351,7 +351,7 @@ class Trainer:
                     f"vocabulary {config.model.vocab_size}",
                     "compute": f"{config.compute.dtype}, layers {config.compute.layers}, remat {config.compute.remat}",
                     "attention": f"{choice.implementation} ({choice.reason})",
-                    "cross-entropy": f"{'all tokens' if chunk is None else f'{chunk} tokens'} at a time "
+                    "cross-entropy": f"{'all tokens at once' if chunk is None else f'{chunk} tokens at a time'} "
                     f"({self.cross_entropy.reason})",
                 },
                 "memory": {

@@ -155,15 +155,34 @@ def test_auto_is_chosen_by_platform_and_shape():
     endless = choose("auto", **{**SHAPE, "length": 10**6, "keys": 10**6}, platform="tpu")
     assert endless.implementation == "xla"
     assert "VMEM" in endless.reason
+    assert choose("auto", **SHAPE, platform="gpu", device="NVIDIA H200").implementation == "pallas_gpu"
+    older = choose("auto", **SHAPE, platform="gpu", device="NVIDIA A100-SXM4-80GB")
+    assert older.implementation == "xla"
+    assert "made for NVIDIA Hopper" in older.reason
+    exact = choose("auto", **{**SHAPE, "dtype": "float32"}, platform="gpu", device="NVIDIA H200")
+    assert exact.implementation == "xla"
+    assert "bfloat16, not float32" in exact.reason
+
+
+def test_cudnn_serves_rows_of_one_document_alone():
+    assert choose("cudnn", **SHAPE, platform="gpu", packed=False).implementation == "cudnn"
+    assert choose("auto", **SHAPE, platform="gpu", device="NVIDIA H200", packed=False).implementation == "pallas_gpu"
 
 
 @pytest.mark.parametrize(
     ("implementation", "changes", "words"),
     [
-        ("flash", {}, "known: auto, xla, pallas_tpu"),
+        ("flash", {}, "known: auto, xla, cudnn, pallas_tpu, pallas_gpu"),
         ("pallas_tpu", {"platform": "cpu"}, "runs on TPUs; the platform is 'cpu'"),
         ("pallas_tpu", {"keys": 4096}, "2048 queries over 4096 keys"),
         ("pallas_tpu", {"length": 10**6, "keys": 10**6}, "MiB of VMEM"),
+        ("pallas_gpu", {"platform": "tpu"}, "runs on GPUs; the platform is 'tpu'"),
+        ("pallas_gpu", {"device": "NVIDIA GeForce RTX 4090"}, "not for NVIDIA GeForce RTX 4090"),
+        ("pallas_gpu", {"size": 256}, "head sizes up to 128, not 256"),
+        ("pallas_gpu", {"keys": 4096}, "2048 queries over 4096 keys"),
+        ("cudnn", {}, "rows are packed"),
+        ("cudnn", {"packed": False, "dtype": "float32"}, "16 bits, not float32"),
+        ("cudnn", {"packed": False, "size": 100}, "that 8 divides, not 100"),
     ],
 )
 def test_what_cannot_be_served_is_an_error_that_says_why(implementation, changes, words):

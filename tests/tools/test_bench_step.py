@@ -9,7 +9,7 @@ import pytest
 from smallcoder_jax.config import Config, TrainConfig
 from smallcoder_jax.errors import CheckFailed, UserError
 from tests.helpers import tiny_config
-from tools import bench_step, packed_rows, step_timing, step_torch
+from tools import bench_step, step_timing, step_torch
 
 NANO = str(Path(bench_step.__file__).resolve().parents[1] / "configs" / "nano.py")
 
@@ -88,22 +88,22 @@ def test_torch_runs_the_same_shape(config: Config, attention: str) -> None:
 
 
 def test_torch_keeps_documents_apart_only_where_it_is_asked_to(config: Config) -> None:
-    """The loss of the second document's tokens depends on the first document's, or does not."""
     import torch
 
-    segments = packed_rows.segment_ids(1, 32, 16, np.random.default_rng(0))
-    border = int((segments == 1).sum())
-    positions = torch.from_numpy(packed_rows.positions(segments).astype(np.int64))
-    tokens = torch.arange(32)[None] % config.model.vocab_size
-    other = torch.where(torch.from_numpy(segments == 1), tokens.flip(1), tokens)
-    moved = {}
-    for attention in ("causal", "sdpa"):
-        _, model, _ = step_torch.BUILDERS["torch"](config, attention)
-        arguments = {} if attention == "causal" else {"position_ids": positions}
-        logits = [model(input_ids=ids, **arguments).logits[:, border:] for ids in (tokens, other)]
-        moved[attention] = float((logits[0] - logits[1]).detach().abs().max())
-    assert moved["causal"] > 1e-3
-    assert moved["sdpa"] == 0
+    def loss(attention: str, documents: int | None) -> float:
+        _, model, loss_of = step_torch.BUILDERS["torch"](config, attention)
+        model.apply(
+            lambda module: torch.nn.init.normal_(module.weight) if isinstance(module, torch.nn.Linear) else None
+        )
+        batch = step_timing.random_batches(config, documents)[0]
+        part = {name: torch.from_numpy(batch[name].astype(np.int64)) for name in ("tokens", "positions")}
+        part["tokens"][:] = torch.arange(32)  # the same, whatever the documents
+        return float(loss_of(model, part).detach())
+
+    whole = loss("causal", None)
+    assert loss("causal", 8) == whole
+    assert loss("sdpa", None) == pytest.approx(whole, rel=1e-5)
+    assert abs(loss("sdpa", 8) - whole) > 1e-3
 
 
 def test_a_trainer_that_is_not_installed_is_named_with_its_command(

@@ -19,6 +19,7 @@ import pytest
 from smallcoder_jax.config import CheckpointConfig, Config, DataConfig, EvalConfig, LogConfig, TokenizerConfig
 from smallcoder_jax.data.prepare import prepare
 from smallcoder_jax.errors import UserError
+from smallcoder_jax.ops import cross_entropy
 from smallcoder_jax.stages import pretrain, run
 from smallcoder_jax.train import loop
 from smallcoder_jax.train.checkpoint import Checkpointer
@@ -137,3 +138,20 @@ def test_logged_gradients_are_per_token(root: Path, tmp_path: Path) -> None:
             jax.tree.leaves(trainer.gradient(trainer.state.params, batch)), jax.tree.leaves(total), strict=True
         ):
             np.testing.assert_allclose(found, np.asarray(summed) / count, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("limit", "shown"),
+    [(0, "8 tokens at a time (0.00 GiB"), (cross_entropy.WHOLE_BYTES, "all tokens at once (0.00 GiB")],
+)
+def test_the_start_says_how_cross_entropy_is_computed(
+    limit: int, shown: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cross_entropy, "WHOLE_BYTES", limit)
+    monkeypatch.setattr(cross_entropy, "CHUNK_BYTES", 8 * 256 * 4)
+    with trainer_in(tmp_path, config_of(root)) as trainer:
+        assert trainer.run().step == 2
+        recorded = trainer.folder.read_run_json()["cross_entropy"]
+    line = f"cross-entropy     {shown} of logits per device, limit {limit / 2**30:.2f})"
+    assert line in (tmp_path / "terminal").read_text()
+    assert recorded["chunk"] == (None if limit else 8)
