@@ -108,12 +108,8 @@ def attention(
     length, keys = q_BTNH.shape[1], k_BSKH.shape[1]
     group, device = q_BTNH.shape[2] // k_BSKH.shape[2], _device_kind()
     chosen = choose(implementation, length, keys, group, q_BTNH.shape[3], q_BTNH.dtype, device=device, packed=packed)
-    if isinstance(chosen.tiles, TpuTiles):
-        return _flash_tpu(q_BTNH, k_BSKH, v_BSKH, q_positions_BT, q_segment_ids_BT, rope_theta, window, chosen.tiles)
-    if isinstance(chosen.tiles, HopperTiles):
-        return _flash_hopper(
-            q_BTNH, k_BSKH, v_BSKH, q_positions_BT, q_segment_ids_BT, rope_theta, window, chosen.tiles
-        )  # fmt: skip
+    if chosen.tiles is not None:
+        return _flash(q_BTNH, k_BSKH, v_BSKH, q_positions_BT, q_segment_ids_BT, rope_theta, window, chosen.tiles)
     if rope_theta is not None:
         q_BTNH = rotate(q_BTNH, q_positions_BT, rope_theta)
         k_BSKH = rotate(k_BSKH, kv_positions_BS, rope_theta)
@@ -130,21 +126,16 @@ def _device_kind() -> str:
     return device.device_kind if device else jax.devices()[0].device_kind
 
 
-def _flash_tpu(
+def _flash(
     q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, positions_BT: Array, segment_ids_BT: Array, theta: float | None,
-    window: int | None, tiles: TpuTiles,
+    window: int | None, tiles: TpuTiles | HopperTiles,
 ) -> Array:  # fmt: skip
+    """The kernel that the tiles are for."""
     rotation = None if theta is None else angles(positions_BT, q_BTNH.shape[-1], theta)
-    attend = functools.partial(flash_tpu.flash_attention, window=window, tiles=tiles)
-    return _on_each_device(attend, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, rotation)
-
-
-def _flash_hopper(
-    q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, positions_BT: Array, segment_ids_BT: Array, theta: float | None,
-    window: int | None, tiles: HopperTiles,
-) -> Array:  # fmt: skip
-    rotation = None if theta is None else angles(positions_BT, q_BTNH.shape[-1], theta)
-    attend = functools.partial(flash_hopper.flash_attention, window=window, tiles=tiles)
+    if isinstance(tiles, TpuTiles):
+        attend = functools.partial(flash_tpu.flash_attention, window=window, tiles=tiles)
+    else:
+        attend = functools.partial(flash_hopper.flash_attention, window=window, tiles=tiles)
     return _on_each_device(attend, q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, rotation)
 
 

@@ -15,7 +15,7 @@ from smallcoder_jax.ops.rope import rotate
 def attend(
     q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, positions_BT: Array, segment_ids_BT: Array, theta: float, *_: Any
 ) -> Array:
-    """On one device, in the place of `ops.attention._flash_tpu`. Blocks of 1024 and one backward kernel for all three
+    """On one device, in the place of `ops.attention._flash`. Blocks of 1024 and one backward kernel for all three
     gradients; documents are masked by segment ids, heads share keys (one call per key head).
     """
     batch, length, heads, size = q_BTNH.shape

@@ -88,7 +88,7 @@ def test_less_is_left_to_xla_than_with_its_rope_and_splash_attention(
     """Rotation, its gradient and what is laid out anew for a kernel cost cycles outside it."""
     config = in_a_loop("medium_lc", 1)
     text, _ = step(chip, config, ONE)
-    monkeypatch.setattr(attention, "_flash_tpu", splash.attend)
+    monkeypatch.setattr(attention, "_flash", splash.attend)
     theirs = compile_step(config, ONE, devices_of(chip)[:1]).as_text()
     print(f"{chip}, {config.name}: XLA's estimated cycles outside of the attention kernels", end=" ")
     cycles, their_cycles = (outside_kernels(each, config.model.layers) for each in (text, theirs))
