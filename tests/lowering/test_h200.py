@@ -103,7 +103,9 @@ def ptxas_reports(call: str) -> tuple[str, list[tuple[str, int, int, int]]]:
 
 
 @pytest.mark.parametrize("count", list(MESHES))
-@pytest.mark.parametrize("variant", ["tiny", "medium", "medium_lc"])
+@pytest.mark.parametrize(
+    "variant", ["medium_lc", *(pytest.param(name, marks=pytest.mark.slow) for name in ("medium", "tiny"))]
+)
 def test_the_step_with_the_kernels_compiles_without_spills(variant: str, count: int) -> None:
     said, reports = ptxas_reports(f"compile_one({variant!r}, {count})")
     memory = re.search(r"GiB ([\d.]+)", said)
