@@ -129,6 +129,23 @@ class OptimizerConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class GuardConfig:
+    """What is done about a loss or gradient that cannot be right, and how long a run waits for anything.
+
+    An update from a non-finite loss or gradient is always skipped. A wait that takes too long ends the process, with
+    the stacks of all threads and the exit code of a stalled run; 0 waits for ever.
+    """
+
+    max_skipped: int = 10  # updates skipped in a row after which the run stops
+    spike_sigma: float = 0.0  # also skip losses so many standard deviations above their moving average; 0: none
+    spike_window: int = 100  # updates of that moving average; before the first so many nothing is a spike
+    step_seconds: float = 1800.0  # longest wait for the result of a step
+    data_seconds: float = 1800.0  # longest wait for a batch
+    save_seconds: float = 3600.0  # longest wait for a checkpoint
+    stop_seconds: float = 300.0  # from SIGTERM to the end of the process
+
+
+@dataclasses.dataclass(frozen=True)
 class EvalConfig:
     every: int = 500  # steps; also once at the end; 0: only at the end
     batches: int = 50  # validation batches per evaluation; 0: the whole split
@@ -162,6 +179,7 @@ class Config:
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    guard: GuardConfig = GuardConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
@@ -286,6 +304,15 @@ def validate(config: Config) -> None:
         (data.workers >= 0, f"{data.workers=} must not be negative"),
         (data.prefetch >= 1, f"{data.prefetch=} must be at least 1"),
         (data.max_documents >= 0, f"{data.max_documents=} must not be negative; 0 is all"),
+        (config.guard.max_skipped >= 1, f"{config.guard.max_skipped=} must be at least 1"),
+        (config.guard.spike_window >= 2, f"{config.guard.spike_window=} must be at least 2"),
+        *(
+            (
+                math.isfinite(getattr(config.guard, name)) and getattr(config.guard, name) >= 0,
+                f"guard.{name}={getattr(config.guard, name)} must be 0 (off) or a positive number",
+            )
+            for name in ("spike_sigma", "step_seconds", "data_seconds", "save_seconds", "stop_seconds")
+        ),
         (config.checkpoint.every >= 1, f"{config.checkpoint.every=} must be at least 1"),
         (config.checkpoint.keep >= 1, f"{config.checkpoint.keep=} must be at least 1"),
         (config.eval.every >= 0, f"{config.eval.every=} must not be negative; 0 is only at the end"),

@@ -12,12 +12,14 @@ from pathlib import Path
 
 from smallcoder_jax.configfile import load_config, split_overrides
 from smallcoder_jax.errors import EXIT_INTERRUPTED, UserError, run_cli
+from smallcoder_jax.faults import KINDS, PLACES, Faults
 
 DESCRIPTION = """Trains the model of a config file, or continues the run that the workdir holds.
 
 Any value of the config can be set: --config.train.steps=100 --config.data.sources=dir:/my/code
-Exit codes: 0 done, 2 a mistake in what was given, 75 interrupted by SIGTERM or Ctrl-C (saved; the same command
-continues)."""
+Exit codes: 0 done; 2 a mistake in what was given; 4 too many updates in a row skipped (loss or gradient not finite, or
+a spike); 5 stalled (a wait took too long, the stacks are written); 75 interrupted by SIGTERM or Ctrl-C (saved; the same
+command continues)."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,6 +34,18 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workdir", metavar="DIR", help="the run folder; default runs/NAME of the config")
     parser.add_argument("--mode", choices=("train", "evaluate"), default="train")
     parser.add_argument("--step", help="evaluate: which checkpoint, 'best' or a step; default the best")
+    parser.add_argument(
+        "--allow-changed",
+        metavar="KEYS",
+        default="",
+        help="continue a run although these differ, for example data.mixture,optimizer.learning_rate",
+    )
+    parser.add_argument(
+        "--inject",
+        metavar="FAULTS",
+        default="",
+        help=f"faults to try a run with, as KIND@PLACE:N,...; kinds: {', '.join(KINDS)}; places: {', '.join(PLACES)}",
+    )
     parser.add_argument("--list", action="store_true", help="list the files in configs/, and end")
     options = parser.parse_args(arguments)
     if options.list:
@@ -48,7 +62,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if options.step is not None:
         raise UserError("--step belongs to --mode=evaluate; training continues from the newest step")
-    return EXIT_INTERRUPTED if run.train(config, workdir).interrupted else 0
+    allow_changed = tuple(key.strip() for key in options.allow_changed.split(",") if key.strip())
+    result = run.train(config, workdir, faults=Faults(options.inject), allow_changed=allow_changed)
+    return EXIT_INTERRUPTED if result.interrupted else 0
 
 
 def list_configs(folder: Path) -> str:

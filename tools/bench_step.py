@@ -179,6 +179,7 @@ def measure_ours(config: Config, steps: int, documents: int | None) -> Result:
         optim.schedule(config.optimizer, train.steps),
         peak=config.optimizer.learning_rate,
         microbatches=train.batch_size // train.microbatch_rows,
+        guarding=config.guard,
         mesh=mesh,
         shardings=shardings,
     )

@@ -11,6 +11,8 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from smallcoder_jax.faults import NONE, Faults
+
 
 class BatchIterator(Protocol):
     """An iterator over this process's part of each batch whose place can be taken down and returned to."""
@@ -32,13 +34,15 @@ class DevicePrefetcher:
     thread and closes the iterator.
     """
 
-    def __init__(self, iterator: BatchIterator, sharding: NamedSharding, depth: int):
+    def __init__(self, iterator: BatchIterator, sharding: NamedSharding, depth: int, faults: Faults = NONE):
         self._iterator = iterator
         self._sharding = sharding
+        self._faults = faults
         self._executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="device-prefetch")
         self._pending = collections.deque(self._executor.submit(self._load) for _ in range(depth))
 
     def _load(self) -> tuple[dict[str, jax.Array], dict[str, Any]]:
+        self._faults.reach("data")
         batch = next(self._iterator)
         state = self._iterator.get_state()
         placed = {key: jax.make_array_from_process_local_data(self._sharding, value) for key, value in batch.items()}

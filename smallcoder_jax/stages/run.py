@@ -17,11 +17,13 @@ from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.errors import UserError
 from smallcoder_jax.evaluate.bits_per_byte import held_out_references
 from smallcoder_jax.evaluate.perplexity import evaluate
+from smallcoder_jax.faults import NONE, Faults
 from smallcoder_jax.runtime import configure_jax
 from smallcoder_jax.stages import pretrain
 from smallcoder_jax.train.loop import Outcome, Trainer
 from smallcoder_jax.train.report import write_report
 from smallcoder_jax.train.run_folder import RunFolder
+from smallcoder_jax.train.stop import interruptible
 from smallcoder_jax.train.terminal import Terminal, human_count
 
 
@@ -36,18 +38,22 @@ class Run:
     tokens_seen: int
 
 
-def train(config: Config, workdir: Path) -> Run:
+def train(config: Config, workdir: Path, *, faults: Faults = NONE, allow_changed: tuple[str, ...] = ()) -> Run:
     """Trains `config` in `workdir`, or continues the run that is there.
 
-    Raises UserError when the data cannot be had, or when `workdir` cannot be written, is in use or holds another run.
+    `faults` are tried on it (`--inject`). `allow_changed` names the parts of the run's identity that may differ from
+    what is recorded. Raises UserError when the data cannot be had, or when `workdir` cannot be written, is in use or
+    holds another run; Interrupted when SIGTERM comes before there is anything to save; Diverged.
     """
     configure_jax()
     folder = RunFolder(workdir)
     with folder.locked():  # first: preparing data can take hours
-        prepared = prepare(config, Progress(sys.stderr))
-        references = held_out_references(prepared)
-        terminal = Terminal(sys.stderr, total_steps=config.train.steps, log_every=config.train.log_every)
-        trainer = Trainer(config, folder, pretrain.make_task(config, prepared, references), terminal)
+        with interruptible():
+            prepared = prepare(config, Progress(sys.stderr))
+            references = held_out_references(prepared)
+            terminal = Terminal(sys.stderr, total_steps=config.train.steps, log_every=config.train.log_every)
+            task = pretrain.make_task(config, prepared, references)
+            trainer = Trainer(config, folder, task, terminal, faults=faults, allow_changed=allow_changed)
         outcome = trainer.run()
         if jax.process_index() == 0:
             write_report(folder, prepared.accounting, _results(config, outcome, references))

@@ -1,6 +1,6 @@
 """Checkpoints: the only user of Orbax.
 
-    checkpoints/250/state/         Orbax: `params`, and `rest` (optimizer, step, RNG)
+    checkpoints/250/state/         Orbax: `params`, and `rest` (optimizer, step, RNG, guard)
     checkpoints/250/meta.json      config, run identity, tokenizer hash, leaves, evaluation so far
     checkpoints/250/data-0.json    state of the data iterator of process 0
     checkpoints/250/manifest.json  checksum of every other file, written last: without it the step does not exist
@@ -26,11 +26,16 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from smallcoder_jax.errors import UserError
+from smallcoder_jax.faults import NONE, Faults, flip_bit
 from smallcoder_jax.mesh import path_name
 from smallcoder_jax.train.run_folder import read_json
 from smallcoder_jax.train.state import TrainState
 
 MANIFEST = "manifest.json"
+
+
+class Damaged(UserError):
+    """A step whose files are not those that were saved."""
 
 
 class Restored(NamedTuple):
@@ -42,10 +47,11 @@ class Restored(NamedTuple):
 class Checkpointer:
     """Saves without blocking, keeps the newest `keep` steps and the best one."""
 
-    def __init__(self, folder: Path, keep: int):
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, keep: int, faults: Faults = NONE):
+        self.folder, self.keep, self.faults = folder, keep, faults
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._refused: set[int] = set()
         folder.mkdir(parents=True, exist_ok=True)
         for leftover in folder.iterdir():  # of a process that was killed while saving
             ours = leftover.name.isdecimal() and leftover.is_dir() and not leftover.is_symlink()
@@ -60,15 +66,18 @@ class Checkpointer:
         self.wait()
         step = int(state.step)
         target = self.folder / str(step)
+        if step in self._refused:
+            self._set_aside(step)
         if (target / MANIFEST).exists():  # saved already: only the mark is new
             if best:
                 self._mark_best(step)
             return
-        rest = {"optimizer": state.optimizer, "step": state.step, "key": state.key}
+        rest = {name: value for name, value in state._asdict().items() if name != "params"}
         try:
             target.mkdir(parents=True, exist_ok=True)
             _write_json(target / "meta.json", {**meta, "step": step, "leaves": leaves_of(state.params)})
             _write_json(target / f"data-{jax.process_index()}.json", data_state)
+            self.faults.reach("save")
             response = ocp.save_checkpointables_async(_orbax_path(target), {"params": state.params, "rest": rest})
         except OSError as error:
             raise self._failure(error) from error
@@ -76,11 +85,14 @@ class Checkpointer:
         def finish() -> None:
             try:
                 response.result()
+                self.faults.reach("manifest")
                 if jax.process_index() == 0:
                     _write_json(target / MANIFEST, {"format": 1, "files": checksums(target)})
                     if best:
                         self._mark_best(step)
                     self._prune()
+                    if "bitflip" in self.faults.reach("checkpoint"):
+                        flip_bit(target)
             except BaseException as error:  # whatever it is: the next call on the main thread is all that can tell
                 self._error = error
 
@@ -114,19 +126,48 @@ class Checkpointer:
     ) -> Restored:
         """The state of `step`, placed as the shardings in `abstract` say, after verifying every checksum.
 
-        `check` is given meta.json before any array is read, and raises where the step is not wanted. Raises UserError
-        naming the file when one does not match, or the parameter whose shape or dtype differs.
+        `check` is given meta.json before any array is read, and raises where the step is not wanted. Raises Damaged
+        naming the file when one does not match, UserError naming the parameter whose shape or dtype differs.
         """
         target = verified(self.folder / str(step))
         meta = read_meta(target)
         check(meta)
         _check_leaves(meta["leaves"], leaves_of(abstract.params), target)
-        rest = {"optimizer": abstract.optimizer, "step": abstract.step, "key": abstract.key}
+        rest = {name: value for name, value in abstract._asdict().items() if name != "params"}
         loaded = ocp.load_checkpointables(_orbax_path(target), {"params": abstract.params, "rest": rest})
-        state = TrainState(loaded["rest"]["step"], loaded["params"], loaded["rest"]["optimizer"], loaded["rest"]["key"])
+        state = TrainState(params=loaded["params"], **loaded["rest"])
         data_file = target / f"data-{jax.process_index()}.json"
         data_state = json.loads(data_file.read_text()) if data_file.exists() else None
         return Restored(state, meta, data_state)
+
+    def restore_newest(
+        self, abstract: TrainState, check: Callable[[dict[str, Any]], None], note: Callable[[str], None]
+    ) -> Restored | None:
+        """The newest step whose checksums hold, as `restore`; None when nothing was ever saved.
+
+        Steps that are refused on the way are named to `note`. They stay until the run comes to them again, and are then
+        kept as `STEP.damaged`. Raises Damaged when there are steps but none is sound.
+        """
+        reasons = []
+        for step in reversed(self.steps()):
+            try:
+                return self.restore(step, abstract, check)
+            except Damaged as error:
+                self._refused.add(step)
+                reasons.append(str(error))
+                note(f"{error}\n  refused; trying the step before")
+        if reasons:
+            raise Damaged(
+                f"no checkpoint under {self.folder} is sound:\n  " + "\n  ".join(reasons) + "\n"
+                "bring them back from a copy, or choose another --workdir to start anew"
+            )
+        return None
+
+    def _set_aside(self, step: int) -> None:
+        damaged = self.folder / f"{step}.damaged"
+        shutil.rmtree(damaged, ignore_errors=True)
+        (self.folder / str(step)).rename(damaged)
+        self._refused.remove(step)
 
     def _failure(self, error: BaseException) -> UserError:
         return UserError(
@@ -142,7 +183,7 @@ class Checkpointer:
 
     def _prune(self) -> None:
         best = self.best()
-        for step in self.steps()[: -self.keep]:
+        for step in [step for step in self.steps() if step not in self._refused][: -self.keep]:
             if step != best:
                 (self.folder / str(step) / MANIFEST).unlink()  # first: a half-removed step is no step
                 shutil.rmtree(self.folder / str(step))
@@ -202,10 +243,10 @@ def verify_step(step_folder: Path) -> list[str]:
 
 
 def verified(step_folder: Path) -> Path:
-    """The folder itself once every checksum holds; raises UserError otherwise."""
+    """The folder itself once every checksum holds; raises Damaged otherwise."""
     problems = verify_step(step_folder)
     if problems:
-        raise UserError(f"checkpoint {step_folder} is damaged:\n  " + "\n  ".join(problems))
+        raise Damaged(f"checkpoint {step_folder} is damaged:\n  " + "\n  ".join(problems))
     return step_folder
 
 

@@ -7,23 +7,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from smallcoder_jax import optim
 from smallcoder_jax.config import Config, eval_rows, to_dict
 from smallcoder_jax.data.prefetch import BatchIterator, DevicePrefetcher
-from smallcoder_jax.errors import UserError
+from smallcoder_jax.errors import Diverged, UserError
+from smallcoder_jax.faults import NONE, Faults
 from smallcoder_jax.generate.engine import Generator
 from smallcoder_jax.generate.sampling import SamplingOptions
 from smallcoder_jax.mesh import batch_sharding, check_rows, make_mesh, on_mesh, path_name
@@ -32,12 +29,14 @@ from smallcoder_jax.ops import attention, cross_entropy
 from smallcoder_jax.runtime import give_back_memory
 from smallcoder_jax.tokenizers.base import Tokenizer
 from smallcoder_jax.train.checkpoint import Checkpointer
-from smallcoder_jax.train.flops import peak_flops
+from smallcoder_jax.train.meter import Meter
 from smallcoder_jax.train.metrics import EvalMetrics, MetricsLog
-from smallcoder_jax.train.run_folder import RunFolder, compare_identity, write_training_info
+from smallcoder_jax.train.run_folder import RunFolder, compare_identity, split_allowed, write_training_info
 from smallcoder_jax.train.state import TrainState, init_state, state_sharding
 from smallcoder_jax.train.step import LossFn, make_eval_step, make_train_step
+from smallcoder_jax.train.stop import StopRequest
 from smallcoder_jax.train.terminal import Terminal, human_bytes, human_time
+from smallcoder_jax.train.watchdog import Watchdog
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +65,16 @@ class Outcome:
     tokens_seen: int
 
 
+class Dispatched(NamedTuple):
+    """A step on its way: what it will report, and the batch that it was given, for the case that it is skipped."""
+
+    step: int
+    metrics: dict[str, jax.Array]
+    waited: float
+    batch: dict[str, jax.Array]
+    data_state: Any  # of the iterator before it drew this batch
+
+
 def run_identity(config: Config, task: Task) -> dict[str, Any]:
     """What makes a run this run: its data and their order, the shape, and the arithmetic of its steps."""
     plain = to_dict(config)
@@ -77,6 +86,7 @@ def run_identity(config: Config, task: Task) -> dict[str, Any]:
             key: plain["train"][key] for key in ("batch_size", "sequence_length", "microbatch_size", "z_loss", "seed")
         },
         "compute": {key: plain["compute"][key] for key in ("dtype", "layers")},
+        "guard": {key: plain["guard"][key] for key in ("spike_sigma", "spike_window")},
         # A schedule that decays is another schedule when the number of steps differs.
         "steps": config.train.steps if config.optimizer.schedule != "constant" else "any",
     }
@@ -88,8 +98,19 @@ class Trainer:
     Whoever makes one holds `folder.locked()` as long as it is used.
     """
 
-    def __init__(self, config: Config, folder: RunFolder, task: Task, terminal: Terminal):
+    def __init__(
+        self,
+        config: Config,
+        folder: RunFolder,
+        task: Task,
+        terminal: Terminal,
+        *,
+        faults: Faults = NONE,
+        allow_changed: tuple[str, ...] = (),
+    ):
         self.config, self.folder, self.task, self.terminal = config, folder, task, terminal
+        self.faults, self.allow_changed = faults, allow_changed
+        self.watchdog = Watchdog(folder.path)
         self.started = time.monotonic()
         self.identity = run_identity(config, task)
         if folder.run_json.exists():
@@ -119,7 +140,7 @@ class Trainer:
             abstract,
             self.shardings,
         )
-        self.checkpointer = Checkpointer(folder.checkpoints, config.checkpoint.keep)
+        self.checkpointer = Checkpointer(folder.checkpoints, config.checkpoint.keep, faults)
         self.tokens_seen, self.train_seconds, self.best_loss = 0, 0.0, float("inf")
         self.last_loss: float | None = None
         self.evaluation: dict[str, float] = {}
@@ -134,6 +155,7 @@ class Trainer:
             if config.optimizer.name == "muon"
             else config.optimizer.learning_rate,
             microbatches=train.batch_size // train.microbatch_rows,
+            guarding=config.guard,
             mesh=self.mesh,
             shardings=self.shardings,
         )
@@ -166,39 +188,43 @@ class Trainer:
         self.log.references(task.references)
 
     def _refuse_another_run(self, recorded: Any) -> None:
-        differences = compare_identity(recorded, self.identity)
-        if differences:
+        refused, allowed = split_allowed(compare_identity(recorded, self.identity), self.allow_changed)
+        if refused:
             raise UserError(
-                f"{self.folder.path} holds another run; choose another --workdir, or undo the difference:\n  "
-                + "\n  ".join(differences)
+                f"{self.folder.path} holds another run; choose another --workdir, undo the difference, or name what "
+                "may differ from here on in --allow-changed:\n  " + "\n  ".join(refused)
             )
+        for line in allowed:
+            self.terminal.note(f"allowed to differ: {line}")
 
     def _restore_or_init(self, optimizer: Any) -> TrainState:
-        steps = self.checkpointer.steps()
-        if not steps:
-            return jax.jit(lambda: init_state(self.config, optimizer), out_shardings=self.shardings)()
         # Checkpoints may have come here without their run.json, or beside another.
-        restored = self.checkpointer.restore(
-            steps[-1], self.abstract, check=lambda meta: self._refuse_another_run(meta.get("identity"))
+        restored = self.checkpointer.restore_newest(
+            self.abstract, lambda meta: self._refuse_another_run(meta.get("identity")), self.terminal.note
         )
+        if restored is None:
+            return jax.jit(lambda: init_state(self.config, optimizer), out_shardings=self.shardings)()
         self.tokens_seen = restored.meta["tokens_seen"]
         self.train_seconds = restored.meta["train_seconds"]
         self.best_loss = restored.meta["best_loss"] if restored.meta["best_loss"] is not None else float("inf")
         self.last_loss = restored.meta["last_loss"]
         self.evaluation = restored.meta["evaluation"]
         self.data_state = restored.data_state
-        self.terminal.note(f"resuming at step {steps[-1]} of {self.folder.path}")
+        self.terminal.note(f"resuming at step {int(restored.state.step)} of {self.folder.path}")
         return restored.state
 
     def run(self) -> Outcome:
         """Trains until `train.steps`, or until SIGTERM or SIGINT, and saves. Raises what the data or a save raised."""
-        stop = StopRequest()
-        with contextlib.closing(self.log), stop:
+        seconds = self.config.guard.stop_seconds
+        stop = StopRequest(lambda: self.watchdog.limit("the end, after a signal (guard.stop_seconds)", seconds))
+        with contextlib.closing(self.log), self.watchdog, stop:
             try:
                 if self.step < self.config.train.steps:
                     self._train(stop)
             finally:
-                self.checkpointer.wait()  # a signal must not kill the last save, nor the folder be free before its end
+                # A signal must not kill the last save, nor the folder be free before its end.
+                with self.watchdog.wait("a checkpoint (guard.save_seconds)", self.config.guard.save_seconds):
+                    self.checkpointer.wait()
         self._write_info()
         interrupted = stop.requested and self.step < self.config.train.steps
         return Outcome(self.step, interrupted, self.evaluation, self.tokens_seen)
@@ -207,33 +233,38 @@ class Trainer:
         batches = self.task.train_batches()
         if self.data_state is not None:
             batches.set_state(self.data_state)
-        prefetcher = DevicePrefetcher(batches, batch_sharding(self.mesh), self.config.data.prefetch)
+        depth, guard = self.config.data.prefetch, self.config.guard
+        prefetcher = DevicePrefetcher(batches, batch_sharding(self.mesh), depth, self.faults)
+        drawn = self.watchdog.each("a batch (guard.data_seconds)", guard.data_seconds, prefetcher)
         try:
-            batch, data_state, waited = next(prefetcher)
+            batch, data_state, waited = next(drawn)
+            self.faults.reach("compile")
             compile_start = time.monotonic()
             compiled = self.train_step.lower(self.state, batch).compile()
             give_back_memory()
             self._show_start(compiled, time.monotonic() - compile_start)
             meter = Meter(self.config, self.mesh)
-            pending: tuple[int, Any, float] | None = None
+            pending: Dispatched | None = None
             with jax.transfer_guard("disallow"):
                 while True:
+                    if "nan" in self.faults.reach("step", self.step + 1):
+                        batch = poisoned(batch)
                     self.state, metrics = compiled(self.state, batch)
                     self.step += 1
-                    self.data_state = data_state
+                    before, self.data_state = self.data_state, data_state
                     if pending is not None:
-                        self._report(meter, *pending)
-                    pending = (self.step, metrics, waited)
+                        self._report(meter, pending)
+                    pending = Dispatched(self.step, metrics, waited, batch, before)
                     last = self.step >= self.config.train.steps or stop.requested
                     if last or self._is_due():
-                        self._report(meter, *pending)
+                        self._report(meter, pending)
                         pending = None
                         meter.pause()
                         self._between_steps(last)
                         meter.resume()
                     if last:
                         return
-                    batch, data_state, waited = next(prefetcher)
+                    batch, data_state, waited = next(drawn)
         finally:
             prefetcher.close()
 
@@ -257,12 +288,17 @@ class Trainer:
         if last or (config.log.charts_every and step % config.log.charts_every == 0):
             self.log.charts(step)
 
-    def _report(self, meter: Meter, step: int, metrics: dict[str, jax.Array], waited: float) -> None:
-        """Reads the metrics of a step that was dispatched before the newest one."""
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        tokens = int(values.pop("tokens"))
+    def _report(self, meter: Meter, dispatched: Dispatched) -> None:
+        """Reads the metrics of a step that was dispatched before the newest one. Raises Diverged."""
+        step, guard = dispatched.step, self.config.guard
+        with self.watchdog.wait(f"the result of step {step} (guard.step_seconds)", guard.step_seconds):
+            values = {name: float(value) for name, value in jax.device_get(dispatched.metrics).items()}
+        # The weights of a bad batch may be what is not finite.
+        tokens, in_a_row = int(np.nan_to_num(values.pop("tokens"), posinf=0)), int(values.pop("skipped_in_a_row"))
+        if values.pop("skipped"):
+            self._skipped(dispatched, values, in_a_row)
         self.tokens_seen += tokens
-        rates = meter.step(tokens, waited)
+        rates = meter.step(tokens, dispatched.waited)
         self.train_seconds += rates["step_time"]
         self.last_loss = values["loss"]
         if step % self.config.train.log_every == 0 or step == 1 or step == self.config.train.steps:
@@ -270,12 +306,37 @@ class Trainer:
         self.terminal.progress(step, {**values, **rates})
         self.checkpointer.check()
 
+    def _skipped(self, dispatched: Dispatched, values: dict[str, float], in_a_row: int) -> None:
+        """Notes an update that was not made, with the batch that led to it. Raises Diverged after too many."""
+        step, loss, norm = dispatched.step, values["loss"], values["grad_norm"]
+        finite = np.isfinite(loss) and np.isfinite(norm)
+        reason = "the loss is a spike" if finite else "loss or gradient is not finite"
+        with jax.transfer_guard("allow"):
+            path = self.folder.write_skipped(
+                step,
+                {"reason": reason, "loss": loss, "grad_norm": norm, "data_state": dispatched.data_state},
+                {name: local_rows(array) for name, array in dispatched.batch.items()},
+            )
+        self.terminal.note(f"step {step}: update skipped, {reason}: loss {loss:.4g}, norm {norm:.4g}; batch in {path}")
+        if in_a_row >= self.config.guard.max_skipped:
+            self.log.flush()
+            raise Diverged(
+                f"{in_a_row} updates in a row were skipped (guard.max_skipped), the last at step {step}: {reason}. The "
+                f"batches are in {path.parent}; the newest checkpoint is from before. Look at them, lower "
+                "optimizer.learning_rate, or raise guard.spike_sigma if they are no spikes to you"
+            )
+
     def _evaluate(self) -> bool:
         """Evaluates, logs, writes samples. Returns whether this is the best loss so far."""
+        self.faults.reach("evaluation")
         total = evaluate(
             self.eval_step,
             self.state.params,
-            self.task.validation_batches(self.config.eval.batches),
+            self.watchdog.each(
+                "a validation batch (guard.data_seconds)",
+                self.config.guard.data_seconds,
+                self.task.validation_batches(self.config.eval.batches),
+            ),
             batch_sharding(self.mesh),
         ).compute()
         self.evaluation = total
@@ -321,7 +382,8 @@ class Trainer:
             "evaluation": self.evaluation,
         }
         self.log.flush()  # a run that continues from this step has its lines
-        self.checkpointer.save(self.state, meta, self.data_state, best=best)
+        with self.watchdog.wait("a checkpoint (guard.save_seconds)", self.config.guard.save_seconds):
+            self.checkpointer.save(self.state, meta, self.data_state, best=best)
 
     def _histograms(self) -> None:
         """Weights, and gradients on the first rows of the validation split, as histograms by path."""
@@ -385,6 +447,7 @@ class Trainer:
             final_train_loss=self.last_loss,
             best_val_loss=self.best_loss if np.isfinite(self.best_loss) else None,
             best_step=self.checkpointer.best(),
+            skipped_updates=int(self.state.guard.skipped),
             dummy_data=self.task.dummy_data,
             started_from=None,
         )
@@ -405,60 +468,13 @@ def evaluate(eval_step: Any, params: Any, batches: Iterable[dict[str, np.ndarray
     return total.merge(EvalMetrics.from_model_output(**jax.device_get(pending)))
 
 
-class Meter:
-    """Wall time per step, without evaluations and saves in between."""
-
-    def __init__(self, config: Config, mesh: Mesh):
-        self.flops = build.flops_per_token(config.model, config.train.sequence_length)
-        peak = peak_flops(mesh.devices.flat[0].device_kind)
-        self.peak = None if peak is None else peak * mesh.devices.size
-        self.last = time.monotonic()
-        self.tokens, self.seconds, self.waited, self.steps = 0, 0.0, 0.0, 0
-
-    def pause(self) -> None:
-        self.paused = time.monotonic()
-
-    def resume(self) -> None:
-        self.last += time.monotonic() - self.paused
-
-    def step(self, tokens: int, waited: float) -> dict[str, float]:
-        """Rates of one step that has just finished."""
-        now = time.monotonic()
-        seconds, self.last = now - self.last, now
-        self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
-        self.waited, self.steps = self.waited + waited, self.steps + 1
-        return self._rates(tokens, seconds, waited, 1)
-
-    def interval(self) -> dict[str, float]:
-        """Rates since the last call."""
-        rates = self._rates(self.tokens, self.seconds, self.waited, self.steps)
-        self.tokens, self.seconds, self.waited, self.steps = 0, 0.0, 0.0, 0
-        return rates
-
-    def _rates(self, tokens: int, seconds: float, waited: float, steps: int) -> dict[str, float]:
-        """`mfu` only where the device's peak is known."""
-        rate = tokens / max(seconds, 1e-9)
-        rates = {"tokens_per_second": rate, "data_wait": waited / steps, "step_time": seconds / steps}
-        return rates if self.peak is None else {**rates, "mfu": rate * self.flops / self.peak}
+def poisoned(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """The batch with weights that are not a number, as a fault of memory would leave them."""
+    with jax.transfer_guard("allow"):
+        return batch | {"loss_weights": batch["loss_weights"] * jnp.float32("nan")}
 
 
-class StopRequest:
-    """Turns SIGTERM or SIGINT into a request that the loop sees between steps; a second SIGINT is immediate."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def __enter__(self) -> StopRequest:
-        self.previous = {}
-        if threading.current_thread() is threading.main_thread():
-            self.previous = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.requested = True
+def local_rows(array: jax.Array) -> np.ndarray:
+    """The rows of a batch that this process holds."""
+    shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+    return np.concatenate([np.asarray(shard.data) for shard in shards if shard.replica_id == 0])

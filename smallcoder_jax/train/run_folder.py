@@ -21,6 +21,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from smallcoder_jax import config as config_module
 from smallcoder_jax.errors import UserError
 
@@ -96,6 +98,10 @@ class RunFolder:
         return self.charts / "training_latest.png"
 
     @property
+    def skipped(self) -> Path:
+        return self.path / "skipped"
+
+    @property
     def training_info_json(self) -> Path:
         return self.path / "training_info.json"
 
@@ -133,6 +139,21 @@ class RunFolder:
                         f"{self.path} cannot be locked: {error}; choose a --workdir on another file system"
                     ) from error
             yield
+
+    def write_skipped(self, step: int, facts: Mapping[str, Any], batch: Mapping[str, np.ndarray]) -> Path:
+        """Keeps the batch of a skipped update (this process's rows, `.npz`) and what is known of it (`.json`).
+
+        Returns the path of the batch.
+        """
+        import jax
+
+        self.skipped.mkdir(parents=True, exist_ok=True)
+        path = self.skipped / f"step-{step}-process-{jax.process_index()}.npz"
+        arrays: dict[str, Any] = dict(batch)
+        with path.open("wb") as file:
+            np.savez_compressed(file, **arrays)
+        write_json_atomic(path.with_suffix(".json"), {"step": step, **facts})
+        return path
 
     def write_config(self, config: config_module.Config) -> None:
         """Writes the resolved configuration to `config.json`."""
@@ -230,6 +251,13 @@ def compare_identity(recorded: Any, current: Any) -> list[str]:
     return lines
 
 
+def split_allowed(differences: list[str], allowed: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """The lines of `compare_identity` that are refused, and those under a key that `allowed` names."""
+    names = {line: line.split(":", 1)[0] for line in differences}
+    passed = [line for line in differences if any(f"{names[line]}.".startswith(f"{key}.") for key in allowed)]
+    return [line for line in differences if line not in passed], passed
+
+
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat = {}
     for key, value in values.items():
@@ -253,6 +281,7 @@ def write_training_info(
     final_train_loss: float | None,
     best_val_loss: float | None,
     best_step: int | None,
+    skipped_updates: int,
     dummy_data: bool,
     started_from: str | None,
 ) -> None:
@@ -274,6 +303,7 @@ def write_training_info(
         "final_train_loss": final_train_loss,
         "best_val_loss": best_val_loss,
         "best_step": best_step,
+        "skipped_updates": skipped_updates,
         "trained_at": utc_now(),
         "config": config_module.to_dict(config),
     }

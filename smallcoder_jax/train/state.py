@@ -1,4 +1,4 @@
-"""Everything that a step reads and writes: parameters, optimizer, step, RNG."""
+"""Everything that a step reads and writes: parameters, optimizer, step, RNG, and what its guard has seen."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from smallcoder_jax.config import Config
 from smallcoder_jax.mesh import path_name, replicated, spec_of
 from smallcoder_jax.models import build
+from smallcoder_jax.train.guard import GuardState, init_guard
 
 
 class TrainState(NamedTuple):
@@ -22,6 +23,7 @@ class TrainState(NamedTuple):
     params: Any
     optimizer: Any
     key: Array
+    guard: GuardState
 
 
 def init_state(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
@@ -33,6 +35,7 @@ def init_state(config: Config, optimizer: optax.GradientTransformation) -> Train
         params=params,
         optimizer=optimizer.init(params),
         key=jax.random.key_data(jax.random.fold_in(key, 1)),
+        guard=init_guard(),
     )
 
 

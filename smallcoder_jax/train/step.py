@@ -14,7 +14,9 @@ import optax
 from jax import Array
 from jax.sharding import Mesh
 
+from smallcoder_jax.config import GuardConfig
 from smallcoder_jax.mesh import batch_sharding, on_mesh, replicated
+from smallcoder_jax.train import guard
 from smallcoder_jax.train.state import TrainState
 
 Batch = dict[str, Array]
@@ -29,12 +31,14 @@ def make_train_step(
     *,
     peak: float,
     microbatches: int,
+    guarding: GuardConfig,
     mesh: Mesh,
     shardings: TrainState,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
     """The jitted step: state is donated; metrics are float32 scalars.
 
-    The gradient is that of loss_sum / weight_sum over the whole batch, whatever the number of microbatches.
+    The gradient is that of loss_sum / weight_sum over the whole batch, whatever the number of microbatches. Where loss
+    or gradient is not sound (`train.guard`), parameters and optimizer stay as they were and `skipped` is 1.
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
@@ -53,16 +57,23 @@ def make_train_step(
         # A product, because XLA fuses it into its users; a quotient it would keep: a second tree of gradients.
         per_token = 1.0 / denominator
         gradients = jax.tree.map(lambda g: g * per_token, gradients)
+        loss, grad_norm = sums["loss"] / denominator, optax.global_norm(gradients)
+        sound = guard.is_sound(guarding, state.guard, loss, grad_norm)
         updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
+        after = (optax.apply_updates(state.params, updates), optimizer_state)
+        params, optimizer_state = guard.select(sound, after, (state.params, state.optimizer))
+        guarded = guard.advance(guarding, state.guard, sound, loss)
         metrics = {
-            "loss": sums["loss"] / denominator,
+            "loss": loss,
             "accuracy": sums["correct"] / denominator,
             "tokens": weight,
-            "grad_norm": optax.global_norm(gradients),
-            "learning_rate": jnp.float32(peak) * share(state.step),
+            "grad_norm": grad_norm,
+            # The optimizer counts the updates that it made.
+            "learning_rate": jnp.float32(peak) * share(state.step - state.guard.skipped),
+            "skipped": 1.0 - sound.astype(jnp.float32),
+            "skipped_in_a_row": guarded.skipped_in_a_row.astype(jnp.float32),
         }
-        params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, optimizer_state, state.key), metrics
+        return TrainState(state.step + 1, params, optimizer_state, state.key, guarded), metrics
 
     return jax.jit(
         on_mesh(mesh, step),

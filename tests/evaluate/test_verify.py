@@ -16,6 +16,7 @@ from smallcoder_jax.evaluate.verify import Verdict, verify
 from smallcoder_jax.models import build
 from smallcoder_jax.train import checkpoint
 from smallcoder_jax.train.checkpoint import Checkpointer
+from smallcoder_jax.train.guard import init_guard
 from smallcoder_jax.train.state import TrainState
 from tests.helpers import FLOAT32
 from tools import verify_models
@@ -96,7 +97,7 @@ def other_weights(copied: Path, scale: float) -> None:
     shutil.rmtree(newest(copied))
     step, key = jax.numpy.int32(24), jax.random.key_data(jax.random.key(0))
     saver = Checkpointer(copied / "checkpoints", keep=9)
-    saver.save(TrainState(step, mixed, {"none": step}, key), meta, None)
+    saver.save(TrainState(step, mixed, {"none": step}, key, init_guard()), meta, None)
     saver.wait()
     assert not checkpoint.verify_step(newest(copied))
 

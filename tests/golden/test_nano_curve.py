@@ -117,6 +117,7 @@ def losses(config: Config, stream: Iterable[dict[str, np.ndarray]]) -> Iterator[
         optim.schedule(config.optimizer, config.train.steps),
         peak=config.optimizer.learning_rate,
         microbatches=1,
+        guarding=config.guard,
         mesh=mesh,
         shardings=shardings,
     )

@@ -39,6 +39,7 @@ def compile_step(config: Config, mesh_config: MeshConfig, devices: list[Any]) ->
         optim.schedule(config.optimizer, config.train.steps),
         peak=config.optimizer.learning_rate,
         microbatches=1,
+        guarding=config.guard,
         mesh=mesh,
         shardings=shardings,
     )

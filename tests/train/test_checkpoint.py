@@ -18,10 +18,12 @@ import pytest
 
 from smallcoder_jax.config import MeshConfig
 from smallcoder_jax.errors import UserError
+from smallcoder_jax.faults import flip_bit
 from smallcoder_jax.mesh import make_mesh
 from smallcoder_jax.models import build
 from smallcoder_jax.train import checkpoint
 from smallcoder_jax.train.checkpoint import MANIFEST, Checkpointer, find_step, load_params, verify_step
+from smallcoder_jax.train.guard import init_guard
 from smallcoder_jax.train.state import TrainState, state_sharding
 from tests.helpers import FLOAT32, tiny_model
 
@@ -39,7 +41,7 @@ def state_at(step: int, seed: int = 0) -> TrainState:
     generator = np.random.default_rng(seed)
     params = jax.tree.map(lambda leaf: jnp.asarray(generator.normal(size=leaf.shape), leaf.dtype), abstract)
     moments = jax.tree.map(lambda leaf: leaf * 0.5, optax.scale_by_adam().init(params)._replace(mu=params, nu=params))
-    return TrainState(jnp.int32(step), params, moments, jax.random.key_data(jax.random.key(seed)))
+    return TrainState(jnp.int32(step), params, moments, jax.random.key_data(jax.random.key(seed)), init_guard())
 
 
 def abstract_of(state: TrainState, mesh_config: MeshConfig = ONE_DEVICE, devices: int = 1) -> TrainState:
@@ -285,3 +287,54 @@ def test_the_next_call_raises_what_a_save_in_the_background_raised(
         checkpointer.save(state_at(3), META, DATA_STATE)
     checkpointer.check()  # said once
     assert json.loads((tmp_path / "1" / MANIFEST).read_text())["format"] == 1
+
+
+def damage(path: Path, how: str) -> None:
+    if how == "flipped":
+        flip_bit(path)
+    elif how == "truncated":
+        largest = max((p for p in path.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+        os.truncate(largest, largest.stat().st_size // 2)
+    elif how == "missing":
+        (path / "meta.json").unlink()
+    elif how == "emptied":
+        shutil.rmtree(path / "state")
+    else:
+        (path / MANIFEST).write_text("{")
+
+
+@pytest.mark.parametrize("how", ["flipped", "truncated", "missing", "emptied", "unreadable"])
+def test_the_newest_sound_step_is_used_and_a_damaged_one_named(how: str, tmp_path: Path) -> None:
+    save(tmp_path, 1, 2, 3)
+    damage(tmp_path / "3", how)
+    checkpointer, notes = Checkpointer(tmp_path, 2), []
+    restored = checkpointer.restore_newest(abstract_of(state_at(1)), lambda meta: None, notes.append)
+    assert restored is not None
+    assert_equal(restored.state, state_at(2, seed=2))
+    assert len(notes) == 1
+    assert f"checkpoint {tmp_path / '3'} is damaged" in notes[0]
+    checkpointer.save(state_at(3, seed=3), META, DATA_STATE)  # the run comes to it again
+    checkpointer.wait()
+    assert (tmp_path / "3.damaged").is_dir()
+    assert checkpointer.steps() == [2, 3]
+    assert_equal(checkpointer.restore(3, abstract_of(state_at(3))).state, state_at(3, seed=3))
+
+
+def test_a_damaged_step_does_not_count_among_those_kept(tmp_path: Path) -> None:
+    save(tmp_path, 1, 2, 9)
+    damage(tmp_path / "9", "flipped")
+    checkpointer = Checkpointer(tmp_path, 2)
+    assert checkpointer.restore_newest(abstract_of(state_at(1)), lambda meta: None, lambda text: None) is not None
+    checkpointer.save(state_at(3), META, DATA_STATE)
+    checkpointer.wait()
+    assert checkpointer.steps() == [2, 3, 9]  # 1 had to go, 9 is not counted
+
+
+def test_no_sound_step_is_an_error_and_no_step_at_all_is_none(tmp_path: Path) -> None:
+    wanted = abstract_of(state_at(1))
+    assert Checkpointer(tmp_path / "new", 3).restore_newest(wanted, lambda meta: None, lambda text: None) is None
+    save(tmp_path / "old", 1, 2)
+    for step in ("1", "2"):
+        damage(tmp_path / "old" / step, "flipped")
+    with pytest.raises(UserError, match=r"no checkpoint under .* is sound:(.|\n)*2 is damaged(.|\n)*1 is damaged"):
+        Checkpointer(tmp_path / "old", 3).restore_newest(wanted, lambda meta: None, lambda text: None)

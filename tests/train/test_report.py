@@ -62,6 +62,7 @@ def write_info(folder: RunFolder, *, dummy_data: bool) -> None:
         train_seconds=90.0,
         final_train_loss=2.0,
         best_val_loss=2.5,
+        skipped_updates=0,
         best_step=20,
         dummy_data=dummy_data,
         started_from=None,

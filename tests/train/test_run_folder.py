@@ -13,7 +13,7 @@ import pytest
 from smallcoder_jax import config as config_module
 from smallcoder_jax.errors import UserError
 from smallcoder_jax.train import run_folder
-from smallcoder_jax.train.run_folder import RunFolder, compare_identity, write_json_atomic
+from smallcoder_jax.train.run_folder import RunFolder, compare_identity, split_allowed, write_json_atomic
 
 
 def test_looking_creates_nothing(tmp_path: Path) -> None:
@@ -158,6 +158,7 @@ def test_training_info(tmp_path: Path) -> None:
         final_train_loss=math.nan,
         best_val_loss=2.5,
         best_step=5,
+        skipped_updates=1,
         dummy_data=True,
         started_from=None,
     )
@@ -166,3 +167,10 @@ def test_training_info(tmp_path: Path) -> None:
     assert info["final_train_loss"] is None
     assert info["dummy_data"] is True
     assert info["config"]["model"]["width"] == 768
+
+
+def test_what_is_allowed_to_differ_is_named_by_key_or_by_section() -> None:
+    lines = ["data.seed: the run has 1, now 2", "data.seeds: absent in the run, now 3", "model.width: the run has 8"]
+    assert split_allowed(lines, ()) == (lines, [])
+    assert split_allowed(lines, ("data.seed",)) == (lines[1:], lines[:1])
+    assert split_allowed(lines, ("data", "mod")) == (lines[2:], lines[:2])

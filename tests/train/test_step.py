@@ -79,6 +79,7 @@ def set_up(config: Config, mesh_config: MeshConfig = MESHES["one"][0], devices: 
         optim.schedule(config.optimizer, config.train.steps),
         peak=config.optimizer.learning_rate,
         microbatches=config.train.batch_size // config.train.microbatch_rows,
+        guarding=config.guard,
         mesh=mesh,
         shardings=shardings,
     )
@@ -239,3 +240,19 @@ def test_a_width_or_vocabulary_that_does_not_divide_is_refused() -> None:
 def test_one_axis_takes_all_devices_that_are_left() -> None:
     mesh = make_mesh(MeshConfig(data=-1, fsdp=2, tensor=2), tiny_model(vocab_size=128), 8)
     assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+
+
+def test_a_step_that_is_not_sound_changes_nothing_but_the_count() -> None:
+    config = config_for()
+    setup = set_up(config)
+    poisoned = setup.batch | {"loss_weights": setup.batch["loss_weights"] * jnp.float32(jnp.nan)}
+    calm, hurt = set_up(config).state, setup.state
+    for batches, expected in ((setup.batch, 0.0), (poisoned, 1.0), (setup.batch, 0.0)):
+        hurt, metrics = setup.step(hurt, batches)
+        assert float(metrics["skipped"]) == expected
+    for _ in range(2):
+        calm, undisturbed = setup.step(calm, setup.batch)
+    assert float(metrics["learning_rate"]) == float(undisturbed["learning_rate"])
+    assert (int(hurt.step), int(calm.step), int(hurt.guard.skipped)) == (3, 2, 1)
+    pairs = ((hurt.params, calm.params), (hurt.optimizer, calm.optimizer))
+    jax.tree.map(np.testing.assert_array_equal, *zip(*pairs, strict=True))

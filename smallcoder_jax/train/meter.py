@@ -1,0 +1,48 @@
+"""How fast a run goes, and how near its device's peak."""
+
+from __future__ import annotations
+
+import time
+
+from jax.sharding import Mesh
+
+from smallcoder_jax.config import Config
+from smallcoder_jax.models import build
+from smallcoder_jax.train.flops import peak_flops
+
+
+class Meter:
+    """Wall time per step, without evaluations and saves in between."""
+
+    def __init__(self, config: Config, mesh: Mesh):
+        self.flops = build.flops_per_token(config.model, config.train.sequence_length)
+        peak = peak_flops(mesh.devices.flat[0].device_kind)
+        self.peak = None if peak is None else peak * mesh.devices.size
+        self.last = time.monotonic()
+        self.tokens, self.seconds, self.waited, self.steps = 0, 0.0, 0.0, 0
+
+    def pause(self) -> None:
+        self.paused = time.monotonic()
+
+    def resume(self) -> None:
+        self.last += time.monotonic() - self.paused
+
+    def step(self, tokens: int, waited: float) -> dict[str, float]:
+        """Rates of one step that has just finished."""
+        now = time.monotonic()
+        seconds, self.last = now - self.last, now
+        self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
+        self.waited, self.steps = self.waited + waited, self.steps + 1
+        return self._rates(tokens, seconds, waited, 1)
+
+    def interval(self) -> dict[str, float]:
+        """Rates since the last call."""
+        rates = self._rates(self.tokens, self.seconds, self.waited, self.steps)
+        self.tokens, self.seconds, self.waited, self.steps = 0, 0.0, 0.0, 0
+        return rates
+
+    def _rates(self, tokens: int, seconds: float, waited: float, steps: int) -> dict[str, float]:
+        """`mfu` only where the device's peak is known."""
+        rate = tokens / max(seconds, 1e-9)
+        rates = {"tokens_per_second": rate, "data_wait": waited / steps, "step_time": seconds / steps}
+        return rates if self.peak is None else {**rates, "mfu": rate * self.flops / self.peak}

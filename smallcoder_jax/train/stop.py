@@ -1,0 +1,52 @@
+"""What SIGTERM and Ctrl-C do to a run: before its first step they end it, later they are heard between two steps."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+from smallcoder_jax.errors import Interrupted
+
+
+class StopRequest:
+    """Turns SIGTERM or SIGINT into a request that the loop sees between steps; a second SIGINT is immediate."""
+
+    def __init__(self, asked: Callable[[], None]) -> None:
+        self.asked = asked
+        self.requested = False
+
+    def __enter__(self) -> StopRequest:
+        self.previous = {}
+        if threading.current_thread() is threading.main_thread():
+            self.previous = {number: signal.signal(number, self._ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.requested = True
+        self.asked()
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGTERM raises Interrupted in the body, so that temporary files are removed; on the main thread only."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise Interrupted("interrupted before the first step; nothing was lost, the same command starts again")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)

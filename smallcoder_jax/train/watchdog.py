@@ -1,0 +1,88 @@
+"""Ends a run that waits too long for something, and says for what: a hung run costs as much as one that trains."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from smallcoder_jax.errors import EXIT_STALLED
+
+
+class _Wait(NamedTuple):
+    what: str
+    seconds: float  # 0: for ever
+    since: float
+
+
+class Watchdog:
+    """Watches one thread. `with watchdog: with watchdog.wait("a batch (guard.data_seconds)", 60): ...`
+
+    When a wait lasts longer than its seconds, the stacks of all threads go to standard error and to `stacks-TIME.txt`
+    in `folder`, and the process ends with EXIT_STALLED: nothing gentler would end a thread that hangs in a library.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._wait: _Wait | None = None
+        self._limit: _Wait | None = None
+        self._ended = threading.Event()
+
+    def __enter__(self) -> Watchdog:
+        threading.Thread(target=self._look, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._ended.set()
+
+    @contextlib.contextmanager
+    def wait(self, what: str, seconds: float) -> Iterator[None]:
+        """While the body runs, it is waited for; a wait inside another takes its place until it ends."""
+        outer, self._wait = self._wait, _Wait(what, seconds, time.monotonic())
+        try:
+            yield
+        finally:
+            self._wait = None if outer is None else outer._replace(since=time.monotonic())
+
+    def each(self, what: str, seconds: float, items: Iterable[Any]) -> Iterator[Any]:
+        """`items`, each of them waited for."""
+        iterator = iter(items)
+        while True:
+            with self.wait(what, seconds):
+                item = next(iterator, self)
+            if item is self:
+                return
+            yield item
+
+    def limit(self, what: str, seconds: float) -> None:
+        """From now on the process has `seconds` to end, whatever it waits for."""
+        self._limit = _Wait(what, seconds, time.monotonic())
+
+    def _look(self) -> None:
+        while not self._ended.wait(0.2):
+            for wait in (self._wait, self._limit):
+                if wait is not None and wait.seconds and time.monotonic() - wait.since > wait.seconds:
+                    self._end(wait)
+
+    def _end(self, wait: _Wait) -> None:
+        print(f"\nerror: stalled: waited more than {wait.seconds:g} s for {wait.what}", file=sys.stderr)
+        moment = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S")
+        path = self._folder / f"stacks-{moment}.txt"
+        try:
+            with path.open("w") as file:
+                file.write(f"waited more than {wait.seconds:g} s for {wait.what}\n")
+                file.flush()
+                faulthandler.dump_traceback(file, all_threads=True)
+            print(f"the stacks of all threads are in {path}; the same command continues the run", file=sys.stderr)
+        except OSError as error:
+            print(f"{path} cannot be written: {error}", file=sys.stderr)
+        sys.stderr.flush()
+        faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
+        os._exit(EXIT_STALLED)
