@@ -11,6 +11,8 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from smallcoder_jax.mesh import place_batch
+
 
 class BatchIterator(Protocol):
     """An iterator over this process's part of each batch whose place can be taken down and returned to."""
@@ -41,8 +43,7 @@ class DevicePrefetcher:
     def _load(self) -> tuple[dict[str, jax.Array], dict[str, Any]]:
         batch = next(self._iterator)
         state = self._iterator.get_state()
-        placed = {key: jax.make_array_from_process_local_data(self._sharding, value) for key, value in batch.items()}
-        return placed, state
+        return place_batch(self._sharding, batch), state
 
     def __iter__(self) -> DevicePrefetcher:
         return self

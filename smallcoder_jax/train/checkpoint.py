@@ -2,12 +2,14 @@
 
     checkpoints/250/state/         Orbax: `params`, and `rest` (optimizer, step, RNG)
     checkpoints/250/meta.json      config, run identity, tokenizer hash, leaves, evaluation so far
-    checkpoints/250/data-0.json    state of the data iterator of process 0
+    checkpoints/250/data.json      state of the data iterator, the same on all processes
     checkpoints/250/manifest.json  checksum of every other file, written last: without it the step does not exist
     checkpoints/best               link to the best step by validation loss
 
 Orbax notices truncated and missing files, but loads flipped bits in silence: hence our own checksums, verified on
 every load. They are computed on the thread that waits for the asynchronous save.
+
+Of several processes each writes its part of the arrays, and process 0 everything else, once all parts are there.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from typing import Any, NamedTuple
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from smallcoder_jax import distributed
 from smallcoder_jax.errors import UserError
 from smallcoder_jax.mesh import path_name
 from smallcoder_jax.train.run_folder import read_json
@@ -46,8 +49,11 @@ class Checkpointer:
         self.folder, self.keep = folder, keep
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.iterdir():  # of a process that was killed while saving
+        distributed.from_first(self._make_room)
+
+    def _make_room(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.iterdir():  # of a process that was killed while saving
             ours = leftover.name.isdecimal() and leftover.is_dir() and not leftover.is_symlink()
             if ours and not (leftover / MANIFEST).exists():
                 shutil.rmtree(leftover)
@@ -60,23 +66,25 @@ class Checkpointer:
         self.wait()
         step = int(state.step)
         target = self.folder / str(step)
-        if (target / MANIFEST).exists():  # saved already: only the mark is new
-            if best:
+        first = distributed.is_first()
+        if distributed.from_first((target / MANIFEST).exists):  # saved already: only the mark is new
+            if best and first:
                 self._mark_best(step)
             return
         rest = {"optimizer": state.optimizer, "step": state.step, "key": state.key}
         try:
-            target.mkdir(parents=True, exist_ok=True)
-            _write_json(target / "meta.json", {**meta, "step": step, "leaves": leaves_of(state.params)})
-            _write_json(target / f"data-{jax.process_index()}.json", data_state)
+            if first:
+                target.mkdir(parents=True, exist_ok=True)
+                _write_json(target / "meta.json", {**meta, "step": step, "leaves": leaves_of(state.params)})
+                _write_json(target / "data.json", data_state)
             response = ocp.save_checkpointables_async(_orbax_path(target), {"params": state.params, "rest": rest})
         except OSError as error:
             raise self._failure(error) from error
 
         def finish() -> None:
             try:
-                response.result()
-                if jax.process_index() == 0:
+                response.result()  # of all processes: Orbax waits for the slowest before it ends on any
+                if first:
                     _write_json(target / MANIFEST, {"format": 1, "files": checksums(target)})
                     if best:
                         self._mark_best(step)
@@ -101,7 +109,10 @@ class Checkpointer:
             raise self._failure(error) from error
 
     def steps(self) -> list[int]:
-        """Complete steps, ascending."""
+        """Complete steps, ascending, as process 0 sees them."""
+        return distributed.from_first(self._steps)
+
+    def _steps(self) -> list[int]:
         names = (path.name for path in self.folder.iterdir() if (path / MANIFEST).exists() and not path.is_symlink())
         return sorted(int(name) for name in names if name.isdecimal())
 
@@ -117,16 +128,15 @@ class Checkpointer:
         `check` is given meta.json before any array is read, and raises where the step is not wanted. Raises UserError
         naming the file when one does not match, or the parameter whose shape or dtype differs.
         """
-        target = verified(self.folder / str(step))
+        target = self.folder / str(step)
+        distributed.from_first(lambda: verified(target) and None)
         meta = read_meta(target)
         check(meta)
         _check_leaves(meta["leaves"], leaves_of(abstract.params), target)
         rest = {"optimizer": abstract.optimizer, "step": abstract.step, "key": abstract.key}
         loaded = ocp.load_checkpointables(_orbax_path(target), {"params": abstract.params, "rest": rest})
         state = TrainState(loaded["rest"]["step"], loaded["params"], loaded["rest"]["optimizer"], loaded["rest"]["key"])
-        data_file = target / f"data-{jax.process_index()}.json"
-        data_state = json.loads(data_file.read_text()) if data_file.exists() else None
-        return Restored(state, meta, data_state)
+        return Restored(state, meta, read_json(target / "data.json", "the place of a checkpoint in the data"))
 
     def _failure(self, error: BaseException) -> UserError:
         return UserError(
@@ -142,7 +152,7 @@ class Checkpointer:
 
     def _prune(self) -> None:
         best = self.best()
-        for step in self.steps()[: -self.keep]:
+        for step in self._steps()[: -self.keep]:
             if step != best:
                 (self.folder / str(step) / MANIFEST).unlink()  # first: a half-removed step is no step
                 shutil.rmtree(self.folder / str(step))

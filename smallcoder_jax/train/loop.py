@@ -10,7 +10,7 @@ import dataclasses
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,22 +18,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from smallcoder_jax import optim
 from smallcoder_jax.config import Config, eval_rows, to_dict
 from smallcoder_jax.data.prefetch import BatchIterator, DevicePrefetcher
+from smallcoder_jax.distributed import StopVote, is_first
 from smallcoder_jax.errors import UserError
 from smallcoder_jax.generate.engine import Generator
 from smallcoder_jax.generate.sampling import SamplingOptions
-from smallcoder_jax.mesh import batch_sharding, check_rows, make_mesh, on_mesh, path_name
+from smallcoder_jax.mesh import batch_sharding, check_rows, make_mesh, on_mesh, path_name, place_batch, process_rows
 from smallcoder_jax.models import build
 from smallcoder_jax.ops import attention, cross_entropy
 from smallcoder_jax.runtime import give_back_memory
 from smallcoder_jax.tokenizers.base import Tokenizer
 from smallcoder_jax.train.checkpoint import Checkpointer
 from smallcoder_jax.train.flops import peak_flops
-from smallcoder_jax.train.metrics import EvalMetrics, MetricsLog
+from smallcoder_jax.train.metrics import EvalMetrics, MetricsLog, SilentLog
 from smallcoder_jax.train.run_folder import RunFolder, compare_identity, write_training_info
 from smallcoder_jax.train.state import TrainState, init_state, state_sharding
 from smallcoder_jax.train.step import LossFn, make_eval_step, make_train_step
@@ -42,11 +44,14 @@ from smallcoder_jax.train.terminal import Terminal, human_bytes, human_time
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What a stage supplies: a loss and batches, and what is to be said about the data."""
+    """What a stage supplies: a loss and batches, and what is to be said about the data.
+
+    Batches are given as those rows of the global ones that this process holds, named by their numbers.
+    """
 
     loss_fn: LossFn
-    train_batches: Callable[[], BatchIterator]
-    validation_batches: Callable[[int], Iterable[dict[str, np.ndarray]]]  # at most so many; 0: all
+    train_batches: Callable[[Sequence[int]], BatchIterator]
+    validation_batches: Callable[[int, Sequence[int]], Iterable[dict[str, np.ndarray]]]  # at most so many; 0: all
     identity: dict[str, Any]  # what a resumed run must agree in
     tokenizer: Tokenizer
     tokenizer_folder: Path
@@ -144,6 +149,12 @@ class Trainer:
             return loss_sum / jnp.maximum(weight_sum, 1.0)
 
         self.gradient = jax.jit(on_mesh(self.mesh, jax.grad(mean_loss)))  # per token, as in the training step
+        self.vote = StopVote(self.mesh)
+        self.log = self._open_log() if is_first() else SilentLog()
+
+    def _open_log(self) -> MetricsLog:
+        """Writes what the run is, and opens its logs."""
+        config, folder, task = self.config, self.folder, self.task
         folder.write_config(config)
         folder.write_run_json(
             self.identity,
@@ -155,15 +166,16 @@ class Trainer:
                 "cross_entropy": self.cross_entropy._asdict(),
             },
         )
-        self.log = MetricsLog(
+        log = MetricsLog(
             folder,
             log=config.log,
             run_name=config.name,
             config_dict=to_dict(config),
             resume_step=self.step,
-            notify=terminal.note,
+            notify=self.terminal.note,
         )
-        self.log.references(task.references)
+        log.references(task.references)
+        return log
 
     def _refuse_another_run(self, recorded: Any) -> None:
         differences = compare_identity(recorded, self.identity)
@@ -199,12 +211,13 @@ class Trainer:
                     self._train(stop)
             finally:
                 self.checkpointer.wait()  # a signal must not kill the last save, nor the folder be free before its end
-        self._write_info()
-        interrupted = stop.requested and self.step < self.config.train.steps
+        if is_first():
+            self._write_info()
+        interrupted = self.vote.passed and self.step < self.config.train.steps
         return Outcome(self.step, interrupted, self.evaluation, self.tokens_seen)
 
     def _train(self, stop: StopRequest) -> None:
-        batches = self.task.train_batches()
+        batches = self.task.train_batches(process_rows(self.mesh, self.config.train.batch_size))
         if self.data_state is not None:
             batches.set_state(self.data_state)
         prefetcher = DevicePrefetcher(batches, batch_sharding(self.mesh), self.config.data.prefetch)
@@ -223,8 +236,8 @@ class Trainer:
                     self.data_state = data_state
                     if pending is not None:
                         self._report(meter, *pending)
-                    pending = (self.step, metrics, waited)
-                    last = self.step >= self.config.train.steps or stop.requested
+                    pending = (self.step, {**metrics, **self.vote.cast(stop.requested)}, waited)
+                    last = self.step >= self.config.train.steps or self.vote.passed
                     if last or self._is_due():
                         self._report(meter, *pending)
                         pending = None
@@ -260,6 +273,7 @@ class Trainer:
     def _report(self, meter: Meter, step: int, metrics: dict[str, jax.Array], waited: float) -> None:
         """Reads the metrics of a step that was dispatched before the newest one."""
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        self.vote.count(values)
         tokens = int(values.pop("tokens"))
         self.tokens_seen += tokens
         rates = meter.step(tokens, waited)
@@ -275,7 +289,7 @@ class Trainer:
         total = evaluate(
             self.eval_step,
             self.state.params,
-            self.task.validation_batches(self.config.eval.batches),
+            self.task.validation_batches(self.config.eval.batches, process_rows(self.mesh, eval_rows(self.config))),
             batch_sharding(self.mesh),
         ).compute()
         self.evaluation = total
@@ -325,11 +339,13 @@ class Trainer:
 
     def _histograms(self) -> None:
         """Weights, and gradients on the first rows of the validation split, as histograms by path."""
-        rows = next(iter(self.task.validation_batches(1)))
-        batch = jax.device_put(rows, batch_sharding(self.mesh))
-        gradients = self.gradient(self.state.params, batch)
+        rows = next(iter(self.task.validation_batches(1, process_rows(self.mesh, eval_rows(self.config)))))
+        gradients = self.gradient(self.state.params, place_batch(batch_sharding(self.mesh), rows))
         named = [
-            {path_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+            {
+                path_name(path): multihost_utils.process_allgather(leaf, tiled=True)
+                for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+            }
             for tree in (self.state.params, gradients)
         ]
         self.log.histograms(self.step, *named)
@@ -395,8 +411,7 @@ def evaluate(eval_step: Any, params: Any, batches: Iterable[dict[str, np.ndarray
     total = EvalMetrics.empty()
     pending = None
     for batch in batches:
-        placed = {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
-        sums = eval_step(params, placed)
+        sums = eval_step(params, place_batch(sharding, batch))
         if pending is not None:
             total = total.merge(EvalMetrics.from_model_output(**jax.device_get(pending)))
         pending = sums
