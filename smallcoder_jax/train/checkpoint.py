@@ -138,7 +138,9 @@ class Checkpointer:
         state = TrainState(loaded["rest"]["step"], loaded["params"], loaded["rest"]["optimizer"], loaded["rest"]["key"])
         return Restored(state, meta, read_json(target / "data.json", "the place of a checkpoint in the data"))
 
-    def _failure(self, error: BaseException) -> UserError:
+    def _failure(self, error: BaseException) -> Exception:
+        if isinstance(error, TimeoutError):  # another process died meanwhile: nobody's mistake, and worth another try
+            return error
         return UserError(
             f"could not save a checkpoint under {self.folder}: {type(error).__name__}: {error}. Free space or choose "
             "another --workdir; the steps saved before are intact and the same command continues from the newest"
