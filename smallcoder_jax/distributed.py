@@ -2,7 +2,8 @@
 
 What they agree on goes through jax's coordination service, which process 0 hosts: it needs no device, so that waiting
 for hours (data being prepared) costs nothing. A process that falls silent for HEARTBEAT_SECONDS counts as dead, and
-jax then ends all others with SIGABRT (exit code 134): whoever started them starts all again, from the last checkpoint.
+jax then ends all others: with SIGABRT (exit code 134), or by an error (1) where one of them was waiting for it. Whoever
+started them starts all again, from the last checkpoint.
 """
 
 from __future__ import annotations

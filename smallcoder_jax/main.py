@@ -19,7 +19,8 @@ DESCRIPTION = """Trains the model of a config file, or continues the run that th
 
 Any value of the config can be set: --config.train.steps=100 --config.data.sources=dir:/my/code
 Exit codes: 0 done, 2 a mistake in what was given, 75 interrupted by SIGTERM or Ctrl-C (saved; the same command
-continues), 134 another process of the same run died (start all again: they continue from the last checkpoint)."""
+continues). Where another process of the same run died, 134 or 1: start all again, as launch/ does, and they continue
+from the last checkpoint."""
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -139,7 +139,7 @@ def test_two_processes_killed_one_at_a_time(teams: Teams) -> None:
 @pytest.mark.slow
 def test_a_peer_that_hangs_does_not_hang_the_others(teams: Teams) -> None:
     codes, seconds = teams.signal_one("silent", 1, signal.SIGSTOP, 2, 2, 1)
-    assert codes == [-signal.SIGABRT, -signal.SIGKILL]
+    assert codes[0] in (1, -signal.SIGABRT), teams.log("silent")
     assert seconds < HEARTBEAT_SECONDS + 30
     teams.finish_team("silent", 2, 1, *EACH_STEP)
     teams.assert_same("silent", "two")
