@@ -139,7 +139,8 @@ class Checkpointer:
         return Restored(state, meta, read_json(target / "data.json", "the place of a checkpoint in the data"))
 
     def _failure(self, error: BaseException) -> Exception:
-        if isinstance(error, TimeoutError):  # another process died meanwhile: nobody's mistake, and worth another try
+        # Another process died while this one waited for it: nobody's mistake, and worth another try.
+        if isinstance(error, TimeoutError | jax.errors.JaxRuntimeError):
             return error
         return UserError(
             f"could not save a checkpoint under {self.folder}: {type(error).__name__}: {error}. Free space or choose "
