@@ -4,6 +4,7 @@ An error message holds three things: what was given, what was expected, what to 
 """
 
 import sys
+import traceback
 from collections.abc import Callable
 
 EXIT_USER_ERROR = 2  # bad input: config, path, data, tokenizer, workdir of another run
@@ -33,18 +34,26 @@ def run_cli(main: Callable[[], int | None]) -> None:
     """Runs a command's `main`, turns the errors above into a message and an exit code, and exits."""
     try:
         code = main() or 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = EXIT_USER_ERROR
-    except CheckFailed as error:
-        print(f"check failed: {error}", file=sys.stderr)
-        code = EXIT_CHECK_FAILED
-    except Diverged as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = EXIT_DIVERGED
-    except Interrupted as error:
-        print(error, file=sys.stderr)
-        code = EXIT_INTERRUPTED
-    except KeyboardInterrupt:
-        code = 130
+    except (UserError, CheckFailed, Diverged, Interrupted, KeyboardInterrupt) as error:
+        code = report(error)
     sys.exit(code)
+
+
+def report(error: BaseException) -> int:
+    """Prints what ended a command, as one message where a user can act on it, and returns the exit code."""
+    if isinstance(error, UserError):
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    if isinstance(error, CheckFailed):
+        print(f"check failed: {error}", file=sys.stderr)
+        return EXIT_CHECK_FAILED
+    if isinstance(error, Diverged):
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_DIVERGED
+    if isinstance(error, Interrupted):
+        print(error, file=sys.stderr)
+        return EXIT_INTERRUPTED
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    traceback.print_exception(error)
+    return 1

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
+from smallcoder_jax import distributed
 from smallcoder_jax.configfile import load_config, split_overrides
 from smallcoder_jax.errors import EXIT_INTERRUPTED, UserError, run_cli
 from smallcoder_jax.faults import KINDS, PLACES, Faults
@@ -19,7 +21,8 @@ DESCRIPTION = """Trains the model of a config file, or continues the run that th
 Any value of the config can be set: --config.train.steps=100 --config.data.sources=dir:/my/code
 Exit codes: 0 done; 2 a mistake in what was given; 4 too many updates in a row skipped (loss or gradient not finite, or
 a spike); 5 stalled (a wait took too long, the stacks are written); 75 interrupted by SIGTERM or Ctrl-C (saved; the same
-command continues)."""
+command continues). Where another process of the same run died, 134 or 1: start all again, as launch/ does, and they
+continue from the last checkpoint."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,6 +49,9 @@ def main(argv: list[str] | None = None) -> int:
         default="",
         help=f"faults to try a run with, as KIND@PLACE:N,...; kinds: {', '.join(KINDS)}; places: {', '.join(PLACES)}",
     )
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="several processes: where process 0 runs, or auto")
+    parser.add_argument("--processes", type=int, metavar="N", help="several processes: how many")
+    parser.add_argument("--process", type=int, metavar="I", help="several processes: which this one is, from 0")
     parser.add_argument("--list", action="store_true", help="list the files in configs/, and end")
     options = parser.parse_args(arguments)
     if options.list:
@@ -55,16 +61,21 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError("--config is missing: --config=configs/nano.py, for example; --list names all")
     config = load_config(options.config, overrides)
     workdir = Path(options.workdir or Path("runs") / config.name)
+    cluster = distributed.find_cluster(options.coordinator, options.processes, options.process, os.environ)
     from smallcoder_jax.stages import run
 
     if options.mode == "evaluate":
+        if cluster is not None:
+            raise UserError("--mode=evaluate runs in one process; leave --coordinator and its like out")
         print(json.dumps(run.evaluate_run(workdir, config, options.step), indent=2))
         return 0
     if options.step is not None:
         raise UserError("--step belongs to --mode=evaluate; training continues from the newest step")
     allow_changed = tuple(key.strip() for key in options.allow_changed.split(",") if key.strip())
-    result = run.train(config, workdir, faults=Faults(options.inject), allow_changed=allow_changed)
-    return EXIT_INTERRUPTED if result.interrupted else 0
+    faults = Faults(options.inject)
+    with distributed.joined(cluster):
+        result = run.train(config, workdir, faults=faults, allow_changed=allow_changed)
+        return EXIT_INTERRUPTED if result.interrupted else 0
 
 
 def list_configs(folder: Path) -> str:

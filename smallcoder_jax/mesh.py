@@ -95,6 +95,17 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, BATCH)
 
 
+def process_rows(mesh: Mesh, rows: int) -> list[int]:
+    """Which of the `rows` rows of a global batch the devices of this process hold, ascending."""
+    held = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
+    return sorted({int(row) for index in held if index is not None for row in np.arange(rows)[index]})
+
+
+def place_batch(sharding: NamedSharding, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """The global batch on the devices, of which `batch` has the rows `process_rows`."""
+    return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "smallcoder_jax"
 # Rooms from the bottom up; a room imports rooms of lower levels only, or itself.
 LEVELS = [
-    ["errors", "faults", "config", "configfile", "runtime", "kernels"],
+    ["errors", "faults", "config", "configfile", "runtime", "distributed", "kernels"],
     ["mesh", "tokenizers"],
     ["ops"],
     ["layers", "losses"],
@@ -24,8 +24,14 @@ LEVELS = [
     ["main", "__init__"],
 ]
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
-# Within the lowest level: errors < faults, errors < config < configfile.
-WITHIN = {("faults", "errors"), ("config", "errors"), ("configfile", "errors"), ("configfile", "config")}
+# Within the lowest level: errors < config < configfile, errors < faults, errors < distributed.
+WITHIN = {
+    ("distributed", "errors"),
+    ("faults", "errors"),
+    ("config", "errors"),
+    ("configfile", "errors"),
+    ("configfile", "config"),
+}
 
 
 def room_of(module: str) -> str:

@@ -95,10 +95,9 @@ def _measure_ours(prepared: Prepared, workers: int, options: argparse.Namespace)
             prepared.tokenizer,
             data=DataConfig(workers=workers, fim_rate=FIM_RATE, fim_spm_share=FIM_SPM_SHARE, packing="concat"),
             sequence_length=options.sequence_length,
-            local_batch_size=options.batch_size,
+            batch_size=options.batch_size,
+            rows=range(options.batch_size),
             seed=0,
-            process_index=0,
-            process_count=1,
         )
 
     iterator, resumed = make(), make()

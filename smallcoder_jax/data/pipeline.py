@@ -1,9 +1,13 @@
 """Token shards into training and validation batches. The only user of grain.
 
-Training: every source's documents, reshuffled each epoch and endless -> fill-in-the-middle -> this reader's share ->
-mixture -> packing -> shuffled rows -> batches. A reader is one worker of one process. The share is taken from each
-shuffled, endless source and not from the mixture: two sources of equal weight alternate in the mixture, and of two
-readers that took turns there each would see one source only.
+Training: every source's documents, reshuffled each epoch and endless -> fill-in-the-middle -> this worker's share ->
+mixture -> packing -> shuffled rows -> batches. The share is taken from each shuffled, endless source and not from the
+mixture: two sources of equal weight alternate in the mixture, and of two workers that took turns there each would see
+one source only.
+
+Every process of a run packs the same global batches and keeps its own rows of them. So neither the batches nor the
+place in the data depend on how many processes there are, and no row is there twice or dropped. Packing is much faster
+than training (docs/benchmarks.md), which is what makes this affordable.
 
 Shapes: B rows of this process, T places of a row.
 """
@@ -33,7 +37,7 @@ from smallcoder_jax.data.shards import Manifest, SourceEntry, Split
 from smallcoder_jax.errors import UserError
 from smallcoder_jax.tokenizers.base import FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX, Tokenizer
 
-VERSION = 2  # raised when the same settings begin to give other batches
+VERSION = 3  # raised when the same settings begin to give other batches
 INLINE = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # records are small: threads cost more than they save
 BATCHES_AHEAD = 2  # kept ready by each worker
 FIM_PIECES = len((FIM_PREFIX, FIM_SUFFIX, FIM_MIDDLE))  # what a rearranged document grows by
@@ -46,18 +50,18 @@ def make_train_iterator(
     *,
     data: DataConfig,
     sequence_length: int,
-    local_batch_size: int,
+    batch_size: int,
+    rows: Sequence[int],
     seed: int,
-    process_index: int,
-    process_count: int,
     num_epochs: int | None = None,
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
     """Training batches [B, T] of this process: tokens, targets, positions, segment_ids, loss_weights.
 
-    Endless, with the sources mixed by their weights per token; or, with `num_epochs`, every document of every source
-    exactly once per epoch and the last batch filled up with padding. All processes together see each document once per
-    epoch. The order depends on `pipeline_identity` alone. `get_state()` is small and JSON-serialisable and belongs to
-    the batch returned last; `set_state()` continues after it. `close()` ends the workers.
+    They are the rows `rows` (ascending) of global batches of `batch_size`. Endless, with the sources mixed by their
+    weights per token; or, with `num_epochs`, every document of every source exactly once per epoch and the last batch
+    filled up with padding. The global batches depend on `pipeline_identity` alone. `get_state()` is small,
+    JSON-serialisable and the same on all processes; it belongs to the batch returned last, and `set_state()` continues
+    after it. `close()` ends the workers.
 
     Raises UserError where the tokenizer is not the one that made the shards, lacks the pieces that fill-in-the-middle
     needs, or a source has nothing to train on.
@@ -74,10 +78,10 @@ def make_train_iterator(
         )
         for index, entry in enumerate(manifest.sources)
     ]
-    readers = max(data.workers, 1)
+    workers = max(data.workers, 1)
     batches = []
-    for worker in range(readers):
-        reader = (process_index * readers + worker, process_count * readers)
+    for worker in range(workers):
+        reader = (worker, workers)
         if num_epochs is None:
             mixed = _mixture(sources, _document_weights(manifest.sources, data.fim_rate), seed, reader)
         else:
@@ -87,10 +91,11 @@ def make_train_iterator(
             _PackedBatches(
                 mixed.to_iter_dataset(INLINE),
                 packer=data.packing,
-                batch_size=local_batch_size,
+                batch_size=batch_size,
+                rows=rows,
                 length=sequence_length,
                 pad_id=tokenizer.pad_id,
-                seed=(seed, reader[0]),
+                seed=(seed, worker),
             )
         )
     if data.workers == 0:
@@ -105,25 +110,19 @@ def validation_batches(
     *,
     sequence_length: int,
     batch_size: int,
+    rows: Sequence[int],
     limit_batches: int,
-    process_index: int,
-    process_count: int,
 ) -> Iterator[dict[str, np.ndarray]]:
     """The validation split of all sources, each token but BOS predicted once, in one fixed pseudo-random order.
 
-    `batch_size` counts rows over all processes; each yields its share [B, T] of the same global batches, so that the
-    processes agree on their number and the result does not depend on how many there are. Packed by best fit, which cuts
-    only documents longer than a row. The first `limit_batches` batches; 0: all. The last batch is filled up with
-    padding.
+    The rows `rows` (ascending) of global batches of `batch_size`, so that the processes agree on their number and the
+    result does not depend on how many there are. Packed by best fit, which cuts only documents longer than a row. The
+    first `limit_batches` batches; 0: all. The last batch is filled up with padding.
 
     Beside the keys of a training batch there is `bytes`, float32 [B, T]: the UTF-8 bytes that each target stands for (0
     for specials and padding), so that bits per byte = nats / ln 2 / bytes.
     """
     _check_tokenizer(manifest, tokenizer)
-    if batch_size % process_count:
-        raise UserError(
-            f"eval.batch_size={batch_size} must be a multiple of the number of processes, {process_count}; change it"
-        )
     splits = [entry.validation for entry in manifest.sources if entry.validation.documents]
     if not splits:
         raise UserError("the validation split holds no documents; raise data.validation_fraction or prepare more data")
@@ -134,16 +133,14 @@ def validation_batches(
         documents.shuffle(_shuffle_seed(0, 0)).to_iter_dataset(INLINE),
         packer="best_fit",
         batch_size=batch_size,
+        rows=rows,
         length=sequence_length,
         pad_id=tokenizer.pad_id,
         seed=(0, 0),
     )
     byte_counts = np.array([len(piece) for piece in tokenizer.token_bytes], np.float32)
-    rows = batch_size // process_count
-    local = slice(process_index * rows, (process_index + 1) * rows)
     for batch in itertools.islice(batches, limit_batches or None):
-        mine = {key: value[local] for key, value in batch.items()}
-        yield {**mine, "bytes": byte_counts[mine["targets"]] * mine["loss_weights"]}
+        yield {**batch, "bytes": byte_counts[batch["targets"]] * batch["loss_weights"]}
 
 
 def pipeline_identity(
@@ -153,7 +150,6 @@ def pipeline_identity(
     sequence_length: int,
     batch_size: int,
     seed: int,
-    process_count: int,
 ) -> dict[str, Any]:
     """Everything that decides which batches come in which order; JSON-serialisable, to be compared before a resume.
 
@@ -175,7 +171,6 @@ def pipeline_identity(
         "sequence_length": sequence_length,
         "batch_size": batch_size,
         "seed": seed,
-        "process_count": process_count,
     }
 
 
@@ -208,7 +203,7 @@ class _Records:
 
 
 class _PackedBatches(grain.IterDataset[dict[str, np.ndarray]]):
-    """Batches packed from a dataset of documents."""
+    """Batches packed from a dataset of documents: the rows `rows` of every `batch_size`."""
 
     def __init__(
         self,
@@ -216,40 +211,50 @@ class _PackedBatches(grain.IterDataset[dict[str, np.ndarray]]):
         *,
         packer: str,
         batch_size: int,
+        rows: Sequence[int],
         length: int,
         pad_id: int,
         seed: tuple[int, int],
     ):
         super().__init__(documents)
         self._packer = packer
-        self._shape = (batch_size, length)
+        self._batch_size, self._rows = batch_size, rows
+        self._length = length
         self._pad_id = pad_id
         self._seed = seed
 
     def __iter__(self) -> _PackedBatchIterator:
         documents = iter(self.parents[0])
-        length = self._shape[1]
         packers = {"concat": packing.ConcatPacker, "best_fit": packing.BestFitPacker}
-        rows = packing.ShuffledRows(packers[self._packer](documents, length), length, self._seed)
-        return _PackedBatchIterator(documents, rows, self._shape, self._pad_id)
+        packer = packing.ShuffledRows(packers[self._packer](documents, self._length), self._length, self._seed)
+        return _PackedBatchIterator(documents, packer, self._batch_size, self._rows, self._length, self._pad_id)
 
 
 class _PackedBatchIterator(grain.DatasetIterator[dict[str, np.ndarray]]):
-    def __init__(self, documents: grain.DatasetIterator, packer: packing.Packer, shape: tuple[int, int], pad_id: int):
+    def __init__(
+        self,
+        documents: grain.DatasetIterator,
+        packer: packing.Packer,
+        batch_size: int,
+        rows: Sequence[int],
+        length: int,
+        pad_id: int,
+    ):
         super().__init__(documents)
         self._packer = packer
-        self._shape = shape
+        self._batch_size, self._rows = batch_size, rows
+        self._length = length
         self._pad_id = pad_id
 
     def __next__(self) -> dict[str, np.ndarray]:
-        batch_size, length = self._shape
         rows = [self._packer.next_row()]
-        while len(rows) < batch_size:
+        while len(rows) < self._batch_size:
             try:
                 rows.append(self._packer.next_row())
             except StopIteration:
                 break
-        return packing.fill_batch(rows, batch_size, length, self._pad_id)
+        mine = [rows[row] for row in self._rows if row < len(rows)]
+        return packing.fill_batch(mine, len(self._rows), self._length, self._pad_id)
 
     def get_state(self) -> dict[str, Any]:
         return self._packer.get_state()

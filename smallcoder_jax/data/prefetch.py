@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from smallcoder_jax.faults import NONE, Faults
+from smallcoder_jax.mesh import place_batch
 
 
 class BatchIterator(Protocol):
@@ -45,8 +46,7 @@ class DevicePrefetcher:
         self._faults.reach("data")
         batch = next(self._iterator)
         state = self._iterator.get_state()
-        placed = {key: jax.make_array_from_process_local_data(self._sharding, value) for key, value in batch.items()}
-        return placed, state
+        return place_batch(self._sharding, batch), state
 
     def __iter__(self) -> DevicePrefetcher:
         return self

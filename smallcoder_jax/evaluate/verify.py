@@ -193,9 +193,8 @@ def _evaluate(
             tokenizer,
             sequence_length=config.train.sequence_length,
             batch_size=eval_rows(config),
+            rows=range(eval_rows(config)),
             limit_batches=config.eval.batches if batches is None else batches,
-            process_index=0,
-            process_count=1,
         ),
     )
     if batches not in (None, config.eval.batches):

@@ -13,6 +13,7 @@ import zlib
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from smallcoder_jax.config import ComputeConfig, ModelConfig
@@ -66,7 +67,7 @@ class Generator:
             )
         self.model, self.tokenizer = model, tokenizer
         self._compute = dataclasses.replace(compute, layers="unroll", remat="none")
-        self._params = jax.device_put(params)  # arrays of a device stay where they are, host arrays move once
+        self._params = jax.tree.map(jnp.asarray, params)  # arrays of devices stay where they are, host arrays move once
         self._place = _replicated_like(self._params)
         self._end_ids = frozenset(
             {tokenizer.eos_id, *(tokenizer.specials[piece] for piece in END_PIECES if piece in tokenizer.specials)}

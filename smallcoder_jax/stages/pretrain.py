@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jax import Array
 
@@ -40,30 +39,28 @@ def make_loss(config: Config) -> LossFn:
 def make_task(config: Config, prepared: Prepared, references: dict[str, float]) -> Task:
     """Packed documents of `prepared` with the language-model loss, for the loop."""
     train, data = config.train, config.data
-    processes = jax.process_count()
-    shared = {"process_index": jax.process_index(), "process_count": processes}
 
-    def train_batches() -> Any:
+    def train_batches(rows: Sequence[int]) -> Any:
         return pipeline.make_train_iterator(
             prepared.manifest,
             prepared.tokens_folder,
             prepared.tokenizer,
             data=data,
             sequence_length=train.sequence_length,
-            local_batch_size=train.batch_size // processes,
+            batch_size=train.batch_size,
+            rows=rows,
             seed=train.seed,
-            **shared,
         )
 
-    def validation_batches(limit: int) -> Iterator[dict[str, np.ndarray]]:
+    def validation_batches(limit: int, rows: Sequence[int]) -> Iterator[dict[str, np.ndarray]]:
         return pipeline.validation_batches(
             prepared.manifest,
             prepared.tokens_folder,
             prepared.tokenizer,
             sequence_length=train.sequence_length,
             batch_size=eval_rows(config),
+            rows=rows,
             limit_batches=limit,
-            **shared,
         )
 
     train_tokens = sum(source.train.tokens for source in prepared.manifest.sources)
@@ -79,7 +76,6 @@ def make_task(config: Config, prepared: Prepared, references: dict[str, float]) 
             sequence_length=train.sequence_length,
             batch_size=train.batch_size,
             seed=train.seed,
-            process_count=processes,
         ),
         tokenizer=prepared.tokenizer,
         tokenizer_folder=prepared.tokenizer_folder,

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
-import jax
-
-from smallcoder_jax import loading
+from smallcoder_jax import distributed, loading
 from smallcoder_jax.config import Config, eval_rows, evaluated_on
 from smallcoder_jax.data import pipeline
-from smallcoder_jax.data.prepare import prepare
+from smallcoder_jax.data.prepare import Prepared, prepare
 from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.errors import UserError
 from smallcoder_jax.evaluate.bits_per_byte import held_out_references
@@ -47,15 +47,18 @@ def train(config: Config, workdir: Path, *, faults: Faults = NONE, allow_changed
     """
     configure_jax()
     folder = RunFolder(workdir)
-    with folder.locked():  # first: preparing data can take hours
+    with contextlib.ExitStack() as stack:
+        # First: preparing data can take hours.
+        folder.check_shared(distributed.from_first(lambda: stack.enter_context(folder.locked())))
+        output = sys.stderr if distributed.is_first() else stack.enter_context(open(os.devnull, "w"))
         with interruptible():
-            prepared = prepare(config, Progress(sys.stderr))
-            references = held_out_references(prepared)
-            terminal = Terminal(sys.stderr, total_steps=config.train.steps, log_every=config.train.log_every)
+            prepared = _prepare_on_all(config, Progress(output))
+            references = held_out_references(prepared) if distributed.is_first() else {}
+            terminal = Terminal(output, total_steps=config.train.steps, log_every=config.train.log_every)
             task = pretrain.make_task(config, prepared, references)
             trainer = Trainer(config, folder, task, terminal, faults=faults, allow_changed=allow_changed)
         outcome = trainer.run()
-        if jax.process_index() == 0:
+        if distributed.is_first():
             write_report(folder, prepared.accounting, _results(config, outcome, references))
             _say_end(config, folder, outcome, terminal)
     return Run(workdir, outcome.step, outcome.interrupted, outcome.evaluation, outcome.tokens_seen)
@@ -92,9 +95,8 @@ def evaluate_run(workdir: Path, config: Config, step: str | None = None) -> dict
         prepared.tokenizer,
         sequence_length=config.train.sequence_length,
         batch_size=eval_rows(config),
+        rows=range(eval_rows(config)),
         limit_batches=0,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
     )
     return {
         **evaluate(loaded.model, loaded.compute, loaded.params, batches),
@@ -105,6 +107,28 @@ def evaluate_run(workdir: Path, config: Config, step: str | None = None) -> dict
             "sequence_length": config.train.sequence_length,
         },
     }
+
+
+def _prepare_on_all(config: Config, progress: Progress) -> Prepared:
+    """Process 0 prepares the data; the others find them in a shared folder, or else prepare their own.
+
+    Raises UserError where the processes come to have different data.
+    """
+    made: list[Prepared] = []
+
+    def make() -> str:
+        made.append(prepare(config, progress))
+        return made[0].manifest.fingerprint
+
+    fingerprint = distributed.from_first(make)
+    prepared = made[0] if made else prepare(config, progress)
+    if prepared.manifest.fingerprint != fingerprint:
+        raise UserError(
+            f"the data in '{config.data.dir}' of this machine have the fingerprint {prepared.manifest.fingerprint}, "
+            f"those of process 0 {fingerprint}: '{config.data.sources}' differs between the machines. Set data.dir to "
+            "a folder that all of them share, or copy the one of process 0"
+        )
+    return prepared
 
 
 def _results(config: Config, outcome: Outcome, references: dict[str, float]) -> dict[str, Any]:

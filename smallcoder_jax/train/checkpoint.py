@@ -2,12 +2,14 @@
 
     checkpoints/250/state/         Orbax: `params`, and `rest` (optimizer, step, RNG, guard)
     checkpoints/250/meta.json      config, run identity, tokenizer hash, leaves, evaluation so far
-    checkpoints/250/data-0.json    state of the data iterator of process 0
+    checkpoints/250/data.json      state of the data iterator, the same on all processes
     checkpoints/250/manifest.json  checksum of every other file, written last: without it the step does not exist
     checkpoints/best               link to the best step by validation loss
 
 Orbax notices truncated and missing files, but loads flipped bits in silence: hence our own checksums, verified on
 every load. They are computed on the thread that waits for the asynchronous save.
+
+Of several processes each writes its part of the arrays, and process 0 everything else, once all parts are there.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from typing import Any, NamedTuple
 import jax
 from orbax.checkpoint import v1 as ocp
 
+from smallcoder_jax import distributed
 from smallcoder_jax.errors import UserError
 from smallcoder_jax.faults import NONE, Faults, flip_bit
 from smallcoder_jax.mesh import path_name
@@ -52,8 +55,11 @@ class Checkpointer:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._refused: set[int] = set()
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.iterdir():  # of a process that was killed while saving
+        distributed.from_first(self._make_room)
+
+    def _make_room(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.iterdir():  # of a process that was killed while saving
             ours = leftover.name.isdecimal() and leftover.is_dir() and not leftover.is_symlink()
             if ours and not (leftover / MANIFEST).exists():
                 shutil.rmtree(leftover)
@@ -66,17 +72,19 @@ class Checkpointer:
         self.wait()
         step = int(state.step)
         target = self.folder / str(step)
-        if step in self._refused:
-            self._set_aside(step)
-        if (target / MANIFEST).exists():  # saved already: only the mark is new
-            if best:
+        first = distributed.is_first()
+        saved = distributed.from_first(lambda: self._is_saved(step))
+        self._refused.discard(step)
+        if saved:  # only the mark is new
+            if best and first:
                 self._mark_best(step)
             return
         rest = {name: value for name, value in state._asdict().items() if name != "params"}
         try:
-            target.mkdir(parents=True, exist_ok=True)
-            _write_json(target / "meta.json", {**meta, "step": step, "leaves": leaves_of(state.params)})
-            _write_json(target / f"data-{jax.process_index()}.json", data_state)
+            if first:
+                target.mkdir(parents=True, exist_ok=True)
+                _write_json(target / "meta.json", {**meta, "step": step, "leaves": leaves_of(state.params)})
+                _write_json(target / "data.json", data_state)
             self.faults.reach("save")
             response = ocp.save_checkpointables_async(_orbax_path(target), {"params": state.params, "rest": rest})
         except OSError as error:
@@ -84,9 +92,9 @@ class Checkpointer:
 
         def finish() -> None:
             try:
-                response.result()
+                response.result()  # of all processes: Orbax waits for the slowest before it ends on any
                 self.faults.reach("manifest")
-                if jax.process_index() == 0:
+                if first:
                     _write_json(target / MANIFEST, {"format": 1, "files": checksums(target)})
                     if best:
                         self._mark_best(step)
@@ -113,7 +121,10 @@ class Checkpointer:
             raise self._failure(error) from error
 
     def steps(self) -> list[int]:
-        """Complete steps, ascending."""
+        """Complete steps, ascending, as process 0 sees them."""
+        return distributed.from_first(self._steps)
+
+    def _steps(self) -> list[int]:
         names = (path.name for path in self.folder.iterdir() if (path / MANIFEST).exists() and not path.is_symlink())
         return sorted(int(name) for name in names if name.isdecimal())
 
@@ -129,16 +140,18 @@ class Checkpointer:
         `check` is given meta.json before any array is read, and raises where the step is not wanted. Raises Damaged
         naming the file when one does not match, UserError naming the parameter whose shape or dtype differs.
         """
-        target = verified(self.folder / str(step))
+        distributed.from_first(lambda: verified(self.folder / str(step)) and None)
+        return self._load(step, abstract, check)
+
+    def _load(self, step: int, abstract: TrainState, check: Callable[[dict[str, Any]], None]) -> Restored:
+        target = self.folder / str(step)
         meta = read_meta(target)
         check(meta)
         _check_leaves(meta["leaves"], leaves_of(abstract.params), target)
         rest = {name: value for name, value in abstract._asdict().items() if name != "params"}
         loaded = ocp.load_checkpointables(_orbax_path(target), {"params": abstract.params, "rest": rest})
         state = TrainState(params=loaded["params"], **loaded["rest"])
-        data_file = target / f"data-{jax.process_index()}.json"
-        data_state = json.loads(data_file.read_text()) if data_file.exists() else None
-        return Restored(state, meta, data_state)
+        return Restored(state, meta, read_json(target / "data.json", "the place of a checkpoint in the data"))
 
     def restore_newest(
         self, abstract: TrainState, check: Callable[[dict[str, Any]], None], note: Callable[[str], None]
@@ -148,28 +161,39 @@ class Checkpointer:
         Steps that are refused on the way are named to `note`. They stay until the run comes to them again, and are then
         kept as `STEP.damaged`. Raises Damaged when there are steps but none is sound.
         """
-        reasons = []
-        for step in reversed(self.steps()):
-            try:
-                return self.restore(step, abstract, check)
-            except Damaged as error:
-                self._refused.add(step)
-                reasons.append(str(error))
-                note(f"{error}\n  refused; trying the step before")
-        if reasons:
+        sound, reasons = distributed.from_first(self._newest_sound)
+        self._refused |= {step for step, _ in reasons}
+        if reasons and sound is None:
             raise Damaged(
-                f"no checkpoint under {self.folder} is sound:\n  " + "\n  ".join(reasons) + "\n"
+                f"no checkpoint under {self.folder} is sound:\n  " + "\n  ".join(text for _, text in reasons) + "\n"
                 "bring them back from a copy, or choose another --workdir to start anew"
             )
-        return None
+        for _, text in reasons:
+            note(f"{text}\n  refused; trying the step before")
+        return None if sound is None else self._load(sound, abstract, check)
 
-    def _set_aside(self, step: int) -> None:
-        damaged = self.folder / f"{step}.damaged"
-        shutil.rmtree(damaged, ignore_errors=True)
-        (self.folder / str(step)).rename(damaged)
-        self._refused.remove(step)
+    def _newest_sound(self) -> tuple[int | None, list[tuple[int, str]]]:
+        reasons = []
+        for step in reversed(self._steps()):
+            try:
+                verified(self.folder / str(step))
+                return step, reasons
+            except Damaged as error:
+                reasons.append((step, str(error)))
+        return None, reasons
 
-    def _failure(self, error: BaseException) -> UserError:
+    def _is_saved(self, step: int) -> bool:
+        target = self.folder / str(step)
+        if step in self._refused:
+            damaged = self.folder / f"{step}.damaged"
+            shutil.rmtree(damaged, ignore_errors=True)
+            target.rename(damaged)
+        return (target / MANIFEST).exists()
+
+    def _failure(self, error: BaseException) -> BaseException:
+        # Another process died while this one waited for it: nobody's mistake, and worth another try.
+        if isinstance(error, TimeoutError | jax.errors.JaxRuntimeError):
+            return error
         return UserError(
             f"could not save a checkpoint under {self.folder}: {type(error).__name__}: {error}. Free space or choose "
             "another --workdir; the steps saved before are intact and the same command continues from the newest"
@@ -183,7 +207,7 @@ class Checkpointer:
 
     def _prune(self) -> None:
         best = self.best()
-        for step in [step for step in self.steps() if step not in self._refused][: -self.keep]:
+        for step in [step for step in self._steps() if step not in self._refused][: -self.keep]:
             if step != best:
                 (self.folder / str(step) / MANIFEST).unlink()  # first: a half-removed step is no step
                 shutil.rmtree(self.folder / str(step))

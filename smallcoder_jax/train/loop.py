@@ -8,29 +8,31 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from smallcoder_jax import optim
 from smallcoder_jax.config import Config, eval_rows, to_dict
 from smallcoder_jax.data.prefetch import BatchIterator, DevicePrefetcher
+from smallcoder_jax.distributed import StopVote, is_first
 from smallcoder_jax.errors import Diverged, UserError
 from smallcoder_jax.faults import NONE, Faults
 from smallcoder_jax.generate.engine import Generator
 from smallcoder_jax.generate.sampling import SamplingOptions
-from smallcoder_jax.mesh import batch_sharding, check_rows, make_mesh, on_mesh, path_name
+from smallcoder_jax.mesh import batch_sharding, check_rows, make_mesh, on_mesh, path_name, place_batch, process_rows
 from smallcoder_jax.models import build
 from smallcoder_jax.ops import attention, cross_entropy
 from smallcoder_jax.runtime import give_back_memory
 from smallcoder_jax.tokenizers.base import Tokenizer
 from smallcoder_jax.train.checkpoint import Checkpointer
 from smallcoder_jax.train.meter import Meter
-from smallcoder_jax.train.metrics import EvalMetrics, MetricsLog
+from smallcoder_jax.train.metrics import EvalMetrics, MetricsLog, SilentLog
 from smallcoder_jax.train.run_folder import RunFolder, compare_identity, split_allowed, write_training_info
 from smallcoder_jax.train.state import TrainState, init_state, state_sharding
 from smallcoder_jax.train.step import LossFn, make_eval_step, make_train_step
@@ -41,11 +43,14 @@ from smallcoder_jax.train.watchdog import Watchdog
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What a stage supplies: a loss and batches, and what is to be said about the data."""
+    """What a stage supplies: a loss and batches, and what is to be said about the data.
+
+    Batches are given as those rows of the global ones that this process holds, named by their numbers.
+    """
 
     loss_fn: LossFn
-    train_batches: Callable[[], BatchIterator]
-    validation_batches: Callable[[int], Iterable[dict[str, np.ndarray]]]  # at most so many; 0: all
+    train_batches: Callable[[Sequence[int]], BatchIterator]
+    validation_batches: Callable[[int, Sequence[int]], Iterable[dict[str, np.ndarray]]]  # at most so many; 0: all
     identity: dict[str, Any]  # what a resumed run must agree in
     tokenizer: Tokenizer
     tokenizer_folder: Path
@@ -166,6 +171,12 @@ class Trainer:
             return loss_sum / jnp.maximum(weight_sum, 1.0)
 
         self.gradient = jax.jit(on_mesh(self.mesh, jax.grad(mean_loss)))  # per token, as in the training step
+        self.vote = StopVote(self.mesh)
+        self.log = self._open_log() if is_first() else SilentLog()
+
+    def _open_log(self) -> MetricsLog:
+        """Writes what the run is, and opens its logs."""
+        config, folder, task = self.config, self.folder, self.task
         folder.write_config(config)
         folder.write_run_json(
             self.identity,
@@ -177,15 +188,16 @@ class Trainer:
                 "cross_entropy": self.cross_entropy._asdict(),
             },
         )
-        self.log = MetricsLog(
+        log = MetricsLog(
             folder,
             log=config.log,
             run_name=config.name,
             config_dict=to_dict(config),
             resume_step=self.step,
-            notify=terminal.note,
+            notify=self.terminal.note,
         )
-        self.log.references(task.references)
+        log.references(task.references)
+        return log
 
     def _refuse_another_run(self, recorded: Any) -> None:
         refused, allowed = split_allowed(compare_identity(recorded, self.identity), self.allow_changed)
@@ -225,12 +237,13 @@ class Trainer:
                 # A signal must not kill the last save, nor the folder be free before its end.
                 with self.watchdog.wait("a checkpoint (guard.save_seconds)", self.config.guard.save_seconds):
                     self.checkpointer.wait()
-        self._write_info()
-        interrupted = stop.requested and self.step < self.config.train.steps
+        if is_first():
+            self._write_info()
+        interrupted = self.vote.passed and self.step < self.config.train.steps
         return Outcome(self.step, interrupted, self.evaluation, self.tokens_seen)
 
     def _train(self, stop: StopRequest) -> None:
-        batches = self.task.train_batches()
+        batches = self.task.train_batches(process_rows(self.mesh, self.config.train.batch_size))
         if self.data_state is not None:
             batches.set_state(self.data_state)
         depth, guard = self.config.data.prefetch, self.config.guard
@@ -254,8 +267,9 @@ class Trainer:
                     before, self.data_state = self.data_state, data_state
                     if pending is not None:
                         self._report(meter, pending)
+                    metrics = {**metrics, **self.vote.cast(stop.requested)}
                     pending = Dispatched(self.step, metrics, waited, batch, before)
-                    last = self.step >= self.config.train.steps or stop.requested
+                    last = self.step >= self.config.train.steps or self.vote.passed
                     if last or self._is_due():
                         self._report(meter, pending)
                         pending = None
@@ -293,6 +307,7 @@ class Trainer:
         step, guard = dispatched.step, self.config.guard
         with self.watchdog.wait(f"the result of step {step} (guard.step_seconds)", guard.step_seconds):
             values = {name: float(value) for name, value in jax.device_get(dispatched.metrics).items()}
+        self.vote.count(values)
         # The weights of a bad batch may be what is not finite.
         tokens, in_a_row = int(np.nan_to_num(values.pop("tokens"), posinf=0)), int(values.pop("skipped_in_a_row"))
         if values.pop("skipped"):
@@ -335,7 +350,7 @@ class Trainer:
             self.watchdog.each(
                 "a validation batch (guard.data_seconds)",
                 self.config.guard.data_seconds,
-                self.task.validation_batches(self.config.eval.batches),
+                self.task.validation_batches(self.config.eval.batches, process_rows(self.mesh, eval_rows(self.config))),
             ),
             batch_sharding(self.mesh),
         ).compute()
@@ -387,11 +402,13 @@ class Trainer:
 
     def _histograms(self) -> None:
         """Weights, and gradients on the first rows of the validation split, as histograms by path."""
-        rows = next(iter(self.task.validation_batches(1)))
-        batch = jax.device_put(rows, batch_sharding(self.mesh))
-        gradients = self.gradient(self.state.params, batch)
+        rows = next(iter(self.task.validation_batches(1, process_rows(self.mesh, eval_rows(self.config)))))
+        gradients = self.gradient(self.state.params, place_batch(batch_sharding(self.mesh), rows))
         named = [
-            {path_name(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+            {
+                path_name(path): multihost_utils.process_allgather(leaf, tiled=True)
+                for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+            }
             for tree in (self.state.params, gradients)
         ]
         self.log.histograms(self.step, *named)
@@ -458,8 +475,7 @@ def evaluate(eval_step: Any, params: Any, batches: Iterable[dict[str, np.ndarray
     total = EvalMetrics.empty()
     pending = None
     for batch in batches:
-        placed = {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
-        sums = eval_step(params, placed)
+        sums = eval_step(params, place_batch(sharding, batch))
         if pending is not None:
             total = total.merge(EvalMetrics.from_model_output(**jax.device_get(pending)))
         pending = sums

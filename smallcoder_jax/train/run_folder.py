@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import secrets
 import shlex
 import subprocess
 import sys
@@ -113,32 +114,46 @@ class RunFolder:
     def report_html(self) -> Path:
         return self.path / "report.html"
 
+    @property
+    def lock(self) -> Path:
+        return self.path / ".lock"
+
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """Makes the folder and keeps other processes from training in it.
+    def locked(self) -> Iterator[str]:
+        """Makes the folder and keeps other runs from training in it; gives what the lock then holds.
 
-        Raises UserError where the folder cannot be made or written, or another process trains in it.
+        Process 0 takes it for all of its run. Raises UserError where the folder cannot be made or written, or another
+        run trains in it.
         """
-        import jax
-
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            file = (self.path / ".lock").open("w")
+            file = self.lock.open("a")
         except OSError as error:
             raise UserError(f"{self.path} cannot be written: {error}; choose another --workdir") from error
         with file:  # the system releases the lock with the file, however the process ends
-            if jax.process_index() == 0:  # the other processes of the same run share the folder
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError as error:
-                    raise UserError(
-                        f"another process trains in {self.path}; wait until it ends, or choose another --workdir"
-                    ) from error
-                except OSError as error:
-                    raise UserError(
-                        f"{self.path} cannot be locked: {error}; choose a --workdir on another file system"
-                    ) from error
-            yield
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(
+                    f"another process trains in {self.path}; wait until it ends, or choose another --workdir"
+                ) from error
+            except OSError as error:
+                raise UserError(
+                    f"{self.path} cannot be locked: {error}; choose a --workdir on another file system"
+                ) from error
+            token = secrets.token_hex(16)
+            file.truncate(0)
+            file.write(token)
+            file.flush()
+            yield token
+
+    def check_shared(self, token: str) -> None:
+        """Raises UserError where this process does not see the folder whose lock holds `token`."""
+        if not self.lock.exists() or self.lock.read_text() != token:
+            raise UserError(
+                f"{self.path} is not the folder in which process 0 trains: all processes of a run write its "
+                "checkpoints; choose a --workdir on a file system that all machines share"
+            )
 
     def write_skipped(self, step: int, facts: Mapping[str, Any], batch: Mapping[str, np.ndarray]) -> Path:
         """Keeps the batch of a skipped update (this process's rows, `.npz`) and what is known of it (`.json`).

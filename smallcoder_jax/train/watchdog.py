@@ -25,7 +25,7 @@ class _Wait(NamedTuple):
 class Watchdog:
     """Watches one thread. `with watchdog: with watchdog.wait("a batch (guard.data_seconds)", 60): ...`
 
-    When a wait lasts longer than its seconds, the stacks of all threads go to standard error and to `stacks-TIME.txt`
+    When a wait lasts longer than its seconds, the stacks of all threads go to standard error and to `stacks-TIME-PID.txt`
     in `folder`, and the process ends with EXIT_STALLED: nothing gentler would end a thread that hangs in a library.
     """
 
@@ -74,7 +74,7 @@ class Watchdog:
     def _end(self, wait: _Wait) -> None:
         print(f"\nerror: stalled: waited more than {wait.seconds:g} s for {wait.what}", file=sys.stderr)
         moment = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S")
-        path = self._folder / f"stacks-{moment}.txt"
+        path = self._folder / f"stacks-{moment}-{os.getpid()}.txt"
         try:
             with path.open("w") as file:
                 file.write(f"waited more than {wait.seconds:g} s for {wait.what}\n")

@@ -68,7 +68,7 @@ def prepared(tmp_path_factory):
     return manifest, folder
 
 
-def iterate(prepared, *, process=(0, 1), num_epochs=None, seed=3, batch_size=4, length=LENGTH, **data):
+def iterate(prepared, *, rows=None, num_epochs=None, seed=3, batch_size=4, length=LENGTH, **data):
     manifest, folder = prepared
     return make_train_iterator(
         manifest,
@@ -76,10 +76,9 @@ def iterate(prepared, *, process=(0, 1), num_epochs=None, seed=3, batch_size=4, 
         ToyTokenizer(),
         data=DataConfig(**data),
         sequence_length=length,
-        local_batch_size=batch_size,
+        batch_size=batch_size,
+        rows=range(batch_size) if rows is None else rows,
         seed=seed,
-        process_index=process[0],
-        process_count=process[1],
         num_epochs=num_epochs,
     )
 
@@ -166,18 +165,30 @@ def test_best_fit_wastes_little_and_fits_tightly():
 
 
 @pytest.mark.parametrize(
-    ("packer", "processes", "workers"), [("concat", 1, 0), ("best_fit", 1, 0), ("concat", 3, 0), ("best_fit", 2, 2)]
+    ("packer", "processes", "workers"), [("concat", 1, 0), ("best_fit", 1, 0), ("concat", 2, 0), ("best_fit", 4, 2)]
 )
 def test_an_epoch_holds_every_token_exactly_once(prepared, packer, processes, workers):
     batches = []
     for process in range(processes):
-        iterator = iterate(
-            prepared, process=(process, processes), packing=packer, workers=workers, num_epochs=2, fim_rate=0.0
-        )
+        rows = range(process * 4 // processes, (process + 1) * 4 // processes)
+        iterator = iterate(prepared, rows=rows, packing=packer, workers=workers, num_epochs=2, fim_rate=0.0)
         batches += list(iterator)
         iterator.close()
     wanted = collections.Counter(np.concatenate([ids[1:] for ids in stored(prepared, "train")]).tolist())
     assert counted_targets(batches) == {id: 2 * count for id, count in wanted.items()}
+
+
+@pytest.mark.parametrize("settings", [{"packing": "concat"}, {"packing": "best_fit", "workers": 2}])
+def test_processes_share_the_batches_and_the_place_in_the_data(prepared, settings):
+    whole = iterate(prepared, **settings)
+    parts = [iterate(prepared, rows=rows, **settings) for rows in ([0, 2], [1, 3])]
+    for _ in range(12):
+        batch, (even, odd) = next(whole), [next(part) for part in parts]
+        assert same({key: value[::2] for key, value in batch.items()}, even)
+        assert same({key: value[1::2] for key, value in batch.items()}, odd)
+        assert all(part.get_state() == whole.get_state() for part in parts)
+    for iterator in (whole, *parts):
+        iterator.close()
 
 
 def test_fill_in_the_middle_loses_no_token(prepared):
@@ -219,16 +230,18 @@ def test_weights_are_per_token(prepared, workers):
     assert (ids < 500).mean() == pytest.approx(0.25, abs=0.03)
 
 
-def test_every_reader_sees_every_source(prepared):
-    # Sources that alternate and readers that take turns in the mixture would leave each reader with one source.
+def test_every_worker_sees_every_source(prepared):
+    # Sources that alternate and workers that take turns in the mixture would leave each worker with one source.
     manifest, folder = prepared
     even = dataclasses.replace(
         manifest,
         sources=tuple(dataclasses.replace(s, weight=s.train.tokens / s.train.documents) for s in manifest.sources),
     )
-    for process in range(2):
-        iterator = iterate((even, folder), process=(process, 2), fim_rate=0.0)
-        ids = np.concatenate([next(iterator)["targets"].ravel() for _ in range(40)])
+    iterator = iterate((even, folder), workers=2, fim_rate=0.0)
+    batches = [next(iterator)["targets"].ravel() for _ in range(80)]
+    iterator.close()
+    for worker in range(2):
+        ids = np.concatenate(batches[worker::2])
         assert (ids < 500).any()
         assert ((ids >= 500) & (ids < 1000)).any()
 
@@ -316,7 +329,7 @@ def test_same_settings_same_batches_and_other_seed_other_batches(prepared):
     assert not same(batch, next(other))
 
 
-def validate(prepared, batch_size=4, limit=0, process=(0, 1)):
+def validate(prepared, batch_size=4, limit=0, rows=None):
     manifest, folder = prepared
     return list(
         validation_batches(
@@ -325,9 +338,8 @@ def validate(prepared, batch_size=4, limit=0, process=(0, 1)):
             ToyTokenizer(),
             sequence_length=LENGTH,
             batch_size=batch_size,
+            rows=range(batch_size) if rows is None else rows,
             limit_batches=limit,
-            process_index=process[0],
-            process_count=process[1],
         )
     )
 
@@ -353,7 +365,7 @@ def test_validation_is_fixed_and_a_limit_takes_the_front_of_all_sources(prepared
 
 def test_validation_is_the_same_on_any_number_of_processes(prepared):
     whole = validate(prepared)
-    parts = [validate(prepared, process=(process, 2)) for process in range(2)]
+    parts = [validate(prepared, rows=rows) for rows in (range(2), range(2, 4))]
     assert len(parts[0]) == len(parts[1]) == len(whole)
     for left, right, batch in zip(*parts, whole, strict=True):
         assert same({key: np.concatenate([left[key], right[key]]) for key in batch}, batch)
@@ -362,7 +374,7 @@ def test_validation_is_the_same_on_any_number_of_processes(prepared):
 def test_identity_changes_with_everything_that_decides_the_batches(prepared):
     manifest, _ = prepared
     source = manifest.sources[0]
-    settings = {"sequence_length": 32, "batch_size": 4, "seed": 0, "process_count": 1}
+    settings = {"sequence_length": 32, "batch_size": 4, "seed": 0}
     base = pipeline_identity(manifest, DataConfig(), **settings)
     assert json.loads(json.dumps(base)) == base
     others = [
@@ -398,8 +410,3 @@ def test_refuses_a_source_without_documents(prepared):
     none = dataclasses.replace(manifest.sources[0], validation=shards.Split((), 0, 0, 0))
     with pytest.raises(UserError, match="validation_fraction"):
         validate((dataclasses.replace(manifest, sources=(none,)), folder))
-
-
-def test_refuses_an_evaluation_batch_that_does_not_divide(prepared):
-    with pytest.raises(UserError, match="multiple of the number of processes"):
-        validate(prepared, batch_size=3, process=(0, 2))

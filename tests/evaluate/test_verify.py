@@ -80,7 +80,7 @@ def test_a_flipped_bit_is_corrupt(copied: Path) -> None:
 
 
 def test_a_removed_file_is_corrupt(copied: Path) -> None:
-    (newest(copied) / "data-0.json").unlink()
+    (newest(copied) / "data.json").unlink()
     assert verify(copied).status == "corrupt"
 
 

@@ -131,4 +131,4 @@ class Runs:
         return (self.root / name / "eval_log.csv").read_text().splitlines()
 
     def data_state(self, name: str, step: int = STEPS) -> Any:
-        return json.loads((self.root / name / "checkpoints" / str(step) / "data-0.json").read_text())
+        return json.loads((self.root / name / "checkpoints" / str(step) / "data.json").read_text())

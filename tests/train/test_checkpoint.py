@@ -136,7 +136,7 @@ def test_a_flipped_bit_in_any_file_is_refused_by_name(saved: Path, tmp_path: Pat
     step = shutil.copytree(saved, tmp_path / "checkpoints") / "2"
     wanted = abstract_of(state_at(2))
     files = sorted(path for path in step.rglob("*") if path.is_file() and path != step / MANIFEST)
-    assert {"meta.json", "data-0.json"} < {path.name for path in files}
+    assert {"meta.json", "data.json"} < {path.name for path in files}
     assert len(files) > 15
     for path in files:
         content = bytearray(path.read_bytes())

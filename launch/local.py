@@ -1,0 +1,168 @@
+"""Trains on this machine, in one process or several, and starts them again after a crash, from the last checkpoint.
+
+    python -m launch.local -- --config=configs/nano.py --workdir=runs/nano
+    python -m launch.local --platform=gpu -- --config=configs/tiny.py --workdir=runs/tiny     # all GPUs, one process
+    python -m launch.local --processes=2 --dry-run -- --config=configs/nano.py                # shows, runs nothing
+
+What follows `--` goes to smallcoder_jax.main as it is. When one process fails, all end. Where a second attempt would
+change nothing, that code is passed on: 2 a mistake in what was given, 3 a check that did not hold, 130 Ctrl-C. Anything
+else (out of memory, a signal, the death of another process, 75: interrupted and saved) is tried again, at most
+--retries times. SIGTERM and Ctrl-C are passed on to the processes, and there is no further attempt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from types import FrameType
+from typing import NamedTuple
+
+from launch.platforms import PLATFORMS, settings_of
+from smallcoder_jax.errors import EXIT_CHECK_FAILED, EXIT_USER_ERROR
+
+FINAL = (0, EXIT_USER_ERROR, EXIT_CHECK_FAILED, 130)
+GRACE_SECONDS = 90.0  # after a failure: for the others to notice it (distributed.HEARTBEAT_SECONDS) and to end
+POLL_SECONDS = 0.05
+
+
+class Command(NamedTuple):
+    environment: dict[str, str]  # what is added to that of the launcher
+    words: list[str]
+
+    def __str__(self) -> str:
+        return shlex.join([f"{key}={value}" for key, value in self.environment.items()] + self.words)
+
+
+def commands(options: argparse.Namespace, environment: Mapping[str, str]) -> list[Command]:
+    """One command per process, joined over a port that is free now."""
+    made = []
+    where = f"127.0.0.1:{_free_port()}"
+    for process in range(options.processes):
+        added = settings_of(options.platform, environment)
+        if options.devices and options.platform == "cpu":
+            flags = f"{environment.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={options.devices}"
+            added["XLA_FLAGS"] = flags.strip()
+        elif options.devices:
+            first = process * options.devices
+            added["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(first, first + options.devices)))
+        words = [sys.executable, "-m", "smallcoder_jax.main", *options.arguments]
+        if options.processes > 1:
+            words += [f"--coordinator={where}", f"--processes={options.processes}", f"--process={process}"]
+        made.append(Command(added, words))
+    return made
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Launcher:
+    """Runs the processes of one attempt after the other."""
+
+    def __init__(self, options: argparse.Namespace):
+        self.options = options
+        self.stopped = False
+        self.running: list[subprocess.Popen[bytes]] = []
+
+    def run(self) -> int:
+        """The exit code of the last attempt."""
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._stop)
+        code = 0
+        for attempt in range(self.options.retries + 1):
+            if attempt:
+                self._pause()
+                print(f"launch: attempt {attempt + 1}", file=sys.stderr, flush=True)
+            code = self._attempt()
+            if code in FINAL or self.stopped:
+                return code
+            print(f"launch: the trainer ended with code {code}", file=sys.stderr, flush=True)
+        return code
+
+    def _attempt(self) -> int:
+        """The exit code of the processes: of the first that failed, where one did."""
+        for command in commands(self.options, os.environ):
+            if not self.stopped:
+                self.running.append(subprocess.Popen(command.words, env={**os.environ, **command.environment}))
+        deadline = None
+        code = 0
+        while any(process.poll() is None for process in self.running):
+            time.sleep(POLL_SECONDS)
+            code = code or _failure(self.running)
+            if code and deadline is None:
+                deadline = time.monotonic() + GRACE_SECONDS
+            if deadline is not None and time.monotonic() > deadline:
+                for process in self.running:
+                    process.kill()  # nothing happens to one that has ended
+        code = code or _failure(self.running)
+        self.running = []
+        return code
+
+    def _pause(self) -> None:
+        end = time.monotonic() + self.options.pause
+        while time.monotonic() < end and not self.stopped:
+            time.sleep(POLL_SECONDS)
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self.stopped = True
+        for process in self.running:
+            process.send_signal(signal.SIGTERM)
+
+
+def _failure(processes: Sequence[subprocess.Popen[bytes]]) -> int:
+    """The code of a process that has failed, a final one before others; 0 where none has."""
+    codes = [process.returncode for process in processes if process.returncode]
+    codes = [128 - code if code < 0 else code for code in codes]
+    return next((code for code in codes if code in FINAL), codes[0] if codes else 0)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m launch.local",
+        usage="%(prog)s [options] -- ARGUMENTS OF smallcoder_jax.main",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--processes", type=int, default=1, metavar="N")
+    parser.add_argument(
+        "--devices",
+        type=int,
+        default=0,
+        metavar="D",
+        help="of each process: D pretended ones on a CPU, the next D GPUs on a GPU node; default all there are",
+    )
+    parser.add_argument("--platform", choices=sorted(PLATFORMS), default="cpu")
+    parser.add_argument("--retries", type=int, default=3, metavar="N")
+    parser.add_argument("--pause", type=float, default=0.0, metavar="SECONDS", help="before another attempt")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands, and run nothing")
+    given = list(sys.argv[1:] if argv is None else argv)
+    cut = given.index("--") if "--" in given else len(given)
+    options = parser.parse_args(given[:cut])
+    options.arguments = given[cut + 1 :]
+    if not options.arguments:
+        parser.error("-- and the arguments of smallcoder_jax.main are missing")
+    if options.processes < 1 or options.devices < 0 or options.retries < 0:
+        parser.error("--processes is at least 1; --devices and --retries are not negative")
+    if options.platform == "gpu" and options.processes > 1 and not options.devices:
+        parser.error("several processes on a GPU node need --devices: how many GPUs each takes")
+    if options.platform == "tpu" and (options.processes > 1 or options.devices):
+        parser.error("a TPU machine runs one process with all of its chips")
+    if options.dry_run:
+        for command in commands(options, os.environ):
+            print(command)
+        return 0
+    return Launcher(options).run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,63 @@
+"""What the environment of a platform is set to before training starts, and why. Printed as lines for a shell:
+
+    eval "$(python -m launch.platforms gpu)"
+
+A variable that is set already stays as it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+from collections.abc import Mapping
+from typing import NamedTuple
+
+
+class Setting(NamedTuple):
+    variable: str
+    value: str
+    reason: str
+
+
+# For TPUs no XLA flag is set: what XLA's guide to its flags suggests for them (asynchronous all-gathers, fused with
+# compute) is the default of libtpu, and the rest of the guide is to be tried and measured, which was not done here.
+PLATFORMS: Mapping[str, tuple[Setting, ...]] = {
+    "cpu": (
+        Setting("JAX_PLATFORMS", "cpu", "never waits for an accelerator that another program holds"),
+        Setting("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1", "large pages for what a step allocates (BUILD.md)"),
+    ),
+    "gpu": (
+        Setting("JAX_PLATFORMS", "cuda", "without a working driver this is an error, not a slow run on the CPU"),
+        Setting(
+            "XLA_FLAGS",
+            "--xla_gpu_enable_latency_hiding_scheduler=true",
+            "moves collectives so that they overlap with computation (JAX, GPU performance tips)",
+        ),
+        Setting(
+            "XLA_PYTHON_CLIENT_MEM_FRACTION",
+            "0.9",
+            "JAX reserves three quarters of the memory by default; nothing else runs on these GPUs",
+        ),
+    ),
+    "tpu": (Setting("JAX_PLATFORMS", "tpu", "without a TPU this is an error, not a slow run on the CPU"),),
+}
+
+
+def settings_of(platform: str, environment: Mapping[str, str]) -> dict[str, str]:
+    """What is to be added to `environment` for a platform."""
+    return {setting.variable: setting.value for setting in PLATFORMS[platform] if not environment.get(setting.variable)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m launch.platforms", description=__doc__)
+    parser.add_argument("platform", choices=sorted(PLATFORMS))
+    platform = parser.parse_args().platform
+    missing = settings_of(platform, os.environ)
+    for setting in PLATFORMS[platform]:
+        if setting.variable in missing:
+            print(f"export {setting.variable}={shlex.quote(setting.value)}  # {setting.reason}")
+
+
+if __name__ == "__main__":
+    main()
