@@ -17,6 +17,8 @@ from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.errors import UserError
 from smallcoder_jax.evaluate.bits_per_byte import held_out_references
 from smallcoder_jax.evaluate.perplexity import evaluate
+from smallcoder_jax.preflight.examine import Report, examine
+from smallcoder_jax.preflight.target import target_of
 from smallcoder_jax.runtime import configure_jax
 from smallcoder_jax.stages import pretrain
 from smallcoder_jax.train.loop import Outcome, Trainer
@@ -99,6 +101,14 @@ def evaluate_run(workdir: Path, config: Config, step: str | None = None) -> dict
             "sequence_length": config.train.sequence_length,
         },
     }
+
+
+def preflight(config: Config, topology: str, tokens: float | None = None, price: float | None = None) -> Report:
+    """What training `config` on a topology takes (see `preflight.examine`); nothing of it needs to be here, nor data.
+
+    Raises UserError on a topology that is not known, and where its compiler is not installed.
+    """
+    return examine(config, pretrain.make_loss(config), target_of(topology), tokens=tokens, price=price)
 
 
 def _results(config: Config, outcome: Outcome, references: dict[str, float]) -> dict[str, Any]:
