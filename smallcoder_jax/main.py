@@ -6,23 +6,27 @@ python -m smallcoder_jax.main --config=configs/medium_lc.py --workdir=runs/mediu
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
+import math
 import os
 import sys
 from pathlib import Path
 
 from smallcoder_jax import distributed
+from smallcoder_jax.config import Config
 from smallcoder_jax.configfile import load_config, split_overrides
-from smallcoder_jax.errors import EXIT_INTERRUPTED, UserError, run_cli
+from smallcoder_jax.errors import EXIT_INTERRUPTED, CheckFailed, UserError, run_cli
 from smallcoder_jax.faults import KINDS, PLACES, Faults
 
 DESCRIPTION = """Trains the model of a config file, or continues the run that the workdir holds.
 
 Any value of the config can be set: --config.train.steps=100 --config.data.sources=dir:/my/code
-Exit codes: 0 done; 2 a mistake in what was given; 4 too many updates in a row skipped (loss or gradient not finite, or
-a spike); 5 stalled (a wait took too long, the stacks are written); 75 interrupted by SIGTERM or Ctrl-C (saved; the same
-command continues). Where another process of the same run died, 134 or 1: start all again, as launch/ does, and they
-continue from the last checkpoint."""
+--mode=preflight says what it would take on devices that need not be here: memory, time, cost.
+Exit codes: 0 done; 2 a mistake in what was given; 3 it does not fit (preflight); 4 too many updates in a row skipped
+(loss or gradient not finite, or a spike); 5 stalled (a wait took too long, the stacks are written); 75 interrupted by
+SIGTERM or Ctrl-C (saved; the same command continues). Where another process of the same run died, 134 or 1: start all
+again, as launch/ does, and they continue from the last checkpoint."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--config", metavar="FILE", help="a config file, for example configs/nano.py")
     parser.add_argument("--workdir", metavar="DIR", help="the run folder; default runs/NAME of the config")
-    parser.add_argument("--mode", choices=("train", "evaluate"), default="train")
+    parser.add_argument("--mode", choices=("train", "evaluate", "preflight"), default="train")
     parser.add_argument("--step", help="evaluate: which checkpoint, 'best' or a step; default the best")
     parser.add_argument(
         "--allow-changed",
@@ -52,6 +56,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="several processes: where process 0 runs, or auto")
     parser.add_argument("--processes", type=int, metavar="N", help="several processes: how many")
     parser.add_argument("--process", type=int, metavar="I", help="several processes: which this one is, from 0")
+    parser.add_argument("--topology", help="preflight: v5e:16x16, v5p:4x4x4, v6e:8x8, h200:2x8 (nodes x GPUs), or cpu")
+    parser.add_argument("--tokens", type=float, help="preflight: a budget of tokens; default what the config trains on")
+    parser.add_argument("--price", type=float, help="preflight: of an hour of one chip, in any currency")
+    parser.add_argument("--json", metavar="FILE", help="preflight: write the report there, too")
     parser.add_argument("--list", action="store_true", help="list the files in configs/, and end")
     options = parser.parse_args(arguments)
     if options.list:
@@ -60,6 +68,9 @@ def main(argv: list[str] | None = None) -> int:
     if options.config is None:
         raise UserError("--config is missing: --config=configs/nano.py, for example; --list names all")
     config = load_config(options.config, overrides)
+    _check_mode(options)
+    if options.mode == "preflight":
+        return preflight(config, options)
     workdir = Path(options.workdir or Path("runs") / config.name)
     cluster = distributed.find_cluster(options.coordinator, options.processes, options.process, os.environ)
     from smallcoder_jax.stages import run
@@ -69,13 +80,46 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError("--mode=evaluate runs in one process; leave --coordinator and its like out")
         print(json.dumps(run.evaluate_run(workdir, config, options.step), indent=2))
         return 0
-    if options.step is not None:
-        raise UserError("--step belongs to --mode=evaluate; training continues from the newest step")
     allow_changed = tuple(key.strip() for key in options.allow_changed.split(",") if key.strip())
     faults = Faults(options.inject)
     with distributed.joined(cluster):
         result = run.train(config, workdir, faults=faults, allow_changed=allow_changed)
         return EXIT_INTERRUPTED if result.interrupted else 0
+
+
+def _check_mode(options: argparse.Namespace) -> None:
+    """Refuses flags of another mode: they would be ignored."""
+    if options.step is not None and options.mode != "evaluate":
+        raise UserError("--step belongs to --mode=evaluate; training continues from the newest step")
+    if options.mode == "preflight":
+        if options.topology is None:
+            raise UserError("--mode=preflight needs --topology: v5e:16x16, v5p:4x4x4, v6e:8x8, h200:1x8 or cpu")
+        for name in ("tokens", "price"):
+            value = getattr(options, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise UserError(f"--{name}={value:g}: expected a positive number")
+        return
+    for name in ("topology", "tokens", "price", "json"):
+        if getattr(options, name) is not None:
+            raise UserError(f"--{name} belongs to --mode=preflight")
+
+
+def preflight(config: Config, options: argparse.Namespace) -> int:
+    """Prints the table, writes the JSON. Raises CheckFailed where the config does not fit the devices."""
+    from smallcoder_jax.preflight.show import table
+    from smallcoder_jax.stages import run
+
+    report = run.preflight(config, options.topology, options.tokens, options.price)
+    print(table(report))
+    if options.json is not None:
+        try:
+            Path(options.json).write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n")
+        except OSError as error:
+            raise UserError(f"--json={options.json} cannot be written: {error.strerror}") from error
+    if not report.memory.fits:
+        remedy = f"it would fit with {' '.join(report.remedy)}" if report.remedy else "nothing that was tried fits"
+        raise CheckFailed(f"{report.name} does not fit into the memory of {report.topology}; {remedy}")
+    return 0
 
 
 def list_configs(folder: Path) -> str:

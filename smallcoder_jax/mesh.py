@@ -38,15 +38,7 @@ def make_mesh(mesh: MeshConfig, model: ModelConfig, batch_size: int, devices: li
     `batch_size` is the number of rows that one forward pass takes (a microbatch).
     """
     devices = jax.devices() if devices is None else devices
-    sizes = {"data": mesh.data, "fsdp": mesh.fsdp, "tensor": mesh.tensor}
-    free = [axis for axis, size in sizes.items() if size == -1]
-    if len(free) > 1 or any(size == 0 or size < -1 for size in sizes.values()):
-        raise UserError(f"mesh {sizes}: sizes are positive, and at most one is -1 (all that are left)")
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    if free and len(devices) % fixed == 0:
-        sizes[free[0]] = len(devices) // fixed
-    if math.prod(sizes.values()) != len(devices):
-        raise UserError(f"mesh {sizes} does not multiply to the {len(devices)} devices; set one axis to -1")
+    sizes = mesh_sizes(mesh, len(devices))
     check_rows(sizes, batch_size, "train.batch_size, or train.microbatch_size where it is set")
     for name, size in (("kv_heads", model.kv_heads), ("mlp_width", model.mlp_width), ("vocab_size", model.vocab_size)):
         if size % sizes["tensor"]:
@@ -56,9 +48,28 @@ def make_mesh(mesh: MeshConfig, model: ModelConfig, batch_size: int, devices: li
     return Mesh(np.asarray(devices).reshape([sizes[axis] for axis in AXES]), AXES)
 
 
+def mesh_sizes(mesh: MeshConfig, devices: int) -> dict[str, int]:
+    """The size of each axis over so many devices. Raises UserError where they do not multiply to them."""
+    sizes = {"data": mesh.data, "fsdp": mesh.fsdp, "tensor": mesh.tensor}
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1 or any(size == 0 or size < -1 for size in sizes.values()):
+        raise UserError(f"mesh {sizes}: sizes are positive, and at most one is -1 (all that are left)")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if free and devices % fixed == 0:
+        sizes[free[0]] = devices // fixed
+    if math.prod(sizes.values()) != devices:
+        raise UserError(f"mesh {sizes} does not multiply to the {devices} devices; set one axis to -1")
+    return sizes
+
+
+def row_devices(sizes: Mapping[str, int]) -> int:
+    """How many parts the rows of a batch are split into on a mesh of these sizes."""
+    return sizes["data"] * sizes["fsdp"]
+
+
 def check_rows(sizes: Mapping[str, int], rows: int, name: str) -> None:
     """Raises UserError when a batch of `rows` (the setting `name`) does not divide over the axes of a mesh."""
-    devices = sizes["data"] * sizes["fsdp"]
+    devices = row_devices(sizes)
     if rows % devices:
         raise UserError(
             f"a batch of {rows} rows ({name}) does not divide over {devices} = mesh.data x mesh.fsdp devices; "

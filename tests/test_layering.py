@@ -19,7 +19,7 @@ LEVELS = [
     ["models", "data", "optim"],
     ["generate", "export"],
     ["train"],
-    ["loading", "evaluate", "serve", "rl"],
+    ["loading", "evaluate", "preflight", "serve", "rl"],
     ["stages"],
     ["main", "__init__"],
 ]

@@ -159,33 +159,21 @@ def measure_ours(config: Config, steps: int, documents: int | None) -> Result:
     """Runs the project's training step."""
     import jax
 
-    from smallcoder_jax import optim
-    from smallcoder_jax.mesh import batch_sharding, make_mesh
+    from smallcoder_jax.mesh import batch_sharding
     from smallcoder_jax.models.build import flops_per_token
     from smallcoder_jax.runtime import give_back_memory
     from smallcoder_jax.stages.pretrain import make_loss
     from smallcoder_jax.train.flops import peak_flops
-    from smallcoder_jax.train.state import init_state, state_sharding
-    from smallcoder_jax.train.step import make_train_step
+    from smallcoder_jax.train.program import make_program, memory_bytes
+    from smallcoder_jax.train.state import init_state
 
     train = config.train
-    mesh = make_mesh(config.mesh, config.model, train.microbatch_rows)
-    optimizer = optim.make_optimizer(config.optimizer, train.steps)
-    shardings = state_sharding(mesh, jax.eval_shape(lambda: init_state(config, optimizer)))
-    state = jax.jit(lambda: init_state(config, optimizer), out_shardings=shardings)()
-    step = make_train_step(
-        make_loss(config),
-        optimizer,
-        optim.schedule(config.optimizer, train.steps),
-        peak=config.optimizer.learning_rate,
-        microbatches=train.batch_size // train.microbatch_rows,
-        guarding=config.guard,
-        mesh=mesh,
-        shardings=shardings,
-    )
+    program = make_program(config, make_loss(config))
+    mesh = program.mesh
+    state = jax.jit(lambda: init_state(config, program.optimizer), out_shardings=program.shardings)()
     batches = [jax.device_put(batch, batch_sharding(mesh)) for batch in random_batches(config, documents)]
     start = time.perf_counter()
-    compiled = step.lower(state, batches[0]).compile()
+    compiled = program.step.lower(state, batches[0]).compile()
     compile_seconds = time.perf_counter() - start
     give_back_memory()
 
@@ -196,7 +184,6 @@ def measure_ours(config: Config, steps: int, documents: int | None) -> Result:
 
     step_seconds, loss = timed(run, steps)
     device = mesh.devices.flat[0]
-    analysis = compiled.memory_analysis()
     on_device = device.memory_stats() or {}
     memory = on_device.get("peak_bytes_in_use") or resident_set()  # before the peak is measured, which takes more
     without, whole = (flops_per_token(config.model, length) for length in (0, train.sequence_length))
@@ -210,11 +197,7 @@ def measure_ours(config: Config, steps: int, documents: int | None) -> Result:
         "compile_seconds": compile_seconds,
         "loss": loss,
         "memory": memory,
-        "compiled_memory": analysis
-        and analysis.argument_size_in_bytes
-        + analysis.output_size_in_bytes
-        - analysis.alias_size_in_bytes
-        + analysis.temp_size_in_bytes,
+        "compiled_memory": memory_bytes(compiled),
         "flops_per_token": without + (whole - without) * visible_share(config, documents),
         "peak_flops": known_peak * mesh.devices.size if known_peak else measure_peak(config.compute.dtype),
         "peak_measured": known_peak is None,

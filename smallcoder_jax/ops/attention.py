@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,8 @@ def choose(
 ) -> Choice:  # fmt: skip
     """Resolves `auto` for rows of `length` queries and `keys` keys, `group` query heads of `size` to a key head.
 
-    `platform` and `device` kind are the devices'; None when it is compiled for devices that are not here. `packed`:
+    `platform` and `device` kind are the devices'; without a platform, `auto` takes that of the mesh that it is traced
+    for, and any that is asked for is allowed. `packed`:
     rows may hold several documents. Raises UserError on an unknown name, and where the one asked for cannot serve the
     shape or the platform.
     """
@@ -53,7 +54,7 @@ def choose(
         place = PLATFORMS[implementation].upper()
         raise UserError(f"attention implementation {implementation!r} runs on {place}s; the platform is '{platform}'")
     if not asked:
-        platform = platform or jax.default_backend()
+        platform = platform or _device().platform
         if platform not in KERNELS:
             return Choice("xla", f"the only one for platform '{platform}'")
         implementation = KERNELS[platform]
@@ -106,7 +107,7 @@ def attention(
     with no padding but at the end. Softmax is float32; the result has the dtype of `q_BTNH`.
     """
     length, keys = q_BTNH.shape[1], k_BSKH.shape[1]
-    group, device = q_BTNH.shape[2] // k_BSKH.shape[2], _device_kind()
+    group, device = q_BTNH.shape[2] // k_BSKH.shape[2], _device().device_kind
     chosen = choose(implementation, length, keys, group, q_BTNH.shape[3], q_BTNH.dtype, device=device, packed=packed)
     if chosen.tiles is not None:
         return _flash(q_BTNH, k_BSKH, v_BSKH, q_positions_BT, q_segment_ids_BT, rope_theta, window, chosen.tiles)
@@ -120,10 +121,9 @@ def attention(
     return attend_xla(queries, Keys(k_BSKH, v_BSKH, kv_positions_BS, kv_segment_ids_BS), window)
 
 
-def _device_kind() -> str:
-    """Of the devices that this is traced for: the mesh's, which need not be here, or those that are here."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.device_kind if device else jax.devices()[0].device_kind
+def _device() -> Any:
+    """Platform and kind of what this is traced for: the mesh's devices, which need not be here, or those that are."""
+    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
 
 
 def _flash(

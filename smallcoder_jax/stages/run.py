@@ -18,6 +18,8 @@ from smallcoder_jax.errors import UserError
 from smallcoder_jax.evaluate.bits_per_byte import held_out_references
 from smallcoder_jax.evaluate.perplexity import evaluate
 from smallcoder_jax.faults import NONE, Faults
+from smallcoder_jax.preflight.examine import Report, examine
+from smallcoder_jax.preflight.target import target_of
 from smallcoder_jax.runtime import configure_jax
 from smallcoder_jax.stages import pretrain
 from smallcoder_jax.train.loop import Outcome, Trainer
@@ -129,6 +131,14 @@ def _prepare_on_all(config: Config, progress: Progress) -> Prepared:
             "a folder that all of them share, or copy the one of process 0"
         )
     return prepared
+
+
+def preflight(config: Config, topology: str, tokens: float | None = None, price: float | None = None) -> Report:
+    """What training `config` on a topology takes (see `preflight.examine`); nothing of it needs to be here, nor data.
+
+    Raises UserError on a topology that is not known, and where its compiler is not installed.
+    """
+    return examine(config, pretrain.make_loss(config), target_of(topology), tokens=tokens, price=price)
 
 
 def _results(config: Config, outcome: Outcome, references: dict[str, float]) -> dict[str, Any]:

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from smallcoder_jax import optim
 from smallcoder_jax.config import Config, eval_rows, to_dict
 from smallcoder_jax.data.prefetch import BatchIterator, DevicePrefetcher
 from smallcoder_jax.distributed import StopVote, is_first
@@ -25,17 +24,17 @@ from smallcoder_jax.errors import Diverged, UserError
 from smallcoder_jax.faults import NONE, Faults
 from smallcoder_jax.generate.engine import Generator
 from smallcoder_jax.generate.sampling import SamplingOptions
-from smallcoder_jax.mesh import batch_sharding, check_rows, make_mesh, on_mesh, path_name, place_batch, process_rows
+from smallcoder_jax.mesh import batch_sharding, check_rows, on_mesh, path_name, place_batch, process_rows
 from smallcoder_jax.models import build
-from smallcoder_jax.ops import attention, cross_entropy
 from smallcoder_jax.runtime import give_back_memory
 from smallcoder_jax.tokenizers.base import Tokenizer
 from smallcoder_jax.train.checkpoint import Checkpointer
 from smallcoder_jax.train.meter import Meter
 from smallcoder_jax.train.metrics import EvalMetrics, MetricsLog, SilentLog
+from smallcoder_jax.train.program import make_program
 from smallcoder_jax.train.run_folder import RunFolder, compare_identity, split_allowed, write_training_info
-from smallcoder_jax.train.state import TrainState, init_state, state_sharding
-from smallcoder_jax.train.step import LossFn, make_eval_step, make_train_step
+from smallcoder_jax.train.state import TrainState, init_state
+from smallcoder_jax.train.step import LossFn, make_eval_step
 from smallcoder_jax.train.stop import StopRequest
 from smallcoder_jax.train.terminal import Terminal, human_bytes, human_time
 from smallcoder_jax.train.watchdog import Watchdog
@@ -120,50 +119,18 @@ class Trainer:
         self.identity = run_identity(config, task)
         if folder.run_json.exists():
             self._refuse_another_run(folder.read_run_json().get("identity"))
-        train = config.train
-        self.mesh = make_mesh(config.mesh, config.model, train.microbatch_rows)
+        program = make_program(config, task.loss_fn)
+        self.mesh, self.train_step = program.mesh, program.step
+        self.abstract, self.shardings = program.state, program.shardings
+        self.attention, self.cross_entropy = program.attention, program.cross_entropy
         check_rows(self.mesh.shape, eval_rows(config), "eval.batch_size")
-        model, length, device = config.model, train.sequence_length, self.mesh.devices.flat[0]
-        self.attention = attention.choose(
-            config.compute.attention,
-            length,
-            length,
-            model.heads // model.kv_heads,
-            model.head_size,
-            config.compute.dtype,
-            device.platform,
-            device.device_kind,
-        )
-        self.cross_entropy = cross_entropy.choose(
-            train.microbatch_rows * length, model.vocab_size, config.compute.dtype, self.mesh.shape
-        )
-        optimizer = optim.make_optimizer(config.optimizer, train.steps)
-        abstract = jax.eval_shape(lambda: init_state(config, optimizer))
-        self.shardings = state_sharding(self.mesh, abstract)
-        self.abstract = jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-            abstract,
-            self.shardings,
-        )
         self.checkpointer = Checkpointer(folder.checkpoints, config.checkpoint.keep, faults)
         self.tokens_seen, self.train_seconds, self.best_loss = 0, 0.0, float("inf")
         self.last_loss: float | None = None
         self.evaluation: dict[str, float] = {}
         self.data_state: Any = None
-        self.state = self._restore_or_init(optimizer)
+        self.state = self._restore_or_init(program.optimizer)
         self.step = int(self.state.step)
-        self.train_step = make_train_step(
-            task.loss_fn,
-            optimizer,
-            optim.schedule(config.optimizer, train.steps),
-            peak=config.optimizer.muon_learning_rate
-            if config.optimizer.name == "muon"
-            else config.optimizer.learning_rate,
-            microbatches=train.batch_size // train.microbatch_rows,
-            guarding=config.guard,
-            mesh=self.mesh,
-            shardings=self.shardings,
-        )
         self.eval_step = make_eval_step(task.loss_fn, mesh=self.mesh, shardings=self.shardings.params)
 
         def mean_loss(params: Any, batch: dict[str, jax.Array]) -> jax.Array:

@@ -25,8 +25,9 @@ class _Wait(NamedTuple):
 class Watchdog:
     """Watches one thread. `with watchdog: with watchdog.wait("a batch (guard.data_seconds)", 60): ...`
 
-    When a wait lasts longer than its seconds, the stacks of all threads go to standard error and to `stacks-TIME-PID.txt`
-    in `folder`, and the process ends with EXIT_STALLED: nothing gentler would end a thread that hangs in a library.
+    When a wait lasts longer than its seconds, the stacks of all threads go to standard error and to a file
+    `stacks-TIME-PID.txt` in `folder`, and the process ends with EXIT_STALLED: nothing gentler would end a thread that
+    hangs in a library.
     """
 
     def __init__(self, folder: Path):

@@ -20,10 +20,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from jax import Array
-from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 from jax.typing import DTypeLike
 
@@ -31,11 +29,12 @@ from smallcoder_jax.config import MeshConfig
 from smallcoder_jax.kernels.flash_hopper import flash_attention, shared_memory_bytes
 from smallcoder_jax.kernels.tiles import HopperTiles
 from smallcoder_jax.ops.attention import attention
+from smallcoder_jax.preflight.target import target_of
+from tests.lowering.preflights import CONFIGS, check, preflight
 from tests.lowering.steps import compile_step, config_of, memory_gib
 
 pytestmark = pytest.mark.lowering
 
-TARGET = Path(__file__).with_name("h200.txtpb")
 HBM_GIB = 141
 MESHES = {1: MeshConfig(data=1), 4: MeshConfig(data=1, fsdp=2, tensor=2), 8: MeshConfig(data=2, fsdp=2, tensor=2)}
 KERNELS = ("attention_forward", "attention_dq", "attention_dkv")
@@ -49,8 +48,7 @@ ENVIRONMENT = {
 
 
 def devices_of(count: int) -> list[Any]:
-    topology = topologies.get_topology_desc(platform="cuda", target_config=TARGET.read_text(), topology=f"1x{count}x1")
-    return list(np.asarray(topology.devices).flat)
+    return target_of(f"h200:1x{count}").devices
 
 
 def compile_one(variant: str, count: int) -> None:
@@ -136,3 +134,12 @@ def test_cudnn_is_called_for_rows_of_one_document() -> None:
         )  # fmt: skip
 
     assert "__cudnn$fmha" in jax.jit(attend).lower(q, kv, kv, ids).compile().as_text()
+
+
+@pytest.mark.parametrize("variant", CONFIGS)
+@pytest.mark.parametrize(
+    ("nodes", "devices"),
+    [("h200:1x8", 8), *(pytest.param(*each, marks=pytest.mark.slow) for each in [("h200:1x1", 1), ("h200:2x8", 16)])],
+)
+def test_preflight(nodes: str, devices: int, variant: str, tmp_path: Path) -> None:
+    check(preflight(variant, nodes, tmp_path), devices)

@@ -9,37 +9,33 @@ each kernel and cycles, is what the compiler says, not what was measured.
 from __future__ import annotations
 
 import functools
-import os
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from jax.experimental import topologies
 
 from smallcoder_jax.config import Config, MeshConfig
 from smallcoder_jax.kernels.flash_tpu import VMEM_MIB
 from smallcoder_jax.ops import attention
+from smallcoder_jax.preflight.target import target_of
 from tests.lowering import splash
 from tests.lowering.cycles import kernel_vmem, outside_kernels
+from tests.lowering.preflights import CONFIGS, check, preflight
 from tests.lowering.steps import compile_step, config_of, memory_gib
 
 pytestmark = [pytest.mark.lowering, pytest.mark.usefixtures("standard_promotion")]
 
 CHIPS = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+SLICES = [("v5e:16x16", 256), ("v5p:4x4x4", 64), ("v6e:8x8", 64)]
 HBM_GIB = {"v5e": 16, "v5p": 95, "v6e": 32}
 ONE, SLICE = MeshConfig(), MeshConfig(data=1, fsdp=2, tensor=2)
 # The longest rows on one chip and on a slice are enough to see that it compiles; the others take as long again twice.
 VARIANTS = ["medium_lc", *(pytest.param(name, marks=pytest.mark.slow) for name in ("medium", "tiny"))]
 
 
-@pytest.fixture(autouse=True)
-def no_metadata_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(os.environ, "TPU_SKIP_MDS_QUERY", "1")
-
-
 @functools.cache
 def devices_of(chip: str) -> list[Any]:
-    return list(np.asarray(topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip]).devices).flat)
+    return target_of(CHIPS[chip]).devices
 
 
 @functools.cache
@@ -96,3 +92,12 @@ def test_less_is_left_to_xla_than_with_its_rope_and_splash_attention(
     print("VMEM of splash's in MiB:", {kernel: round(mib, 1) for kernel, mib in kernel_vmem(theirs).items()})
     assert any(kernel.startswith("splash") for kernel in kernel_vmem(theirs))
     assert cycles < their_cycles
+
+
+@pytest.mark.parametrize("variant", CONFIGS)
+@pytest.mark.parametrize(
+    ("slice_of", "devices"),
+    [("v5e:4x4", 16), *(pytest.param(*each, marks=pytest.mark.slow) for each in SLICES)],
+)
+def test_preflight(slice_of: str, devices: int, variant: str, tmp_path: Path) -> None:
+    check(preflight(variant, slice_of, tmp_path), devices)

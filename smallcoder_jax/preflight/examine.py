@@ -1,0 +1,228 @@
+"""The report of a config on devices that need not be here: its step is compiled, never run."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+import time
+from typing import Any
+
+import jax
+
+from smallcoder_jax.config import Config, parameter_count
+from smallcoder_jax.errors import UserError
+from smallcoder_jax.mesh import mesh_sizes, row_devices
+from smallcoder_jax.models import build
+from smallcoder_jax.preflight import estimate
+from smallcoder_jax.preflight.collectives import Traffic, traffic
+from smallcoder_jax.preflight.search import Largest, Trial, largest_rows
+from smallcoder_jax.preflight.target import Target
+from smallcoder_jax.train.flops import peak_flops
+from smallcoder_jax.train.program import Program, compile_step, make_program, memory_bytes
+from smallcoder_jax.train.step import LossFn
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one device. `activations` are all temporaries but one tree of gradients. None: the compiler refused the
+    step, and did not say.
+    """
+
+    parameters: float
+    optimizer: float
+    gradients: float
+    activations: float | None
+    peak: float | None
+    available: float
+    available_source: str
+    fits: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What was found out. `changes` and `remedy` are flags: what was changed so that rows divide, and what would make
+    a step fit that does not (None: it fits, or nothing that was tried does).
+    """
+
+    name: str
+    topology: str
+    device_kind: str
+    devices: int
+    mesh: dict[str, int]
+    batch_size: int
+    microbatch_size: int
+    sequence_length: int
+    changes: tuple[str, ...]
+    attention: str
+    parameters: int
+    memory: Memory
+    largest: Largest
+    remedy: tuple[str, ...] | None
+    flops_per_token: float
+    executed_flops_per_token: float
+    traffic: Traffic | None
+    roofline: estimate.Roofline | None
+    chip_source: str | None
+    budget: estimate.Budget | None
+    compile_seconds: float
+
+
+def divided(config: Config, devices: int) -> tuple[Config, tuple[str, ...]]:
+    """The config with its batches rounded up to what divides over a mesh of so many devices, and the flags for it."""
+    parts = row_devices(mesh_sizes(config.mesh, devices))
+    rows = _up(config.train.microbatch_rows, parts)
+    train = dataclasses.replace(config.train, microbatch_size=rows, batch_size=_up(config.train.batch_size, rows))
+    evaluation = dataclasses.replace(config.eval, batch_size=_up(config.eval.batch_size, parts))
+    if rows == config.train.microbatch_rows:
+        train = dataclasses.replace(train, microbatch_size=config.train.microbatch_size)
+    pairs = (("train.batch_size", config.train.batch_size, train.batch_size),
+             ("train.microbatch_size", config.train.microbatch_size, train.microbatch_size),
+             ("eval.batch_size", config.eval.batch_size, evaluation.batch_size))  # fmt: skip
+    changes = tuple(f"--config.{name}={now}" for name, before, now in pairs if now != before)
+    return dataclasses.replace(config, train=train, eval=evaluation), changes
+
+
+def examine(
+    config: Config, loss_fn: LossFn, target: Target, *, tokens: float | None = None, price: float | None = None
+) -> Report:
+    """Compiles the step of `config` for the target, and others to find the largest microbatch that fits.
+
+    `tokens`: a budget of tokens; None: what the config trains on. `price`: of an hour of one device. Raises UserError
+    where the config does not fit the mesh.
+    """
+    tokens = tokens or float(config.train.steps * config.train.batch_size * config.train.sequence_length)
+    count = len(target.devices)
+    config, changes = divided(config, count)
+    program = make_program(config, loss_fn, target.devices)
+    first, compiled = _try(config, program, target)
+    parts = row_devices(program.mesh.shape)
+    state = program.state
+    parameters, optimizer = (_bytes_per_device(tree) for tree in (state.params, state.optimizer))
+    largest = largest_rows(
+        first,
+        lambda rows: _attempt(_with_rows(config, rows * parts), loss_fn, target),
+        target.memory,
+        fixed=2 * parameters + optimizer,  # and gradients
+    )
+    executed = estimate.executed_per_token(config, program.cross_entropy)
+    sent, roofline = None, None
+    peak = peak_flops(target.devices[0].device_kind)
+    if compiled is not None:
+        # The chips of a TPU slice reach each other over one network, whatever their hosts.
+        hosts = [device.process_index if device.platform == "gpu" else 0 for device in program.mesh.devices.flat]
+        sent = traffic(compiled.as_text(), hosts)
+        if target.chip is not None and peak is not None:
+            moved = _moved(compiled, config)
+            roofline = estimate.roofline(config, executed, moved, sent, target.chip, peak, count)
+    return Report(
+        name=config.name,
+        topology=target.name,
+        device_kind=target.devices[0].device_kind,
+        devices=count,
+        mesh=dict(program.mesh.shape),
+        batch_size=config.train.batch_size,
+        microbatch_size=config.train.microbatch_rows,
+        sequence_length=config.train.sequence_length,
+        changes=changes,
+        attention=f"{program.attention.implementation} ({program.attention.reason})",
+        parameters=parameter_count(config.model),
+        memory=Memory(
+            parameters,
+            optimizer,
+            parameters,
+            None if compiled is None else max(compiled.memory_analysis().temp_size_in_bytes - parameters, 0.0),
+            first.peak,
+            target.memory,
+            target.memory_source,
+            first.fits,
+        ),
+        largest=largest,
+        remedy=None if first.fits else _remedy(config, loss_fn, target, largest, parts),
+        flops_per_token=build.flops_per_token(config.model, config.train.sequence_length),
+        executed_flops_per_token=executed,
+        traffic=sent,
+        roofline=roofline,
+        chip_source=target.chip.source if roofline is not None and target.chip is not None else None,
+        budget=None if roofline is None else estimate.budget(config, roofline.step, tokens, count, price),
+        compile_seconds=first.seconds,
+    )
+
+
+def _up(rows: int, parts: int) -> int:
+    return -(-rows // parts) * parts
+
+
+def _with_rows(config: Config, rows: int) -> Config:
+    """The config with microbatches of so many rows, and as many microbatches as it has."""
+    train = config.train
+    batch = train.batch_size // train.microbatch_rows * rows
+    return dataclasses.replace(config, train=dataclasses.replace(train, batch_size=batch, microbatch_size=rows))
+
+
+def _attempt(config: Config, loss_fn: LossFn, target: Target) -> Trial:
+    return _try(config, make_program(config, loss_fn, target.devices), target)[0]
+
+
+def _try(config: Config, program: Program, target: Target) -> tuple[Trial, Any]:
+    """The trial, and the compiled step, or None where the compiler refused it for want of memory."""
+    start = time.monotonic()
+    try:
+        compiled = compile_step(program, config)
+        peak, refused = memory_bytes(compiled), False
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        compiled, peak, refused = None, refused_bytes(str(error)), True
+    rows = config.train.microbatch_rows // row_devices(program.mesh.shape)
+    fits = not refused and peak is not None and peak <= target.memory
+    return Trial(rows, peak, fits, time.monotonic() - start), compiled
+
+
+def refused_bytes(message: str) -> float | None:
+    """How much memory a step would have taken, from the message with which the compiler refused it."""
+    found = re.search(r"Used ([\d.]+)([KMGT]) of", message) or re.search(r"\(([\d.]+)([KMGT])\) exceeds", message)
+    return float(found[1]) * 1024 ** ("KMGT".index(found[2]) + 1) if found else None
+
+
+def _bytes_per_device(tree: Any) -> float:
+    return float(
+        sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    )
+
+
+def _moved(compiled: Any, config: Config) -> float:
+    """Bytes of a device's memory that a step reads and writes at the least: arguments and results once, temporaries
+    written and read once in each microbatch.
+    """
+    analysis = compiled.memory_analysis()
+    microbatches = config.train.batch_size // config.train.microbatch_rows
+    once = analysis.argument_size_in_bytes + analysis.output_size_in_bytes
+    return once + 2.0 * analysis.temp_size_in_bytes * microbatches
+
+
+def _remedy(config: Config, loss_fn: LossFn, target: Target, largest: Largest, parts: int) -> tuple[str, ...] | None:
+    """The flags nearest to the config with which a step fits: fewer rows at a time; then activations computed again;
+    then parameters and optimizer split over all devices.
+    """
+    if largest.rows:
+        per_device = config.train.batch_size // parts
+        rows = max(each for each in range(1, largest.rows + 1) if per_device % each == 0)
+        return (f"--config.train.microbatch_size={rows * parts}",)
+    flags = (f"--config.train.microbatch_size={parts}",)
+    smallest = dataclasses.replace(config, train=dataclasses.replace(config.train, microbatch_size=parts))
+    if config.compute.remat != "full":
+        smallest = dataclasses.replace(smallest, compute=dataclasses.replace(config.compute, remat="full"))
+        flags += ("--config.compute.remat=full",)
+        if _attempt(smallest, loss_fn, target).fits:
+            return flags
+    sizes = mesh_sizes(config.mesh, len(target.devices))
+    if sizes["data"] > 1:
+        split = dataclasses.replace(config.mesh, data=1, fsdp=sizes["data"] * sizes["fsdp"])
+        flags += (f"--config.mesh.data={split.data}", f"--config.mesh.fsdp={split.fsdp}")
+        try:
+            if _attempt(dataclasses.replace(smallest, mesh=split), loss_fn, target).fits:
+                return flags
+        except UserError:  # the width does not divide over so many devices
+            return None
+    return None

@@ -1,0 +1,70 @@
+"""The largest number of rows that fits, from few compilations: a line through what was measured, then a trial."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+
+TRIALS = 5  # compilations, at most
+SECONDS = 140.0  # none is begun that would end after so long, were it as slow as the slowest
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """A compiled step of `rows` rows per microbatch and device. `peak`: its bytes per device; None: the compiler
+    refused it and did not say.
+    """
+
+    rows: int
+    peak: float | None
+    fits: bool
+    seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Largest:
+    """The most rows per microbatch and device that fit. `compiled`: a step of so many was compiled; otherwise it is
+    read off a line through those that were, for want of time. `too_many`: the fewest that were compiled and do not fit.
+    """
+
+    rows: int
+    compiled: bool
+    too_many: int | None
+    compilations: int
+
+
+def largest_rows(first: Trial, attempt: Callable[[int], Trial], memory: float, fixed: float) -> Largest:
+    """`fixed`: bytes that a step takes whatever its rows, until a second trial says more."""
+    start = time.monotonic() - first.seconds
+    trials = [first]
+    while True:
+        low = max((trial.rows for trial in trials if trial.fits), default=0)
+        high = min((trial.rows for trial in trials if not trial.fits), default=None)
+        guess = _predict(trials, memory, fixed)
+        if high is not None:
+            guess = min(guess, high - 1)
+        if guess <= low and not (low == 0 and high is not None and high > 1):
+            break  # the next one does not fit: it was tried, or the line through two says so
+        if low and len(trials) > 1 and guess - low <= low // 50:
+            break  # near enough
+        guess = max(guess, 1)
+        slowest = max(trial.seconds for trial in trials)
+        if len(trials) == TRIALS or time.monotonic() - start + slowest > SECONDS:
+            return Largest(guess, False, high, len(trials))
+        trials.append(attempt(guess))
+    return Largest(low, low > 0, high, len(trials))
+
+
+def _predict(trials: list[Trial], memory: float, fixed: float) -> int:
+    """The rows whose peak is `memory`: on the line through the two trials of most rows, or through `fixed` and one."""
+    known = sorted((trial.rows, trial.peak) for trial in trials if trial.peak is not None)
+    if not known:
+        return min(trial.rows for trial in trials) // 2
+    rows, peak = known[-1]
+    other_rows, other_peak = known[-2] if len(known) > 1 else (0, min(fixed, peak))
+    slope = (peak - other_peak) / (rows - other_rows)
+    if slope <= 0:
+        return rows * 2
+    return math.floor(rows + (memory - peak) / slope)

@@ -1,0 +1,97 @@
+"""A training step put together from a config and a loss, for devices that need not be here."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from smallcoder_jax import optim
+from smallcoder_jax.config import Config
+from smallcoder_jax.mesh import batch_sharding, make_mesh
+from smallcoder_jax.ops import attention, cross_entropy
+from smallcoder_jax.train.state import TrainState, init_state, state_sharding
+from smallcoder_jax.train.step import LossFn, make_train_step
+
+
+class Program(NamedTuple):
+    """The jitted step of `make_train_step`, and what it works on: `state` are shapes with their shardings."""
+
+    mesh: Mesh
+    optimizer: optax.GradientTransformation
+    state: TrainState
+    shardings: TrainState
+    step: Any
+    attention: attention.Choice
+    cross_entropy: cross_entropy.Choice
+
+
+def make_program(config: Config, loss_fn: LossFn, devices: list[Any] | None = None) -> Program:
+    """Nothing is compiled, and no memory taken. `devices`: of any platform, a topology's included; None: all that are
+    here. Raises UserError where config and devices do not fit together.
+    """
+    train, model = config.train, config.model
+    mesh = make_mesh(config.mesh, model, train.microbatch_rows, devices)
+    length, device = train.sequence_length, mesh.devices.flat[0]
+    optimizer = optim.make_optimizer(config.optimizer, train.steps)
+    shapes = jax.eval_shape(lambda: init_state(config, optimizer))
+    shardings = state_sharding(mesh, shapes)
+    return Program(
+        mesh=mesh,
+        optimizer=optimizer,
+        state=jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
+        ),
+        shardings=shardings,
+        step=make_train_step(
+            loss_fn,
+            optimizer,
+            optim.schedule(config.optimizer, train.steps),
+            peak=config.optimizer.muon_learning_rate
+            if config.optimizer.name == "muon"
+            else config.optimizer.learning_rate,
+            microbatches=train.batch_size // train.microbatch_rows,
+            guarding=config.guard,
+            mesh=mesh,
+            shardings=shardings,
+        ),
+        attention=attention.choose(
+            config.compute.attention,
+            length,
+            length,
+            model.heads // model.kv_heads,
+            model.head_size,
+            config.compute.dtype,
+            device.platform,
+            device.device_kind,
+        ),
+        cross_entropy=cross_entropy.choose(
+            train.microbatch_rows * length, model.vocab_size, config.compute.dtype, mesh.shape
+        ),
+    )
+
+
+def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a training batch, with their sharding."""
+    shape = (config.train.batch_size, config.train.sequence_length)
+    kinds = {"loss_weights": jnp.float32} | dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), jnp.int32)
+    return {name: jax.ShapeDtypeStruct(shape, kind, sharding=batch_sharding(mesh)) for name, kind in kinds.items()}
+
+
+def compile_step(program: Program, config: Config) -> Any:
+    """The compiled step. Raises jax.errors.JaxRuntimeError where the compiler finds that it does not fit (TPUs)."""
+    return program.step.lower(program.state, abstract_batch(config, program.mesh)).compile()
+
+
+def memory_bytes(compiled: Any) -> int:
+    """Memory of a device while a compiled program runs, by the compiler's analysis."""
+    analysis = compiled.memory_analysis()
+    return (
+        analysis.argument_size_in_bytes
+        + analysis.output_size_in_bytes
+        - analysis.alias_size_in_bytes
+        + analysis.temp_size_in_bytes
+    )
