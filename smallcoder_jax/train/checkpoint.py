@@ -138,7 +138,7 @@ class Checkpointer:
         state = TrainState(loaded["rest"]["step"], loaded["params"], loaded["rest"]["optimizer"], loaded["rest"]["key"])
         return Restored(state, meta, read_json(target / "data.json", "the place of a checkpoint in the data"))
 
-    def _failure(self, error: BaseException) -> Exception:
+    def _failure(self, error: BaseException) -> BaseException:
         # Another process died while this one waited for it: nobody's mistake, and worth another try.
         if isinstance(error, TimeoutError | jax.errors.JaxRuntimeError):
             return error
