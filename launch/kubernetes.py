@@ -6,8 +6,8 @@
 --dry-run prints the manifest; without it the manifest goes to `kubectl apply`. The image holds the project, installed,
 as its working directory. The claim is a volume that all pods may write, mounted at /runs; it holds the run folder.
 
-A pod that ends with 2 (a mistake in what was given) or 3 (a check that did not hold) fails the JobSet for good. Any
-other failure restarts all pods, at most --retries times, and they continue from the last checkpoint.
+A pod that ends with 2 (a mistake), 3 (a check that did not hold) or 4 (diverged) fails the JobSet for good. Any other
+failure restarts all pods, at most --retries times, and they continue from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import sys
 from typing import Any
 
 from launch.platforms import PLATFORMS, settings_of
-from smallcoder_jax.errors import EXIT_CHECK_FAILED, EXIT_USER_ERROR
+from smallcoder_jax.errors import NOT_TRIED_AGAIN
 
 PORT = 8476
 RESOURCES = {"gpu": "nvidia.com/gpu", "tpu": "google.com/tpu"}
@@ -40,7 +40,7 @@ def manifest(options: argparse.Namespace) -> dict[str, Any]:
             "volumes": [{"name": "runs", "persistentVolumeClaim": {"claimName": options.claim}}],
         },
     }
-    mistakes = {"containerName": "train", "operator": "In", "values": [EXIT_USER_ERROR, EXIT_CHECK_FAILED]}
+    mistakes = {"containerName": "train", "operator": "In", "values": list(NOT_TRIED_AGAIN)}
     job = {
         "completions": options.hosts,
         "parallelism": options.hosts,

@@ -5,7 +5,7 @@
     python -m launch.local --processes=2 --dry-run -- --config=configs/nano.py                # shows, runs nothing
 
 What follows `--` goes to smallcoder_jax.main as it is. When one process fails, all end. Where a second attempt would
-change nothing, that code is passed on: 2 a mistake in what was given, 3 a check that did not hold, 130 Ctrl-C. Anything
+change nothing, that code is passed on: 2 a mistake, 3 a check that did not hold, 4 diverged, 130 Ctrl-C. Anything
 else (out of memory, a signal, the death of another process, 75: interrupted and saved) is tried again, at most
 --retries times. SIGTERM and Ctrl-C are passed on to the processes, and there is no further attempt.
 """
@@ -25,9 +25,9 @@ from types import FrameType
 from typing import NamedTuple
 
 from launch.platforms import PLATFORMS, settings_of
-from smallcoder_jax.errors import EXIT_CHECK_FAILED, EXIT_USER_ERROR
+from smallcoder_jax.errors import NOT_TRIED_AGAIN
 
-FINAL = (0, EXIT_USER_ERROR, EXIT_CHECK_FAILED, 130)
+FINAL = (0, *NOT_TRIED_AGAIN, 130)
 GRACE_SECONDS = 90.0  # after a failure: for the others to notice it (distributed.HEARTBEAT_SECONDS) and to end
 POLL_SECONDS = 0.05
 
@@ -97,15 +97,20 @@ class Launcher:
         code = 0
         while any(process.poll() is None for process in self.running):
             time.sleep(POLL_SECONDS)
-            code = code or _failure(self.running)
+            code = self._worse(code)
             if code and deadline is None:
                 deadline = time.monotonic() + GRACE_SECONDS
             if deadline is not None and time.monotonic() > deadline:
                 for process in self.running:
                     process.kill()  # nothing happens to one that has ended
-        code = code or _failure(self.running)
+        code = self._worse(code)
         self.running = []
         return code
+
+    def _worse(self, code: int) -> int:
+        """`code`, the first failure so far, unless there is none yet or a process has ended with a final one."""
+        failure = _failure(self.running)
+        return failure if not code or failure in FINAL[1:] else code
 
     def _pause(self) -> None:
         end = time.monotonic() + self.options.pause

@@ -8,7 +8,7 @@
 # by Slurm's variables, and gives each task one GPU of its node: as many tasks per node as it has GPUs. PLATFORM (gpu,
 # cpu or tpu), RETRIES (3) and PYTHON (python) are taken from the environment.
 #
-# 0 done, 2 a mistake in what was given and 3 a check that did not hold end the job. 75 (interrupted and saved: the time
+# 0 done, 2 a mistake, 3 a check that did not hold and 4 diverged end the job. 75 (interrupted and saved: the time
 # limit came near, or the job was preempted) puts it back into the queue. Anything else is tried again here.
 #SBATCH --job-name=smallcoder
 #SBATCH --signal=TERM@300
@@ -41,7 +41,7 @@ for attempt in $(seq 0 "${RETRIES:-3}"); do
   code=0
   "${step[@]}" || code=$?
   case $code in
-    0 | 2 | 3 | 130) exit "$code" ;;
+    0 | 2 | 3 | 4 | 130) exit "$code" ;;
     75)
       scontrol requeue "$SLURM_JOB_ID"
       exit 75

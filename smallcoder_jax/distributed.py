@@ -107,8 +107,10 @@ def joined(cluster: Cluster | Literal["auto"] | None) -> Iterator[None]:
             "process_id": cluster.process,
             "cluster_detection_method": "deactivate",
         }
+    others = f"{cluster.processes} processes at {cluster.coordinator}" if isinstance(cluster, Cluster) else "the others"
+    print(f"waiting for {others}, at most {MEETING_SECONDS} s", file=sys.stderr, flush=True)
     try:
-        jax.distributed.initialize(
+        jax.distributed.initialize(  # ends with SIGABRT where they do not come
             **where,
             initialization_timeout=MEETING_SECONDS,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,

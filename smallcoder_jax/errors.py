@@ -12,6 +12,7 @@ EXIT_CHECK_FAILED = 3  # a check that the command promises did not hold (parity,
 EXIT_DIVERGED = 4  # too many updates in a row were skipped: loss or gradient not finite, or a spike
 EXIT_STALLED = 5  # a wait took too long; the stacks of all threads were written
 EXIT_INTERRUPTED = 75  # SIGTERM or SIGINT: what there was is saved, the same command continues
+NOT_TRIED_AGAIN = (EXIT_USER_ERROR, EXIT_CHECK_FAILED, EXIT_DIVERGED)  # the same command would end alike
 
 
 class UserError(Exception):

@@ -61,7 +61,7 @@ def run_local(folder: Path, codes: Sequence[int], *options: str) -> tuple[int, l
     return process.returncode, [json.loads(line) for line in (folder / "calls").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("code", [0, 2, 3, 130])
+@pytest.mark.parametrize("code", [0, 2, 3, 4, 130])
 def test_an_end_that_a_second_attempt_would_not_change(code: int, tmp_path: Path) -> None:
     assert run_local(tmp_path, [code]) == (code, [["--config=c x.py"]])
 
@@ -205,6 +205,7 @@ SRUN = '#!/bin/sh\necho "$@" >> srun.log\nexit "$(sed -n "$(wc -l < srun.log)p" 
         ([0], 0, 1, False),
         ([2], 2, 1, False),
         ([3], 3, 1, False),
+        ([4], 4, 1, False),
         ([75], 75, 1, True),
         ([134, 0], 0, 2, False),
         ([1, 137, 75], 75, 3, True),
@@ -338,7 +339,7 @@ def test_a_jobset_passes_its_schema_and_names_the_cluster(
     assert container["command"][2:] == ["smallcoder_jax.main", "--config=c", "--workdir=/runs/a"]
     assert made["spec"]["replicatedJobs"][0]["name"] == "workers"  # the coordinator's name is made of these
     assert container["resources"]["limits"] == ({} if "--platform=cpu" in options else {"nvidia.com/gpu": "8"})
-    assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [2, 3]
+    assert job["podFailurePolicy"]["rules"][0]["onExitCodes"]["values"] == [2, 3, 4]
 
 
 def test_a_jobset_of_tpus_leaves_the_numbers_to_the_slice(capsys: pytest.CaptureFixture[str]) -> None:
