@@ -209,8 +209,10 @@ def _remedy(config: Config, loss_fn: LossFn, target: Target, largest: Largest, p
         per_device = config.train.batch_size // parts
         rows = max(each for each in range(1, largest.rows + 1) if per_device % each == 0)
         return (f"--config.train.microbatch_size={rows * parts}",)
-    flags = (f"--config.train.microbatch_size={parts}",)
+    flags: tuple[str, ...] = (f"--config.train.microbatch_size={parts}",)
     smallest = dataclasses.replace(config, train=dataclasses.replace(config.train, microbatch_size=parts))
+    if largest.estimate is not None and _attempt(smallest, loss_fn, target).fits:
+        return flags
     if config.compute.remat != "full":
         smallest = dataclasses.replace(smallest, compute=dataclasses.replace(config.compute, remat="full"))
         flags += ("--config.compute.remat=full",)

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable
 
-TRIALS = 5  # compilations, at most
+TRIALS = 8  # compilations, at most
 SECONDS = 140.0  # none is begun that would end after so long, were it as slow as the slowest
 
 
@@ -25,12 +25,12 @@ class Trial:
 
 @dataclasses.dataclass(frozen=True)
 class Largest:
-    """The most rows per microbatch and device that fit. `compiled`: a step of so many was compiled; otherwise it is
-    read off a line through those that were, for want of time. `too_many`: the fewest that were compiled and do not fit.
+    """`rows`: the most per microbatch and device with which a compiled step fits; 0: none. `estimate`: where there was
+    no time for more trials, the most by a line through those that were. `too_many`: the fewest that do not fit.
     """
 
     rows: int
-    compiled: bool
+    estimate: int | None
     too_many: int | None
     compilations: int
 
@@ -52,9 +52,9 @@ def largest_rows(first: Trial, attempt: Callable[[int], Trial], memory: float, f
         guess = max(guess, 1)
         slowest = max(trial.seconds for trial in trials)
         if len(trials) == TRIALS or time.monotonic() - start + slowest > SECONDS:
-            return Largest(guess, False, high, len(trials))
+            return Largest(low, guess, high, len(trials))
         trials.append(attempt(guess))
-    return Largest(low, low > 0, high, len(trials))
+    return Largest(low, None, high, len(trials))
 
 
 def _predict(trials: list[Trial], memory: float, fixed: float) -> int:

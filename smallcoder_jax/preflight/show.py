@@ -42,10 +42,9 @@ def _run(report: Report) -> list[tuple[str, str]]:
 def _memory(report: Report) -> list[tuple[str, str]]:
     memory, largest = report.memory, report.largest
     refused = "not said: the compiler refuses the step"
-    if not largest.rows:
-        most = "not even one row per device"
-    else:
-        most = f"{largest.rows} rows per device" + ("" if largest.compiled else ", estimated (not compiled)")
+    most = f"{largest.rows} rows per device" if largest.rows else "not even one row per device"
+    if largest.estimate is not None:
+        most = f"about {largest.estimate} rows per device, of which {largest.rows} were tried"
     if largest.too_many is not None:
         most += f"; {largest.too_many} do not fit"
     return [

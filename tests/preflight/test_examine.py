@@ -80,7 +80,7 @@ def test_memory_is_counted_by_device(ample: Report) -> None:
 
 def test_the_largest_microbatch_fits_and_is_near_the_limit(ample: Report) -> None:
     largest = ample.largest
-    assert largest.compiled
+    assert largest.estimate is None
     assert largest.rows > 4
     at_the_largest = report_of(of_rows(2 * largest.rows, largest.rows), 2.0**28)
     assert at_the_largest.memory.fits

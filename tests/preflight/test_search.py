@@ -27,7 +27,7 @@ class Machine:
 
 def test_one_more_compilation_where_memory_is_linear() -> None:
     machine = Machine(fixed=100, slope=10, memory=255)
-    assert machine.largest(4) == Largest(15, True, None, 2)
+    assert machine.largest(4) == Largest(15, None, None, 2)
     assert machine.tried == [4, 15]
 
 
@@ -35,14 +35,14 @@ def test_a_wrong_guess_is_corrected() -> None:
     machine = Machine(fixed=100, slope=10, memory=260, curve=0.5)
     largest = machine.largest(2, fixed=20)
     assert largest.rows == 10
-    assert largest.compiled
+    assert largest.estimate is None
     assert 100 + 10 * 11 + 0.5 * 11**2 > 260
 
 
 @pytest.mark.parametrize("says", [True, False])
 def test_from_one_that_does_not_fit_downwards(says: bool) -> None:
     largest = Machine(fixed=100, slope=40, memory=255, says=says).largest(16)
-    assert (largest.rows, largest.compiled) == (3, True)
+    assert (largest.rows, largest.estimate) == (3, None)
     assert largest.too_many is not None
 
 
@@ -50,12 +50,12 @@ def test_from_one_that_does_not_fit_downwards(says: bool) -> None:
 def test_not_even_one_row(says: bool) -> None:
     largest = Machine(fixed=300, slope=40, memory=255, says=says).largest(4)
     assert largest.rows == 0
-    assert not largest.compiled
+    assert largest.estimate is None
     assert largest.too_many == 1
 
 
 def test_where_time_is_short_it_says_that_it_is_an_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search, "SECONDS", 1.5)
     machine = Machine(fixed=100, slope=10, memory=255)
-    assert machine.largest(4) == Largest(15, False, None, 1)
+    assert machine.largest(4) == Largest(4, 15, None, 1)
     assert machine.tried == [4]
