@@ -6,8 +6,11 @@ import contextlib
 import dataclasses
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import jax
 
 from smallcoder_jax import distributed, loading
 from smallcoder_jax.config import Config, eval_rows, evaluated_on
@@ -19,7 +22,8 @@ from smallcoder_jax.evaluate.bits_per_byte import held_out_references
 from smallcoder_jax.evaluate.perplexity import evaluate
 from smallcoder_jax.faults import NONE, Faults
 from smallcoder_jax.preflight.examine import Report, examine
-from smallcoder_jax.preflight.target import target_of
+from smallcoder_jax.preflight.show import table
+from smallcoder_jax.preflight.target import target_here, target_of
 from smallcoder_jax.runtime import configure_jax
 from smallcoder_jax.stages import pretrain
 from smallcoder_jax.train.loop import Outcome, Trainer
@@ -53,6 +57,7 @@ def train(config: Config, workdir: Path, *, faults: Faults = NONE, allow_changed
         # First: preparing data can take hours.
         folder.check_shared(distributed.from_first(lambda: stack.enter_context(folder.locked())))
         output = sys.stderr if distributed.is_first() else stack.enter_context(open(os.devnull, "w"))
+        stack.enter_context(memory_explained(config))
         with interruptible():
             prepared = _prepare_on_all(config, Progress(output))
             references = held_out_references(prepared) if distributed.is_first() else {}
@@ -139,6 +144,26 @@ def preflight(config: Config, topology: str, tokens: float | None = None, price:
     Raises UserError on a topology that is not known, and where its compiler is not installed.
     """
     return examine(config, pretrain.make_loss(config), target_of(topology), tokens=tokens, price=price)
+
+
+@contextlib.contextmanager
+def memory_explained(config: Config) -> Iterator[None]:
+    """Turns a device's want of memory in the body into a UserError: the preflight of the same step on these devices,
+    and the nearest setting that fits.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        report = examine(config, pretrain.make_loss(config), target_here(jax.devices()), tokens=None, price=None)
+        if report.remedy:
+            advice = f"nearest setting that fits: {' '.join(report.remedy)}"
+        elif report.memory.fits:
+            advice = "by this the step fits: another program may hold memory, or evaluation or samples may need more"
+        else:
+            advice = "nothing that was tried fits; take more devices or a smaller model"
+        raise UserError(f"out of memory: {error}\n\n{table(report)}\n\n{advice}") from error
 
 
 def _results(config: Config, outcome: Outcome, references: dict[str, float]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from smallcoder_jax.config import CheckpointConfig, Config, DataConfig, EvalConf
 from smallcoder_jax.data.prepare import prepare
 from smallcoder_jax.errors import UserError
 from smallcoder_jax.ops import cross_entropy
+from smallcoder_jax.preflight.target import Target
 from smallcoder_jax.stages import pretrain, run
 from smallcoder_jax.train import loop
 from smallcoder_jax.train.checkpoint import Checkpointer
@@ -157,3 +158,26 @@ def test_the_start_says_how_cross_entropy_is_computed(
     line = f"cross-entropy     {shown} of logits per device, limit {limit / 2**30:.2f})"
     assert line in (tmp_path / "terminal").read_text()
     assert recorded["chunk"] == (None if limit else 8)
+
+
+def test_want_of_memory_is_explained(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_out(*_: object) -> None:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.")
+
+    monkeypatch.setattr(loop.Trainer, "_train", run_out)
+    with pytest.raises(UserError, match=r"out of memory: .*99 bytes(.|\n)*peak(.|\n)*by this the step fits"):
+        run.train(config_of(root), tmp_path)
+    monkeypatch.setattr(run, "target_here", lambda devices: Target("cpu", devices, 1024.0, "what this test allows"))
+    with pytest.raises(UserError, match=r"fits +NO(.|\n)*nothing that was tried fits"):
+        run.train(config_of(root), tmp_path)
+
+
+def test_other_failures_of_the_device_are_left_as_they_are(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise jax.errors.JaxRuntimeError("INTERNAL: something else")
+
+    monkeypatch.setattr(loop.Trainer, "_train", fail)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        run.train(config_of(root), tmp_path)
