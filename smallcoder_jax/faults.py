@@ -17,6 +17,7 @@ from pathlib import Path
 from smallcoder_jax.errors import UserError
 
 PLACES = {
+    "prepare": "before data is prepared",
     "compile": "before the step is compiled",
     "step": "before step N is dispatched",
     "data": "before batch N is drawn, on the thread that draws it",

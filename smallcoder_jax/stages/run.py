@@ -59,6 +59,7 @@ def train(config: Config, workdir: Path, *, faults: Faults = NONE, allow_changed
         output = sys.stderr if distributed.is_first() else stack.enter_context(open(os.devnull, "w"))
         stack.enter_context(memory_explained(config))
         with interruptible():
+            faults.reach("prepare")
             prepared = _prepare_on_all(config, Progress(output))
             references = held_out_references(prepared) if distributed.is_first() else {}
             terminal = Terminal(output, total_steps=config.train.steps, log_every=config.train.log_every)

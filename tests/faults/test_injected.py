@@ -42,6 +42,13 @@ def test_sigterm_in(runs: Runs, place: str) -> None:
     runs.assert_same(name, "straight")
 
 
+def test_sigterm_before_there_is_anything_to_save(runs: Runs) -> None:
+    runs.finish("early", "--inject=sigterm@prepare", code=EXIT_INTERRUPTED)
+    assert "interrupted before the first step; nothing was lost" in runs.log("early")
+    runs.finish("early")
+    runs.assert_same("early", "straight")
+
+
 def test_a_flipped_bit_is_refused_and_the_step_before_used(runs: Runs) -> None:
     runs.finish("flipped", "--inject=bitflip@checkpoint:2,kill@save:3", "checkpoint.every=2", code=-signal.SIGKILL)
     damaged = runs.root / "flipped" / "checkpoints" / "4"

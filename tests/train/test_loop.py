@@ -181,3 +181,22 @@ def test_other_failures_of_the_device_are_left_as_they_are(
     monkeypatch.setattr(loop.Trainer, "_train", fail)
     with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
         run.train(config_of(root), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "named"),
+    [
+        ("data", {"packing": "best_fit"}, r"data\.\S*: the run has 'concat', now 'best_fit'"),
+        ("data", {"workers": 1}, r"data\.\S*workers: the run has 0, now 1"),
+        ("data", {"fim_rate": 0.25}, r"data\.\S*fim_rate: the run has 0.5, now 0.25"),
+        ("data", {"validation_fraction": 0.3}, r"data\.fingerprint: the run has '\w+', now '\w+'"),
+        ("train", {"seed": 5}, r"train\.seed: the run has 0, now 5"),
+        ("guard", {"spike_sigma": 6.0}, r"guard\.spike_sigma: the run has 0.0, now 6.0"),
+    ],
+)
+def test_another_run_is_refused_and_the_difference_named(
+    section: str, value: dict[str, Any], named: str, root: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(root / "run", tmp_path / "run", symlinks=True)
+    with pytest.raises(UserError, match=rf"holds another run(.|\n)*{named}"):
+        run.train(changed(config_of(root), section, **value), tmp_path / "run")
