@@ -115,9 +115,9 @@ def test_logits_do_not_depend_on_what_a_document_is_packed_with(name):
     logits = forward(model, params, together)
     for index in range(len(documents)):
         alone, place = row([index])
-        np.testing.assert_allclose(
-            logits[0, places[index]], forward(model, params, alone)[0, place[index]], atol=1e-5, rtol=0
-        )
+        difference = np.abs(logits[0, places[index]] - forward(model, params, alone)[0, place[index]]).max()
+        print(f"{name}, document {index}: largest difference {difference:.1e}")
+        assert difference <= 1e-5
 
 
 @pytest.mark.parametrize("name", SHAPES)
