@@ -117,6 +117,24 @@ def place_batch(sharding: NamedSharding, batch: Mapping[str, np.ndarray]) -> dic
     return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
 
 
+def split_activations(x: jax.Array) -> jax.Array:
+    """`x` [B, T, ...] with its rows split as the batch is, where it is traced for a mesh.
+
+    Said of the residual stream: otherwise XLA lets it take the split of the embedding's width over `fsdp`, and every
+    device works on all rows.
+    """
+    return x if jax.sharding.get_abstract_mesh().size <= 1 else jax.lax.with_sharding_constraint(x, BATCH)
+
+
+def whole_width(table: jax.Array) -> jax.Array:
+    """`table` [entries, width] gathered over what splits its width, where it is traced for a mesh: a row is then looked
+    up by the device that needs it. Otherwise XLA gathers the ids of the whole batch instead.
+    """
+    if jax.sharding.get_abstract_mesh().size <= 1:
+        return table
+    return jax.lax.with_sharding_constraint(table, P(P.UNCONSTRAINED, None))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
