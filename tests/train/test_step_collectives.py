@@ -1,7 +1,8 @@
 """The compiled step sends what the plan of its mesh says and nothing else, on eight pretended devices.
 
 The plan: over `fsdp`, each piece of a matrix is gathered where the whole is needed; over the axes that split the batch,
-gradients and scalars are summed; over `tensor`, what belongs to a device's own tokens is summed. CPU's compiler has no
+gradients and scalars are summed; over `context`, keys, values and where they stand are gathered, and their gradients
+summed and split; over `tensor`, what belongs to a device's own tokens is summed. CPU's compiler has no
 reduce-scatter: it reduces a gradient and slices it, so that here the whole gradient is what a device puts in.
 """
 
@@ -21,7 +22,7 @@ from smallcoder_jax import mesh as mesh_module
 from smallcoder_jax.config import Config, MeshConfig, TrainConfig
 from smallcoder_jax.mesh import path_name
 from smallcoder_jax.models import decoder
-from smallcoder_jax.preflight.collectives import Message, messages
+from smallcoder_jax.preflight.collectives import KINDS, Message, messages
 from smallcoder_jax.stages.pretrain import make_loss
 from smallcoder_jax.train.program import Program, compile_step, make_program
 from tests.helpers import FLOAT32, tiny_config, tiny_model
@@ -30,12 +31,14 @@ pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 LENGTH = 40  # of a row: no parameter has a dimension of this size
 MODEL = tiny_model(vocab_size=128)
-BATCH_AXES = {"data", "fsdp"}
+BATCH_AXES = {"data", "fsdp", "context"}
 MESHES = {
     "one": (MeshConfig(), 1),
     "data": (MeshConfig(data=8), 8),
     "fsdp": (MeshConfig(data=1, fsdp=8), 8),
     "all": (MeshConfig(data=2, fsdp=2, tensor=2), 8),
+    "context": (MeshConfig(data=1, fsdp=2, context=4), 8),
+    "context and tensor": (MeshConfig(data=1, fsdp=2, context=2, tensor=2), 8),
 }
 
 
@@ -89,21 +92,25 @@ def matrices_and_vectors(program: Program, *, gathered: bool) -> set[tuple[int, 
 def not_planned(sent: Sent) -> list[str]:
     """What is sent and not in the plan, in words."""
     sizes = sent.program.mesh.shape
-    rows = 8 // mesh_module.row_devices(sizes)
+    rows, length, heads = 8 // mesh_module.row_devices(sizes), LENGTH // sizes["context"], (2 // sizes["tensor"], 16)
     pieces = matrices_and_vectors(sent.program, gathered=False)
     wholes = matrices_and_vectors(sent.program, gathered=True)
-    tokens = {(rows, LENGTH), (rows * LENGTH,)}  # of a device
+    tokens = {(rows, length), (rows * length,)}  # of a device
     activations = {long_sides((*shape, *width)) for shape in tokens for width in ((), (MODEL.width,))}
     wrong = []
     for message, axes in sent.messages:
         if message.kind == "all-gather":
             allowed = pieces if axes == {"fsdp"} else set()
+            if axes == {"context"}:
+                allowed = {long_sides((rows, length, *heads)), long_sides((rows, length))}
         elif message.kind in ("all-reduce", "reduce-scatter"):
-            allowed = {()}
+            allowed: set[tuple[int, ...]] = {()}
             if axes <= BATCH_AXES:
                 allowed |= wholes | pieces
             elif axes == {"tensor"}:
                 allowed |= activations
+            if axes == {"context"} and message.kind == "reduce-scatter":
+                allowed.add(long_sides((rows, LENGTH, *heads)))
         else:
             allowed = set()
         shapes = {long_sides(shape) for shape in message.shapes} - allowed
@@ -142,12 +149,23 @@ def test_each_gradient_is_summed_once(name: str, layers: str) -> None:
     assert parameters <= total(sent, {"all-reduce", "reduce-scatter"}) <= parameters + table + 64
 
 
-@pytest.mark.parametrize("name", ["fsdp", "all"])
+@pytest.mark.parametrize("name", ["fsdp", "all", "context and tensor"])
 def test_each_matrix_is_gathered_for_the_forward_pass_and_at_most_again_for_the_backward(name: str) -> None:
     sent = sent_on(name, "scan")
     sizes = sent.program.mesh.shape
     piece = size_of(sent.program, 2) / (sizes["fsdp"] * sizes["tensor"])
-    assert piece <= total(sent, {"all-gather"}) <= 2 * piece
+    gathered = [message for message, axes in sent.messages if message.kind == "all-gather" and axes == {"fsdp"}]
+    assert piece <= sum(message.times * message.operand for message in gathered) / 4 <= 2 * piece
+
+
+def test_only_keys_are_gathered_along_a_row_once_in_a_layer() -> None:
+    sent = sent_on("context", "scan")
+    found = [(message, axes) for message, axes in sent.messages if axes == {"context"}]
+    keys = 4 * LENGTH // 4 * MODEL.kv_heads * MODEL.head_size  # of a device: four rows over four devices each
+    sizes = {kind: sum(m.times * m.operand / 4 for m, _ in found if m.kind == kind) for kind in KINDS}
+    ids = 2 * 4 * LENGTH // 4  # positions and segments; the scan over the layers has them gathered once
+    assert sizes["all-gather"] == MODEL.layers * 2 * keys + ids
+    assert sizes["reduce-scatter"] == MODEL.layers * 2 * keys * 4
 
 
 def test_the_optimizer_is_not_replicated() -> None:
