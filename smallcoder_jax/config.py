@@ -57,6 +57,7 @@ class MeshConfig:
 
     data: int = -1  # batch split, parameters replicated
     fsdp: int = 1  # batch split, parameters and optimizer split
+    context: int = 1  # rows split along their length, keys gathered for attention; parameters replicated
     tensor: int = 1  # heads and MLP width split
 
 

@@ -16,9 +16,12 @@ from jax.sharding import PartitionSpec as P
 from smallcoder_jax.config import MeshConfig, ModelConfig
 from smallcoder_jax.errors import UserError
 
-AXES = ("data", "fsdp", "tensor")
-BATCH = P(("data", "fsdp"))  # rows
-HEADS = P(("data", "fsdp"), None, "tensor", None)  # rows and heads of [B, T, N, H]
+AXES = ("data", "fsdp", "context", "tensor")
+TOKEN_AXES = ("data", "fsdp", "context")  # over which a device has tokens of its own
+ROWS = P(("data", "fsdp"))
+BATCH = P(("data", "fsdp"), "context")  # rows and tokens of [B, T, ...]
+TOKENS = P(TOKEN_AXES)  # tokens of [X, ...], as `flat_tokens` puts them
+HEADS = P(("data", "fsdp"), "context", "tensor", None)  # rows, tokens and heads of [B, T, N, H]
 
 # Path pattern -> how the parameter is split, in the unrolled layout. The first match holds; every path must match.
 RULES: tuple[tuple[str, P], ...] = (
@@ -45,12 +48,21 @@ def make_mesh(mesh: MeshConfig, model: ModelConfig, batch_size: int, devices: li
             raise UserError(f"model.{name}={size} does not divide over mesh.tensor={sizes['tensor']}")
     if model.width % sizes["fsdp"]:
         raise UserError(f"model.width={model.width} does not divide over mesh.fsdp={sizes['fsdp']}")
-    return Mesh(np.asarray(devices).reshape([sizes[axis] for axis in AXES]), AXES)
+    placed = np.asarray(devices).reshape([sizes[axis] for axis in AXES])
+    processes = np.vectorize(lambda device: device.process_index, otypes=[int])(placed)
+    along = AXES.index("context")
+    if (processes != processes.take([0], axis=along)).any():
+        raise UserError(
+            f"mesh.context={sizes['context']} splits a row over the devices of several processes, and a process reads "
+            f"whole rows; make mesh.context x mesh.tensor divide the {np.sum(processes == processes.flat[0])} devices "
+            "of a process"
+        )
+    return Mesh(placed, AXES)
 
 
 def mesh_sizes(mesh: MeshConfig, devices: int) -> dict[str, int]:
     """The size of each axis over so many devices. Raises UserError where they do not multiply to them."""
-    sizes = {"data": mesh.data, "fsdp": mesh.fsdp, "tensor": mesh.tensor}
+    sizes = {"data": mesh.data, "fsdp": mesh.fsdp, "context": mesh.context, "tensor": mesh.tensor}
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) > 1 or any(size == 0 or size < -1 for size in sizes.values()):
         raise UserError(f"mesh {sizes}: sizes are positive, and at most one is -1 (all that are left)")
@@ -74,6 +86,15 @@ def check_rows(sizes: Mapping[str, int], rows: int, name: str) -> None:
         raise UserError(
             f"a batch of {rows} rows ({name}) does not divide over {devices} = mesh.data x mesh.fsdp devices; "
             f"use a multiple of {devices}"
+        )
+
+
+def check_length(sizes: Mapping[str, int], length: int) -> None:
+    """Raises UserError when rows of `length` tokens do not divide over the axes of a mesh."""
+    if length % sizes["context"]:
+        raise UserError(
+            f"train.sequence_length={length} does not divide over mesh.context={sizes['context']}; "
+            f"use a multiple of {sizes['context']}"
         )
 
 
@@ -102,19 +123,55 @@ def params_sharding(mesh: Mesh, params: Any) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over the data axes."""
+    """Rows over the data axes, and each row's tokens over `context`."""
     return NamedSharding(mesh, BATCH)
 
 
 def process_rows(mesh: Mesh, rows: int) -> list[int]:
     """Which of the `rows` rows of a global batch the devices of this process hold, ascending."""
-    held = batch_sharding(mesh).addressable_devices_indices_map((rows,)).values()
+    held = NamedSharding(mesh, ROWS).addressable_devices_indices_map((rows,)).values()
     return sorted({int(row) for index in held if index is not None for row in np.arange(rows)[index]})
 
 
 def place_batch(sharding: NamedSharding, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """The global batch on the devices, of which `batch` has the rows `process_rows`."""
     return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
+
+
+def split_activations(x: jax.Array) -> jax.Array:
+    """`x` [B, T, ...] with its rows and tokens split as the batch is, where it is traced for a mesh.
+
+    Said of the residual stream: otherwise XLA lets it take the split of the embedding's width over `fsdp`, and every
+    device works on all rows.
+    """
+    return x if jax.sharding.get_abstract_mesh().size <= 1 else jax.lax.with_sharding_constraint(x, BATCH)
+
+
+def flat_tokens(x: jax.Array) -> jax.Array:
+    """[B, T, ...] to [B T, ...]. On a mesh that splits rows along their length, the tokens of a device come after one
+    another, so that none has to move: the order is not that of the rows, but the same for every array.
+    """
+
+    def flatten(x: jax.Array) -> jax.Array:
+        return x.reshape(-1, *x.shape[2:])
+
+    if context_size() == 1:
+        return flatten(x)
+    return jax.shard_map(flatten, in_specs=BATCH, out_specs=TOKENS, axis_names=set(TOKEN_AXES), check_vma=False)(x)
+
+
+def context_size() -> int:
+    """Over how many devices the mesh that this is traced for splits a row along its length."""
+    return jax.sharding.get_abstract_mesh().shape.get("context", 1)
+
+
+def whole_width(table: jax.Array) -> jax.Array:
+    """`table` [entries, width] gathered over what splits its width, where it is traced for a mesh: a row is then looked
+    up by the device that needs it. Otherwise XLA gathers the ids of the whole batch instead.
+    """
+    if jax.sharding.get_abstract_mesh().size <= 1:
+        return table
+    return jax.lax.with_sharding_constraint(table, P(P.UNCONSTRAINED, None))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

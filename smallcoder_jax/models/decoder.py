@@ -21,6 +21,7 @@ from smallcoder_jax.layers.dropout import dropout
 from smallcoder_jax.layers.linear import Linear
 from smallcoder_jax.layers.mlp import MLPS
 from smallcoder_jax.layers.norm import NORMS
+from smallcoder_jax.mesh import split_activations, whole_width
 from smallcoder_jax.models import cache as kv_cache
 from smallcoder_jax.ops.cross_entropy import logits
 
@@ -38,7 +39,7 @@ class Embedding(nnx.Module):
         self.embedding = nnx.Param(std * jax.random.normal(rngs.params(), (entries, width), jnp.float32))
 
     def __call__(self, ids_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return jnp.take(self.embedding[...], ids_BT, axis=0)
+        return jnp.take(whole_width(self.embedding[...]), ids_BT, axis=0)
 
 
 class Block(nnx.Module):
@@ -83,8 +84,8 @@ class Block(nnx.Module):
         k_BTKH, v_BTKH = self.attention.project_keys(normed_BTD)
         keys = extend_keys(k_BTKH, v_BTKH) if extend_keys else Keys(k_BTKH, v_BTKH, positions_BT, segment_ids_BT)
         attended_BTD = self.attention(normed_BTD, positions_BT, segment_ids_BT, keys, cached=extend_keys is not None)
-        x_BTD = x_BTD + dropout(attended_BTD, self.dropout, _fold(key, 0))
-        return x_BTD + dropout(self.mlp(self.mlp_norm(x_BTD)), self.dropout, _fold(key, 1))
+        x_BTD = split_activations(x_BTD + dropout(attended_BTD, self.dropout, _fold(key, 0)))
+        return split_activations(x_BTD + dropout(self.mlp(self.mlp_norm(x_BTD)), self.dropout, _fold(key, 1)))
 
 
 class Decoder(nnx.Module):
@@ -177,7 +178,7 @@ class Decoder(nnx.Module):
         return logits(hidden_BTD, self.unembedding()).astype(jnp.float32)
 
     def _embed(self, tokens_BT: Array, positions_BT: Array, dropout_key: Array | None) -> Array:
-        x_BTD = self.embed(tokens_BT)
+        x_BTD = split_activations(self.embed(tokens_BT))
         if self.position_embed is not None:
             x_BTD = x_BTD + self.position_embed(positions_BT)
         x_BTD = x_BTD.astype(self.compute.dtype)

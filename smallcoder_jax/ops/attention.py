@@ -19,7 +19,7 @@ from smallcoder_jax.errors import UserError
 from smallcoder_jax.kernels import flash_hopper, flash_tpu
 from smallcoder_jax.kernels.tile_table import lookup
 from smallcoder_jax.kernels.tiles import HopperTiles, TpuTiles
-from smallcoder_jax.mesh import BATCH, HEADS
+from smallcoder_jax.mesh import BATCH, HEADS, context_size
 from smallcoder_jax.ops.attention_xla import Keys, Queries, attend_xla
 from smallcoder_jax.ops.rope import angles, rotate
 
@@ -36,14 +36,14 @@ class Choice(NamedTuple):
 
 def choose(
     implementation: str, length: int, keys: int, group: int, size: int, dtype: DTypeLike,
-    platform: str | None = None, device: str | None = None, *, packed: bool = True,
+    platform: str | None = None, device: str | None = None, *, packed: bool = True, context: int = 1,
 ) -> Choice:  # fmt: skip
     """Resolves `auto` for rows of `length` queries and `keys` keys, `group` query heads of `size` to a key head.
 
     `platform` and `device` kind are the devices'; without a platform, `auto` takes that of the mesh that it is traced
-    for, and any that is asked for is allowed. `packed`:
-    rows may hold several documents. Raises UserError on an unknown name, and where the one asked for cannot serve the
-    shape or the platform.
+    for, and any that is asked for is allowed. `packed`: rows may hold several documents. `context`: over how many
+    devices each row is split along its length. Raises UserError on an unknown name, and where the one asked for cannot
+    serve the shape or the platform.
     """
     if implementation not in ("auto", *IMPLEMENTATIONS):
         raise UserError(f"attention implementation {implementation!r}; known: auto, {', '.join(IMPLEMENTATIONS)}")
@@ -61,6 +61,8 @@ def choose(
     tiles, origin = None, "rows of one document"
     if length != keys:
         obstacle = f"it serves packed rows, where each query has its key, not {length} queries over {keys} keys"
+    elif context > 1:
+        obstacle = f"it serves whole rows, which mesh.context={context} splits"
     elif implementation == "cudnn":
         obstacle = _cudnn_obstacle(size, dtype, packed)
     elif implementation == "pallas_gpu":
@@ -108,7 +110,10 @@ def attention(
     """
     length, keys = q_BTNH.shape[1], k_BSKH.shape[1]
     group, device = q_BTNH.shape[2] // k_BSKH.shape[2], _device().device_kind
-    chosen = choose(implementation, length, keys, group, q_BTNH.shape[3], q_BTNH.dtype, device=device, packed=packed)
+    chosen = choose(
+        implementation, length, keys, group, q_BTNH.shape[3], q_BTNH.dtype, device=device, packed=packed,
+        context=context_size(),
+    )  # fmt: skip
     if chosen.tiles is not None:
         return _flash(q_BTNH, k_BSKH, v_BSKH, q_positions_BT, q_segment_ids_BT, rope_theta, window, chosen.tiles)
     if rope_theta is not None:
@@ -118,7 +123,8 @@ def attention(
         attend = functools.partial(_cudnn, window=window)
         return _on_each_device(attend, q_BTNH, k_BSKH, v_BSKH, q_segment_ids_BT, None)
     queries = Queries(q_BTNH, q_positions_BT, q_segment_ids_BT)
-    return attend_xla(queries, Keys(k_BSKH, v_BSKH, kv_positions_BS, kv_segment_ids_BS), window)
+    kv = Keys(k_BSKH, v_BSKH, kv_positions_BS, kv_segment_ids_BS)
+    return attend_xla(queries, kv, window) if context_size() == 1 else _with_gathered_keys(queries, kv, window)
 
 
 def _device() -> Any:
@@ -160,3 +166,16 @@ def _on_each_device(
         return attend(*operands)
     in_specs = (HEADS, HEADS, HEADS, BATCH, None if rotation is None else (BATCH, BATCH))
     return jax.shard_map(attend, in_specs=in_specs, out_specs=HEADS, check_vma=False)(*operands)
+
+
+def _with_gathered_keys(queries: Queries, kv: Keys, window: int | None) -> Array:
+    """The reference where rows are split along their length: each device has its queries see all keys of its rows. The
+    backward pass gives every device the sum of its own keys' gradients.
+    """
+
+    def attend(q_BTNH: Array, positions_BT: Array, segment_ids_BT: Array, *kv: Array) -> Array:
+        whole = (jax.lax.all_gather(x, "context", axis=1, tiled=True) for x in kv)
+        return attend_xla(Queries(q_BTNH, positions_BT, segment_ids_BT), Keys(*whole), window)
+
+    in_specs = (HEADS, BATCH, BATCH, HEADS, HEADS, BATCH, BATCH)
+    return jax.shard_map(attend, in_specs=in_specs, out_specs=HEADS, check_vma=False)(*queries, *kv)

@@ -6,6 +6,7 @@ Shapes: X tokens, N chunks of C tokens, D width, V vocabulary, P parts of the me
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
-from smallcoder_jax.mesh import BATCH
+from smallcoder_jax.mesh import TOKEN_AXES, TOKENS
 from smallcoder_jax.ops.precision import matmul_precision
 
 # All logits at once are less work: none are made twice. The limit is a quarter of the smallest accelerators' 16 GiB.
@@ -49,7 +50,7 @@ def choose(tokens: int, vocabulary: int, dtype: DTypeLike, axes: Mapping[str, in
     `axes`: the mesh's sizes by name; {} without a mesh.
     """
     token_bytes = vocabulary // axes.get("tensor", 1) * jnp.dtype(dtype).itemsize
-    size = tokens // (axes.get("data", 1) * axes.get("fsdp", 1)) * token_bytes
+    size = tokens // math.prod(axes.get(axis, 1) for axis in TOKEN_AXES) * token_bytes
     reason = f"{size / 2**30:.2f} GiB of logits per device, limit {WHOLE_BYTES / 2**30:.2f}"
     if size <= WHOLE_BYTES:
         return Choice(None, reason)
@@ -164,8 +165,8 @@ def _on_own_tokens(function: Callable[..., Any]) -> Callable[..., Any]:
         return function
 
     def split(unembed_VD: Array, *per_token: Array) -> Any:
-        in_specs = (P(), *[BATCH] * len(per_token))
-        run = jax.shard_map(function, in_specs=in_specs, out_specs=BATCH, axis_names={"data", "fsdp"}, check_vma=False)
+        in_specs, axes = (P(), *[TOKENS] * len(per_token)), set(TOKEN_AXES)
+        run = jax.shard_map(function, in_specs=in_specs, out_specs=TOKENS, axis_names=axes, check_vma=False)
         return run(unembed_VD, *per_token)
 
     return split

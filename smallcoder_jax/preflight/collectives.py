@@ -44,6 +44,18 @@ class Traffic:
     unknown_loops: int
 
 
+class Message(NamedTuple):
+    """One collective: how often it runs, its first group of devices, and the shapes that a device puts in and their
+    bytes. Where the compiler cut it into a chain of parts, the first stands for all.
+    """
+
+    kind: str
+    times: int
+    group: tuple[int, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    operand: float
+
+
 class Instruction(NamedTuple):
     name: str
     type: str
@@ -54,10 +66,20 @@ class Instruction(NamedTuple):
 
 def traffic(text: str, hosts: Sequence[int]) -> Traffic:
     """`text`: of a compiled program (`compiled.as_text()`). `hosts`: the host of each device, in the mesh's order."""
-    computations, entry = _parse(text)
     unknown: set[str] = set()
-    chains: set[str] = set()
     found: dict[str, list[Collective]] = {}
+    for kind, times, group, _, operand in messages(text, len(hosts), unknown):
+        costs = _costs(kind, operand, len(group), len({hosts[device] for device in group}))
+        found.setdefault(kind, []).append(Collective(kind, times, *(times * cost for cost in costs)))
+    return Traffic(tuple(_total(kind, found[kind]) for kind in KINDS if kind in found), len(unknown))
+
+
+def messages(text: str, devices: int, unknown: set[str]) -> Iterator[Message]:
+    """Each collective of a compiled program in which more than one of its `devices` takes part. Loops of unknown
+    length, which count as one round, are added to `unknown`.
+    """
+    computations, entry = _parse(text)
+    chains: set[str] = set()
     for name, each, times in _walk(computations, entry, 1, unknown):
         chain = CHAIN.search(each.attributes)
         if chain and chain[1] in chains:
@@ -66,13 +88,13 @@ def traffic(text: str, hosts: Sequence[int]) -> Traffic:
             chains.add(chain[1])
         # TPU's compiler writes a reduce-scatter as a fusion of an all-reduce and a slice.
         kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else each.op.removesuffix("-start")
-        sizes = {other.name: _bytes(other.type) for other in computations[name]}
-        operand = sum(sizes.get(operand, 0.0) for operand in re.findall(r"%([\w.-]+)", each.operands))
-        group = _group(each.attributes, len(hosts))
+        types = {other.name: other.type for other in computations[name]}
+        operands = [types.get(operand, "") for operand in re.findall(r"%([\w.-]+)", each.operands)]
+        shapes = (array[1] for operand in operands for array in ARRAY.findall(operand))
+        group = _group(each.attributes, devices)
         if len(group) > 1:
-            costs = _costs(kind, operand, len(group), len({hosts[device] for device in group}))
-            found.setdefault(kind, []).append(Collective(kind, times, *(times * cost for cost in costs)))
-    return Traffic(tuple(_total(kind, found[kind]) for kind in KINDS if kind in found), len(unknown))
+            sizes = tuple(tuple(int(d) for d in shape.split(",") if d) for shape in shapes)
+            yield Message(kind, times, tuple(group), sizes, sum(_bytes(operand) for operand in operands))
 
 
 def _total(kind: str, found: list[Collective]) -> Collective:

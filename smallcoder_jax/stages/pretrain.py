@@ -12,6 +12,7 @@ from smallcoder_jax import losses
 from smallcoder_jax.config import Config, eval_rows
 from smallcoder_jax.data import pipeline
 from smallcoder_jax.data.prepare import Prepared
+from smallcoder_jax.mesh import flat_tokens
 from smallcoder_jax.models import build
 from smallcoder_jax.train.loop import Task
 from smallcoder_jax.train.step import Batch, LossFn
@@ -26,10 +27,10 @@ def make_loss(config: Config) -> LossFn:
         decoder = build.bind(graph, params)
         hidden_BTD = decoder(batch["tokens"], batch["positions"], batch["segment_ids"], key)
         return losses.language_model(
-            hidden_BTD.reshape(-1, config.model.width),
+            flat_tokens(hidden_BTD),
             decoder.unembedding(),
-            batch["targets"].reshape(-1),
-            batch["loss_weights"].reshape(-1),
+            flat_tokens(batch["targets"]),
+            flat_tokens(batch["loss_weights"]),
             config.train.z_loss,
         )
 

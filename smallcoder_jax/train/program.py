@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from smallcoder_jax import optim
 from smallcoder_jax.config import Config
-from smallcoder_jax.mesh import batch_sharding, make_mesh
+from smallcoder_jax.mesh import batch_sharding, check_length, make_mesh
 from smallcoder_jax.ops import attention, cross_entropy
 from smallcoder_jax.train.state import TrainState, init_state, state_sharding
 from smallcoder_jax.train.step import LossFn, make_train_step
@@ -36,6 +36,7 @@ def make_program(config: Config, loss_fn: LossFn, devices: list[Any] | None = No
     train, model = config.train, config.model
     mesh = make_mesh(config.mesh, model, train.microbatch_rows, devices)
     length, device = train.sequence_length, mesh.devices.flat[0]
+    check_length(mesh.shape, length)
     optimizer = optim.make_optimizer(config.optimizer, train.steps)
     shapes = jax.eval_shape(lambda: init_state(config, optimizer))
     shardings = state_sharding(mesh, shapes)
@@ -67,6 +68,7 @@ def make_program(config: Config, loss_fn: LossFn, devices: list[Any] | None = No
             config.compute.dtype,
             device.platform,
             device.device_kind,
+            context=mesh.shape["context"],
         ),
         cross_entropy=cross_entropy.choose(
             train.microbatch_rows * length, model.vocab_size, config.compute.dtype, mesh.shape

@@ -11,7 +11,7 @@ from jax.sharding import NamedSharding
 
 from smallcoder_jax import losses
 from smallcoder_jax.config import MeshConfig
-from smallcoder_jax.mesh import batch_sharding, make_mesh, on_mesh, replicated, spec_of
+from smallcoder_jax.mesh import batch_sharding, flat_tokens, make_mesh, on_mesh, replicated, spec_of
 from smallcoder_jax.ops import cross_entropy
 from smallcoder_jax.ops.cross_entropy import choose, chunked_losses, token_losses, whole_losses
 from tests.helpers import tiny_model
@@ -37,8 +37,10 @@ def gradients(function, nll=1.0, z=0.1, rank=False):
     """(hidden, unembed, targets) -> what a training step takes from `function`: a loss, the correct, both gradients."""
 
     def loss(hidden, unembed, targets):
-        got = function(hidden.reshape(-1, hidden.shape[-1]), unembed, targets.reshape(-1))
-        weights = np.linspace(0.0, 2.0, got.nll_X.size, dtype=np.float32)
+        weights = np.linspace(0.0, 2.0, targets.size, dtype=np.float32).reshape(targets.shape)
+        if targets.ndim == 2:
+            hidden, targets, weights = flat_tokens(hidden), flat_tokens(targets), flat_tokens(weights)
+        got = function(hidden, unembed, targets)
         sums = jnp.sum(got.best_X), jnp.sum(got.rank_X < 5) if rank else None
         return jnp.sum(weights * (nll * got.nll_X + z * jnp.square(got.log_z_X))), sums
 
@@ -123,6 +125,7 @@ MEDIUM_LC = {"tokens": 8 * 8192, "vocabulary": 49152, "dtype": "bfloat16"}
         (MEDIUM_LC, {"data": 1, "fsdp": 1, "tensor": 1}, 4096),
         (MEDIUM_LC, {"data": 2, "fsdp": 1, "tensor": 1}, None),
         (MEDIUM_LC, {"data": 1, "fsdp": 2, "tensor": 1}, None),
+        (MEDIUM_LC, {"data": 1, "fsdp": 1, "context": 2, "tensor": 1}, None),
         (MEDIUM_LC, {"data": 1, "fsdp": 1, "tensor": 2}, None),
         ({**MEDIUM_LC, "tokens": 32 * 8192}, {"data": 1, "fsdp": 1, "tensor": 2}, 8192),
         ({**MEDIUM_LC, "dtype": "float32"}, {}, 2048),
@@ -219,6 +222,7 @@ MESHES = {
     "fsdp": MeshConfig(data=1, fsdp=8),
     "tensor": MeshConfig(data=1, tensor=8),
     "all": MeshConfig(data=2, fsdp=2, tensor=2),
+    "context": MeshConfig(data=1, fsdp=2, context=4),
 }
 ROWS, LENGTH, WIDTH, VOCABULARY, CHUNK = 8, 512, 16, 64, 48
 

@@ -16,9 +16,10 @@ import pytest
 from smallcoder_jax import optim
 from smallcoder_jax.config import Config, MeshConfig, OptimizerConfig, TrainConfig
 from smallcoder_jax.errors import UserError
-from smallcoder_jax.mesh import batch_sharding, make_mesh, path_name, spec_of
+from smallcoder_jax.mesh import batch_sharding, make_mesh, path_name, place_batch, process_rows, spec_of
 from smallcoder_jax.models import build
 from smallcoder_jax.stages import pretrain
+from smallcoder_jax.train.program import make_program
 from smallcoder_jax.train.state import TrainState, init_state, state_sharding
 from smallcoder_jax.train.step import make_eval_step, make_train_step
 from tests.helpers import FLOAT32, max_difference, packed_batch, tiny_config, tiny_model
@@ -32,6 +33,8 @@ MESHES = {
     "data": (MeshConfig(data=8), 8),
     "fsdp": (MeshConfig(data=1, fsdp=8), 8),
     "all": (MeshConfig(data=2, fsdp=2, tensor=2), 8),
+    "context": (MeshConfig(data=1, fsdp=2, context=4), 8),
+    "context and tensor": (MeshConfig(data=1, context=4, tensor=2), 8),
 }
 
 
@@ -140,7 +143,10 @@ def test_the_schedule_counts_steps_and_not_microbatches() -> None:
     assert all(int(count) == 3 for count in counts)
 
 
-@pytest.mark.parametrize(("name", "microbatch_size"), [("data", 0), ("fsdp", 0), ("all", 0), ("all", 4)])
+@pytest.mark.parametrize(
+    ("name", "microbatch_size"),
+    [("data", 0), ("fsdp", 0), ("all", 0), ("all", 4), ("context", 0), ("context", 4), ("context and tensor", 0)],
+)
 def test_a_mesh_changes_nothing_but_rounding(name: str, microbatch_size: int, reference: Any) -> None:
     expected_state, expected_metrics = reference
     state, metrics = take_steps(set_up(config_for(microbatch_size=microbatch_size), *MESHES[name]), 2)
@@ -148,6 +154,24 @@ def test_a_mesh_changes_nothing_but_rounding(name: str, microbatch_size: int, re
     assert max_difference(state.optimizer, expected_state.optimizer) < 1e-5
     for found, expected in zip(metrics, expected_metrics, strict=True):
         assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_documents_cross_the_borders_of_a_split_row() -> None:
+    """Of the batch with which meshes are compared: else no query would need another device's keys."""
+    segments = uneven_batch(config_for())["segment_ids"].reshape(8, 4, 8)
+    crossing = (segments[:, :-1, -1] == segments[:, 1:, 0]) & (segments[:, 1:, 0] > 0)
+    assert crossing.sum() > 8
+
+
+def test_a_process_places_whole_rows_that_are_split_along_their_length() -> None:
+    config = config_for()
+    mesh = make_mesh(MESHES["context"][0], config.model, 8, jax.devices())
+    batch = uneven_batch(config)
+    placed = place_batch(batch_sharding(mesh), batch)
+    assert process_rows(mesh, 8) == list(range(8))
+    for name, value in placed.items():
+        np.testing.assert_array_equal(value, batch[name])
+        assert {shard.data.shape for shard in value.addressable_shards} == {(4, 8)}
 
 
 def test_evaluation_on_a_mesh_sums_over_all_rows() -> None:
@@ -239,7 +263,34 @@ def test_a_width_or_vocabulary_that_does_not_divide_is_refused() -> None:
 
 def test_one_axis_takes_all_devices_that_are_left() -> None:
     mesh = make_mesh(MeshConfig(data=-1, fsdp=2, tensor=2), tiny_model(vocab_size=128), 8)
-    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 2, "context": 1, "tensor": 2}
+
+
+def test_a_row_that_does_not_divide_over_context_is_refused() -> None:
+    config = dataclasses.replace(config_for(sequence_length=30), mesh=MESHES["context"][0])
+    with pytest.raises(UserError, match=r"train\.sequence_length=30 does not divide over mesh\.context=4"):
+        make_program(config, pretrain.make_loss(config))
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    index: int
+
+    @property
+    def process_index(self) -> int:
+        return self.index // 4
+
+
+@pytest.mark.parametrize(("context", "tensor", "refused"), [(2, 2, False), (2, 4, True), (4, 1, False), (8, 1, True)])
+def test_a_row_is_not_split_over_processes(context: int, tensor: int, refused: bool) -> None:
+    devices = [Device(index) for index in range(8)]  # two processes of four
+    model = tiny_model(vocab_size=128, heads=8, kv_heads=4)
+    mesh = MeshConfig(data=-1, context=context, tensor=tensor)
+    if refused:
+        with pytest.raises(UserError, match=r"divide the 4 devices of a process"):
+            make_mesh(mesh, model, 8, devices)
+    else:
+        assert make_mesh(mesh, model, 8, devices).shape["context"] == context
 
 
 def test_a_step_that_is_not_sound_changes_nothing_but_the_count() -> None:
