@@ -3,6 +3,7 @@
 Command:   python -m smallcoder_jax.main --config=configs/tiny_lc.py --workdir=runs/tiny_lc
 Hardware:  meant for a GPU or TPUs (BUILD.md), not yet tried on one. A few steps run on a CPU, to try it out.
 Time:      not measured (docs/benchmarks.md has what was).
+Faster:    where memory allows, --config.compute.layers=unroll --config.compute.remat=none (docs/LOG.md).
 Expected:  not measured. The loss starts at ln(32768) = 10.4.
 
 Data is bigcode/the-stack-smol; without a network: --config.data.sources=stdlib, or dir:/my/code.
