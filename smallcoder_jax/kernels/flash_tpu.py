@@ -80,15 +80,20 @@ def flash_attention(
     *,
     window: int | None,
     tiles: TpuTiles,
+    first_query: Array | None = None,
     interpret: bool = False,
 ) -> Array:
     """Causal attention within documents: [B, T, N, H], differentiable in q, k and v.
 
     `rotation`: cosine and sine of every position's angles, float32 [B, T, H / 2], or None. Documents are contiguous,
     segment 0 is padding. Any length and head size: rows are filled up to whole tiles, and heads to whole registers.
+    `first_query`: where in the rows the queries begin, when `q_BTNH` has only a part of them. The blocks of all others
+    are there but empty: no key is visited for them.
     """
-    batch, length, heads, size = q_BTNH.shape
-    kv_heads = k_BTKH.shape[2]
+    (batch, own_queries, heads, size), (length, kv_heads) = q_BTNH.shape, k_BTKH.shape[1:3]
+    if first_query is not None:
+        elsewhere_BTNH = jnp.zeros((batch, length, heads, size), q_BTNH.dtype)
+        q_BTNH = jax.lax.dynamic_update_slice_in_dim(elsewhere_BTNH, q_BTNH, first_query, axis=1)
     more_tokens = -length % tiles.row
     more_size = 0 if size in (LANES // 2, LANES) else -size % LANES
     half = size // 2 if rotation else 0
@@ -105,9 +110,13 @@ def flash_attention(
 
     tables = (whole(rotation[0], rotation[0]), whole(-rotation[1], rotation[1])) if rotation else ()
     starts_BT = document_starts(jnp.pad(segment_ids_BT, [(0, 0), (0, more_tokens)]))
+    if first_query is not None:
+        after_first_T = jnp.arange(full_length, dtype=jnp.int32) - first_query
+        starts_BT = jnp.where((after_first_T >= 0) & (after_first_T < own_queries), starts_BT, NOTHING)
     q_BKGTH = by_head(q_BTNH).reshape(batch, kv_heads, settings.group, full_length, full_size)
     o_BKGTH: Array = _attend(settings, q_BKGTH, by_head(k_BTKH), by_head(v_BTKH), starts_BT, tables)
-    return o_BKGTH.reshape(batch, heads, full_length, full_size)[:, :, :length, :size].transpose(0, 2, 1, 3)
+    o_BTNH = o_BKGTH.reshape(batch, heads, full_length, full_size)[:, :, :length, :size].transpose(0, 2, 1, 3)
+    return o_BTNH if first_query is None else jax.lax.dynamic_slice_in_dim(o_BTNH, first_query, own_queries, axis=1)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

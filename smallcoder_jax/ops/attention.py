@@ -61,7 +61,7 @@ def choose(
     tiles, origin = None, "rows of one document"
     if length != keys:
         obstacle = f"it serves packed rows, where each query has its key, not {length} queries over {keys} keys"
-    elif context > 1:
+    elif context > 1 and implementation != "pallas_tpu":
         obstacle = f"it serves whole rows, which mesh.context={context} splits"
     elif implementation == "cudnn":
         obstacle = _cudnn_obstacle(size, dtype, packed)
@@ -160,12 +160,23 @@ def _on_each_device(
     attend: Callable[..., Array], q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segment_ids_BT: Array,
     rotation: tuple[Array, Array] | None,
 ) -> Array:  # fmt: skip
-    """On a mesh, each device works on its rows and heads."""
+    """On a mesh, each device works on its rows and heads; where rows are split, with its queries on all their keys."""
     operands = (q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, rotation)
     if jax.sharding.get_abstract_mesh().size <= 1:
         return attend(*operands)
+
+    def attend_own(q_BTNH: Array, *rest: Any) -> Array:
+        first = jax.lax.axis_index("context") * q_BTNH.shape[1]
+        return attend(q_BTNH, *jax.tree.map(_gather_rows, rest), first_query=first)
+
     in_specs = (HEADS, HEADS, HEADS, BATCH, None if rotation is None else (BATCH, BATCH))
-    return jax.shard_map(attend, in_specs=in_specs, out_specs=HEADS, check_vma=False)(*operands)
+    function = attend if context_size() == 1 else attend_own
+    return jax.shard_map(function, in_specs=in_specs, out_specs=HEADS, check_vma=False)(*operands)
+
+
+def _gather_rows(x_BT: Array) -> Array:
+    """Whole rows [B, S, ...] from what each device has of them. Its gradient is summed and split again."""
+    return jax.lax.all_gather(x_BT, "context", axis=1, tiled=True)
 
 
 def _with_gathered_keys(queries: Queries, kv: Keys, window: int | None) -> Array:
@@ -174,8 +185,7 @@ def _with_gathered_keys(queries: Queries, kv: Keys, window: int | None) -> Array
     """
 
     def attend(q_BTNH: Array, positions_BT: Array, segment_ids_BT: Array, *kv: Array) -> Array:
-        whole = (jax.lax.all_gather(x, "context", axis=1, tiled=True) for x in kv)
-        return attend_xla(Queries(q_BTNH, positions_BT, segment_ids_BT), Keys(*whole), window)
+        return attend_xla(Queries(q_BTNH, positions_BT, segment_ids_BT), Keys(*map(_gather_rows, kv)), window)
 
     in_specs = (HEADS, BATCH, BATCH, HEADS, HEADS, BATCH, BATCH)
     return jax.shard_map(attend, in_specs=in_specs, out_specs=HEADS, check_vma=False)(*queries, *kv)

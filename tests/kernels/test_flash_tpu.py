@@ -168,3 +168,46 @@ def test_on_a_mesh_each_device_works_on_its_rows_and_heads(monkeypatch: pytest.M
     o = sharded(*(jax.device_put(x, NamedSharding(mesh, HEADS)) for x in rows[:3]))
     assert o.sharding.spec == HEADS  # nothing was gathered
     np.testing.assert_allclose(o, want, atol=2e-5)
+
+
+def test_where_rows_are_split_each_device_has_its_queries_see_the_keys_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    interpreted(monkeypatch)
+    case = draw(512, 4, 2, 64, jnp.dtype("float32"), 7)
+    rows = jax.tree.map(lambda x: x[:2], case)
+    model = tiny_model(vocab_size=96, heads=4, kv_heads=2, head_size=64)
+    mesh = make_mesh(MeshConfig(data=1, context=4, tensor=2), model, 2, jax.devices()[:8])
+    assert (rows.segments[:, 127:-1:128] == rows.segments[:, 128::128]).any()  # a document crosses a border
+
+    def total(implementation: str, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+        o = attention_door.attention(
+            q, k, v, q_positions_BT=rows.positions, kv_positions_BS=rows.positions, q_segment_ids_BT=rows.segments,
+            kv_segment_ids_BS=rows.segments, rope_theta=1e4, implementation=implementation,
+        )  # fmt: skip
+        return jnp.sum(jnp.sin(3.0 * o)), o
+
+    (_, want), d_want = jax.value_and_grad(functools.partial(total, "xla"), (0, 1, 2), has_aux=True)(*rows[:3])
+    gradient = jax.value_and_grad(functools.partial(total, "pallas_tpu"), (0, 1, 2), has_aux=True)
+    placed = [jax.device_put(x, NamedSharding(mesh, HEADS)) for x in rows[:3]]
+    (_, o), d = jax.jit(on_mesh(mesh, gradient))(*placed)
+    assert o.sharding.is_equivalent_to(NamedSharding(mesh, HEADS), o.ndim)
+    np.testing.assert_allclose(o, want, atol=2e-5)
+    for found, expected in zip(d, d_want, strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+def test_queries_that_are_elsewhere_visit_no_keys() -> None:
+    """NaN in the keys of another document's blocks, and of blocks that come later, would spread to what visits them."""
+    q, k, v = (jax.random.normal(jax.random.key(i), (1, 512, heads, 64)) for i, heads in enumerate((4, 2, 2)))
+    segments = jnp.repeat(jnp.array([[1, 2, 2, 3]], jnp.int32), 128, axis=1)
+    poisoned = jnp.where(jnp.isin(segments, jnp.array([1, 3]))[:, :, None, None], jnp.nan, k)
+    attend = functools.partial(flash_tpu.flash_attention, window=None, tiles=TpuTiles(128, 128), interpret=True)
+    want = attend(q, k, v, segments, None)[:, 256:384]
+
+    def own(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return attend(q[:, 256:384], k, v, segments, None, first_query=jnp.int32(256))
+
+    np.testing.assert_array_equal(own(q, poisoned, v), want)
+    dq, dk, dv = jax.grad(lambda *x: jnp.sum(own(*x)), (0, 1, 2))(q, poisoned, v)
+    assert all(bool(jnp.isfinite(x).all()) for x in (dq, dk, dv))
+    assert not dk[:, :128].any()
+    assert dk[:, 128:384].any()

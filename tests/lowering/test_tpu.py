@@ -56,7 +56,7 @@ def check_step(chip: str, config: Config, mesh: MeshConfig) -> None:
     assert gib < HBM_GIB[chip]
     assert max(vmem.values()) < VMEM_MIB[devices_of(chip)[0].device_kind]
     # A device's kernel sees its own rows and heads alone.
-    rows, heads = (1, config.model.kv_heads) if mesh is ONE else (1, config.model.kv_heads // 2)
+    rows, heads = 1, config.model.kv_heads // mesh.tensor
     group, length = config.model.heads // config.model.kv_heads, config.train.sequence_length
     assert f"bf16[{rows},{heads},{group},{length},{config.model.head_size}]" in text
 
@@ -75,6 +75,10 @@ def test_the_step_with_the_kernel_compiles(chip: str, variant: str, mesh: MeshCo
 
 def test_the_step_with_unrolled_layers_compiles() -> None:
     check_step("v5e", config_of("tiny", 1, attention="pallas_tpu"), ONE)
+
+
+def test_the_step_with_rows_split_along_their_length_compiles() -> None:
+    check_step("v5e", in_a_loop("tiny", 2), MeshConfig(data=1, fsdp=2, context=2))
 
 
 @pytest.mark.parametrize("chip", list(CHIPS))

@@ -152,7 +152,8 @@ def test_auto_is_chosen_by_platform_and_shape():
     decoding = choose("auto", **{**SHAPE, "length": 1}, platform="tpu")
     assert decoding.implementation == "xla"
     assert "1 queries over 2048 keys" in decoding.reason
-    split = choose("auto", **SHAPE, platform="tpu", context=2)
+    assert choose("auto", **SHAPE, platform="tpu", context=2).implementation == "pallas_tpu"
+    split = choose("auto", **SHAPE, platform="gpu", device="NVIDIA H200", context=2)
     assert split.implementation == "xla"
     assert "mesh.context=2 splits" in split.reason
     endless = choose("auto", **{**SHAPE, "length": 10**6, "keys": 10**6}, platform="tpu")
@@ -178,7 +179,7 @@ def test_cudnn_serves_rows_of_one_document_alone():
         ("flash", {}, "known: auto, xla, cudnn, pallas_tpu, pallas_gpu"),
         ("pallas_tpu", {"platform": "cpu"}, "runs on TPUs; the platform is 'cpu'"),
         ("pallas_tpu", {"keys": 4096}, "2048 queries over 4096 keys"),
-        ("pallas_tpu", {"context": 4}, r"whole rows, which mesh\.context=4 splits; use auto or xla"),
+        ("pallas_gpu", {"context": 4}, r"whole rows, which mesh\.context=4 splits; use auto or xla"),
         ("pallas_tpu", {"length": 10**6, "keys": 10**6}, "MiB of VMEM"),
         ("pallas_gpu", {"platform": "tpu"}, "runs on GPUs; the platform is 'tpu'"),
         ("pallas_gpu", {"device": "NVIDIA GeForce RTX 4090"}, "not for NVIDIA GeForce RTX 4090"),
