@@ -36,9 +36,7 @@ FREE_GIGABYTES = 10.0
 WRITE_MEGABYTES, WRITE_FLOOR = 64, 20.0  # MB to write, and the MB/s below which saving holds training up
 NVIDIA_VERSION = Path("/proc/driver/nvidia/version")
 MATMUL_SHARE = 0.5  # of the data sheet's rate; half is what a healthy device passes easily
-LINK_SHARE = 0.25
-# Gigabytes per second that a device sends to its neighbours of one host or slice, by the data sheets.
-LINKS = {"NVIDIA A100": 300, "NVIDIA H100": 450, "NVIDIA H200": 450, "TPU v5 lite": 200, "TPU v5p": 600, "TPU v6": 448}
+LINK_SHARE = 0.25  # of what a device can send to the others of its node or slice
 ROUNDS = 5
 
 
@@ -205,6 +203,8 @@ def check_all_reduce() -> Finding:
     import numpy as np
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+    from smallcoder_jax.preflight.target import chip_of
+
     devices = jax.devices()
     count, kind = len(devices), devices[0].device_kind
     if count == 1:
@@ -221,15 +221,16 @@ def check_all_reduce() -> Finding:
     text = f"{count} devices, {size * 4 / 1e6:.0f} MB each: {rate:.2f} GB/s sent by each"
     if float(total(x).addressable_data(0)[0]) != count * (count - 1) / 2:
         return Finding("all-reduce", text, "The sum is wrong: have the links between the devices looked at")
-    link = next((speed for start, speed in LINKS.items() if kind.startswith(start)), None)
-    if link is None or (jax.process_count() > 1 and jax.default_backend() != "tpu"):
+    chip = chip_of(kind)
+    if chip is None or (jax.process_count() > 1 and jax.default_backend() != "tpu"):
         return Finding("all-reduce", f"{text}, the sum is right; no figure is known for these links to compare with")
+    link = chip.link / 1e9
     if rate < LINK_SHARE * link:
         return Finding(
             "all-reduce",
             text,
-            f"Expected is {LINK_SHARE:.0%} of {link} GB/s or more: see nvidia-smi topo -m and NCCL_DEBUG=INFO for the "
-            "path that it takes, or the state of the slice",
+            f"Expected is {LINK_SHARE:.0%} of {link:.0f} GB/s or more: see nvidia-smi topo -m and NCCL_DEBUG=INFO for "
+            "the path that it takes, or the state of the slice",
         )
     return Finding("all-reduce", f"{text}, {rate / link:.0%} of the links'; the sum is right")
 

@@ -62,8 +62,12 @@ class Target:
 
     @property
     def chip(self) -> Chip | None:
-        kind = self.devices[0].device_kind
-        return next((chip for start, chip in CHIPS.items() if kind.startswith(start)), None)
+        return chip_of(self.devices[0].device_kind)
+
+
+def chip_of(kind: str) -> Chip | None:
+    """What is known of devices of this kind, as jax names it."""
+    return next((chip for start, chip in CHIPS.items() if kind.startswith(start)), None)
 
 
 def target_of(name: str) -> Target:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from smallcoder_jax.errors import CheckFailed
+from smallcoder_jax.preflight import target
 from tests.faults.test_processes import free_port
 from tools import doctor
 
@@ -41,7 +42,7 @@ def test_a_machine_that_is_fit(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_every_failure_says_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: Usage(10, 10, 0))
     monkeypatch.setattr(doctor, "MATMUL_SHARE", 1e6)
-    monkeypatch.setattr(doctor, "LINKS", {"cpu": 1e9})
+    monkeypatch.setitem(target.CHIPS, "cpu", target.Chip(1.0, 1.0, 1e18, 1.0, "a link that no machine has"))
     monkeypatch.setattr(doctor, "JAX_MINIMUM", (99, 1))
     with pytest.raises(CheckFailed, match=r"5 of 7: versions, disk, host names, matmul 0, all-reduce"):
         doctor.main([f"--folder={tmp_path}", "--hosts=no-such-host.invalid"])
