@@ -32,7 +32,13 @@ from smallcoder_jax.train.checkpoint import Checkpointer
 from smallcoder_jax.train.meter import Meter
 from smallcoder_jax.train.metrics import EvalMetrics, MetricsLog, SilentLog
 from smallcoder_jax.train.program import make_program
-from smallcoder_jax.train.run_folder import RunFolder, compare_identity, split_allowed, write_training_info
+from smallcoder_jax.train.run_folder import (
+    RunFolder,
+    check_allowed,
+    compare_identity,
+    split_allowed,
+    write_training_info,
+)
 from smallcoder_jax.train.state import TrainState, init_state
 from smallcoder_jax.train.step import LossFn, make_eval_step
 from smallcoder_jax.train.stop import StopRequest
@@ -117,6 +123,7 @@ class Trainer:
         self.watchdog = Watchdog(folder.path)
         self.started = time.monotonic()
         self.identity = run_identity(config, task)
+        check_allowed(allow_changed, self.identity)
         if folder.run_json.exists():
             self._refuse_another_run(folder.read_run_json().get("identity"))
         program = make_program(config, task.loss_fn)

@@ -266,10 +266,24 @@ def compare_identity(recorded: Any, current: Any) -> list[str]:
     return lines
 
 
+def check_allowed(allowed: tuple[str, ...], identity: Mapping[str, Any]) -> None:
+    """Raises UserError for a key of `--allow-changed` that names no part of an identity."""
+    parts = [part for key in _flatten(finite(identity)) for part in _prefixes(key)]
+    for key in allowed:
+        if key not in parts:
+            raise UserError(
+                f"--allow-changed={key}: expected a part of what identifies a run; {config_module.nearest(key, parts)}"
+            )
+
+
+def _prefixes(key: str) -> list[str]:
+    words = key.split(".")
+    return [".".join(words[: count + 1]) for count in range(len(words))]
+
+
 def split_allowed(differences: list[str], allowed: tuple[str, ...]) -> tuple[list[str], list[str]]:
     """The lines of `compare_identity` that are refused, and those under a key that `allowed` names."""
-    names = {line: line.split(":", 1)[0] for line in differences}
-    passed = [line for line in differences if any(f"{names[line]}.".startswith(f"{key}.") for key in allowed)]
+    passed = [line for line in differences if any(part in allowed for part in _prefixes(line.split(":", 1)[0]))]
     return [line for line in differences if line not in passed], passed
 
 

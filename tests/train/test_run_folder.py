@@ -13,7 +13,7 @@ import pytest
 from smallcoder_jax import config as config_module
 from smallcoder_jax.errors import UserError
 from smallcoder_jax.train import run_folder
-from smallcoder_jax.train.run_folder import RunFolder, compare_identity, split_allowed, write_json_atomic
+from smallcoder_jax.train.run_folder import RunFolder, check_allowed, compare_identity, split_allowed, write_json_atomic
 
 
 def test_looking_creates_nothing(tmp_path: Path) -> None:
@@ -174,3 +174,10 @@ def test_what_is_allowed_to_differ_is_named_by_key_or_by_section() -> None:
     assert split_allowed(lines, ()) == (lines, [])
     assert split_allowed(lines, ("data.seed",)) == (lines[1:], lines[:1])
     assert split_allowed(lines, ("data", "mod")) == (lines[2:], lines[:2])
+
+
+def test_a_key_that_may_differ_has_to_exist() -> None:
+    identity = {"data": {"seed": 1}, "steps": 10}
+    check_allowed(("data", "data.seed", "steps"), identity)
+    with pytest.raises(UserError, match=r"--allow-changed=data\.seeds: .*did you mean 'data\.seed'\?"):
+        check_allowed(("data.seeds",), identity)
