@@ -22,7 +22,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return runs
 
 
-@pytest.mark.parametrize("place", ["save:2", "manifest:2", "checkpoint:1"])
+@pytest.mark.parametrize(
+    "place",
+    [
+        "save:2",
+        pytest.param("manifest:2", marks=pytest.mark.slow),
+        pytest.param("checkpoint:1", marks=pytest.mark.slow),
+    ],
+)
 def test_killed_in(runs: Runs, place: str) -> None:
     name = f"killed_{place.replace(':', '_')}"
     runs.finish(name, f"--inject=kill@{place}", "checkpoint.every=2", code=-signal.SIGKILL)
@@ -32,7 +39,9 @@ def test_killed_in(runs: Runs, place: str) -> None:
     runs.assert_same(name, "straight")
 
 
-@pytest.mark.parametrize("place", ["compile", "step:4", "evaluation", pytest.param("save", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "place", ["compile", *(pytest.param(place, marks=pytest.mark.slow) for place in ("step:4", "evaluation", "save"))]
+)
 def test_sigterm_in(runs: Runs, place: str) -> None:
     name = f"sigterm_{place.replace(':', '_')}"
     runs.finish(name, f"--inject=sigterm@{place}", code=EXIT_INTERRUPTED)
@@ -42,6 +51,7 @@ def test_sigterm_in(runs: Runs, place: str) -> None:
     runs.assert_same(name, "straight")
 
 
+@pytest.mark.slow
 def test_sigterm_before_there_is_anything_to_save(runs: Runs) -> None:
     runs.finish("early", "--inject=sigterm@prepare", code=EXIT_INTERRUPTED)
     assert "interrupted before the first step; nothing was lost" in runs.log("early")
@@ -117,6 +127,7 @@ def test_a_stall_ends_the_run_and_names_what_it_waited_for(runs: Runs, place: st
     runs.assert_same(name, "straight")
 
 
+@pytest.mark.slow
 def test_a_process_that_does_not_end_after_sigterm_is_ended(runs: Runs) -> None:
     limits = ("guard.stop_seconds=3", "eval.every=4")
     runs.finish("slow_end", "--inject=sigterm@step:4,stall@evaluation", *limits, code=EXIT_STALLED)
@@ -125,6 +136,7 @@ def test_a_process_that_does_not_end_after_sigterm_is_ended(runs: Runs) -> None:
     runs.assert_same("slow_end", "straight")
 
 
+@pytest.mark.slow
 def test_what_may_differ_is_named(runs: Runs) -> None:
     runs.finish("changed", "train.steps=5", "optimizer.schedule=constant")
     given = ("optimizer.schedule=constant", f"train.steps={STEPS}", "optimizer.weight_decay=0.2", "train.z_loss=0.1")

@@ -102,6 +102,7 @@ def test_what_does_not_fit_gets_the_nearest_microbatch_that_does() -> None:
     assert report_of(of_rows(64, rows), memory).memory.fits
 
 
+@pytest.mark.slow
 def test_where_no_row_fits_parameters_are_split() -> None:
     config = of_rows(8)
     alone = report_of(config, 2.0**40, devices=8)
@@ -220,6 +221,7 @@ def test_mistakes_are_code_2_and_what_does_not_fit_is_code_3(
     assert said.startswith("check failed: small does not fit into the memory of cpu")
 
 
+@pytest.mark.slow
 def test_the_peak_agrees_with_what_nano_takes_on_a_cpu() -> None:
     """Within 10%: see tests/preflight/measured.py for what is measured."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("XLA_", "JAX_"))}
