@@ -116,6 +116,7 @@ def test_a_mistake_is_told_by_all_and_waited_for_by_none(teams: Teams) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_two_processes_train_as_one_does_with_workers_accumulation_and_best_fit(teams: Teams) -> None:
     teams.finish("alone_all", *EACH_STEP, *ALL_AT_ONCE)
     teams.finish_team("two_all", 2, 1, *EACH_STEP, *ALL_AT_ONCE, *SPLIT)
@@ -124,6 +125,7 @@ def test_two_processes_train_as_one_does_with_workers_accumulation_and_best_fit(
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_samples_and_histograms_of_split_parameters(teams: Teams) -> None:
     logs = ("eval.sample_tokens=4", "log.histograms_every=5", "log.tensorboard=True")
     teams.finish("logs_alone", *logs)
@@ -156,6 +158,7 @@ def test_two_processes_killed_one_at_a_time(teams: Teams) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_a_peer_that_hangs_does_not_hang_the_others(teams: Teams) -> None:
     codes, seconds = teams.signal_one("silent", 1, signal.SIGSTOP, 2, 2, 1)
     assert codes[0] in (1, -signal.SIGABRT), teams.log("silent")
@@ -165,6 +168,7 @@ def test_a_peer_that_hangs_does_not_hang_the_others(teams: Teams) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 def test_saved_on_four_processes_and_finished_on_others(teams: Teams) -> None:
     teams.finish_team("four", 4, 1, *EACH_STEP, *SPLIT)
     np.testing.assert_allclose(teams.losses("four"), teams.losses("alone"), rtol=1e-5)
