@@ -272,7 +272,7 @@ def examine(options: argparse.Namespace, cluster: Any) -> list[Finding]:
     for name, check in checks:
         try:
             found = check()
-        except Exception as error:
+        except Exception as error:  # whatever a broken machine raises: it is what was looked for
             first = (str(error).splitlines() or [""])[0]
             found = Finding(name, f"{type(error).__name__}: {first}", "This check could not be made: see its message")
         found = found if isinstance(found, list) else [found]

@@ -58,6 +58,7 @@ def test_killed_and_continued_with(runs: Runs, override: str) -> None:
     name = override.replace("=", "_")
     runs.finish(f"straight_{name}", override)
     kill_and_compare(runs, f"straight_{name}", f"killed_{name}", override)
+    assert runs.curve(f"killed_{name}") == runs.curve(f"straight_{name}")
 
 
 def test_a_finished_run_is_left_as_it_is(runs: Runs) -> None:

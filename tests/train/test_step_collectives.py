@@ -26,20 +26,14 @@ from smallcoder_jax.preflight.collectives import KINDS, Message, messages
 from smallcoder_jax.stages.pretrain import make_loss
 from smallcoder_jax.train.program import Program, compile_step, make_program
 from tests.helpers import FLOAT32, tiny_config, tiny_model
+from tests.train.test_step import MESHES as EQUAL_ON
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 LENGTH = 40  # of a row: no parameter has a dimension of this size
 MODEL = tiny_model(vocab_size=128)
 BATCH_AXES = {"data", "fsdp", "context"}
-MESHES = {
-    "one": (MeshConfig(), 1),
-    "data": (MeshConfig(data=8), 8),
-    "fsdp": (MeshConfig(data=1, fsdp=8), 8),
-    "all": (MeshConfig(data=2, fsdp=2, tensor=2), 8),
-    "context": (MeshConfig(data=1, fsdp=2, context=4), 8),
-    "context and tensor": (MeshConfig(data=1, fsdp=2, context=2, tensor=2), 8),
-}
+MESHES = {**EQUAL_ON, "context and tensor": (MeshConfig(data=1, fsdp=2, context=2, tensor=2), 8)}
 
 
 class Sent(NamedTuple):
