@@ -24,10 +24,14 @@ class Case(NamedTuple):
 
 
 def row(kind: str, length: int, generator: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Positions and segment ids of one row."""
-    filled = {"padding at the end": length - length // 3, "nothing but padding": 0}.get(kind, length)
+    """Positions and segment ids of one row: of one of KINDS, or "some of each"."""
+    padding = {"padding at the end": length // 3, "nothing but padding": length, "some of each": length // 6}
+    filled = length - padding.get(kind, 0)
     if kind == "one-token documents":
         borders = list(range(length + 1))
+    elif kind == "some of each":
+        inner = generator.choice(np.arange(filled // 2, filled - 20), 4, replace=False)
+        borders = [0, *sorted(int(border) for border in inner), *range(filled - 20, filled + 1)]
     elif kind in ("many", "padding at the end"):
         inner = generator.choice(np.arange(1, filled), min(7, filled - 1), replace=False)
         borders = [0, *sorted(int(border) for border in inner), filled]
@@ -39,13 +43,15 @@ def row(kind: str, length: int, generator: np.random.Generator) -> tuple[np.ndar
     return positions, segments
 
 
-def draw(length: int, heads: int, kv_heads: int, size: int, dtype: jnp.dtype, seed: int) -> Case:
+def draw(
+    length: int, heads: int, kv_heads: int, size: int, dtype: jnp.dtype, seed: int, kinds: tuple[str, ...] = KINDS
+) -> Case:
     """One row of every kind."""
     generator = np.random.default_rng(seed)
-    rows = [row(kind, length, generator) for kind in KINDS]
+    rows = [row(kind, length, generator) for kind in kinds]
     positions, segments = (jnp.asarray(np.stack(part)) for part in zip(*rows, strict=True))
     arrays = (
-        jnp.asarray(generator.normal(size=(len(KINDS), length, n, size)), dtype)
+        jnp.asarray(generator.normal(size=(len(kinds), length, n, size)), dtype)
         for n in (heads, kv_heads, kv_heads, heads)
     )
     return Case(*arrays, positions, segments)

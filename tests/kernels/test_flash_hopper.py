@@ -7,7 +7,6 @@ shows.
 """
 
 import functools
-import importlib
 import itertools
 import os
 import re
@@ -24,9 +23,8 @@ from smallcoder_jax.models import build
 from smallcoder_jax.ops import attention as attention_door
 from tests.helpers import packed_batch, tiny_model
 from tests.kernels.cases import KINDS, Case, draw, relative_error, rotation, truth
+from tests.kernels.interpreter import INTERPRET
 
-# Public only in newer versions of jax.
-INTERPRET = importlib.import_module("jax._src.pallas.mosaic_gpu.interpret.params").InterpretGPUParams()
 TOLERANCE = 2e-2
 GROUPS, SIZES, REST = (1, 3, 4, 8), (64, 80, 128), list(itertools.product((256, 300), (None, 90)))
 
@@ -43,11 +41,10 @@ def kernel(case: Case, window: int | None, tiles: HopperTiles) -> tuple[jax.Arra
 
 
 def rows(length: int, group: int, size: int, kinds: tuple[str, ...] = KINDS, seed: int | None = None) -> Case:
-    """Rows of some kinds alone: the interpreter takes its time."""
+    """One row of each kind, drawn anew in each run."""
     seed = int.from_bytes(os.urandom(4), "little") if seed is None else seed
     print(f"{seed=}")
-    case = draw(length, group, 1, size, jnp.dtype("bfloat16"), seed)
-    return jax.tree.map(lambda x: x[np.array([KINDS.index(kind) for kind in kinds])], case)
+    return draw(length, group, 1, size, jnp.dtype("bfloat16"), seed, kinds)
 
 
 def check(case: Case, window: int | None, tiles: HopperTiles) -> None:
@@ -59,23 +56,23 @@ def check(case: Case, window: int | None, tiles: HopperTiles) -> None:
     ("group", "size", "length", "window", "tiles"),
     [
         (2, 64, 256, None, HopperTiles()),  # both warpgroups at the same queries, of two heads
-        # at two blocks of queries of one head
-        pytest.param(3, 80, 200, 90, HopperTiles(block_kv=64, dq_block_kv=128), marks=pytest.mark.slow),
+        (3, 80, 200, 90, HopperTiles(block_kv=64, dq_block_kv=128)),  # at two blocks of queries of one head
     ],
 )
 def test_equals_the_truth(group: int, size: int, length: int, window: int | None, tiles: HopperTiles) -> None:
     check(rows(length, group, size, ("many", "padding at the end")), window, tiles)
 
 
-@pytest.mark.hours
+@pytest.mark.slow
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(("length", "window"), REST)
 def test_the_whole_product_equals_the_truth(group: int, size: int, length: int, window: int | None) -> None:
-    check(rows(length, group, size), window, HopperTiles())
+    # One row with all of it: the interpreter takes seconds for each.
+    check(rows(length, group, size, ("some of each",)), window, HopperTiles())
 
 
-@pytest.mark.hours
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "tiles", [HopperTiles(128, 3, 128, 2, 64, 3), HopperTiles(64, 2, 64, 2, 128, 2), HopperTiles(256, 2, 128, 2, 64, 4)]
 )
@@ -106,7 +103,6 @@ def poisoned(x_BTNH: jax.Array, block: int) -> jax.Array:
     return jnp.stack([x_BTNH[0].at[at : at + block].set(jnp.nan) for at in range(0, x_BTNH.shape[1], block)])
 
 
-@pytest.mark.slow
 def test_a_block_of_keys_is_visited_if_and_only_if_a_query_sees_it() -> None:
     case = rows(384, 2, 64, ("many",), seed=5)
     v_BTKH = poisoned(case.v, 128)
@@ -121,7 +117,7 @@ def test_a_block_of_keys_is_visited_if_and_only_if_a_query_sees_it() -> None:
     assert by_hand.sum() < 2 * (1 + 2 + 3)  # fewer than causality alone would leave
 
 
-@pytest.mark.hours
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [None, 100])
 def test_a_block_of_queries_is_visited_if_and_only_if_it_sees_a_key(window: int | None) -> None:
     case = rows(384, 2, 64, ("many",), seed=5)
@@ -155,7 +151,7 @@ def test_what_cannot_be_served_is_said(changes: dict, words: str | None) -> None
     assert found is None if words is None else re.search(words, found or "")
 
 
-@pytest.mark.hours
+@pytest.mark.slow
 def test_gradients_of_a_whole_model_equal_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         attention_door.flash_hopper,
