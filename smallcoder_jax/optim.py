@@ -43,10 +43,12 @@ def schedule(optimizer: OptimizerConfig, steps: int) -> optax.Schedule:
     return share
 
 
-def make_optimizer(optimizer: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+def make_optimizer(optimizer: OptimizerConfig, steps: int) -> optax.GradientTransformationExtraArgs:
     """clip -> (AdamW | Muon on hidden matrices, AdamW on the rest) -> decay -> schedule, as one optax chain.
 
-    Updates are to be added to the parameters. Raises UserError when `decay_pattern` is not a regular expression.
+    Updates are to be added to the parameters. Where its argument `sound` is false (a bool scalar), the optimizer's
+    state stays as it was and the updates mean nothing. Raises UserError when `decay_pattern` is not a regular
+    expression.
     """
     try:
         pattern = re.compile(optimizer.decay_pattern)
@@ -62,9 +64,7 @@ def make_optimizer(optimizer: OptimizerConfig, steps: int) -> optax.GradientTran
             optax.scale_by_schedule(lambda step: -peak * share(step)),
         )
 
-    adam = optax.chain(
-        optax.scale_by_adam(b1=optimizer.b1, b2=optimizer.b2, eps=optimizer.eps), finish(optimizer.learning_rate)
-    )
+    adam = optax.chain(scale_by_adam(optimizer.b1, optimizer.b2, optimizer.eps), finish(optimizer.learning_rate))
     if optimizer.name == "adamw":
         update = adam
     else:
@@ -76,7 +76,14 @@ def make_optimizer(optimizer: OptimizerConfig, steps: int) -> optax.GradientTran
             lambda params: _by_path(params, lambda name: "muon" if re.fullmatch(MUON_PATTERN, name) else "adam"),
         )
     clip = clip_by_global_norm(optimizer.clip_norm) if optimizer.clip_norm > 0 else optax.identity()
-    return optax.chain(clip, update)
+    chain = optax.with_extra_args_support(optax.chain(clip, update))
+
+    def guarded(updates: Any, state: Any, params: Any = None, *, sound: Any = True) -> tuple[Any, Any]:
+        updates, after = chain.update(updates, state, params, sound=sound)
+        # The moments have seen to themselves; what is left counts updates.
+        return updates, jax.tree.map(lambda new, old: new if new.ndim else jnp.where(sound, new, old), after, state)
+
+    return optax.GradientTransformationExtraArgs(chain.init, guarded)
 
 
 def clip_by_global_norm(largest: float) -> optax.GradientTransformation:
@@ -92,25 +99,56 @@ def clip_by_global_norm(largest: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
+def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
+    """Adam (arXiv 1412.6980), with moments that stay as they were where `sound` is false.
+
+    The update is made from the moments that are kept, not from those that would have been: XLA for CPUs would hold both.
+    """
+
+    def init(params: Any) -> optax.ScaleByAdamState:
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), zeros, zeros)
+
+    def update(updates: Any, state: Any, params: Any = None, *, sound: Any = True) -> tuple[Any, Any]:
+        del params
+
+        def moment(decay: float, before: Array, new: Array) -> Array:
+            return jnp.where(sound, decay * before + (1 - decay) * new, before)
+
+        count = optax.safe_increment(state.count)
+        mean = jax.tree.map(lambda m, g: moment(b1, m, g), state.mu, updates)
+        square = jax.tree.map(lambda v, g: moment(b2, v, g * g), state.nu, updates)
+        steps = count.astype(jnp.float32)
+        of_mean, of_square = 1.0 / (1.0 - b1**steps), 1.0 / (1.0 - b2**steps)
+        updates = jax.tree.map(lambda m, v: m * of_mean / (jnp.sqrt(v * of_square) + eps), mean, square)
+        return updates, optax.ScaleByAdamState(count, mean, square)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
 class MuonState(NamedTuple):
     momentum: Any
 
 
-def scale_by_muon(momentum: float) -> optax.GradientTransformation:
+def scale_by_muon(momentum: float) -> optax.GradientTransformationExtraArgs:
     """Nesterov momentum, then each matrix replaced by the nearest semi-orthogonal one, scaled by
     sqrt(max(1, out / in)), so that one learning rate suits every shape. Leading axes (scanned layers) are batch axes.
+    Where `sound` is false the momentum stays as it was.
     """
 
     def init(params: Any) -> MuonState:
         return MuonState(jax.tree.map(jnp.zeros_like, params))
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, MuonState]:
+    def update(updates: Any, state: Any, params: Any = None, *, sound: Any = True) -> tuple[Any, MuonState]:
         del params
-        mean = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, state.momentum, updates)
-        ahead = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, mean, updates)
-        return _orthogonal_updates(ahead), MuonState(mean)
 
-    return optax.GradientTransformation(init, update)
+        def blend(m: Array, g: Array) -> Array:
+            return momentum * m + (1 - momentum) * g
+
+        mean = jax.tree.map(lambda m, g: jnp.where(sound, blend(m, g), m), state.momentum, updates)
+        return _orthogonal_updates(jax.tree.map(blend, mean, updates)), MuonState(mean)
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _orthogonal_updates(tree: Any) -> Any:

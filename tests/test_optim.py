@@ -130,6 +130,17 @@ def test_clipping_is_by_the_norm_of_all_gradients_together() -> None:
         assert max_difference(moments, jax.tree.map(lambda g, f=factor: 0.1 * f * g, gradient)) < 1e-7
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_what_is_not_sound_leaves_the_state_as_it_was(name: str) -> None:
+    params = tiny_params()
+    chain = make_optimizer(changed(name=name, weight_decay=0.1), 10)
+    _, before = chain.update(params, chain.init(params), params)
+    nothing = jax.tree.map(lambda x: x * jnp.nan, params)
+    _, after = jax.jit(chain.update)(nothing, before, params, sound=jnp.bool_(False))
+    assert len(jax.tree.leaves(before)) > len(jax.tree.leaves(params))
+    jax.tree.map(np.testing.assert_array_equal, after, before)
+
+
 def test_a_bad_decay_pattern_is_named() -> None:
     with pytest.raises(UserError, match=r"optimizer\.decay_pattern='\*kernel'"):
         make_optimizer(changed(decay_pattern="*kernel"), 1)

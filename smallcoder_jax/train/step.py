@@ -26,7 +26,7 @@ LossFn = Callable[[Any, Batch, Array | None], tuple[Array, Array, dict[str, Arra
 
 def make_train_step(
     loss_fn: LossFn,
-    optimizer: optax.GradientTransformation,
+    optimizer: optax.GradientTransformationExtraArgs,
     share: optax.Schedule,
     *,
     peak: float,
@@ -59,9 +59,8 @@ def make_train_step(
         gradients = jax.tree.map(lambda g: g * per_token, gradients)
         loss, grad_norm = sums["loss"] / denominator, optax.global_norm(gradients)
         sound = guard.is_sound(guarding, state.guard, loss, grad_norm)
-        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params)
-        after = (optax.apply_updates(state.params, updates), optimizer_state)
-        params, optimizer_state = guard.select(sound, after, (state.params, state.optimizer))
+        updates, optimizer_state = optimizer.update(gradients, state.optimizer, state.params, sound=sound)
+        params = guard.select(sound, optax.apply_updates(state.params, updates), state.params)
         guarded = guard.advance(guarding, state.guard, sound, loss)
         metrics = {
             "loss": loss,

@@ -19,7 +19,7 @@ from smallcoder_jax.errors import UserError
 from smallcoder_jax.mesh import batch_sharding, make_mesh, path_name, place_batch, process_rows, spec_of
 from smallcoder_jax.models import build
 from smallcoder_jax.stages import pretrain
-from smallcoder_jax.train.program import make_program
+from smallcoder_jax.train.program import compile_step, make_program
 from smallcoder_jax.train.state import TrainState, init_state, state_sharding
 from smallcoder_jax.train.step import make_eval_step, make_train_step
 from tests.helpers import FLOAT32, max_difference, packed_batch, tiny_config, tiny_model
@@ -272,27 +272,6 @@ def test_a_row_that_does_not_divide_over_context_is_refused() -> None:
         make_program(config, pretrain.make_loss(config))
 
 
-@dataclasses.dataclass(frozen=True)
-class Device:
-    index: int
-
-    @property
-    def process_index(self) -> int:
-        return self.index // 4
-
-
-@pytest.mark.parametrize(("context", "tensor", "refused"), [(2, 2, False), (2, 4, True), (4, 1, False), (8, 1, True)])
-def test_a_row_is_not_split_over_processes(context: int, tensor: int, refused: bool) -> None:
-    devices = [Device(index) for index in range(8)]  # two processes of four
-    model = tiny_model(vocab_size=128, heads=8, kv_heads=4)
-    mesh = MeshConfig(data=-1, context=context, tensor=tensor)
-    if refused:
-        with pytest.raises(UserError, match=r"divide the 4 devices of a process"):
-            make_mesh(mesh, model, 8, devices)
-    else:
-        assert make_mesh(mesh, model, 8, devices).shape["context"] == context
-
-
 def test_a_step_that_is_not_sound_changes_nothing_but_the_count() -> None:
     config = config_for()
     setup = set_up(config)
@@ -307,3 +286,15 @@ def test_a_step_that_is_not_sound_changes_nothing_but_the_count() -> None:
     assert (int(hurt.step), int(calm.step), int(hurt.guard.skipped)) == (3, 2, 1)
     pairs = ((hurt.params, calm.params), (hurt.optimizer, calm.optimizer))
     jax.tree.map(np.testing.assert_array_equal, *zip(*pairs, strict=True))
+
+
+def test_the_state_is_updated_in_place() -> None:
+    """Gradients are the only other tree of the parameters' size: what a guard or a clip would add shows here."""
+    model = tiny_model(vocab_size=128, width=256, mlp_width=1024)
+    config = dataclasses.replace(
+        config_for(batch_size=1, sequence_length=8), model=model, compute=dataclasses.replace(FLOAT32, layers="unroll")
+    )
+    program = make_program(config, pretrain.make_loss(config), jax.devices()[:1])
+    parameters = sum(leaf.size * 4 for leaf in jax.tree.leaves(program.state.params))
+    analysis = compile_step(program, config).memory_analysis()
+    assert analysis.temp_size_in_bytes < 1.3 * parameters
