@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -48,7 +49,7 @@ def make_mesh(mesh: MeshConfig, model: ModelConfig, batch_size: int, devices: li
             raise UserError(f"model.{name}={size} does not divide over mesh.tensor={sizes['tensor']}")
     if model.width % sizes["fsdp"]:
         raise UserError(f"model.width={model.width} does not divide over mesh.fsdp={sizes['fsdp']}")
-    placed = np.asarray(devices).reshape([sizes[axis] for axis in AXES])
+    placed = place_devices(sizes, devices)
     processes = np.vectorize(lambda device: device.process_index, otypes=[int])(placed)
     along = AXES.index("context")
     if (processes != processes.take([0], axis=along)).any():
@@ -58,6 +59,34 @@ def make_mesh(mesh: MeshConfig, model: ModelConfig, batch_size: int, devices: li
             "of a process"
         )
     return Mesh(placed, AXES)
+
+
+def place_devices(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
+    """The devices as an array of the mesh's shape, neighbours on the chips' network next to each other. Where they
+    belong to several slices (of TPUs; of GPUs: nodes), which a slower network joins, `data` is the axis that crosses
+    it, and then `fsdp`. Raises UserError where others would have to.
+    """
+    slices = len({slice_of(device) for device in devices})
+    data = math.gcd(sizes["data"], slices)
+    fsdp = slices // data
+    if sizes["fsdp"] % fsdp:
+        raise UserError(
+            f"mesh {dict(sizes)} splits rows or layers over {slices} slices, between which the network is slow; make "
+            f"mesh.data x mesh.fsdp a multiple of {slices}"
+        )
+    shape = tuple(sizes[axis] for axis in AXES)
+    if sizes["context"] > 1:  # the devices of a process next to each other: it reads whole rows
+        placed = sorted(devices, key=lambda device: (slice_of(device), device.process_index))
+        return np.asarray(placed).reshape(shape)
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    within = (shape[0] // data, shape[1] // fsdp, *shape[2:])
+    return mesh_utils.create_hybrid_device_mesh(within, (data, fsdp, 1, 1), devices, allow_split_physical_axes=True)
+
+
+def slice_of(device: Any) -> int:
+    """The slice that a device belongs to; processes with CPUs count as one."""
+    return 0 if device.platform == "cpu" else getattr(device, "slice_index", 0)
 
 
 def mesh_sizes(mesh: MeshConfig, devices: int) -> dict[str, int]:

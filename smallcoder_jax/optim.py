@@ -102,7 +102,7 @@ def clip_by_global_norm(largest: float) -> optax.GradientTransformation:
 def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
     """Adam (arXiv 1412.6980), with moments that stay as they were where `sound` is false.
 
-    The update is made from the moments that are kept, not from those that would have been: XLA for CPUs would hold both.
+    The update is made from the moments that are kept, not from those that would have been: XLA for CPUs keeps both.
     """
 
     def init(params: Any) -> optax.ScaleByAdamState:

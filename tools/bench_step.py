@@ -32,8 +32,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from smallcoder_jax.config import Config, from_config_dict, parameter_count, to_dict
@@ -116,13 +117,15 @@ def documents_of(text: str | None, config: Config) -> int | None:
     return int(text)
 
 
-def run_contender(job: Result, python: str) -> Result:
-    """Measures one contender in a fresh process. Raises UserError where that process fails."""
+def run_contender(job: Result, python: str, environment: Mapping[str, str] = MappingProxyType({})) -> Result:
+    """Measures one contender in a fresh process, with `environment` added to this one's. Raises UserError where that
+    process fails.
+    """
     name, command = job["name"], [python, "-c", "from tools.bench_step import contend; contend()"]
     done = subprocess.run(
         command,
         cwd=ROOT,
-        env={**LARGE_PAGES, **os.environ},
+        env={**LARGE_PAGES, **os.environ, **environment},
         input=json.dumps(job),
         stdout=subprocess.PIPE,
         text=True,

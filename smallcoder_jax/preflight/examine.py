@@ -12,7 +12,7 @@ import jax
 
 from smallcoder_jax.config import Config, parameter_count
 from smallcoder_jax.errors import UserError
-from smallcoder_jax.mesh import mesh_sizes, row_devices
+from smallcoder_jax.mesh import mesh_sizes, row_devices, slice_of
 from smallcoder_jax.models import build
 from smallcoder_jax.preflight import estimate
 from smallcoder_jax.preflight.collectives import Traffic, traffic
@@ -110,7 +110,10 @@ def examine(
     peak = peak_flops(target.devices[0].device_kind)
     if compiled is not None:
         # The chips of a TPU slice reach each other over one network, whatever their hosts.
-        hosts = [device.process_index if device.platform == "gpu" else 0 for device in program.mesh.devices.flat]
+        hosts = [
+            device.process_index if device.platform == "gpu" else slice_of(device)
+            for device in program.mesh.devices.flat
+        ]
         sent = traffic(compiled.as_text(), hosts)
         if target.chip is not None and peak is not None:
             moved = _moved(compiled, config)

@@ -21,7 +21,7 @@ GPU_SHARE = 0.75  # of a GPU's memory, which JAX reserves unless XLA_CLIENT_MEM_
 @dataclasses.dataclass(frozen=True)
 class Chip:
     """Figures of one chip. `memory`: bytes; `bandwidth`: of that memory, in bytes/s; `link`: bytes/s that it can send
-    to the others of its slice or node; `network`: to other nodes. `source` says where they come from.
+    to the others of its slice or node; `network`: to other slices or nodes. `source` says where they come from.
     """
 
     memory: float
@@ -31,18 +31,21 @@ class Chip:
     source: str
 
 
-_TPU = "Cloud TPU's pages of the chip (all links at once, one direction); memory as the compiler counts it"
-# By the start of jax's device kind; peak rates are in train.flops. A slice has no slower network within.
+_TPU = (
+    "docs.cloud.google.com/tpu/docs (all links at once, one direction; between slices a chip's share of the pod's data "
+    "center network); memory as the compiler counts it"
+)
+# By the start of jax's device kind; peak rates are in train.flops.
 CHIPS = {
-    "TPU v5 lite": Chip(15.75 * 2**30, 819e9, 200e9, 200e9, _TPU),
-    "TPU v5": Chip(95.74 * 2**30, 2765e9, 600e9, 600e9, _TPU),
-    "TPU v6 lite": Chip(31.25 * 2**30, 1600e9, 400e9, 400e9, _TPU),
+    "TPU v5 lite": Chip(15.75 * 2**30, 819e9, 200e9, 3.125e9, _TPU),
+    "TPU v5": Chip(95.74 * 2**30, 2765e9, 600e9, 6.25e9, _TPU),
+    "TPU v6 lite": Chip(31.25 * 2**30, 1600e9, 400e9, 12.5e9, _TPU),
     "NVIDIA H200": Chip(
-        141 * 2**30,
+        143771 * 2**20,
         4.8e12,
         450e9,
         50e9,
-        "NVIDIA's data sheet (NVLink, one direction); between nodes 400 Gbit/s per GPU",
+        "NVIDIA's data sheet (NVLink, one direction), memory by nvidia-smi; between nodes 400 Gbit/s per GPU, assumed",
     ),
 }
 # Slices as they are offered; those between are made of the same blocks.
@@ -71,18 +74,21 @@ def chip_of(kind: str) -> Chip | None:
 
 
 def target_of(name: str) -> Target:
-    """Of `v5e:16x16` (chips), `h200:2x8` (nodes x GPUs) or `cpu` (this machine). Raises UserError where the name is
-    not known, or the compiler for it is not installed.
+    """Of `v5e:16x16` (chips), `2xv5e:16x16` (slices of chips), `h200:2x8` (nodes x GPUs) or `cpu` (this machine).
+    Raises UserError where the name is not known, or the compiler for it is not installed.
 
     A process that has not used jax yet will use its CPU alone: devices that are here are not touched.
     """
     family, _, shape = name.partition(":")
+    slices = 1
+    if several := re.fullmatch(r"([1-9]\d*)x(v\w+)", family):
+        slices, family = int(several[1]), several[2]
     if name != "cpu" and shape not in SHAPES.get(family, ()):
         raise UserError(f"--topology={name}: {_nearest(family, shape)}")
     jax.config.update("jax_platforms", "cpu")
     if name == "cpu":
         return target_here(jax.devices())
-    devices = list(np.asarray(_gpus(shape) if family == "h200" else _chips(name, shape)).flat)
+    devices = list(np.asarray(_gpus(shape) if family == "h200" else _chips(name, f"{family}:{shape}", slices)).flat)
     target = Target(name, devices, 0.0, "")
     chip = target.chip
     assert chip is not None
@@ -105,15 +111,19 @@ def target_here(devices: list[Any]) -> Target:
     return Target("this machine", devices, float(limit), "what JAX has reserved")
 
 
-def _chips(name: str, shape: str) -> Any:
+def _chips(name: str, slice_name: str, slices: int) -> Any:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(f"--topology={name} needs TPU's compiler, not a TPU: pip install -e '.[tpu]' (package libtpu)")
     from jax.experimental import topologies
 
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # there is no metadata server where there is no TPU
-    hosts = {"chips_per_host_bounds": [1, 1, 1]} if set(shape) == {"1", "x"} else {}
+    options: dict[str, Any] = {}
+    if set(slice_name.partition(":")[2]) == {"1", "x"}:
+        options["chips_per_host_bounds"] = [1, 1, 1]
+    if slices > 1:
+        options["num_slices"] = slices
     try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=name, **hosts).devices
+        return topologies.get_topology_desc(platform="tpu", topology_name=slice_name, **options).devices
     except jax.errors.JaxRuntimeError as error:
         if "lockfile" not in str(error):
             raise

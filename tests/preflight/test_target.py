@@ -17,6 +17,9 @@ from smallcoder_jax.train.flops import peak_flops
     [
         ("v5e:16x15", "did you mean 'v5e:16x16'?"),
         ("v5e:32x32", "did you mean 'v5e:16x16'?"),
+        ("2xv5e:16x15", "did you mean 'v5e:16x16'?"),
+        ("2xh200:1x8", "did you mean 'h200'?"),
+        ("0xv5e:4x4", "did you mean 'v5e'?"),
         ("v5e", "did you mean 'v5e:1x1'?"),
         ("v5p:4x4", "did you mean 'v5p:2x2x4'?"),
         ("v5e-256", "did you mean 'v5e'? known are cpu and v5e:4x4"),
