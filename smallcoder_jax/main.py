@@ -56,7 +56,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="several processes: where process 0 runs, or auto")
     parser.add_argument("--processes", type=int, metavar="N", help="several processes: how many")
     parser.add_argument("--process", type=int, metavar="I", help="several processes: which this one is, from 0")
-    parser.add_argument("--topology", help="preflight: v5e:16x16, v5p:4x4x4, v6e:8x8, h200:2x8 (nodes x GPUs), or cpu")
+    parser.add_argument(
+        "--topology", help="preflight: v5e:16x16, v5p:4x4x4, 2xv6e:8x8 (slices), h200:2x8 (nodes x GPUs), cpu"
+    )
     parser.add_argument("--tokens", type=float, help="preflight: a budget of tokens; default what the config trains on")
     parser.add_argument("--price", type=float, help="preflight: of an hour of one chip, in any currency")
     parser.add_argument("--json", metavar="FILE", help="preflight: write the report there, too")

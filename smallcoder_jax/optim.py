@@ -118,7 +118,7 @@ def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformat
         count = optax.safe_increment(state.count)
         mean = jax.tree.map(lambda m, g: moment(b1, m, g), state.mu, updates)
         square = jax.tree.map(lambda v, g: moment(b2, v, g * g), state.nu, updates)
-        steps = count.astype(jnp.float32)
+        steps = jnp.asarray(count, jnp.float32)
         of_mean, of_square = 1.0 / (1.0 - b1**steps), 1.0 / (1.0 - b2**steps)
         updates = jax.tree.map(lambda m, v: m * of_mean / (jnp.sqrt(v * of_square) + eps), mean, square)
         return updates, optax.ScaleByAdamState(count, mean, square)

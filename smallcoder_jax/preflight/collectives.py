@@ -19,6 +19,9 @@ ARRAY = re.compile(r"([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 CALLED = re.compile(r"(?:calls|body|to_apply|true_computation|false_computation)=%?([\w.-]+)")
 BRANCHES = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+# Between slices of TPUs, what goes over the slower network is sent by way of the hosts.
+BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
+SLICES = re.compile(r'_xla_megascale_target="\{([\d,:]+)\}')
 # TPU's compiler cuts a collective into parts of one chain: its start, what runs beside it, its end.
 CHAIN = re.compile(r'chain_id="(\d+)"')
 
@@ -92,6 +95,8 @@ def messages(text: str, devices: int, unknown: set[str]) -> Iterator[Message]:
         operands = [types.get(operand, "") for operand in re.findall(r"%([\w.-]+)", each.operands)]
         shapes = (array[1] for operand in operands for array in ARRAY.findall(operand))
         group = _group(each.attributes, devices)
+        if each.op == "send":
+            kind, group = _between_slices(each.attributes, devices)
         if len(group) > 1:
             sizes = tuple(tuple(int(d) for d in shape.split(",") if d) for shape in shapes)
             yield Message(kind, times, tuple(group), sizes, sum(_bytes(operand) for operand in operands))
@@ -109,7 +114,7 @@ def _walk(
     Loops of unknown length are added to `unknown`.
     """
     for each in computations[name]:
-        if each.op.removesuffix("-start") in KINDS:
+        if each.op.removesuffix("-start") in KINDS or (each.op == "send" and BETWEEN_SLICES.search(each.attributes)):
             yield name, each, times
             continue
         rounds = times
@@ -120,6 +125,17 @@ def _walk(
             rounds = times * (1 if trips is None else trips)
         for called in _called(each.attributes):
             yield from _walk(computations, called, rounds, unknown)
+
+
+def _between_slices(attributes: str, devices: int) -> tuple[str, list[int]]:
+    """The kind of what is sent between slices, and a device of each that takes part: in a mesh slices are outermost."""
+    transfer, slices = BETWEEN_SLICES.search(attributes), SLICES.search(attributes)
+    assert transfer is not None
+    assert slices is not None
+    kind = {"one-to-one": "collective-permute"}.get(word := transfer[1].lower().replace("_", "-"), word)
+    ranges = ([int(end) for end in part.split(":")] for part in slices[1].split(","))
+    count = sum(ends[-1] - ends[0] + 1 for ends in ranges)
+    return kind, list(range(0, devices, devices // count))
 
 
 def _costs(kind: str, operand: float, devices: int, hosts: int) -> tuple[float, float, float]:

@@ -105,3 +105,12 @@ def test_less_is_left_to_xla_than_with_its_rope_and_splash_attention(
 )
 def test_preflight(slice_of: str, devices: int, variant: str, tmp_path: Path) -> None:
     check(preflight(variant, slice_of, tmp_path), devices)
+
+
+@pytest.mark.slow
+def test_preflight_of_slices_counts_what_goes_over_the_slower_network(tmp_path: Path) -> None:
+    report = preflight("tiny", "2xv5e:4x4", tmp_path)
+    assert (report["devices"], report["mesh"]["data"]) == (32, 32)
+    # Each of the 16 chips of a slice exchanges its part of the gradients, at the least.
+    between = sum(each["between_hosts"] for each in report["traffic"]["collectives"])
+    assert 4 * report["parameters"] / 16 <= between < 4 * report["parameters"]

@@ -125,6 +125,18 @@ def test_groups_as_compilers_write_them(groups: str, devices: int) -> None:
     assert found.sent == pytest.approx(sent)
 
 
+def test_what_slices_of_tpus_send_each_other_is_between_hosts() -> None:
+    text = (
+        "%s = (f32[8,4]{1,0}, u32[], token[]) send(%x, %after), channel_id=6, is_host_transfer=true, "
+        'frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_target="{1,2:4}x{0:1}",'
+        '_xla_megascale_transfer_type="ALL_REDUCE"}'
+    )
+    (found,) = in_loop(text, [0, 0, 1, 1, 2, 2, 3, 3]).collectives
+    assert (found.kind, found.count, found.payload) == ("all-reduce", 5, 5 * SIZE)
+    assert found.between_hosts == found.sent == pytest.approx(5 * 2 * SIZE * 3 / 4)
+    assert in_loop("%s = (f32[8,4], u32[], token[]) send(%x, %after), is_host_transfer=true").collectives == ()
+
+
 def test_groups_of_one_send_nothing() -> None:
     text = "%r = f32[8,4]{1,0} all-reduce(%x), replica_groups={{0},{1},{2},{3},{4},{5},{6},{7}}, to_apply=%add"
     assert in_loop(text).collectives == ()
