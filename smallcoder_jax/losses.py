@@ -1,15 +1,18 @@
-"""Losses as sums over tokens, so that accumulation and data parallelism are exact.
+"""Losses as sums over tokens, pairs or sequences, so that accumulation and data parallelism are exact.
 
-Shapes: X tokens (B times T), D width, V vocabulary.
+Shapes: X tokens (B times T), D and E widths of a model and of its teacher, V vocabulary; B sequences of T tokens;
+R pairs of a chosen and a rejected answer.
 """
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from smallcoder_jax.ops.cross_entropy import token_losses
+from smallcoder_jax.ops.divergence import divergences
 
 
 def language_model(
@@ -35,3 +38,132 @@ def language_model(
 
     sums = {"nats": nll_sum, "correct": weigh(losses.best_X), "top5": weigh(losses.rank_X < 5)}
     return loss_sum, jnp.sum(weights_X), sums
+
+
+def distillation(
+    hidden_XD: Float[Array, "X D"],
+    unembed_VD: Float[Array, "V D"],
+    teacher_hidden_XE: Float[Array, "X E"],
+    teacher_unembed_VE: Float[Array, "V E"],
+    targets_X: Int[Array, " X"],
+    weights_X: Float[Array, " X"],
+    *,
+    alpha: float,
+    temperature: float,
+) -> tuple[Array, Array, dict[str, Array]]:
+    """alpha CE + (1 - alpha) T^2 KL(teacher || student at temperature T), of each token by its weight (Hinton et al.,
+    arXiv 1503.02531): (loss_sum, weight_sum, sums), with `kl` beside the sums of `language_model`.
+    """
+    nats, weight, sums = language_model(hidden_XD, unembed_VD, targets_X, weights_X, 0.0)
+    kl_X: Array = divergences(hidden_XD, unembed_VD, teacher_hidden_XE, teacher_unembed_VE, temperature)
+    kl = jnp.sum(kl_X * weights_X)
+    return alpha * nats + (1.0 - alpha) * temperature**2 * kl, weight, {**sums, "kl": kl}
+
+
+def bradley_terry(
+    chosen_R: Float[Array, " R"], rejected_R: Float[Array, " R"], weights_R: Float[Array, " R"]
+) -> tuple[Array, Array, dict[str, Array]]:
+    """-log sigmoid(chosen - rejected) of the rewards of pairs (arXiv 2203.02155, eq. 1): (loss_sum, weight_sum, sums),
+    with `correct`: the chosen answer has the higher reward; and `margin`.
+    """
+    margin_R = chosen_R - rejected_R
+    sums = {"correct": jnp.sum(jnp.where(margin_R > 0, weights_R, 0.0)), "margin": jnp.sum(margin_R * weights_R)}
+    return -jnp.sum(jax.nn.log_sigmoid(margin_R) * weights_R), jnp.sum(weights_R), sums
+
+
+def direct_preference(
+    chosen_R: Float[Array, " R"],
+    rejected_R: Float[Array, " R"],
+    reference_chosen_R: Float[Array, " R"],
+    reference_rejected_R: Float[Array, " R"],
+    weights_R: Float[Array, " R"],
+    *,
+    beta: float,
+) -> tuple[Array, Array, dict[str, Array]]:
+    """DPO (arXiv 2305.18290, eq. 7) from log-probabilities of whole answers under the model and under the model that it
+    started from. As `bradley_terry`, of the implicit rewards beta (log p - log p_reference).
+    """
+    rewards = beta * (chosen_R - reference_chosen_R), beta * (rejected_R - reference_rejected_R)
+    return bradley_terry(*rewards, weights_R)
+
+
+def generalized_advantages(
+    rewards_BT: Float[Array, "B T"],
+    values_BT: Float[Array, "B T"],
+    real_BT: Bool[Array, "B T"],
+    *,
+    gamma: float,
+    decay: float,
+) -> tuple[Array, Array]:
+    """GAE (arXiv 1506.02438, eq. 16, its lambda being `decay`): advantages and the returns that values are fitted to.
+
+    Real tokens of a row are contiguous, and the episode ends after the last of them; elsewhere both are 0.
+    """
+    next_BT = jnp.pad(jnp.where(real_BT, values_BT, 0.0)[:, 1:], ((0, 0), (0, 1)))
+    errors_BT = jnp.where(real_BT, rewards_BT + gamma * next_BT - values_BT, 0.0)
+
+    def back(following_B: Array, column: tuple[Array, Array]) -> tuple[Array, Array]:
+        error_B, real_B = column
+        advantage_B = jnp.where(real_B, error_B + gamma * decay * following_B, 0.0)
+        return advantage_B, advantage_B
+
+    nothing_B = jnp.zeros(rewards_BT.shape[:1], errors_BT.dtype)
+    advantages_TB = jax.lax.scan(back, nothing_B, (errors_BT.T, real_BT.T), reverse=True)[1]
+    return advantages_TB.T, jnp.where(real_BT, advantages_TB.T + values_BT, 0.0)
+
+
+def clipped_policy(
+    log_probs_X: Float[Array, " X"],
+    old_log_probs_X: Float[Array, " X"],
+    advantages_X: Float[Array, " X"],
+    weights_X: Float[Array, " X"],
+    *,
+    clip: float,
+) -> tuple[Array, Array, dict[str, Array]]:
+    """PPO's clipped surrogate, to be made small (arXiv 1707.06347, eq. 7): (loss_sum, weight_sum, sums), with `ratio`,
+    `clipped` (the ratio lies outside) and `kl`, an estimate of KL(old || new) that is never negative.
+    """
+    log_ratio_X = log_probs_X - old_log_probs_X
+    ratio_X = jnp.exp(log_ratio_X)
+    held_X = jnp.clip(ratio_X, 1.0 - clip, 1.0 + clip)
+    loss_X = -jnp.minimum(ratio_X * advantages_X, held_X * advantages_X)
+    sums = {
+        "ratio": jnp.sum(ratio_X * weights_X),
+        "clipped": jnp.sum(jnp.where(ratio_X != held_X, weights_X, 0.0)),
+        "kl": jnp.sum((ratio_X - 1.0 - log_ratio_X) * weights_X),
+    }
+    return jnp.sum(loss_X * weights_X), jnp.sum(weights_X), sums
+
+
+def clipped_value(
+    values_X: Float[Array, " X"],
+    old_values_X: Float[Array, " X"],
+    returns_X: Float[Array, " X"],
+    weights_X: Float[Array, " X"],
+    *,
+    clip: float,
+) -> tuple[Array, Array]:
+    """Half the squared error of values, the larger of that as they are and that within `clip` of the old ones:
+    (loss_sum, weight_sum). As in OpenAI's baselines of PPO.
+    """
+    held_X = old_values_X + jnp.clip(values_X - old_values_X, -clip, clip)
+    error_X = jnp.maximum(jnp.square(values_X - returns_X), jnp.square(held_X - returns_X))
+    return 0.5 * jnp.sum(error_X * weights_X), jnp.sum(weights_X)
+
+
+def group_advantages(rewards_BG: Float[Array, "B G"], *, smallest_deviation: float = 1e-4) -> Float[Array, "B G"]:
+    """GRPO's advantages (arXiv 2402.03300, section 4.1.2): the rewards of G answers to one prompt, less their mean,
+    over their standard deviation; 0 where all are alike.
+    """
+    centred_BG = rewards_BG - rewards_BG.mean(axis=1, keepdims=True)
+    return centred_BG / (rewards_BG.std(axis=1, keepdims=True) + smallest_deviation)
+
+
+def reference_divergence(
+    log_probs_X: Float[Array, " X"], reference_X: Float[Array, " X"], weights_X: Float[Array, " X"]
+) -> tuple[Array, Array]:
+    """KL(model || reference) from the log-probabilities of tokens that the model drew, by an estimate that is unbiased
+    and never negative (arXiv 2402.03300, eq. 4): (sum, weight_sum).
+    """
+    difference_X = reference_X - log_probs_X
+    return jnp.sum((jnp.exp(difference_X) - 1.0 - difference_X) * weights_X), jnp.sum(weights_X)

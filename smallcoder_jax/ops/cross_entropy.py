@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
-from smallcoder_jax.mesh import TOKEN_AXES, TOKENS
+from smallcoder_jax.mesh import TOKEN_AXES
+from smallcoder_jax.ops.chunks import in_chunks, on_own_tokens
 from smallcoder_jax.ops.precision import matmul_precision
 
 # All logits at once are less work: none are made twice. The limit is a quarter of the smallest accelerators' 16 GiB.
@@ -102,7 +102,7 @@ def _whole_forward(hidden_XD: Array, unembed_VD: Array, targets_X: Array) -> tup
 def _whole_backward(residuals: tuple[Array, ...], gradient: TokenLosses) -> tuple[Array, Array, None]:
     hidden_XD, unembed_VD, targets_X, logits_XV, log_z_X = residuals
     d_logits_XV = _d_logits(logits_XV, targets_X, log_z_X, gradient.nll_X, gradient.log_z_X)
-    return *_products(d_logits_XV, hidden_XD, unembed_VD, unembed_VD.dtype), None
+    return *unembedding_products(d_logits_XV, hidden_XD, unembed_VD, unembed_VD.dtype), None
 
 
 whole_losses.defvjp(_whole_forward, _whole_backward)
@@ -124,11 +124,11 @@ def _chunked_forward(
     hidden_XD: Array, unembed_VD: Array, targets_X: Array, chunk: int
 ) -> tuple[TokenLosses, tuple[Array, ...]]:
     def run(unembed_VD: Array, hidden_XD: Array, targets_X: Array) -> TokenLosses:
-        parts = _in_chunks((hidden_XD, targets_X), chunk)
+        parts = in_chunks((hidden_XD, targets_X), chunk)
         losses = jax.lax.map(lambda part: _losses(logits(part[0], unembed_VD), part[1]), parts)
         return jax.tree.map(lambda x_NC: x_NC.reshape(-1)[: hidden_XD.shape[0]], losses)
 
-    losses = _on_own_tokens(run)(unembed_VD.astype(hidden_XD.dtype), hidden_XD, targets_X)
+    losses = on_own_tokens(run)(unembed_VD.astype(hidden_XD.dtype), hidden_XD, targets_X)
     return losses, (hidden_XD, unembed_VD, targets_X, losses.log_z_X)
 
 
@@ -139,47 +139,21 @@ def _chunked_backward(chunk: int, residuals: tuple[Array, ...], gradient: TokenL
         def add(d_unembed_VD: Array, part: Any) -> tuple[Array, Array]:
             hidden_CD, *per_token = part
             d_logits_CV = _d_logits(logits(hidden_CD, unembed_VD), *per_token)
-            d_hidden_CD, more_VD = _products(d_logits_CV, hidden_CD, unembed_VD, jnp.float32)
+            d_hidden_CD, more_VD = unembedding_products(d_logits_CV, hidden_CD, unembed_VD, jnp.float32)
             return d_unembed_VD + more_VD, d_hidden_CD
 
-        parts = _in_chunks((hidden_XD, *per_token), chunk)
+        parts = in_chunks((hidden_XD, *per_token), chunk)
         d_unembed_VD, d_hidden_NCD = jax.lax.scan(add, jnp.zeros(unembed_VD.shape, jnp.float32), parts)
         # Summed over the devices outside: here, XLA would gather what `tensor` splits first.
         return d_hidden_NCD.reshape(-1, hidden_XD.shape[1])[: hidden_XD.shape[0]], d_unembed_VD[None]
 
-    d_hidden_XD, d_unembed_PVD = _on_own_tokens(run)(
+    d_hidden_XD, d_unembed_PVD = on_own_tokens(run)(
         unembed_VD.astype(hidden_XD.dtype), hidden_XD, targets_X, log_z_X, gradient.nll_X, gradient.log_z_X
     )
     return d_hidden_XD, d_unembed_PVD.sum(axis=0).astype(unembed_VD.dtype), None
 
 
 chunked_losses.defvjp(_chunked_forward, _chunked_backward)
-
-
-def _on_own_tokens(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function(unembed_VD, *per_token)`, on a mesh of each device's own tokens; what it returns is joined along the
-    first axis. A loop over an axis that is split would have XLA gather all of it, and sum the unembedding's gradient
-    over the devices in every round. The vocabulary's split over `tensor` is left to XLA.
-    """
-    if jax.sharding.get_abstract_mesh().size <= 1:
-        return function
-
-    def split(unembed_VD: Array, *per_token: Array) -> Any:
-        in_specs, axes = (P(), *[TOKENS] * len(per_token)), set(TOKEN_AXES)
-        run = jax.shard_map(function, in_specs=in_specs, out_specs=TOKENS, axis_names=axes, check_vma=False)
-        return run(unembed_VD, *per_token)
-
-    return split
-
-
-def _in_chunks(operands: Any, chunk: int) -> Any:
-    """[X, ...] to [N, chunk, ...], padded with zeros."""
-
-    def split(x: Array) -> Array:
-        padded = jnp.pad(x, [(0, -x.shape[0] % chunk)] + [(0, 0)] * (x.ndim - 1))
-        return padded.reshape(-1, chunk, *x.shape[1:])
-
-    return jax.tree.map(split, operands)
 
 
 def _losses(logits_XV: Array, targets_X: Array) -> TokenLosses:
@@ -199,7 +173,9 @@ def _d_logits(logits_XV: Array, targets_X: Array, log_z_X: Array, d_nll_X: Array
     return d_logits_XV.astype(logits_XV.dtype)
 
 
-def _products(d_logits_XV: Array, hidden_XD: Array, unembed_VD: Array, unembed_dtype: DTypeLike) -> tuple[Array, Array]:
+def unembedding_products(
+    d_logits_XV: Array, hidden_XD: Array, unembed_VD: Array, unembed_dtype: DTypeLike
+) -> tuple[Array, Array]:
     """The gradients of the hidden states, in their dtype, and of the unembedding, in `unembed_dtype`."""
     precision = matmul_precision(hidden_XD.dtype)
     d_hidden_XD = jnp.einsum("xv,vd->xd", d_logits_XV, unembed_VD.astype(hidden_XD.dtype), precision=precision)

@@ -1,0 +1,42 @@
+"""Working through tokens chunk by chunk, on a mesh each device through its own.
+
+Shapes: X tokens, N chunks of C tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import PartitionSpec as P
+
+from smallcoder_jax.mesh import TOKEN_AXES, TOKENS
+
+
+def on_own_tokens(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function(shared, *per_token)`, on a mesh of each device's own tokens; what it returns is joined along the first
+    axis. A loop over an axis that is split would have XLA gather all of it, and sum the unembedding's gradient over the
+    devices in every round. The vocabulary's split over `tensor` is left to XLA.
+    """
+    if jax.sharding.get_abstract_mesh().size <= 1:
+        return function
+
+    def split(shared: Any, *per_token: Array) -> Any:
+        in_specs, axes = (P(), *[TOKENS] * len(per_token)), set(TOKEN_AXES)
+        run = jax.shard_map(function, in_specs=in_specs, out_specs=TOKENS, axis_names=axes, check_vma=False)
+        return run(shared, *per_token)
+
+    return split
+
+
+def in_chunks(operands: Any, chunk: int) -> Any:
+    """[X, ...] to [N, chunk, ...], padded with zeros."""
+
+    def split(x: Array) -> Array:
+        padded = jnp.pad(x, [(0, -x.shape[0] % chunk)] + [(0, 0)] * (x.ndim - 1))
+        return padded.reshape(-1, chunk, *x.shape[1:])
+
+    return jax.tree.map(split, operands)
