@@ -160,12 +160,10 @@ def _points(axes: Axes, curve: tuple[np.ndarray, np.ndarray], color: str, label:
     _line(axes, curve, color, label, marker="o", markersize=4.5, markeredgecolor="white", markeredgewidth=0.8)
 
 
-def _legend(axes: Axes, title: str | None = None) -> None:
+def _legend(axes: Axes) -> None:
     axes.legend(
         loc="best",
         fontsize=9,
-        title=title,
-        title_fontsize=9,
         frameon=True,
         framealpha=0.9,
         edgecolor=RULE,
@@ -202,12 +200,18 @@ def _draw_bits_per_byte(axes: Axes, evaluation: _Curves, references: Mapping[str
     if not curve[0].size and not references:
         return _empty(axes, "no evaluation yet")
     if curve[0].size:
-        _points(axes, curve, ORANGE, f"this model  {curve[1][-1]:.3f}")
+        # eval.batches may be few: the model's numbers are of a part of what the compressors were given.
+        _points(axes, curve, ORANGE, f"this model, on the rows evaluated  {curve[1][-1]:.3f}")
     styles = ((0, (5, 3)), (0, (1, 2)), (0, (5, 2, 1, 2)), (0, (3, 1)))
     for index, (name, value) in enumerate(references.items()):
-        axes.axhline(value, color=GREY, linewidth=1.3, linestyle=styles[index % 4], label=f"{name}  {value:.3f}")
-    # eval.batches may be few: the model's numbers are of a part of what the compressors were given.
-    _legend(axes, "model: rows evaluated; compressors: all held-out files" if references else None)
+        axes.axhline(value, color=GREY, linewidth=1.3, linestyle=styles[index % 4])
+        # On its line, at the end that the curve is far from: a legend of them all would cover the curve.
+        where = {"xy": (0.99, value), "xycoords": ("axes fraction", "data"), "xytext": (0, 2), "ha": "right"}
+        axes.annotate(f"{name}  {value:.3f}", **where, textcoords="offset points", fontsize=8, color=GREY)
+    if references:
+        axes.set_title("compressors: all held-out files", loc="right", fontsize=7, color=GREY)
+    if curve[0].size:
+        _legend(axes)
 
 
 def _draw_accuracy(axes: Axes, train: _Curves, evaluation: _Curves) -> None:

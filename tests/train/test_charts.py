@@ -61,8 +61,11 @@ def test_the_comparison_says_what_each_side_was_measured_on() -> None:
     charts._draw_bits_per_byte(axes, charts._Curves(values, "eval_"), values["references"])
     legend = axes.get_legend()
     assert legend is not None
-    assert legend.get_title().get_text() == "model: rows evaluated; compressors: all held-out files"
-    assert len(legend.get_texts()) == 3
+    (model,) = legend.get_texts()
+    assert "on the rows evaluated" in model.get_text()
+    assert axes.get_title("right") == "compressors: all held-out files"
+    named = [text.get_text() for text in axes.texts]
+    assert named == [f"{name}  {value:.3f}" for name, value in values["references"].items()]
 
 
 def test_long_curves_are_thinned_and_keep_their_spikes() -> None:
