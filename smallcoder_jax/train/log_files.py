@@ -157,22 +157,23 @@ class Samples:
 class LogFiles:
     """All plain files of a run, and the history that charts and `metrics_history.json` are made from."""
 
-    def __init__(self, folder: RunFolder, resume_step: int) -> None:
-        """Keeps what is logged up to `resume_step`; 0 starts anew."""
+    def __init__(self, folder: RunFolder, resume_step: int, evaluated_step: int) -> None:
+        """Keeps what is logged up to `resume_step`, of evaluations up to `evaluated_step`; 0 starts anew."""
         train_columns, train_rows = read_csv(folder.training_log_csv)
         eval_columns, eval_rows = read_csv(folder.eval_log_csv)
         json_rows = read_json_lines(folder.metrics_jsonl)
 
-        def kept(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-            return [row for row in rows if row["step"] <= resume_step] if resume_step else []
+        def kept(rows: list[dict[str, Any]], last: int = resume_step) -> list[dict[str, Any]]:
+            return [row for row in rows if row["step"] <= last] if resume_step else []
 
+        eval_rows = kept(eval_rows, evaluated_step)
         self._history_path = folder.metrics_history_json
         self._jsonl = JsonLines(folder.metrics_jsonl, kept(json_rows))
         self._train = CsvLog(folder.training_log_csv, _columns(train_columns, TRAINING_COLUMNS), kept(train_rows))
-        self._evaluation = CsvLog(folder.eval_log_csv, _columns(eval_columns, EVALUATION_COLUMNS), kept(eval_rows))
-        self._samples = Samples(folder.text_samples_json, resume_step)
+        self._evaluation = CsvLog(folder.eval_log_csv, _columns(eval_columns, EVALUATION_COLUMNS), eval_rows)
+        self._samples = Samples(folder.text_samples_json, evaluated_step)
         self._train_history = Columns(TRAINING_COLUMNS, kept(json_rows))
-        self._eval_history = Columns(EVALUATION_COLUMNS, kept(eval_rows))
+        self._eval_history = Columns(EVALUATION_COLUMNS, eval_rows)
         self.references: dict[str, float] = {}  # bits per byte by compressor
         if resume_step and self._history_path.exists():
             self.references = read_json(self._history_path, "a metrics history").get("references", {})

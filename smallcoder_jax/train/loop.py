@@ -135,6 +135,7 @@ class Trainer:
         self.tokens_seen, self.train_seconds, self.best_loss = 0, 0.0, float("inf")
         self.last_loss: float | None = None
         self.evaluation: dict[str, float] = {}
+        self.owes_evaluation = False  # of the newest step: a signal came first
         self.data_state: Any = None
         self.state = self._restore_or_init(program.optimizer)
         self.step = int(self.state.step)
@@ -168,6 +169,7 @@ class Trainer:
             run_name=config.name,
             config_dict=to_dict(config),
             resume_step=self.step,
+            evaluated_step=self.step - self.owes_evaluation,
             notify=self.terminal.note,
         )
         log.references(task.references)
@@ -195,6 +197,7 @@ class Trainer:
         self.best_loss = restored.meta["best_loss"] if restored.meta["best_loss"] is not None else float("inf")
         self.last_loss = restored.meta["last_loss"]
         self.evaluation = restored.meta["evaluation"]
+        self.owes_evaluation = restored.meta.get("owes_evaluation", False)
         self.data_state = restored.data_state
         self.terminal.note(f"resuming at step {int(restored.state.step)} of {self.folder.path}")
         return restored.state
@@ -205,7 +208,9 @@ class Trainer:
         stop = StopRequest(lambda: self.watchdog.limit("the end, after a signal (guard.stop_seconds)", seconds))
         with contextlib.closing(self.log), self.watchdog, stop:
             try:
-                if self.step < self.config.train.steps:
+                if self.owes_evaluation and self._evaluate(stop):
+                    self._save(best=True)
+                if self.step < self.config.train.steps and not self.vote.passed:
                     self._train(stop)
             finally:
                 # A signal must not kill the last save, nor the folder be free before its end.
@@ -213,7 +218,7 @@ class Trainer:
                     self.checkpointer.wait()
         if is_first():
             self._write_info()
-        interrupted = self.vote.passed and self.step < self.config.train.steps
+        interrupted = self.vote.passed and (self.step < self.config.train.steps or self.owes_evaluation)
         return Outcome(self.step, interrupted, self.evaluation, self.tokens_seen)
 
     def _train(self, stop: StopRequest) -> None:
@@ -243,15 +248,13 @@ class Trainer:
                         self._report(meter, pending)
                     metrics = {**metrics, **self.vote.cast(stop.requested)}
                     pending = Dispatched(self.step, metrics, waited, batch, before)
-                    last = self.step >= self.config.train.steps or self.vote.passed
-                    if last or self._is_due():
+                    if self.step >= self.config.train.steps or self.vote.passed or self._is_due():
                         self._report(meter, pending)
                         pending = None
                         meter.pause()
-                        self._between_steps(last)
+                        if self._between_steps(stop):
+                            return
                         meter.resume()
-                    if last:
-                        return
                     batch, data_state, waited = next(drawn)
         finally:
             prefetcher.close()
@@ -261,20 +264,24 @@ class Trainer:
         every = (config.eval.every, config.checkpoint.every, config.log.charts_every, config.log.histograms_every)
         return any(period and self.step % period == 0 for period in every)
 
-    def _between_steps(self, last: bool) -> None:
-        """Evaluation, samples, saving, histograms and charts: whatever is due after this step."""
+    def _between_steps(self, stop: StopRequest) -> bool:
+        """Evaluation, samples, saving, histograms and charts: whatever is due after this step. Returns whether the run
+        ends here; where that is because of a signal, an evaluation waits until it is continued.
+        """
         config, step = self.config, self.step
         finished = step >= config.train.steps
         best = False
         with jax.transfer_guard("allow"):
             if finished or (config.eval.every and step % config.eval.every == 0):
-                best = self._evaluate()
+                best = self._evaluate(stop)
+            last = finished or self.vote.passed
             if best or last or step % config.checkpoint.every == 0:
                 self._save(best)
             if config.log.histograms_every and step % config.log.histograms_every == 0:
                 self._histograms()
         if last or (config.log.charts_every and step % config.log.charts_every == 0):
             self.log.charts(step)
+        return last
 
     def _report(self, meter: Meter, dispatched: Dispatched) -> None:
         """Reads the metrics of a step that was dispatched before the newest one. Raises Diverged."""
@@ -315,10 +322,13 @@ class Trainer:
                 "optimizer.learning_rate, or raise guard.spike_sigma if they are no spikes to you"
             )
 
-    def _evaluate(self) -> bool:
-        """Evaluates, logs, writes samples. Returns whether this is the best loss so far."""
+    def _evaluate(self, stop: StopRequest) -> bool:
+        """Evaluates, logs, writes samples, unless a signal comes first. Returns whether the loss is the best so far."""
+        self.owes_evaluation = True
+        if self.vote.passed:
+            return False
         self.faults.reach("evaluation")
-        total = evaluate(
+        sums = evaluate(
             self.eval_step,
             self.state.params,
             self.watchdog.each(
@@ -327,8 +337,13 @@ class Trainer:
                 self.task.validation_batches(self.config.eval.batches, process_rows(self.mesh, eval_rows(self.config))),
             ),
             batch_sharding(self.mesh),
-        ).compute()
-        self.evaluation = total
+            self.vote,
+            stop,
+        )
+        if sums is None:
+            return False
+        self.owes_evaluation = False
+        self.evaluation = total = sums.compute()
         self.log.evaluation(self.step, total)
         best = total["loss"] < self.best_loss
         self.best_loss = min(self.best_loss, total["loss"])
@@ -369,6 +384,7 @@ class Trainer:
             "last_loss": self.last_loss,
             "best_loss": self.best_loss if np.isfinite(self.best_loss) else None,
             "evaluation": self.evaluation,
+            "owes_evaluation": self.owes_evaluation,
         }
         self.log.flush()  # a run that continues from this step has its lines
         with self.watchdog.wait("a checkpoint (guard.save_seconds)", self.config.guard.save_seconds):
@@ -444,18 +460,33 @@ class Trainer:
         )
 
 
-def evaluate(eval_step: Any, params: Any, batches: Iterable[dict[str, np.ndarray]], sharding: Any) -> EvalMetrics:
-    """The sums of an evaluation over `batches` (numpy, this process's rows)."""
+def evaluate(
+    eval_step: Any,
+    params: Any,
+    batches: Iterable[dict[str, np.ndarray]],
+    sharding: Any,
+    vote: StopVote,
+    stop: StopRequest,
+) -> EvalMetrics | None:
+    """The sums of an evaluation over `batches` (numpy, this process's rows); None where a signal comes before."""
     total = EvalMetrics.empty()
+
+    def counted(sums: dict[str, jax.Array]) -> EvalMetrics:
+        values = jax.device_get(sums)
+        vote.count(values)
+        return total.merge(EvalMetrics.from_model_output(**values))
+
     pending = None
     for batch in batches:
-        sums = eval_step(params, place_batch(sharding, batch))
+        sums = {**eval_step(params, place_batch(sharding, batch)), **vote.cast(stop.requested)}
         if pending is not None:
-            total = total.merge(EvalMetrics.from_model_output(**jax.device_get(pending)))
+            total = counted(pending)
+        if vote.passed:
+            return None
         pending = sums
     if pending is None:
         raise UserError("there is nothing to evaluate on: the validation split is empty")
-    return total.merge(EvalMetrics.from_model_output(**jax.device_get(pending)))
+    return counted(pending)
 
 
 def poisoned(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:

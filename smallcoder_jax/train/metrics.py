@@ -109,9 +109,11 @@ class MetricsLog:
         run_name: str,
         config_dict: Mapping[str, Any],
         resume_step: int,
+        evaluated_step: int,
         notify: Callable[[str], None] = print,
     ) -> None:
-        """Opens the logs of `folder`, keeping what they hold up to `resume_step` (0: nothing).
+        """Opens the logs of `folder`, keeping what they hold up to `resume_step` (0: nothing), of evaluations up to
+        `evaluated_step`.
 
         `notify` is given what the user should know at the start: a summary writer that is off, and why. Raises
         UserError if a log is damaged or W&B is asked for without its package.
@@ -133,7 +135,7 @@ class MetricsLog:
             self._writers.append(wandb_writer)
             status["wandb"] = wandb_writer.mode
         # After W&B, which may refuse: a start that fails has changed no log.
-        self._files = LogFiles(folder, resume_step)
+        self._files = LogFiles(folder, resume_step, evaluated_step)
         folder.update_run_json(**status)
         self._executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="metrics")
         self._waiting: deque[concurrent.futures.Future[None]] = deque()

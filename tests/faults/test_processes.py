@@ -136,6 +136,7 @@ def test_samples_and_histograms_of_split_parameters(teams: Teams) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
 @pytest.mark.parametrize("victim", [0, 1])
 def test_sigterm_to_one_stops_all_at_one_step(teams: Teams, victim: int) -> None:
     name = f"stopped{victim}"
@@ -147,6 +148,18 @@ def test_sigterm_to_one_stops_all_at_one_step(teams: Teams, victim: int) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.cluster
+def test_sigterm_in_an_evaluation_is_heard_by_all(teams: Teams) -> None:
+    codes, _ = teams.signal_one("in_evaluation", 1, signal.SIGTERM, 3, 2, 1, "eval.every=1", "eval.batches=0")
+    assert codes == [EXIT_INTERRUPTED] * 2
+    teams.finish_team("in_evaluation", 2, 1, *EACH_STEP, "eval.every=1", "eval.batches=0")
+    assert teams.curve("in_evaluation") == teams.curve("two")
+    evaluated = [int(row.split(",")[0]) for row in teams.evaluations("in_evaluation")[1:]]
+    assert evaluated == list(range(1, STEPS + 1))
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
 def test_two_processes_killed_one_at_a_time(teams: Teams) -> None:
     for victim, step in ((1, 2), (0, 5)):
         codes, seconds = teams.signal_one("killed", victim, signal.SIGKILL, step, 2, 1)

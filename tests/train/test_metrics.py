@@ -32,7 +32,15 @@ def folder(tmp_path: Path) -> RunFolder:
 
 
 def open_log(folder: RunFolder, *, resume_step: int = 0, log: LogConfig = PLAIN, **options: Any) -> MetricsLog:
-    return MetricsLog(folder, log=log, run_name="nano", config_dict={"a": 1}, resume_step=resume_step, **options)
+    return MetricsLog(
+        folder,
+        log=log,
+        run_name="nano",
+        config_dict={"a": 1},
+        resume_step=resume_step,
+        evaluated_step=resume_step,
+        **options,
+    )
 
 
 def train_values(step: int) -> dict[str, float]:
