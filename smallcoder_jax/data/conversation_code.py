@@ -221,8 +221,10 @@ def _definitions(tree: ast.Module) -> dict[str, tuple[ast.stmt, str]]:
             found[node.targets[0].id] = (node, "")
         elif isinstance(node, ast.Import | ast.ImportFrom):
             for alias in node.names:
-                lone = ast.Import([alias]) if isinstance(node, ast.Import) else None
-                lone = lone or ast.ImportFrom(node.module, [alias], node.level)
+                if isinstance(node, ast.Import):
+                    lone = ast.Import([alias])
+                else:
+                    lone = ast.ImportFrom(node.module, [alias], node.level)
                 found[(alias.asname or alias.name).split(".")[0]] = (node, ast.unparse(lone))
     return found
 

@@ -256,7 +256,7 @@ def two_turns(rng: random.Random) -> Plan:
         name, first = rng.choice([("sum", f"sum({many})"), ("maximum", f"max({many})"), ("minimum", f"min({many})")])
         request = _ask(
             rng,
-            f"compute the {name} of {many}, then count from it up by {factor} in the shell and show the last 3 numbers.",
+            f"compute the {name} of {many}, then count up from it by {factor} in the shell and show the last 3.",
             f"take the {name} of {many} in Python; with seq, show the last 3 numbers from there to {factor} more.",
         )
         steps: tuple[Step, ...] = (

@@ -66,6 +66,9 @@ class Encoded:
     ids: np.ndarray
     counted: np.ndarray
 
+    def __len__(self) -> int:
+        return len(self.ids)
+
 
 def template() -> str:
     """The Jinja template."""
