@@ -72,7 +72,8 @@ def test_no_request_is_on_both_sides() -> None:
     assert len(sides) < 2 * COUNT, "this test needs requests that occur twice"
     share = sum(found == {"validation"} for found in sides.values()) / len(sides)
     assert 0.07 < share < 0.13
-    assert side_of("What  is 1?\n") == side_of("what is 1? ")
+    for number in range(200):
+        assert side_of(f"What  is {number}?\n") == side_of(f"what is {number}? ")
 
 
 def test_a_conversation_depends_on_seed_and_index_alone(records: list[Record]) -> None:

@@ -111,6 +111,8 @@ def test_broken_json_and_turns_without_end(tokenizer: SentencePieceTokenizer) ->
     assert rights(score(tokenizer, lambda prompts: [ids[:-2] for ids in good(prompts)])) == [3, 3, 3, 2, 0]
     broken = [[i for i in ids if i != brace] for ids in good(_prompts(tokenizer))]
     assert rights(score(tokenizer, lambda _: broken)) == [0, 0, 0, 2, 5]
+    behind = [[*ids[:-2], *tokenizer.encode(" so"), *ids[-2:]] for ids in good(_prompts(tokenizer))]
+    assert rights(score(tokenizer, lambda _: behind)) == [0, 0, 0, 2, 5], "text behind a call is not well-formed"
 
 
 def _prompts(tokenizer: SentencePieceTokenizer) -> list[list[int]]:
