@@ -12,12 +12,13 @@ Shapes: B rows, T places of a row.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence, Sized
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 Row = list[np.ndarray]
+_Piece = TypeVar("_Piece", bound=Sized)  # of n + 1 ids
 
 WINDOW_ROWS = 64  # best fit: how many rows' worth of documents are arranged together
 SHUFFLED_ROWS, SHUFFLED_PLACES = 256, 1 << 21  # rows shuffled together, at most; a resume reads them again, in < 1 s
@@ -167,9 +168,9 @@ class BestFitPacker:
         self._taken = state["taken"]
 
 
-def best_fit(pieces: Sequence[np.ndarray], length: int) -> list[Row]:
+def best_fit(pieces: Sequence[_Piece], length: int) -> list[list[_Piece]]:
     """Rows of `length` places: longest piece first, each into the row where it leaves the least room."""
-    rows: list[Row] = []
+    rows: list[list[_Piece]] = []
     open_rows: list[tuple[int, int]] = []  # (free places, row), ascending
     for piece in sorted(pieces, key=len, reverse=True):
         places = len(piece) - 1

@@ -32,7 +32,7 @@ from smallcoder_jax.export import names
 from smallcoder_jax.export import tokenizer as export_tokenizer
 from smallcoder_jax.export.tokenizer import write_json
 from smallcoder_jax.models import build
-from smallcoder_jax.tokenizers import base
+from smallcoder_jax.tokenizers import base, chat
 
 CONFIG, GENERATION_CONFIG, WEIGHTS = "config.json", "generation_config.json", "model.safetensors"
 CARD, RECORD = "README.md", "export.json"
@@ -208,7 +208,7 @@ def _published_config(model: ModelConfig, tokenizer: base.Tokenizer, dtype: Dtyp
 
 def _generation_config(tokenizer: base.Tokenizer) -> dict[str, Any]:
     # A turn of a conversation ends with its own piece: without it here, a chat never stops.
-    end = [tokenizer.eos_id, tokenizer.specials[base.IM_END]] if export_tokenizer.has_chat(tokenizer) else []
+    end = [tokenizer.eos_id, tokenizer.specials[base.IM_END]] if chat.has_chat(tokenizer) else []
     return {
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": end or tokenizer.eos_id,

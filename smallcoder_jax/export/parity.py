@@ -21,13 +21,26 @@ from smallcoder_jax.config import ComputeConfig, ModelConfig
 from smallcoder_jax.errors import CheckFailed, UserError
 from smallcoder_jax.export import tokenizer as export_tokenizer
 from smallcoder_jax.models import build
-from smallcoder_jax.tokenizers import base
+from smallcoder_jax.tokenizers import base, chat
 
 TOLERANCE = 1e-4  # largest difference of a logit
 GREEDY_TOKENS, PROMPT_TOKENS = 64, 64
 LENGTHS = (1, 7, 64, 512)  # those beyond the context are left out, and the context itself is put in where it is shorter
 # Prompts of the greedy continuations, beside what the caller gives.
 PROMPTS = ("def fibonacci(n):\n", "import os\n\n\nclass ", "")
+
+_CHAT = chat.Conversation((chat.Message("user", "hi  there"), chat.Message("assistant", "x = 1\n")))
+_TOOL_CHAT = chat.Conversation(
+    (
+        chat.Message("system", "Be brief."),
+        *_CHAT.messages,
+        chat.Message("user", "1 + 1?"),
+        chat.Message("assistant", "I add.", (chat.ToolCall("add", {"a": 1, "b": [1.5, None, "é"]}),) * 2),
+        chat.Message("tool", "2"),
+        chat.Message("tool", ""),
+    ),
+    ({"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}},),
+)
 
 _Forward = Callable[[np.ndarray, np.ndarray], np.ndarray]  # ids and mask [B, T] to logits [B, T, V]
 
@@ -116,7 +129,7 @@ def check(
         checks.append(_compare_specials(tokenizer, theirs_tokenizer, published))
         if not published:
             checks.append(_compare_decoding(tokenizer, theirs_tokenizer, samples))
-        if not published and export_tokenizer.has_chat(tokenizer):
+        if not published and chat.has_chat(tokenizer):
             checks.append(_compare_chat(tokenizer, theirs_tokenizer))
     tokens = min(GREEDY_TOKENS, max(1, model.context // 2))
     for text in [*PROMPTS, *texts[:2]]:
@@ -308,15 +321,13 @@ def _compare_decoding(tokenizer: base.Tokenizer, theirs: Any, texts: Sequence[st
 
 
 def _compare_chat(tokenizer: base.Tokenizer, theirs: Any) -> Check:
-    """A conversation becomes turns whose borders are single ids and whose text is tokenized as ours."""
-    messages = [{"role": "user", "content": "hi  there"}, {"role": "assistant", "content": "x = 1\n"}]
-    start, end = tokenizer.specials[base.IM_START], tokenizer.specials[base.IM_END]
-    newline = tokenizer.encode("\n")
-    expected = [tokenizer.bos_id]
-    for message in messages:
-        expected += [start, *tokenizer.encode(f"{message['role']}\n{message['content']}"), end, *newline]
-    expected += [start, *tokenizer.encode("assistant\n")]
-    found = list(theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"])
+    """A conversation has the ids of training, with function calls where the tokenizer has pieces for them."""
+    conversation, tools = _CHAT, []
+    if all(piece in tokenizer.specials for piece in base.TOOL_PIECES):
+        conversation, tools = _TOOL_CHAT, list(_TOOL_CHAT.tools)
+    messages = [dataclasses.asdict(message) for message in conversation.messages]
+    expected = chat.encode(conversation, tokenizer, reply=True).ids.tolist()
+    found = list(theirs.apply_chat_template(messages, tools=tools, add_generation_prompt=True)["input_ids"])
     return Check("chat template", "same ids" if found == expected else "other ids", "same ids", found == expected)
 
 

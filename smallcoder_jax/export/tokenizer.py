@@ -7,19 +7,16 @@ entries are written with real spaces and no rewriting of the text, so that the i
 from __future__ import annotations
 
 import json
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
 
 from smallcoder_jax.errors import UserError
-from smallcoder_jax.tokenizers import base
+from smallcoder_jax.tokenizers import base, chat
 from smallcoder_jax.tokenizers.sentencepiece import MODEL_FILE, SPACE
 
 TOKENIZER_JSON, TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
-# What the chat template writes: where one of them is several ids, a model cannot end its turn with one.
-CHAT_PIECES = (base.IM_START, base.IM_END)
 
 
 def write_tokenizer(folder: Path, tokenizer: base.Tokenizer, *, context: int) -> None:
@@ -66,18 +63,8 @@ def write_tokenizer(folder: Path, tokenizer: base.Tokenizer, *, context: int) ->
     if base.UNK in tokenizer.specials:
         settings["unk_token"] = base.UNK
     write_json(folder / TOKENIZER_CONFIG, settings)
-    if has_chat(tokenizer):
-        (folder / CHAT_TEMPLATE).write_text(chat_template(), encoding="utf-8", newline="\n")
-
-
-def has_chat(tokenizer: base.Tokenizer) -> bool:
-    """Whether the turns of a conversation have ids of their own in this tokenizer."""
-    return all(piece in tokenizer.specials for piece in CHAT_PIECES)
-
-
-def chat_template() -> str:
-    """ChatML as a Jinja template, with function calls in the form of the Hermes models."""
-    return resources.files("smallcoder_jax.export").joinpath("templates", CHAT_TEMPLATE).read_text(encoding="utf-8")
+    if chat.has_chat(tokenizer):
+        (folder / CHAT_TEMPLATE).write_text(chat.template(), encoding="utf-8", newline="\n")
 
 
 def is_published(folder: Path) -> bool:

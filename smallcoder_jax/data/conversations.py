@@ -1,0 +1,108 @@
+"""Conversations that call functions: drawn by a grammar, answered by really calling.
+
+A conversation depends on the seed, its index, the running Python and what `execute` answers, and on nothing else: any
+number of workers may share the indices. Its side of the split depends on the words of its request alone, so that no
+request is both learned from and tested.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import platform
+import random
+from typing import Any
+
+from smallcoder_jax.data.conversation_requests import KINDS, Plan
+from smallcoder_jax.data.conversation_tools import TOOLS, Execute, call_tool
+from smallcoder_jax.errors import UserError
+from smallcoder_jax.tokenizers.chat import Conversation, Message
+from smallcoder_jax.tokenizers.chat_wire import from_wire, to_wire
+
+VALIDATION_SHARE = 0.1
+FORMAT = 1  # raised when the same seed and index begin to give another conversation
+_SYSTEM = ("", "You are a coding assistant.", "You help people with Python.", "Answer briefly.")
+_MOST_TOOLS = 3  # on offer in one conversation
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """A conversation, its side of the split (`train` or `validation`) and where it is from: seed, index, kind, source
+    of its code, and the version of Python that answered."""
+
+    conversation: Conversation
+    side: str
+    provenance: dict[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; messages and tools in the shape of OpenAI's API."""
+        return {**to_wire(self.conversation), "side": self.side, "provenance": self.provenance}
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Record:
+        """What `to_json` wrote. Raises UserError, naming the place, for anything else."""
+        try:
+            side, provenance = value["side"], value["provenance"]
+            conversation = from_wire({key: value[key] for key in ("messages", "tools")})
+        except (KeyError, TypeError) as error:
+            raise UserError(f"a record of a conversation has no {error}; make the conversations again") from error
+        return cls(conversation, side, provenance)
+
+
+@dataclasses.dataclass(frozen=True)
+class Draft:
+    """A request that nothing was called for yet: cheap to make, to choose by side before calling."""
+
+    plan: Plan
+    kind: str
+    system: str
+    tools: tuple[str, ...]
+    seed: int
+    index: int
+
+    @property
+    def side(self) -> str:
+        return side_of(self.plan.request)
+
+
+def draw(seed: int, index: int) -> Draft:
+    """The request of a seed and an index, with the functions on offer."""
+    rng = random.Random(f"conversation|{FORMAT}|{seed}|{index}")
+    (kind,) = rng.choices(list(KINDS), weights=[share for _, share in KINDS.values()])
+    plan = KINDS[kind][0](rng)
+    others = [name for name in TOOLS if name not in plan.tools]
+    extra = rng.sample(others, rng.randint(1, _MOST_TOOLS - len(plan.tools)))
+    tools = [*plan.tools, *extra]
+    rng.shuffle(tools)
+    return Draft(plan, kind, rng.choice(_SYSTEM), tuple(tools), seed, index)
+
+
+def complete(draft: Draft, execute: Execute) -> Record:
+    """The conversation of a draft, with real responses."""
+    plan = draft.plan
+    messages = [Message("system", draft.system)] if draft.system else []
+    messages.append(Message("user", plan.request))
+    responses: list[str] = []
+    for step in plan.steps:
+        calls = step(responses)
+        messages.append(Message("assistant", "", calls))
+        found = [call_tool(call.name, call.arguments, execute) for call in calls]
+        messages += [Message("tool", text) for text in found]
+        responses += found
+    messages.append(Message("assistant", plan.answer(responses)))
+    provenance = {
+        "generator": f"conversations {FORMAT}",
+        "seed": draft.seed,
+        "index": draft.index,
+        "kind": draft.kind,
+        "source": plan.source,
+        "python": platform.python_version(),
+    }
+    return Record(Conversation(tuple(messages), tuple(TOOLS[name] for name in draft.tools)), draft.side, provenance)
+
+
+def side_of(request: str) -> str:
+    """`train` or `validation`, by a hash of the request; case and whitespace do not count."""
+    words = " ".join(request.casefold().split())
+    place = int.from_bytes(hashlib.sha256(b"request|" + words.encode("utf-8")).digest()[:8], "big")
+    return "validation" if place < VALIDATION_SHARE * 2**64 else "train"

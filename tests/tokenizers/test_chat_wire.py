@@ -1,0 +1,104 @@
+"""Conversations to OpenAI's shape and back; what does not fit is refused with its place."""
+
+from __future__ import annotations
+
+import copy
+import json
+import random
+from typing import Any
+
+import pytest
+
+from smallcoder_jax.errors import UserError
+from smallcoder_jax.tokenizers.chat import Conversation, Message, ToolCall
+from smallcoder_jax.tokenizers.chat_wire import from_wire, to_wire
+from tests.tokenizers.test_chat import CONVERSATIONS, random_conversation
+
+TALK = Conversation(
+    (
+        Message("user", "x"),
+        Message("assistant", "", (ToolCall("run", {"code": "é\n\"'"}), ToolCall("run", {}))),
+        Message("tool", "1"),
+        Message("tool", "2"),
+        Message("assistant", "", (ToolCall("run", {"n": [1.5, None]}),)),
+        Message("tool", "3"),
+        Message("assistant", "Done."),
+    )
+)
+
+
+def test_the_shape() -> None:
+    wire = to_wire(TALK)
+    assert wire["messages"][1] == {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [
+            {"id": "call_0", "type": "function", "function": {"name": "run", "arguments": '{"code": "é\\n\\"\'"}'}},
+            {"id": "call_1", "type": "function", "function": {"name": "run", "arguments": "{}"}},
+        ],
+    }
+    assert [message.get("tool_call_id") for message in wire["messages"]] == [
+        None, None, "call_0", "call_1", None, "call_2", None,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CONVERSATIONS)
+def test_back_from_json(name: str) -> None:
+    assert from_wire(json.loads(json.dumps(to_wire(CONVERSATIONS[name])))) == CONVERSATIONS[name]
+
+
+def test_random_conversations_come_back() -> None:
+    rng = random.Random(11)
+    for _ in range(300):
+        conversation = random_conversation(rng)
+        assert from_wire(json.loads(json.dumps(to_wire(conversation)))) == conversation
+
+
+def test_responses_are_put_in_the_order_of_their_calls() -> None:
+    wire = to_wire(TALK)
+    wire["messages"][2], wire["messages"][3] = wire["messages"][3], wire["messages"][2]
+    wire["messages"][1]["content"] = None
+    assert from_wire(wire) == TALK
+
+
+def damaged(change: Any) -> dict[str, Any]:
+    wire = copy.deepcopy(to_wire(Conversation(TALK.messages, ({"type": "function", "function": {"name": "run"}},))))
+    change(wire["messages"], wire)
+    return wire
+
+
+def function(messages: list[Any]) -> dict[str, Any]:
+    return messages[1]["tool_calls"][0]["function"]
+
+
+ARGUMENTS = r"messages\[1\].tool_calls\[0\].function.arguments "
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda m, w: w.pop("messages"), "the conversation has no messages"),
+        (lambda m, w: w.update(model="x"), "the conversation has the key 'model'"),
+        (lambda m, w: m.append("x"), r"messages\[7\] is 'x'; expected an object"),
+        (lambda m, w: m[0].update(role="judge"), r"messages\[0\].role is 'judge'"),
+        (lambda m, w: m[0].update(content=[1]), r"messages\[0\].content is \[1\], of type list"),
+        (lambda m, w: m[0].update(content=None), r"messages\[0\] has neither content nor tool_calls"),
+        (lambda m, w: m[0].update(name="x"), r"messages\[0\] has the key 'name'"),
+        (lambda m, w: function(m).update(arguments='{"a": 1'), ARGUMENTS + r"is not valid JSON: .*column 8"),
+        (lambda m, w: function(m).update(arguments='{"a": 1, "a": 2}'), ARGUMENTS + "is not valid JSON: the key 'a'"),
+        (lambda m, w: function(m).update(arguments="[]"), ARGUMENTS + "is a JSON list; expected an object"),
+        (lambda m, w: function(m).update(arguments={}), ARGUMENTS + "is {}, of type dict"),
+        (lambda m, w: function(m).pop("name"), r"messages\[1\].tool_calls\[0\].function has no name"),
+        (lambda m, w: m[1]["tool_calls"][1].update(id="call_0"), r"tool_calls\[1\].id is 'call_0', as that"),
+        (lambda m, w: m[2].pop("tool_call_id"), r"messages\[2\]: tool_call_id belongs to"),
+        (lambda m, w: m[3].update(tool_call_id="call_0"), r"messages\[3\].tool_call_id is 'call_0'; .*'call_1'"),
+        (lambda m, w: m.pop(3), r"messages\[3\].role is assistant; expected the response to"),
+        (lambda m, w: m.__delitem__(slice(3, None)), r"the last calls are .* only \['call_0'\]"),
+        (lambda m, w: m.insert(0, m[2]), r"messages\[0\].tool_call_id is 'call_0'; expected no response here"),
+        (lambda m, w: w["tools"][0].pop("function"), r"tools\[0\] has no function"),
+        (lambda m, w: w["tools"][0]["function"].update(parameters=[]), r"tools\[0\].function.parameters is \[\]"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change: Any, complaint: str) -> None:
+    with pytest.raises(UserError, match=complaint):
+        from_wire(damaged(change))
