@@ -41,6 +41,7 @@ nonce = frame.f_locals["job"]["nonce"]
 def forge(text):
     os.write(4, f"\\n{nonce} {text}\\n".encode())
 """
+LEAVE = "\nos._exit(0)"  # before the harness writes: only the forged record can be what voids the run
 
 # name, code, how the run ends, what the error of the call says; limits where they matter.
 SCORED: list[tuple[str, str, str, str] | tuple[str, str, str, str, Limits]] = [
@@ -122,20 +123,29 @@ SCORED: list[tuple[str, str, str, str] | tuple[str, str, str, str, Limits]] = [
     # the nonce, found by looking for it on purpose: a record out of turn voids the run
     ("forged_then_genuine", FIND_NONCE + "forge('[\"result\", 0, [\"int\", \"0x2a\"], null]')\ndef f(x): return 0",
      "forged", "not run: forged"),
-    ("forged_out_of_turn", FIND_NONCE + "forge('[\"result\", 7, [\"int\", \"0x2a\"], null]')", "forged", "not run"),
+    ("forged_out_of_turn", FIND_NONCE + "forge('[\"result\", 7, [\"int\", \"0x2a\"], null]')"
+     + LEAVE, "forged", "not run"),
     ("forged_end", FIND_NONCE + "forge('[\"end\"]')\ndef f(x): return 42", "forged", "not run: forged"),
-    ("forged_nesting", FIND_NONCE + "forge('[' * 200000)", "forged", "not run: forged"),
-    ("forged_long_int", FIND_NONCE + "forge('[\"result\", 0, ' + '9' * 500000 + ', null]')", "forged", "not run"),
-    ("forged_long_hex", FIND_NONCE + "forge('[\"result\", 0, [\"int\", \"0x' + '9' * 500000 + '\"], null]')", "forged",
+    ("forged_nesting", FIND_NONCE + "forge('[' * 200000)"
+     + LEAVE, "forged", "not run: forged"),
+    ("forged_long_int", FIND_NONCE + "forge('[\"result\", 0, ' + '9' * 500000 + ', null]')"
+     + LEAVE, "forged", "not run"),
+    ("forged_long_hex", FIND_NONCE + "forge('[\"result\", 0, [\"int\", \"0x' + '9' * 500000 + '\"], null]')"
+     + LEAVE, "forged",
      "not run: forged"),
-    ("forged_nan", FIND_NONCE + "forge('[\"result\", 0, NaN, null]')", "forged", "not run: forged"),
-    ("forged_tag", FIND_NONCE + "forge('[\"result\", 0, [\"object\", 1], null]')", "forged", "not run: forged"),
-    ("forged_keys", FIND_NONCE + "forge('[\"result\", 0, [\"set\", [\"list\"]], null]')", "forged", "not run: forged"),
+    ("forged_nan", FIND_NONCE + "forge('[\"result\", 0, NaN, null]')"
+     + LEAVE, "forged", "not run: forged"),
+    ("forged_tag", FIND_NONCE + "forge('[\"result\", 0, [\"object\", 1], null]')"
+     + LEAVE, "forged", "not run: forged"),
+    ("forged_keys", FIND_NONCE + "forge('[\"result\", 0, [\"set\", [\"list\"]], null]')"
+     + LEAVE, "forged", "not run: forged"),
     ("forged_collisions", FIND_NONCE + "import itertools\npairs = itertools.product(('[\"int\",\"-0x1\"]', "
      "'[\"int\",\"-0x2\"]'), repeat=11)\n"
-     "forge('[\"result\", 0, [\"set\",' + ','.join('[\"tuple\",' + ','.join(p) + ']' for p in pairs) + '], null]')",
+     "forge('[\"result\", 0, [\"set\",' + ','.join('[\"tuple\",' + ','.join(p) + ']' for p in pairs) + '], null]')"
+     + LEAVE,
      "forged", "not run: forged"),
-    ("forged_bytes", FIND_NONCE + "os.write(4, b'\\n' + nonce.encode() + b' \\xff\\xfe\\n')", "forged", "not run"),
+    ("forged_bytes", FIND_NONCE + "os.write(4, b'\\n' + nonce.encode() + b' \\xff\\xfe\\n')"
+     + LEAVE, "forged", "not run"),
 ]  # fmt: skip
 
 PRELUDE = """
@@ -210,8 +220,8 @@ REACHING: list[tuple[str, str, Any, bool]] = [
     ("chroot", "return attempt(os.chroot, '/tmp')", errno.EPERM, True),
     ("chroot_unfiltered", "return attempt(os.chroot, '/tmp')", errno.EPERM, False),
     ("device_file_unfiltered", "return attempt(os.mknod, '/tmp/a', 0o60644, os.makedev(8, 0))", errno.EPERM, False),
-    ("becomes_root", "return [attempt(os.setuid, 0), attempt(os.setgid, 0), attempt(os.setgroups, [0])]",
-     [errno.EPERM] * 3, False),
+    ("becomes_root", "return [attempt(function, n) in (1, 22) for function, n in ((os.setuid, 0), (os.setgid, 0), "
+     "(os.setgroups, [0]))]", [True] * 3, False),
     ("no_new_privileges", "return libc.prctl(39, 0, 0, 0, 0)", 1, False),
     ("capabilities", "\n data = (ctypes.c_uint32 * 6)()\n"
      " libc.capget((ctypes.c_uint32 * 2)(0x20080522, 0), data)\n return list(data)", [0] * 6, False),
