@@ -76,6 +76,7 @@ def test_no_request_is_on_both_sides() -> None:
         assert side_of(f"What  is {number}?\n") == side_of(f"what is {number}? ")
 
 
+@pytest.mark.slow
 def test_a_conversation_depends_on_seed_and_index_alone(records: list[Record]) -> None:
     for record in records[::4]:
         provenance = record.provenance

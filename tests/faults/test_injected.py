@@ -40,7 +40,7 @@ def test_killed_in(runs: Runs, place: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "place", ["compile", "evaluation", *(pytest.param(place, marks=pytest.mark.slow) for place in ("step:4", "save"))]
+    "place", ["compile", *(pytest.param(place, marks=pytest.mark.slow) for place in ("step:4", "evaluation", "save"))]
 )
 def test_sigterm_in(runs: Runs, place: str) -> None:
     name = f"sigterm_{place.replace(':', '_')}"
@@ -101,6 +101,7 @@ def test_a_nan_batch_is_skipped_and_kept(runs: Runs) -> None:
     assert "step 3: update skipped" in runs.log("nan")
 
 
+@pytest.mark.slow
 def test_too_many_skipped_updates_stop_the_run(runs: Runs) -> None:
     faults = "--inject=nan@step:3,nan@step:4,nan@step:6"
     runs.finish("diverged", faults, "guard.max_skipped=2", "checkpoint.every=2", code=EXIT_DIVERGED)

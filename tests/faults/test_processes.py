@@ -96,6 +96,7 @@ def teams(tmp_path_factory: pytest.TempPathFactory) -> Teams:
     return teams
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_does(teams: Teams) -> None:
     np.testing.assert_allclose(teams.losses("two"), teams.losses("alone"), rtol=1e-5)
     assert teams.data_state("two") == teams.data_state("alone")
@@ -106,6 +107,7 @@ def test_two_processes_train_as_one_does(teams: Teams) -> None:
         assert verify_step(teams.root / "two" / "checkpoints" / str(step)) == []
 
 
+@pytest.mark.slow
 def test_a_mistake_is_told_by_all_and_waited_for_by_none(teams: Teams) -> None:
     started = time.monotonic()
     team = teams.team("two", 2, 1, *EACH_STEP, "train.seed=2")

@@ -36,6 +36,7 @@ def test_killed_and_continued(runs: Runs) -> None:
     assert runs.data_state("killed", 5)["taken"] > 0  # rows were packed ahead and only partly used
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_continues(runs: Runs) -> None:
     assert runs.stop_at("stopped", 3, signal.SIGTERM) == EXIT_INTERRUPTED
     reached = runs.steps("stopped")[-1]
@@ -44,6 +45,7 @@ def test_sigterm_saves_and_continues(runs: Runs) -> None:
     runs.assert_same("stopped", "straight")
 
 
+@pytest.mark.slow
 def test_killed_and_continued_with_workers_accumulation_and_best_fit(runs: Runs) -> None:
     runs.finish("straight_all", *ALL_AT_ONCE)
     assert runs.curve("straight_all") != runs.curve("straight")

@@ -56,7 +56,8 @@ def check(case: Case, window: int | None, tiles: HopperTiles) -> None:
     ("group", "size", "length", "window", "tiles"),
     [
         (2, 64, 256, None, HopperTiles()),  # both warpgroups at the same queries, of two heads
-        (3, 80, 200, 90, HopperTiles(block_kv=64, dq_block_kv=128)),  # at two blocks of queries of one head
+        # at two blocks of queries of one head
+        pytest.param(3, 80, 200, 90, HopperTiles(block_kv=64, dq_block_kv=128), marks=pytest.mark.slow),
     ],
 )
 def test_equals_the_truth(group: int, size: int, length: int, window: int | None, tiles: HopperTiles) -> None:
