@@ -280,6 +280,7 @@ def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     assert secret.read_text() == "the expected answer"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack", REACHING, ids=lambda attack: attack[0])
 def test_attack_reaches_nothing(attack: tuple[Any, ...], prepared: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     _, body, expected, filtered = attack
