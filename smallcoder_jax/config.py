@@ -74,8 +74,8 @@ class TokenizerConfig:
 class DataConfig:
     """Where documents come from and how they become rows of tokens.
 
-    `sources`: comma-separated `SPEC[@WEIGHT][!nofim]`, SPEC one of `stdlib` (the running
-    Python's library, without its tests), `installed`, `dir:PATH`, `jsonl:PATH`,
+    `sources`: comma-separated `SPEC[@WEIGHT][!nofim]`, SPEC one of `stdlib` (the running Python's library, without its
+    tests), `installed`, `prose` (what the installed packages say of themselves), `dir:PATH`, `jsonl:PATH`,
     `parquet:PATH`, `tfds:NAME`, `hf:NAME[?config=..&split=..&column=..&streaming=1]`. Weights are per token.
     """
 
@@ -171,8 +171,43 @@ class LogConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """What a model is taught, and what it begins with. Every stage has a file in `stages/`."""
+
+    name: Literal["pretrain", "sft", "distill", "reward", "dpo", "ppo", "grpo"] = "pretrain"
+    start: str = (
+        ""  # the run or export whose parameters are the first, with a fresh optimizer; "": parameters are drawn
+    )
+
+    @property
+    def has_head(self) -> bool:
+        """Whether a scalar head on the hidden states is trained: a reward, or a value."""
+        return self.name in ("reward", "ppo")
+
+
+@dataclasses.dataclass(frozen=True)
+class DialogConfig:
+    """Conversations of stage sft: generated, calling functions that are really executed."""
+
+    count: int = 20_000  # conversations, a tenth of them held out
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillConfig:
+    """What a student learns from a teacher, beside the text: alpha CE + (1 - alpha) T^2 KL(teacher || student)."""
+
+    teacher: str = ""  # a run or an export with the same tokenizer
+    alpha: float = 0.5
+    temperature: float = 2.0
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     name: str = "unnamed"  # the variant, as reports call it
+    stage: StageConfig = StageConfig()
+    dialogs: DialogConfig = DialogConfig()
+    distill: DistillConfig = DistillConfig()
     model: ModelConfig = ModelConfig()
     compute: ComputeConfig = ComputeConfig()
     mesh: MeshConfig = MeshConfig()
@@ -313,6 +348,12 @@ def validate(config: Config) -> None:
                 f"guard.{name}={getattr(config.guard, name)} must be 0 (off) or a positive number",
             )
             for name in ("spike_sigma", "step_seconds", "data_seconds", "save_seconds", "stop_seconds")
+        ),
+        (config.dialogs.count >= 1, f"{config.dialogs.count=} must be at least 1"),
+        (0.0 <= config.distill.alpha <= 1.0, f"{config.distill.alpha=} must be in [0, 1]"),
+        (
+            math.isfinite(config.distill.temperature) and config.distill.temperature > 0,
+            f"{config.distill.temperature=} must be a positive number",
         ),
         (config.checkpoint.every >= 1, f"{config.checkpoint.every=} must be at least 1"),
         (config.checkpoint.keep >= 1, f"{config.checkpoint.keep=} must be at least 1"),

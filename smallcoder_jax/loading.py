@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from smallcoder_jax.export.huggingface import read_export
 from smallcoder_jax.generate.engine import Completion, Generator
 from smallcoder_jax.generate.sampling import SamplingOptions
 from smallcoder_jax.models import build
+from smallcoder_jax.models.heads import init_head
 from smallcoder_jax.runtime import configure_jax
 from smallcoder_jax.tokenizers.base import KIND_FILE, Tokenizer
 from smallcoder_jax.tokenizers.load import load_tokenizer, open_tokenizer
@@ -26,7 +28,9 @@ from smallcoder_jax.train.run_folder import RunFolder, read_json
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """Shape, unrolled parameters and tokenizer. `info`: what the run or the export says of itself."""
+    """Shape, unrolled parameters and tokenizer. `info`: what the run or the export says of itself. `origin`: where it
+    is from, as JSON: `path`, `step` and `hash`. `head`: of the stages that train one.
+    """
 
     model: ModelConfig
     compute: ComputeConfig
@@ -34,6 +38,8 @@ class LoadedModel:
     tokenizer: Tokenizer
     tokenizer_folder: Path
     info: dict[str, Any]
+    origin: dict[str, Any]
+    head: build.Params | None = None
 
     @functools.cached_property
     def generator(self) -> Generator:
@@ -62,6 +68,8 @@ def _from_run(folder: RunFolder, step: int | str | None) -> LoadedModel:
     config = from_config_dict(read_json(folder.config_json, "the config of the run"))
     target = checkpoint.find_step(folder.checkpoints, step)
     _, abstract = build.abstract_model(config.model, config.compute)
+    if config.stage.has_head:
+        abstract |= {"head": jax.eval_shape(lambda: init_head(config.model.width, jax.random.key(0)))}
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), abstract)
     params, meta = checkpoint.load_params(target, placed)
@@ -72,7 +80,9 @@ def _from_run(folder: RunFolder, step: int | str | None) -> LoadedModel:
         raise UserError(f"the tokenizer in {tokenizer_folder} is not the one that {target} was trained with")
     compute = dataclasses.replace(config.compute, layers="unroll", remat="none")
     info = {**meta, "run": run, "step_folder": str(target)}
-    return LoadedModel(config.model, compute, build.to_unrolled(params), tokenizer, tokenizer_folder, info)
+    origin = {"path": str(folder.path), "step": int(target.name), "hash": _hash(target / checkpoint.MANIFEST)}
+    decoder, head = build.to_unrolled(build.decoder_params(params)), params.get("head")
+    return LoadedModel(config.model, compute, decoder, tokenizer, tokenizer_folder, info, origin, head)
 
 
 def _from_export(path: Path) -> LoadedModel:
@@ -80,7 +90,13 @@ def _from_export(path: Path) -> LoadedModel:
     compute = ComputeConfig(dtype="float32", layers="unroll")
     info = json.loads((path / "config.json").read_text())
     tokenizer = _exported_tokenizer(tokenizer_folder)
-    return LoadedModel(model, compute, params, tokenizer, tokenizer_folder, info)
+    origin = {"path": str(path), "step": None, "hash": _hash(path / "model.safetensors")}
+    return LoadedModel(model, compute, params, tokenizer, tokenizer_folder, info, origin)
+
+
+def _hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _exported_tokenizer(folder: Path) -> Tokenizer:

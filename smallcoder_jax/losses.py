@@ -25,7 +25,7 @@ def language_model(
     """Weighted cross-entropy: (loss_sum, weight_sum, sums), float32 scalars.
 
     loss_sum = sum w (nll + z_loss log_z^2) (z-loss: PaLM, arXiv 2204.02311, section 5). `sums`, weighted
-    by w: `nats`, `correct` (the target scores highest) and `top5`.
+    by w: `nats`, `accuracy` (the target scores highest) and `top5_accuracy`.
     """
     losses = token_losses(hidden_XD, unembed_VD, targets_X)
     nll_sum = jnp.sum(losses.nll_X * weights_X)
@@ -36,7 +36,7 @@ def language_model(
     def weigh(right_X: Array) -> Array:
         return jnp.sum(jnp.where(right_X, weights_X, 0.0))
 
-    sums = {"nats": nll_sum, "correct": weigh(losses.best_X), "top5": weigh(losses.rank_X < 5)}
+    sums = {"nats": nll_sum, "accuracy": weigh(losses.best_X), "top5_accuracy": weigh(losses.rank_X < 5)}
     return loss_sum, jnp.sum(weights_X), sums
 
 
@@ -64,10 +64,10 @@ def bradley_terry(
     chosen_R: Float[Array, " R"], rejected_R: Float[Array, " R"], weights_R: Float[Array, " R"]
 ) -> tuple[Array, Array, dict[str, Array]]:
     """-log sigmoid(chosen - rejected) of the rewards of pairs (arXiv 2203.02155, eq. 1): (loss_sum, weight_sum, sums),
-    with `correct`: the chosen answer has the higher reward; and `margin`.
+    with `accuracy`: the chosen answer has the higher reward; and `margin`.
     """
     margin_R = chosen_R - rejected_R
-    sums = {"correct": jnp.sum(jnp.where(margin_R > 0, weights_R, 0.0)), "margin": jnp.sum(margin_R * weights_R)}
+    sums = {"accuracy": jnp.sum(jnp.where(margin_R > 0, weights_R, 0.0)), "margin": jnp.sum(margin_R * weights_R)}
     return -jnp.sum(jax.nn.log_sigmoid(margin_R) * weights_R), jnp.sum(weights_R), sums
 
 

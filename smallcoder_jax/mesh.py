@@ -33,6 +33,7 @@ RULES: tuple[tuple[str, P], ...] = (
     (r".*(output|down)/kernel", P("tensor", "fsdp")),
     (r".*(query|key|value|gate|up)/bias", P("tensor")),
     (r".*(scale|bias)", P()),
+    (r"head/kernel", P()),
 )
 
 
@@ -145,9 +146,9 @@ def spec_of(name: str, ndim: int) -> P:
 
 
 def params_sharding(mesh: Mesh, params: Any) -> Any:
-    """A NamedSharding for every leaf of `params` (arrays or shapes)."""
+    """A NamedSharding for every leaf of `params` (arrays or shapes); a teacher's parameters are split as a model's."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, spec_of(path_name(path), leaf.ndim)), params
+        lambda path, leaf: NamedSharding(mesh, spec_of(path_name(path).removeprefix("teacher/"), leaf.ndim)), params
     )
 
 

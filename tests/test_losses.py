@@ -123,7 +123,7 @@ def test_pairs_of_rewards() -> None:
     loss, weight, sums = losses.bradley_terry(chosen, rejected, weights)
     margin = (np.asarray(chosen, np.float64) - np.asarray(rejected, np.float64))[:8]
     np.testing.assert_allclose(loss, np.log1p(np.exp(-margin)).sum(), rtol=1e-5)
-    assert (float(weight), float(sums["correct"])) == (8.0, (margin > 0).sum())
+    assert (float(weight), float(sums["accuracy"])) == (8.0, (margin > 0).sum())
     np.testing.assert_allclose(sums["margin"], margin.sum(), rtol=1e-5)
 
 

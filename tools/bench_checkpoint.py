@@ -60,7 +60,7 @@ def measure(config: Any, folder: Path, saves: int) -> dict[str, float]:
     import jax
 
     from smallcoder_jax.mesh import batch_sharding
-    from smallcoder_jax.stages.pretrain import make_loss
+    from smallcoder_jax.stages.language import make_loss
     from smallcoder_jax.train.checkpoint import Checkpointer, checksums
     from smallcoder_jax.train.program import make_program
     from smallcoder_jax.train.state import init_state
@@ -69,13 +69,13 @@ def measure(config: Any, folder: Path, saves: int) -> dict[str, float]:
     program = make_program(config, make_loss(config))
     state = jax.jit(lambda: init_state(config, program.optimizer), out_shardings=program.shardings)()
     batch = jax.device_put(random_batches(config, None)[0], batch_sharding(program.mesh))
-    compiled = program.step.lower(state, batch).compile()
+    compiled = program.step.lower(state, batch, {}).compile()
     gigabytes = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / 1e9
     checkpointer = Checkpointer(folder, keep=1)
     steps, held, whole = [], [], []
     for _ in range(saves + 1):  # the first warms up
         start = time.perf_counter()
-        state, metrics = compiled(state, batch)
+        state, metrics = compiled(state, batch, {})
         jax.block_until_ready((state, metrics))
         trained = time.perf_counter()
         checkpointer.save(state, {}, None)

@@ -165,7 +165,7 @@ def measure_ours(config: Config, steps: int, documents: int | None) -> Result:
     from smallcoder_jax.mesh import batch_sharding
     from smallcoder_jax.models.build import flops_per_token
     from smallcoder_jax.runtime import give_back_memory
-    from smallcoder_jax.stages.pretrain import make_loss
+    from smallcoder_jax.stages.language import make_loss
     from smallcoder_jax.train.flops import peak_flops
     from smallcoder_jax.train.program import make_program, memory_bytes
     from smallcoder_jax.train.state import init_state
@@ -176,13 +176,13 @@ def measure_ours(config: Config, steps: int, documents: int | None) -> Result:
     state = jax.jit(lambda: init_state(config, program.optimizer), out_shardings=program.shardings)()
     batches = [jax.device_put(batch, batch_sharding(mesh)) for batch in random_batches(config, documents)]
     start = time.perf_counter()
-    compiled = program.step.lower(state, batches[0]).compile()
+    compiled = program.step.lower(state, batches[0], {}).compile()
     compile_seconds = time.perf_counter() - start
     give_back_memory()
 
     def run(number: int) -> float:
         nonlocal state
-        state, metrics = compiled(state, batches[number % BATCHES])
+        state, metrics = compiled(state, batches[number % BATCHES], {})
         return float(metrics["loss"])
 
     step_seconds, loss = timed(run, steps)

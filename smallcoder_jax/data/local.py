@@ -32,11 +32,18 @@ def read_stdlib(source: str) -> Iterator[Document | Skipped]:
 
 def read_installed(source: str) -> Iterator[Document | Skipped]:
     """The Python files of the installed packages; the top-level package is the repository."""
-    licenses = _package_licenses()
+    licenses = package_licenses()
     for root in _package_roots():
         for item in _read_tree(root, source, extension=".py"):
             package = item.path.partition("/")[0].removesuffix(".py")
             yield _with(item, package, licenses.get(package, ""))
+
+
+def files_of_packages() -> Iterator[tuple[Path, Path]]:
+    """Every file of the installed packages in sorted order, behind the folder that they are installed in."""
+    for root in _package_roots():
+        for path in _walk(root, frozenset(), [], None):
+            yield root, path
 
 
 def read_folder(source: str, location: str, data_dir: Path) -> Iterator[Document | Skipped]:
@@ -67,7 +74,7 @@ def listing_hash(kind: str, location: str, data_dir: Path) -> str:
     digest = hashlib.sha256()
     if kind == "stdlib":
         digest.update(sys.version.encode())
-    times = kind not in ("stdlib", "installed")
+    times = kind not in ("stdlib", "installed", "prose")
     for root in _roots(kind, location):
         if root.is_file():
             digest.update(_listing_line(root, root.name, times))
@@ -81,7 +88,7 @@ def listing_hash(kind: str, location: str, data_dir: Path) -> str:
 def _roots(kind: str, location: str) -> list[Path]:
     if kind == "stdlib":
         return [_stdlib_root()]
-    return _package_roots() if kind == "installed" else [Path(location).expanduser()]
+    return _package_roots() if kind in ("installed", "prose") else [Path(location).expanduser()]
 
 
 def _stdlib_root() -> Path:
@@ -99,7 +106,8 @@ def _package_roots() -> list[Path]:
     return roots
 
 
-def _package_licenses() -> dict[str, str]:
+def package_licenses() -> dict[str, str]:
+    """The licence of each top-level package as its metadata names it; empty where it names none."""
     licenses = {}
     for package, distributions in importlib.metadata.packages_distributions().items():
         metadata = importlib.metadata.metadata(distributions[0])

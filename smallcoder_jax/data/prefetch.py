@@ -27,7 +27,8 @@ class BatchIterator(Protocol):
 class DevicePrefetcher:
     """Yields (global device batch, iterator state after this batch, seconds the caller had to wait for it).
 
-    One background thread draws from `iterator` and starts the transfers, `depth` batches ahead. The state that comes
+    One background thread draws from `iterator` and starts the transfers, `depth` batches ahead; 0: when it is asked for
+    one, for batches that depend on what was learned from those before. The state that comes
     with a batch is the one to checkpoint once that batch is used: the iterator itself is ahead of it. An error of the
     iterator is raised by the `next` that would have returned its batch, after which there is nothing more to draw.
 
@@ -39,7 +40,9 @@ class DevicePrefetcher:
         self._iterator = iterator
         self._sharding = sharding
         self._faults = faults
+        self._failed = False
         self._executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="device-prefetch")
+        self._depth = depth
         self._pending = collections.deque(self._executor.submit(self._load) for _ in range(depth))
 
     def _load(self) -> tuple[dict[str, jax.Array], dict[str, Any]]:
@@ -52,6 +55,8 @@ class DevicePrefetcher:
         return self
 
     def __next__(self) -> tuple[dict[str, jax.Array], dict[str, Any], float]:
+        if not self._pending and not self._failed and self._depth == 0:
+            self._pending.append(self._executor.submit(self._load))
         if not self._pending:
             raise StopIteration
         start = time.perf_counter()
@@ -59,9 +64,11 @@ class DevicePrefetcher:
         waited = time.perf_counter() - start
         first = self._pending.popleft()
         if first.exception() is not None:
+            self._failed = True
             self._cancel()
         batch, state = first.result()
-        self._pending.append(self._executor.submit(self._load))
+        if self._depth:
+            self._pending.append(self._executor.submit(self._load))
         return batch, state, waited
 
     def _cancel(self) -> None:

@@ -11,20 +11,22 @@ from pathlib import Path
 from smallcoder_jax.config import nearest
 from smallcoder_jax.data import local, tables
 from smallcoder_jax.data.documents import Document, Skipped
+from smallcoder_jax.data.prose import read_prose
 from smallcoder_jax.errors import UserError
 
 # Each kind, and the options that may follow a `?`.
 KINDS: Mapping[str, tuple[str, ...]] = {
     "stdlib": (),
     "installed": (),
+    "prose": (),
     "dir": (),
     "jsonl": ("column",),
     "parquet": ("column",),
     "tfds": ("split", "column"),
     "hf": ("config", "split", "column", "streaming"),
 }
-_WITHOUT_LOCATION = ("stdlib", "installed")
-_LOCAL = ("stdlib", "installed", "dir", "jsonl", "parquet")
+_WITHOUT_LOCATION = ("stdlib", "installed", "prose")
+_LOCAL = ("stdlib", "installed", "prose", "dir", "jsonl", "parquet")
 _SHAPE = re.compile(r"(?P<spec>.+?)(?:@(?P<weight>[^@!]*))?(?P<nofim>!nofim)?", re.DOTALL)
 
 
@@ -66,6 +68,8 @@ def read_source(spec: SourceSpec, data_dir: Path) -> Iterator[Document | Skipped
         return local.read_stdlib(spec.text)
     if spec.kind == "installed":
         return local.read_installed(spec.text)
+    if spec.kind == "prose":
+        return read_prose(spec.text)
     if spec.kind == "dir":
         return local.read_folder(spec.text, spec.location, _real(data_dir))
     readers = {

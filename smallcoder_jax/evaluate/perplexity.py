@@ -16,7 +16,7 @@ from smallcoder_jax import losses
 from smallcoder_jax.config import ComputeConfig, ModelConfig
 from smallcoder_jax.errors import UserError
 from smallcoder_jax.models import build
-from smallcoder_jax.train.metrics import EvalMetrics
+from smallcoder_jax.train.metrics import EvalMetrics, language_summary
 
 
 def evaluate(
@@ -46,6 +46,7 @@ def evaluate(
     total = EvalMetrics.empty()
     for batch in batches:
         total = total.merge(EvalMetrics.from_model_output(**jax.device_get(sums_of(params, dict(batch)))))
-    if not total.weight or not total.bytes:
+    sums = total.compute()
+    if not sums.get("weight") or not sums["bytes"]:
         raise UserError("there is no held-out text to evaluate on; prepare more data or raise data.validation_fraction")
-    return {**total.compute(), "tokens": total.weight, "bytes": total.bytes}
+    return {**language_summary(sums), "tokens": sums["weight"], "bytes": sums["bytes"]}

@@ -19,6 +19,7 @@ from smallcoder_jax.config import ComputeConfig, ModelConfig, parameter_count
 from smallcoder_jax.models.decoder import Decoder
 
 Params = dict[Any, Any]
+DECODER = ("embed", "position_embed", "blocks", "final_norm", "unembed")  # the decoder's own; others may stand beside
 
 
 @functools.cache
@@ -37,8 +38,13 @@ def init_params(model: ModelConfig, compute: ComputeConfig, key: Array) -> Param
 
 
 def bind(graph: Any, params: Params) -> Decoder:
-    """The module that `graph` describes over `params`; cheap, made anew inside every trace."""
-    return nnx.merge(graph, params)
+    """The module that `graph` describes over the decoder's part of `params`; cheap, made anew inside every trace."""
+    return nnx.merge(graph, decoder_params(params))
+
+
+def decoder_params(params: Params) -> Params:
+    """The decoder's own parameters, without what stands beside them (a head, a teacher)."""
+    return {name: params[name] for name in DECODER if name in params}
 
 
 def to_scanned(params: Params) -> Params:

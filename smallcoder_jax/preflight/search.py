@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 
 TRIALS = 8  # compilations, at most
-SECONDS = 140.0  # none is begun that would end after so long, were it as slow as the slowest
+SECONDS = 100.0  # none is begun that would end after so long, were it as slow as the slowest
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib
 import os
 import sys
 from collections.abc import Iterator
@@ -13,19 +14,16 @@ from typing import Any
 import jax
 
 from smallcoder_jax import distributed, loading
-from smallcoder_jax.config import Config, eval_rows, evaluated_on
-from smallcoder_jax.data import pipeline
-from smallcoder_jax.data.prepare import Prepared, prepare
+from smallcoder_jax.config import Config, evaluated_on
 from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.errors import UserError
-from smallcoder_jax.evaluate.bits_per_byte import held_out_references
-from smallcoder_jax.evaluate.perplexity import evaluate
 from smallcoder_jax.faults import NONE, Faults
 from smallcoder_jax.preflight.examine import Report, examine
 from smallcoder_jax.preflight.show import table
 from smallcoder_jax.preflight.target import target_here, target_of
 from smallcoder_jax.runtime import configure_jax
-from smallcoder_jax.stages import pretrain
+from smallcoder_jax.stages import language
+from smallcoder_jax.stages.start import load_start
 from smallcoder_jax.train.loop import Outcome, Trainer
 from smallcoder_jax.train.report import write_report
 from smallcoder_jax.train.run_folder import RunFolder
@@ -60,83 +58,28 @@ def train(config: Config, workdir: Path, *, faults: Faults = NONE, allow_changed
         stack.enter_context(memory_explained(config))
         with interruptible():
             faults.reach("prepare")
-            prepared = _prepare_on_all(config, Progress(output))
-            references = held_out_references(prepared) if distributed.is_first() else {}
+            task = _stage(config).make_task(config, load_start(config), Progress(output))
             terminal = Terminal(output, total_steps=config.train.steps, log_every=config.train.log_every)
-            task = pretrain.make_task(config, prepared, references)
             trainer = Trainer(config, folder, task, terminal, faults=faults, allow_changed=allow_changed)
         outcome = trainer.run()
         if distributed.is_first():
-            write_report(folder, prepared.accounting, _results(config, outcome, references))
+            write_report(folder, task.accounting, _results(config, outcome, task.references))
             _say_end(config, folder, outcome, terminal)
     return Run(workdir, outcome.step, outcome.interrupted, outcome.evaluation, outcome.tokens_seen)
 
 
 def evaluate_run(workdir: Path, config: Config, step: str | None = None) -> dict[str, Any]:
-    """Loss, perplexity, accuracy and bits per byte of a run on the whole validation split, beside the compressors.
+    """What the stage of `config` is judged by, of a run or an export, on held-out data (`measure` of its file).
 
-    `workdir` may be an export too. `data` says what was evaluated on: an export does not know its own validation split.
     Raises UserError when the config's data or row length do not fit the model.
     """
     configure_jax()
-    loaded = loading.load(workdir, step=step)
-    if config.train.sequence_length > loaded.model.context:
-        raise UserError(
-            f"train.sequence_length={config.train.sequence_length} is longer than the context of the model in "
-            f"{workdir}, {loaded.model.context}; give the config and flags that it was trained with"
-        )
-    prepared = prepare(config, Progress(sys.stderr))
-    if prepared.tokenizer.hash != loaded.tokenizer.hash:
-        raise UserError(f"{workdir} was trained with another tokenizer than that of {prepared.tokenizer_folder}")
-    fingerprint = prepared.manifest.fingerprint
-    if "identity" in loaded.info:  # a run; an export carries none
-        trained_on = loaded.info["identity"]["data"]["fingerprint"]
-        if trained_on != fingerprint:
-            raise UserError(
-                f"{workdir} was trained on data with the fingerprint {trained_on}, but '{config.data.sources}' has "
-                f"{fingerprint}, whose held-out files may be among those trained on; give the config and flags that "
-                "it was trained with"
-            )
-    batches = pipeline.validation_batches(
-        prepared.manifest,
-        prepared.tokens_folder,
-        prepared.tokenizer,
-        sequence_length=config.train.sequence_length,
-        batch_size=eval_rows(config),
-        rows=range(eval_rows(config)),
-        limit_batches=0,
-    )
-    return {
-        **evaluate(loaded.model, loaded.compute, loaded.params, batches),
-        "references": held_out_references(prepared),
-        "data": {
-            "sources": config.data.sources,
-            "fingerprint": fingerprint,
-            "sequence_length": config.train.sequence_length,
-        },
-    }
+    return _stage(config).measure(config, loading.load(workdir, step=step), Progress(sys.stderr))
 
 
-def _prepare_on_all(config: Config, progress: Progress) -> Prepared:
-    """Process 0 prepares the data; the others find them in a shared folder, or else prepare their own.
-
-    Raises UserError where the processes come to have different data.
-    """
-    made: list[Prepared] = []
-
-    def make() -> str:
-        made.append(prepare(config, progress))
-        return made[0].manifest.fingerprint
-
-    fingerprint = distributed.from_first(make)
-    prepared = made[0] if made else prepare(config, progress)
-    if prepared.manifest.fingerprint != fingerprint:
-        raise UserError(
-            f"the data in '{config.data.dir}' of this machine have the fingerprint {prepared.manifest.fingerprint}, "
-            f"those of process 0 {fingerprint}: '{config.data.sources}' differs between the machines. Set data.dir to "
-            "a folder that all of them share, or copy the one of process 0"
-        )
-    return prepared
+def _stage(config: Config) -> Any:
+    """The file of the config's stage, imported when it is wanted: no stage needs another."""
+    return importlib.import_module(f"smallcoder_jax.stages.{config.stage.name}")
 
 
 def preflight(config: Config, topology: str, tokens: float | None = None, price: float | None = None) -> Report:
@@ -144,7 +87,9 @@ def preflight(config: Config, topology: str, tokens: float | None = None, price:
 
     Raises UserError on a topology that is not known, and where its compiler is not installed.
     """
-    return examine(config, pretrain.make_loss(config), target_of(topology), tokens=tokens, price=price)
+    if config.stage.name not in ("pretrain", "sft"):
+        raise UserError(f"preflight knows the steps of pretrain and sft, not yet those of {config.stage.name}")
+    return examine(config, language.make_loss(config), target_of(topology), tokens=tokens, price=price)
 
 
 @contextlib.contextmanager
@@ -157,7 +102,9 @@ def memory_explained(config: Config) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        report = examine(config, pretrain.make_loss(config), target_here(jax.devices()), tokens=None, price=None)
+        if config.stage.name not in ("pretrain", "sft"):
+            raise UserError(f"out of memory: {error}\n\nlower train.microbatch_size, or set compute.remat") from error
+        report = examine(config, language.make_loss(config), target_here(jax.devices()), tokens=None, price=None)
         if report.remedy:
             advice = f"nearest setting that fits: {' '.join(report.remedy)}"
         elif report.memory.fits:
@@ -174,9 +121,15 @@ def _results(config: Config, outcome: Outcome, references: dict[str, float]) -> 
         "tokens seen": human_count(outcome.tokens_seen),
         **{name.replace("_", " "): round(value, 4) for name, value in outcome.evaluation.items()},
         **({"evaluated on": evaluated_on(config)} if outcome.evaluation else {}),
-        "bits per byte of compressors, on all held-out files": {
-            name: round(value, 4) for name, value in references.items()
-        },
+        **(
+            {
+                "bits per byte of compressors, on all held-out files": {
+                    name: round(value, 4) for name, value in references.items()
+                }
+            }
+            if references
+            else {}
+        ),
     }
 
 

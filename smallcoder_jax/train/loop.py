@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,6 +47,14 @@ from smallcoder_jax.train.watchdog import Watchdog
 
 
 @dataclasses.dataclass(frozen=True)
+class Start:
+    """What a run begins with in place of drawn parameters. `params`: unrolled. `facts`: where they are from."""
+
+    params: build.Params
+    facts: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
 class Task:
     """What a stage supplies: a loss and batches, and what is to be said about the data.
 
@@ -54,6 +62,7 @@ class Task:
     """
 
     loss_fn: LossFn
+    summarise: Callable[[dict[str, float]], dict[str, float]]  # the loss's sums, `weight` among them, to what is logged
     train_batches: Callable[[Sequence[int]], BatchIterator]
     validation_batches: Callable[[int, Sequence[int]], Iterable[dict[str, np.ndarray]]]  # at most so many; 0: all
     identity: dict[str, Any]  # what a resumed run must agree in
@@ -62,7 +71,14 @@ class Task:
     dataset: str
     dummy_data: bool
     facts: dict[str, str]  # lines of the start table
-    references: dict[str, float]  # bits per byte of compressors on the same held-out files
+    accounting: Mapping[str, Any]  # where the data is from, for the report
+    references: dict[str, float] = dataclasses.field(default_factory=dict)  # bits per byte of compressors, held out
+    reported: tuple[str, ...] = ("accuracy",)  # sums of the loss that training steps log
+    start: Start | None = None
+    frozen: build.Params = dataclasses.field(default_factory=dict)  # not trained, joined to the others for the loss
+    prompts: Mapping[str, Sequence[int]] | None = None  # for samples, by what is shown; None: those of the config
+    # Data that depends on the model: shown the parameters before each batch is drawn and before each evaluation.
+    see: Callable[[build.Params], None] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +105,7 @@ def run_identity(config: Config, task: Task) -> dict[str, Any]:
     """What makes a run this run: its data and their order, the shape, and the arithmetic of its steps."""
     plain = to_dict(config)
     return {
+        **({"start": task.start.facts["hash"]} if task.start else {}),
         "data": task.identity,
         "model": plain["model"],
         "optimizer": plain["optimizer"],
@@ -126,9 +143,10 @@ class Trainer:
         check_allowed(allow_changed, self.identity)
         if folder.run_json.exists():
             self._refuse_another_run(folder.read_run_json().get("identity"))
-        program = make_program(config, task.loss_fn)
+        program = make_program(config, task.loss_fn, reported=task.reported, frozen=task.frozen)
         self.mesh, self.train_step = program.mesh, program.step
         self.abstract, self.shardings = program.state, program.shardings
+        self.frozen = jax.device_put(task.frozen, program.frozen_shardings)
         self.attention, self.cross_entropy = program.attention, program.cross_entropy
         check_rows(self.mesh.shape, eval_rows(config), "eval.batch_size")
         self.checkpointer = Checkpointer(folder.checkpoints, config.checkpoint.keep, faults)
@@ -139,10 +157,12 @@ class Trainer:
         self.data_state: Any = None
         self.state = self._restore_or_init(program.optimizer)
         self.step = int(self.state.step)
-        self.eval_step = make_eval_step(task.loss_fn, mesh=self.mesh, shardings=self.shardings.params)
+        self.eval_step = make_eval_step(
+            task.loss_fn, mesh=self.mesh, shardings=self.shardings.params, frozen_shardings=program.frozen_shardings
+        )
 
-        def mean_loss(params: Any, batch: dict[str, jax.Array]) -> jax.Array:
-            loss_sum, weight_sum, _ = task.loss_fn(params, batch, None)
+        def mean_loss(params: Any, batch: dict[str, jax.Array], frozen: Any) -> jax.Array:
+            loss_sum, weight_sum, _ = task.loss_fn({**frozen, **params}, batch, None)
             return loss_sum / jnp.maximum(weight_sum, 1.0)
 
         self.gradient = jax.jit(on_mesh(self.mesh, jax.grad(mean_loss)))  # per token, as in the training step
@@ -158,6 +178,7 @@ class Trainer:
             {
                 "dataset": task.dataset,
                 "dummy_data": task.dummy_data,
+                "started_from": task.start.facts if task.start else None,
                 "tokenizer_folder": str(task.tokenizer_folder.resolve()),
                 "attention": {"implementation": self.attention.implementation, "reason": self.attention.reason},
                 "cross_entropy": self.cross_entropy._asdict(),
@@ -191,7 +212,7 @@ class Trainer:
             self.abstract, lambda meta: self._refuse_another_run(meta.get("identity")), self.terminal.note
         )
         if restored is None:
-            return jax.jit(lambda: init_state(self.config, optimizer), out_shardings=self.shardings)()
+            return self._first_state(optimizer)
         self.tokens_seen = restored.meta["tokens_seen"]
         self.train_seconds = restored.meta["train_seconds"]
         self.best_loss = restored.meta["best_loss"] if restored.meta["best_loss"] is not None else float("inf")
@@ -201,6 +222,21 @@ class Trainer:
         self.data_state = restored.data_state
         self.terminal.note(f"resuming at step {int(restored.state.step)} of {self.folder.path}")
         return restored.state
+
+    def _first_state(self, optimizer: Any) -> TrainState:
+        """A run that begins with another's parameters is evaluated first: what it was before is known then."""
+        start = self.task.start
+        if start is None:
+            return jax.jit(lambda: init_state(self.config, optimizer), out_shardings=self.shardings)()
+        self.owes_evaluation = True
+        self.terminal.note(f"begins with the parameters of {start.facts['path']}, and a fresh optimizer")
+        params = build.to_scanned(start.params) if self.config.compute.layers == "scan" else start.params
+        shardings = {name: self.shardings.params[name] for name in params}
+        return jax.jit(
+            lambda params: init_state(self.config, optimizer, params),
+            in_shardings=(shardings,),
+            out_shardings=self.shardings,
+        )(params)
 
     def run(self) -> Outcome:
         """Trains until `train.steps`, or until SIGTERM or SIGINT, and saves. Raises what the data or a save raised."""
@@ -225,14 +261,14 @@ class Trainer:
         batches = self.task.train_batches(process_rows(self.mesh, self.config.train.batch_size))
         if self.data_state is not None:
             batches.set_state(self.data_state)
-        depth, guard = self.config.data.prefetch, self.config.guard
+        depth, guard = 0 if self.task.see else self.config.data.prefetch, self.config.guard
         prefetcher = DevicePrefetcher(batches, batch_sharding(self.mesh), depth, self.faults)
         drawn = self.watchdog.each("a batch (guard.data_seconds)", guard.data_seconds, prefetcher)
         try:
-            batch, data_state, waited = next(drawn)
+            batch, data_state, waited = self._draw(drawn)
             self.faults.reach("compile")
             compile_start = time.monotonic()
-            compiled = self.train_step.lower(self.state, batch).compile()
+            compiled = self.train_step.lower(self.state, batch, self.frozen).compile()
             give_back_memory()
             self._show_start(compiled, time.monotonic() - compile_start)
             meter = Meter(self.config, self.mesh)
@@ -241,7 +277,7 @@ class Trainer:
                 while True:
                     if "nan" in self.faults.reach("step", self.step + 1):
                         batch = poisoned(batch)
-                    self.state, metrics = compiled(self.state, batch)
+                    self.state, metrics = compiled(self.state, batch, self.frozen)
                     self.step += 1
                     before, self.data_state = self.data_state, data_state
                     if pending is not None:
@@ -255,9 +291,14 @@ class Trainer:
                         if self._between_steps(stop):
                             return
                         meter.resume()
-                    batch, data_state, waited = next(drawn)
+                    batch, data_state, waited = self._draw(drawn)
         finally:
             prefetcher.close()
+
+    def _draw(self, drawn: Iterator[Any]) -> Any:
+        if self.task.see is not None:
+            self.task.see(self.state.params)
+        return next(drawn)
 
     def _is_due(self) -> bool:
         config = self.config
@@ -328,8 +369,10 @@ class Trainer:
         if self.vote.passed:
             return False
         self.faults.reach("evaluation")
+        if self.task.see is not None:
+            self.task.see(self.state.params)
         sums = evaluate(
-            self.eval_step,
+            lambda params, batch: self.eval_step(params, batch, self.frozen),
             self.state.params,
             self.watchdog.each(
                 "a validation batch (guard.data_seconds)",
@@ -343,21 +386,22 @@ class Trainer:
         if sums is None:
             return False
         self.owes_evaluation = False
-        self.evaluation = total = sums.compute()
+        self.evaluation = total = self.task.summarise(sums.compute())
         self.log.evaluation(self.step, total)
         best = total["loss"] < self.best_loss
         self.best_loss = min(self.best_loss, total["loss"])
-        self.terminal.note(
-            f"step {self.step}: validation loss {total['loss']:.4f}, {total['bits_per_byte']:.4f} bits per byte, "
-            f"accuracy {total['accuracy']:.1%}{' (best so far)' if best else ''}"
-        )
-        if self.config.eval.sample_tokens and self.config.eval.sample_prompts:
-            self._samples(total["accuracy"])
+        values = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in total.items())
+        self.terminal.note(f"step {self.step}, validation: {values}{' (best so far)' if best else ''}")
+        if self.config.eval.sample_tokens:
+            self._samples(total.get("accuracy"))
         return best
 
-    def _samples(self, accuracy: float) -> None:
+    def _samples(self, accuracy: float | None) -> None:
         config = self.config
-        params = build.to_unrolled(self.state.params)
+        prompts = self.task.prompts
+        if prompts is None:
+            prompts = {prompt: prompt for prompt in config.eval.sample_prompts}
+        params = build.to_unrolled(build.decoder_params(self.state.params))
         generator = Generator(config.model, config.compute, params, self.task.tokenizer)
         options = SamplingOptions(
             max_tokens=config.eval.sample_tokens,
@@ -365,10 +409,10 @@ class Trainer:
             seed=config.train.seed,
             truncate_prompt=True,
         )
-        completions = generator.generate(list(config.eval.sample_prompts), options)
+        completions = generator.generate(list(prompts.values()), options)
         samples = [
             {"step": self.step, "input": prompt, "output": completion.text, "accuracy": accuracy}
-            for prompt, completion in zip(config.eval.sample_prompts, completions, strict=True)
+            for prompt, completion in zip(prompts, completions, strict=True)
         ]
         self.log.samples(self.step, samples)
 
@@ -393,7 +437,7 @@ class Trainer:
     def _histograms(self) -> None:
         """Weights, and gradients on the first rows of the validation split, as histograms by path."""
         rows = next(iter(self.task.validation_batches(1, process_rows(self.mesh, eval_rows(self.config)))))
-        gradients = self.gradient(self.state.params, place_batch(batch_sharding(self.mesh), rows))
+        gradients = self.gradient(self.state.params, place_batch(batch_sharding(self.mesh), rows), self.frozen)
         named = [
             {
                 path_name(path): multihost_utils.process_allgather(leaf, tiled=True)
@@ -456,7 +500,7 @@ class Trainer:
             best_step=self.checkpointer.best(),
             skipped_updates=int(self.state.guard.skipped),
             dummy_data=self.task.dummy_data,
-            started_from=None,
+            started_from=self.task.start.facts["path"] if self.task.start else None,
         )
 
 

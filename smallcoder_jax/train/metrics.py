@@ -33,48 +33,47 @@ PENDING_LIMIT = 512  # summaries kept while TensorFlow loads
 
 @struct.dataclass
 class EvalMetrics(clu.metrics.Metric):
-    """Sums over counted tokens; merging two gives exactly the sums over both.
+    """Sums of a loss over batches, by name; merging two gives exactly the sums over both.
 
     The sums are Python floats on the host: merging touches no device, and adds in double precision.
     """
 
-    nats: float  # sum of the loss
-    weight: float  # number of counted tokens
-    correct: float  # counted tokens whose most likely prediction was right
-    top5: float  # counted tokens that were among the five most likely
-    bytes: float  # UTF-8 bytes of the counted text
+    sums: dict[str, float]
 
     @classmethod
-    def from_model_output(cls, *, nats: Any, weight: Any, correct: Any, top5: Any, bytes: Any) -> Self:
+    def from_model_output(cls, **sums: Any) -> Self:
         """From the sums of one batch: Python numbers or host arrays of one element."""
-        return cls(float(nats), float(weight), float(correct), float(top5), float(bytes))
+        return cls({name: float(value) for name, value in sums.items()})
 
     @classmethod
     def empty(cls) -> Self:
-        return cls(0.0, 0.0, 0.0, 0.0, 0.0)
+        return cls({})
 
     def merge(self, other: Self) -> Self:
-        return type(self)(
-            self.nats + other.nats,
-            self.weight + other.weight,
-            self.correct + other.correct,
-            self.top5 + other.top5,
-            self.bytes + other.bytes,
-        )
+        names = self.sums.keys() | other.sums.keys()
+        return type(self)({name: self.sums.get(name, 0.0) + other.sums.get(name, 0.0) for name in sorted(names)})
 
     def compute(self) -> dict[str, float]:
-        """loss (nats per token), perplexity, bits_per_byte, accuracy and top5_accuracy; NaN where nothing counted."""
-        loss = _ratio(self.nats, self.weight)
-        return {
-            "loss": loss,
-            "perplexity": math.exp(loss) if loss < 700 else math.inf if loss >= 700 else math.nan,
-            "bits_per_byte": _ratio(self.nats / math.log(2), self.bytes),
-            "accuracy": _ratio(self.correct, self.weight),
-            "top5_accuracy": _ratio(self.top5, self.weight),
-        }
+        """The sums themselves: what they come to, a stage knows (`Task.summarise`)."""
+        return dict(self.sums)
 
 
-def _ratio(total: float, count: float) -> float:
+def language_summary(sums: Mapping[str, float]) -> dict[str, float]:
+    """From the sums of `losses.language_model`, with `weight` and, where they are known, UTF-8 `bytes`: loss (nats per
+    token), perplexity, bits_per_byte, accuracy and top5_accuracy; NaN where nothing counted.
+    """
+    loss = ratio(sums["nats"], sums["weight"])
+    return {
+        "loss": loss,
+        "perplexity": math.exp(loss) if loss < 700 else math.inf if loss >= 700 else math.nan,
+        **({"bits_per_byte": ratio(sums["nats"] / math.log(2), sums["bytes"])} if "bytes" in sums else {}),
+        "accuracy": ratio(sums["accuracy"], sums["weight"]),
+        "top5_accuracy": ratio(sums["top5_accuracy"], sums["weight"]),
+    }
+
+
+def ratio(total: float, count: float) -> float:
+    """The quotient; NaN where nothing counted."""
     return total / count if count else math.nan
 
 
@@ -155,7 +154,7 @@ class MetricsLog:
         self._submit(self._summarise, "write_scalars", step, _scalars("train", row))
 
     def evaluation(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Logs an evaluation, as `EvalMetrics.compute` gives it."""
+        """Logs an evaluation: its summary by the stage."""
         row = _row(step, values)
         self._submit(self._files.evaluation, row)
         self._submit(self._summarise, "write_scalars", step, _scalars("eval", row))

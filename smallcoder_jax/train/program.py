@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,27 +12,37 @@ from jax.sharding import Mesh
 
 from smallcoder_jax import optim
 from smallcoder_jax.config import Config
-from smallcoder_jax.mesh import batch_sharding, check_length, make_mesh
+from smallcoder_jax.mesh import batch_sharding, check_length, make_mesh, params_sharding
 from smallcoder_jax.ops import attention, cross_entropy
 from smallcoder_jax.train.state import TrainState, init_state, state_sharding
 from smallcoder_jax.train.step import LossFn, make_train_step
 
 
 class Program(NamedTuple):
-    """The jitted step of `make_train_step`, and what it works on: `state` are shapes with their shardings."""
+    """The jitted step of `make_train_step`, and what it works on: `state` and `frozen` are shapes with shardings."""
 
     mesh: Mesh
     optimizer: optax.GradientTransformation
     state: TrainState
     shardings: TrainState
+    frozen: Any
+    frozen_shardings: Any
     step: Any
     attention: attention.Choice
     cross_entropy: cross_entropy.Choice
 
 
-def make_program(config: Config, loss_fn: LossFn, devices: list[Any] | None = None) -> Program:
+def make_program(
+    config: Config,
+    loss_fn: LossFn,
+    devices: list[Any] | None = None,
+    *,
+    reported: Sequence[str] = ("accuracy",),
+    frozen: Any = None,
+) -> Program:
     """Nothing is compiled, and no memory taken. `devices`: of any platform, a topology's included; None: all that are
-    here. Raises UserError where config and devices do not fit together.
+    here. `reported`: as `make_train_step` takes it; `frozen`: parameters that are not trained (arrays or shapes).
+    Raises UserError where config and devices do not fit together.
     """
     train, model = config.train, config.model
     mesh = make_mesh(config.mesh, model, train.microbatch_rows, devices)
@@ -40,17 +51,26 @@ def make_program(config: Config, loss_fn: LossFn, devices: list[Any] | None = No
     optimizer = optim.make_optimizer(config.optimizer, train.steps)
     shapes = jax.eval_shape(lambda: init_state(config, optimizer))
     shardings = state_sharding(mesh, shapes)
+    frozen = frozen or {}
+    frozen_shardings = params_sharding(mesh, frozen)
+
+    def placed(shapes: Any, shardings: Any) -> Any:
+        return jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
+        )
+
     return Program(
         mesh=mesh,
         optimizer=optimizer,
-        state=jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
-        ),
+        state=placed(shapes, shardings),
         shardings=shardings,
+        frozen=placed(frozen, frozen_shardings),
+        frozen_shardings=frozen_shardings,
         step=make_train_step(
             loss_fn,
             optimizer,
             optim.schedule(config.optimizer, train.steps),
+            reported=reported,
             peak=config.optimizer.muon_learning_rate
             if config.optimizer.name == "muon"
             else config.optimizer.learning_rate,
@@ -58,6 +78,7 @@ def make_program(config: Config, loss_fn: LossFn, devices: list[Any] | None = No
             guarding=config.guard,
             mesh=mesh,
             shardings=shardings,
+            frozen_shardings=frozen_shardings,
         ),
         attention=attention.choose(
             config.compute.attention,
@@ -85,7 +106,7 @@ def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct
 
 def compile_step(program: Program, config: Config) -> Any:
     """The compiled step. Raises jax.errors.JaxRuntimeError where the compiler finds that it does not fit (TPUs)."""
-    return program.step.lower(program.state, abstract_batch(config, program.mesh)).compile()
+    return program.step.lower(program.state, abstract_batch(config, program.mesh), program.frozen).compile()
 
 
 def memory_bytes(compiled: Any) -> int:

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from smallcoder_jax.config import Config
 from smallcoder_jax.mesh import path_name, replicated, spec_of
 from smallcoder_jax.models import build
+from smallcoder_jax.models.heads import init_head
 from smallcoder_jax.train.guard import GuardState, init_guard
 
 
@@ -26,10 +27,16 @@ class TrainState(NamedTuple):
     guard: GuardState
 
 
-def init_state(config: Config, optimizer: optax.GradientTransformation) -> TrainState:
-    """A fresh state; traceable."""
+def init_state(
+    config: Config, optimizer: optax.GradientTransformation, start: build.Params | None = None
+) -> TrainState:
+    """A fresh state; traceable. `start`: the parameters to begin with, in the layout of `config.compute.layers`; those
+    that it lacks are drawn, and all where it is None.
+    """
     key = jax.random.key(config.train.seed)
-    params = build.init_params(config.model, config.compute, jax.random.fold_in(key, 0))
+    params = start or build.init_params(config.model, config.compute, jax.random.fold_in(key, 0))
+    if config.stage.has_head and "head" not in params:
+        params = {**params, "head": init_head(config.model.width, jax.random.fold_in(key, 2))}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,

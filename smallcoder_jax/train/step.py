@@ -5,7 +5,7 @@ Shapes: B rows, T tokens per row, M microbatches.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,8 @@ from smallcoder_jax.train import guard
 from smallcoder_jax.train.state import TrainState
 
 Batch = dict[str, Array]
-# (params, batch, rng key or None) -> (loss_sum, weight_sum, sums)
+# (params, batch, rng key or None) -> (loss_sum, weight_sum, sums); None: an evaluation. `params` are those that are
+# trained and those that are not, joined at the top.
 LossFn = Callable[[Any, Batch, Array | None], tuple[Array, Array, dict[str, Array]]]
 
 
@@ -29,24 +30,27 @@ def make_train_step(
     optimizer: optax.GradientTransformationExtraArgs,
     share: optax.Schedule,
     *,
+    reported: Sequence[str],
     peak: float,
     microbatches: int,
     guarding: GuardConfig,
     mesh: Mesh,
     shardings: TrainState,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
-    """The jitted step: state is donated; metrics are float32 scalars.
+    frozen_shardings: Any,
+) -> Callable[[TrainState, Batch, Any], tuple[TrainState, dict[str, Array]]]:
+    """The jitted step (state, batch, frozen parameters): state is donated; metrics are float32 scalars.
 
-    The gradient is that of loss_sum / weight_sum over the whole batch, whatever the number of microbatches. Where loss
-    or gradient is not sound (`train.guard`), parameters and optimizer stay as they were and `skipped` is 1.
+    Of the loss's sums those that `reported` names are metrics, over the sum of weights. The gradient is that of
+    loss_sum / weight_sum over the whole batch, whatever the number of microbatches. Where loss or gradient is not sound
+    (`train.guard`), parameters and optimizer stay as they were and `skipped` is 1.
     """
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+    def step(state: TrainState, batch: Batch, frozen: Any) -> tuple[TrainState, dict[str, Array]]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
         def loss_of(params: Any, part: Batch, index: Array) -> tuple[Array, tuple[Array, dict[str, Array]]]:
-            loss_sum, weight_sum, sums = loss_fn(params, part, jax.random.fold_in(key, index))
-            return loss_sum, (weight_sum, {"loss": loss_sum, "correct": sums["correct"]})
+            loss_sum, weight_sum, sums = loss_fn({**frozen, **params}, part, jax.random.fold_in(key, index))
+            return loss_sum, (weight_sum, {"loss": loss_sum, **{name: sums[name] for name in reported}})
 
         gradient_of = jax.value_and_grad(loss_of, has_aux=True)
         if microbatches == 1:
@@ -64,7 +68,7 @@ def make_train_step(
         guarded = guard.advance(guarding, state.guard, sound, loss)
         metrics = {
             "loss": loss,
-            "accuracy": sums["correct"] / denominator,
+            **{name: sums[name] / denominator for name in reported},
             "tokens": weight,
             "grad_norm": grad_norm,
             # The optimizer counts the updates that it made.
@@ -76,7 +80,7 @@ def make_train_step(
 
     return jax.jit(
         on_mesh(mesh, step),
-        in_shardings=(shardings, batch_sharding(mesh)),
+        in_shardings=(shardings, batch_sharding(mesh), frozen_shardings),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
     )
@@ -101,11 +105,17 @@ def _accumulate(gradient_of: Any, params: Any, batch: Batch, microbatches: int) 
     return jax.lax.scan(add, zeros, (indices, parts))[0]
 
 
-def make_eval_step(loss_fn: LossFn, *, mesh: Mesh, shardings: Any) -> Callable[[Any, Batch], dict[str, Array]]:
-    """The jitted evaluation step: (params, batch) -> the loss's sums, `weight` and the counted UTF-8 `bytes`."""
+def make_eval_step(
+    loss_fn: LossFn, *, mesh: Mesh, shardings: Any, frozen_shardings: Any
+) -> Callable[[Any, Batch, Any], dict[str, Array]]:
+    """The jitted evaluation step: (params, batch, frozen parameters) -> the loss's sums and `weight`."""
 
-    def step(params: Any, batch: Batch) -> dict[str, Array]:
-        _, weight, sums = loss_fn(params, batch, None)
-        return {**sums, "weight": weight, "bytes": jnp.sum(batch["bytes"])}
+    def step(params: Any, batch: Batch, frozen: Any) -> dict[str, Array]:
+        _, weight, sums = loss_fn({**frozen, **params}, batch, None)
+        return {**sums, "weight": weight}
 
-    return jax.jit(on_mesh(mesh, step), in_shardings=(shardings, batch_sharding(mesh)), out_shardings=replicated(mesh))
+    return jax.jit(
+        on_mesh(mesh, step),
+        in_shardings=(shardings, batch_sharding(mesh), frozen_shardings),
+        out_shardings=replicated(mesh),
+    )

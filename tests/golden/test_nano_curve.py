@@ -29,7 +29,7 @@ from smallcoder_jax.kernels.tile_table import Tiles
 from smallcoder_jax.kernels.tiles import TpuTiles
 from smallcoder_jax.mesh import batch_sharding, make_mesh
 from smallcoder_jax.ops import attention
-from smallcoder_jax.stages import pretrain
+from smallcoder_jax.stages import language
 from smallcoder_jax.train.state import init_state, state_sharding
 from smallcoder_jax.train.step import make_train_step
 
@@ -112,17 +112,19 @@ def losses(config: Config, stream: Iterable[dict[str, np.ndarray]]) -> Iterator[
     shardings = state_sharding(mesh, jax.eval_shape(lambda: init_state(config, optimizer)))
     state = jax.jit(lambda: init_state(config, optimizer), out_shardings=shardings)()
     step = make_train_step(
-        pretrain.make_loss(config),
+        language.make_loss(config),
         optimizer,
         optim.schedule(config.optimizer, config.train.steps),
+        reported=("accuracy",),
         peak=config.optimizer.learning_rate,
         microbatches=1,
         guarding=config.guard,
         mesh=mesh,
         shardings=shardings,
+        frozen_shardings={},
     )
     for batch in stream:
-        state, metrics = step(state, jax.device_put(batch, batch_sharding(mesh)))
+        state, metrics = step(state, jax.device_put(batch, batch_sharding(mesh)), {})
         yield float(metrics["loss"])
 
 

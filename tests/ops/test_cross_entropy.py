@@ -296,8 +296,8 @@ def test_language_model_loss_is_a_weighted_sum():
     np.testing.assert_allclose(loss, nll[:20].sum(), rtol=1e-5)
     assert float(weight) == 20
     assert float(sums["nats"]) == float(loss)
-    assert float(sums["correct"]) == float((logits.argmax(-1) == targets)[:20].sum())
-    assert float(sums["correct"]) <= float(sums["top5"]) <= 20
+    assert float(sums["accuracy"]) == float((logits.argmax(-1) == targets)[:20].sum())
+    assert float(sums["accuracy"]) <= float(sums["top5_accuracy"]) <= 20
     with_z = losses.language_model(hidden, unembed, targets, weights, 0.5)[0]
     z = jnp.square(jax.nn.logsumexp(logits, axis=-1))[:20].sum()
     np.testing.assert_allclose(with_z - loss, 0.5 * z, rtol=1e-4)

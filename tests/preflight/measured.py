@@ -22,7 +22,7 @@ from smallcoder_jax.configfile import load_config
 from smallcoder_jax.preflight.examine import examine
 from smallcoder_jax.preflight.target import Target
 from smallcoder_jax.runtime import give_back_memory
-from smallcoder_jax.stages.pretrain import make_loss
+from smallcoder_jax.stages.language import make_loss
 from smallcoder_jax.train.program import abstract_batch, compile_step, make_program, memory_bytes
 from smallcoder_jax.train.state import init_state
 
@@ -51,7 +51,7 @@ def main(path: str) -> None:
         jax.block_until_ready((state, batch))
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
         for _ in range(STEPS):
-            state, metrics = step(state, batch)
+            state, metrics = step(state, batch, {})
             jax.block_until_ready((state, metrics))
 
     run()

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from smallcoder_jax.config import CheckpointConfig, Config, DataConfig, EvalConfig, LogConfig, TokenizerConfig
-from smallcoder_jax.data.prepare import prepare
+from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.errors import UserError
 from smallcoder_jax.ops import cross_entropy
 from smallcoder_jax.preflight.target import Target
@@ -60,7 +60,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trainer_in(folder: Path, config: Config) -> Iterator[loop.Trainer]:
     with RunFolder(folder).locked(), (folder / "terminal").open("w") as terminal:
         shown = Terminal(terminal, total_steps=config.train.steps, log_every=1)
-        trainer = loop.Trainer(config, RunFolder(folder), pretrain.make_task(config, prepare(config), {}), shown)
+        trainer = loop.Trainer(config, RunFolder(folder), pretrain.make_task(config, None, Progress(terminal)), shown)
         yield trainer
 
 
@@ -138,7 +138,7 @@ def test_logged_gradients_are_per_token(root: Path, tmp_path: Path) -> None:
         count = batch["loss_weights"].sum()
         assert count > 100
         for found, summed in zip(
-            jax.tree.leaves(trainer.gradient(trainer.state.params, batch)), jax.tree.leaves(total), strict=True
+            jax.tree.leaves(trainer.gradient(trainer.state.params, batch, {})), jax.tree.leaves(total), strict=True
         ):
             np.testing.assert_allclose(found, np.asarray(summed) / count, rtol=1e-3, atol=1e-6)
 

@@ -20,7 +20,7 @@ import pytest
 from smallcoder_jax.config import LogConfig
 from smallcoder_jax.errors import UserError
 from smallcoder_jax.train import charts, log_files, metrics
-from smallcoder_jax.train.metrics import EvalMetrics, MetricsLog
+from smallcoder_jax.train.metrics import EvalMetrics, MetricsLog, language_summary
 from smallcoder_jax.train.run_folder import RunFolder
 
 PLAIN = LogConfig(tensorboard=False)
@@ -83,10 +83,10 @@ def test_evaluation_sums_are_exact_however_unevenly_they_fall() -> None:
     total = EvalMetrics.empty()
     for nats, weight in ((10.0, 4), (1.0, 1), (0.0, 0)):
         batch = EvalMetrics.from_model_output(
-            nats=nats, weight=weight, correct=weight / 2, top5=weight, bytes=2 * weight
+            nats=nats, weight=weight, accuracy=weight / 2, top5_accuracy=weight, bytes=2 * weight
         )
         total = total.merge(batch)
-    values = total.compute()
+    values = language_summary(total.compute())
     assert values["loss"] == 11 / 5
     assert values["perplexity"] == math.exp(11 / 5)
     assert values["bits_per_byte"] == pytest.approx(11 / math.log(2) / 10)
@@ -95,14 +95,14 @@ def test_evaluation_sums_are_exact_however_unevenly_they_fall() -> None:
 
 def test_evaluation_sums_take_host_arrays_and_touch_no_device() -> None:
     with jax.transfer_guard("disallow"):
-        sums = {name: np.float32(2.0) for name in ("nats", "weight", "correct", "top5", "bytes")}
+        sums = {name: np.float32(2.0) for name in ("nats", "weight", "accuracy", "top5_accuracy", "bytes")}
         total = EvalMetrics.empty().merge(EvalMetrics.from_model_output(**sums))
-    assert total.compute()["loss"] == 1.0
+    assert language_summary(total.compute())["loss"] == 1.0
 
 
 @pytest.mark.parametrize(("nats", "weight", "expected"), [(0.0, 0.0, math.nan), (1e6, 1.0, math.inf)])
 def test_evaluation_of_nothing_or_of_too_much(nats: float, weight: float, expected: float) -> None:
-    values = EvalMetrics(nats, weight, 0.0, 0.0, 0.0).compute()
+    values = language_summary({"nats": nats, "weight": weight, "accuracy": 0.0, "top5_accuracy": 0.0, "bytes": 0.0})
     np.testing.assert_equal(values["perplexity"], expected)
     assert math.isnan(values["bits_per_byte"])
 

@@ -18,7 +18,7 @@ from smallcoder_jax.config import Config, MeshConfig, OptimizerConfig, TrainConf
 from smallcoder_jax.errors import UserError
 from smallcoder_jax.mesh import batch_sharding, make_mesh, path_name, place_batch, process_rows, spec_of
 from smallcoder_jax.models import build
-from smallcoder_jax.stages import pretrain
+from smallcoder_jax.stages import language
 from smallcoder_jax.train.program import compile_step, make_program
 from smallcoder_jax.train.state import TrainState, init_state, state_sharding
 from smallcoder_jax.train.step import make_eval_step, make_train_step
@@ -77,14 +77,16 @@ def set_up(config: Config, mesh_config: MeshConfig = MESHES["one"][0], devices: 
     shardings = state_sharding(mesh, start)
     state = jax.device_put(start, shardings)
     step = make_train_step(
-        pretrain.make_loss(config),
+        language.make_loss(config),
         optimizer,
         optim.schedule(config.optimizer, config.train.steps),
+        reported=("accuracy",),
         peak=config.optimizer.learning_rate,
         microbatches=config.train.batch_size // config.train.microbatch_rows,
         guarding=config.guard,
         mesh=mesh,
         shardings=shardings,
+        frozen_shardings={},
     )
     batch = jax.device_put(uneven_batch(config), batch_sharding(mesh))
     return Setup(state, step, batch, shardings)
@@ -93,7 +95,7 @@ def set_up(config: Config, mesh_config: MeshConfig = MESHES["one"][0], devices: 
 def take_steps(setup: Setup, count: int) -> tuple[TrainState, list[dict[str, float]]]:
     state, seen = setup.state, []
     for _ in range(count):
-        state, metrics = setup.step(state, setup.batch)
+        state, metrics = setup.step(state, setup.batch, {})
         seen.append({name: float(value) for name, value in metrics.items()})
     return jax.device_get(state), seen
 
@@ -107,7 +109,7 @@ def reference() -> tuple[TrainState, list[dict[str, float]]]:
 
 def test_the_step_is_the_gradient_of_the_mean_over_weights(reference: tuple[Any, list[dict[str, float]]]) -> None:
     config = config_for()
-    loss_fn = pretrain.make_loss(config)
+    loss_fn = language.make_loss(config)
     batch = jax.tree.map(jnp.asarray, uneven_batch(config))
     weight = float(batch["loss_weights"].sum())
 
@@ -181,12 +183,14 @@ def test_evaluation_on_a_mesh_sums_over_all_rows() -> None:
     for mesh_config, devices in (MESHES["one"], MESHES["all"]):
         mesh = make_mesh(mesh_config, config.model, 8, jax.devices()[:devices])
         setup = set_up(config, mesh_config, devices)
-        step = make_eval_step(pretrain.make_loss(config), mesh=mesh, shardings=setup.shardings.params)
-        sums = step(setup.state.params, jax.device_put(batch, batch_sharding(mesh)))
+        step = make_eval_step(
+            language.make_loss(config), mesh=mesh, shardings=setup.shardings.params, frozen_shardings={}
+        )
+        sums = step(setup.state.params, jax.device_put(batch, batch_sharding(mesh)), {})
         found.append({name: float(value) for name, value in sums.items()})
     assert found[0]["weight"] == batch["loss_weights"].sum()
     assert found[0]["bytes"] == 8 * 32
-    assert found[0]["correct"] <= found[0]["top5"]
+    assert found[0]["accuracy"] <= found[0]["top5_accuracy"]
     assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
@@ -195,7 +199,7 @@ def test_it_compiles_once_and_donates_the_state() -> None:
     state = setup.state
     for _ in range(3):
         before = state
-        state, _ = setup.step(before, setup.batch)
+        state, _ = setup.step(before, setup.batch, {})
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
     assert setup.step._cache_size() == 1
 
@@ -211,7 +215,7 @@ def test_fsdp_splits_every_matrix_and_its_moments(optimizer: str, layers: str) -
     setup = set_up(config, *MESHES["fsdp"])
     state = setup.state
     if optimizer == "adamw":  # and it stays so
-        state, _ = setup.step(state, setup.batch)
+        state, _ = setup.step(state, setup.batch, {})
     split = 0
     for path, leaf in jax.tree_util.tree_leaves_with_path((state.params, state.optimizer)):
         if "kernel" in path_name(path) or "embedding" in path_name(path):
@@ -269,7 +273,7 @@ def test_one_axis_takes_all_devices_that_are_left() -> None:
 def test_a_row_that_does_not_divide_over_context_is_refused() -> None:
     config = dataclasses.replace(config_for(sequence_length=30), mesh=MESHES["context"][0])
     with pytest.raises(UserError, match=r"train\.sequence_length=30 does not divide over mesh\.context=4"):
-        make_program(config, pretrain.make_loss(config))
+        make_program(config, language.make_loss(config))
 
 
 def test_a_step_that_is_not_sound_changes_nothing_but_the_count() -> None:
@@ -278,10 +282,10 @@ def test_a_step_that_is_not_sound_changes_nothing_but_the_count() -> None:
     poisoned = setup.batch | {"loss_weights": setup.batch["loss_weights"] * jnp.float32(jnp.nan)}
     calm, hurt = set_up(config).state, setup.state
     for batches, expected in ((setup.batch, 0.0), (poisoned, 1.0), (setup.batch, 0.0)):
-        hurt, metrics = setup.step(hurt, batches)
+        hurt, metrics = setup.step(hurt, batches, {})
         assert float(metrics["skipped"]) == expected
     for _ in range(2):
-        calm, undisturbed = setup.step(calm, setup.batch)
+        calm, undisturbed = setup.step(calm, setup.batch, {})
     assert float(metrics["learning_rate"]) == float(undisturbed["learning_rate"])
     assert (int(hurt.step), int(calm.step), int(hurt.guard.skipped)) == (3, 2, 1)
     pairs = ((hurt.params, calm.params), (hurt.optimizer, calm.optimizer))
@@ -294,7 +298,7 @@ def test_the_state_is_updated_in_place() -> None:
     config = dataclasses.replace(
         config_for(batch_size=1, sequence_length=8), model=model, compute=dataclasses.replace(FLOAT32, layers="unroll")
     )
-    program = make_program(config, pretrain.make_loss(config), jax.devices()[:1])
+    program = make_program(config, language.make_loss(config), jax.devices()[:1])
     parameters = sum(leaf.size * 4 for leaf in jax.tree.leaves(program.state.params))
     analysis = compile_step(program, config).memory_analysis()
     assert analysis.temp_size_in_bytes < 1.3 * parameters

@@ -1,0 +1,100 @@
+"""Generated conversations that call functions, made once and kept as JSON lines under `data.dir`.
+
+dialogs/KEY/train.jsonl, validation.jsonl    a `conversations.Record` a line
+dialogs/KEY/dialogs.json                     counts, and a fingerprint of both files
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import platform
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from smallcoder_jax.data.conversation_tools import Execute
+from smallcoder_jax.data.conversations import FORMAT, Draft, Record, complete, draw
+from smallcoder_jax.data.progress import Progress
+from smallcoder_jax.data.shards import write_json
+from smallcoder_jax.data.storage import new_folder, short_key
+from smallcoder_jax.errors import UserError
+
+SIDES = ("train", "validation")
+_FACTS = "dialogs.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Dialogs:
+    """Conversations by their side of the split. `counts` and `fingerprint`: of the files in `folder`."""
+
+    folder: Path
+    fingerprint: str
+    counts: dict[str, int]
+
+    def read(self, side: str) -> list[Record]:
+        """The records of a side, in order. Raises UserError for a line that is none."""
+        lines = (self.folder / f"{side}.jsonl").read_text(encoding="utf-8").splitlines()
+        return [Record.from_json(json.loads(line)) for line in lines]
+
+
+def prepare_tool_dialogs(
+    root: Path, count: int, seed: int, execute: Execute, progress: Progress | None = None
+) -> Dialogs:
+    """`count` conversations of different requests under `root`, made where they are not there yet.
+
+    They are those of the first indices of the seed, whatever the machine; the calls are really made, several at a time.
+    Raises UserError where this machine cannot run them, and on a full disk.
+    """
+    version = platform.python_version()
+    folder = root.expanduser() / "dialogs" / short_key([FORMAT, version, count, seed])
+    if not folder.is_dir():
+        if progress:
+            progress.start(f"conversations, whose calls are executed, {count:,}")
+        with new_folder(folder) as temporary, ThreadPoolExecutor(os.cpu_count()) as pool:
+            written: dict[str, int] = dict.fromkeys(SIDES, 0)
+            files = {side: (temporary / f"{side}.jsonl").open("w", encoding="utf-8") for side in SIDES}
+            for record in pool.map(lambda draft: complete(draft, execute), different(seed, count)):
+                line = json.dumps(record.to_json(), ensure_ascii=False) + "\n"
+                files[record.side].write(line)
+                written[record.side] += 1
+                if progress:
+                    progress.add(len(line.encode("utf-8")))
+            for file in files.values():
+                file.close()
+            write_json(temporary / _FACTS, {"counts": written, "fingerprint": _fingerprint(temporary)})
+        if progress:
+            progress.finish()
+    try:
+        facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
+        dialogs = Dialogs(folder, facts["fingerprint"], facts["counts"])
+        sound = dialogs.fingerprint == _fingerprint(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"the conversations in {folder} cannot be read: {error}. Delete the folder") from error
+    if not sound:
+        raise UserError(f"the conversations in {folder} were changed since they were made. Delete the folder")
+    return dialogs
+
+
+def different(seed: int, count: int) -> Iterator[Draft]:
+    """The first `count` drafts of a seed whose requests differ in more than case and whitespace."""
+    seen = set()
+    for index in itertools.count():
+        draft = draw(seed, index)
+        request = " ".join(draft.plan.request.casefold().split())
+        if request in seen:
+            continue
+        seen.add(request)
+        if len(seen) > count:
+            return
+        yield draft
+
+
+def _fingerprint(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for side in SIDES:
+        digest.update(hashlib.sha256((folder / f"{side}.jsonl").read_bytes()).digest())
+    return digest.hexdigest()

@@ -1,0 +1,24 @@
+"""A head of one number on hidden states: a reward, or a value. Its parameters stand beside the decoder's, as `head`.
+
+Shapes: B rows, T positions, D width.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+from smallcoder_jax.models.build import Params
+
+
+def init_head(width: int, key: Array) -> Params:
+    """Fresh parameters; scores then have a standard deviation of about 1 / sqrt(width), for normed hidden states."""
+    return {"kernel": jax.random.normal(key, (width, 1), jnp.float32) / width, "bias": jnp.zeros(1, jnp.float32)}
+
+
+def head_scores(head: Params, hidden_BTD: Float[Array, "*B D"]) -> Float[Array, "*B"]:
+    """One score for every position, computed in float32."""
+    products = jnp.matmul(hidden_BTD.astype(jnp.float32), head["kernel"], precision=jax.lax.Precision.HIGHEST)
+    return products[..., 0] + head["bias"][0]

@@ -1,0 +1,146 @@
+"""Documents for a stage: prepared, packed, and described."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from smallcoder_jax import distributed
+from smallcoder_jax.config import Config, eval_rows
+from smallcoder_jax.data import pipeline
+from smallcoder_jax.data.prepare import Prepared, prepare
+from smallcoder_jax.data.progress import Progress
+from smallcoder_jax.errors import UserError
+from smallcoder_jax.evaluate.bits_per_byte import held_out_references
+from smallcoder_jax.evaluate.perplexity import evaluate
+from smallcoder_jax.loading import LoadedModel
+from smallcoder_jax.train.loop import Start, Task
+from smallcoder_jax.train.metrics import language_summary
+from smallcoder_jax.train.step import LossFn
+from smallcoder_jax.train.terminal import human_count
+
+
+def prepare_on_all(config: Config, progress: Progress) -> Prepared:
+    """Process 0 prepares the data; the others find them in a shared folder, or else prepare their own.
+
+    Raises UserError where the processes come to have different data.
+    """
+    made: list[Prepared] = []
+
+    def make() -> str:
+        made.append(prepare(config, progress))
+        return made[0].manifest.fingerprint
+
+    fingerprint = distributed.from_first(make)
+    prepared = made[0] if made else prepare(config, progress)
+    if prepared.manifest.fingerprint != fingerprint:
+        raise UserError(
+            f"the data in '{config.data.dir}' of this machine have the fingerprint {prepared.manifest.fingerprint}, "
+            f"those of process 0 {fingerprint}: '{config.data.sources}' differs between the machines. Set data.dir to "
+            "a folder that all of them share, or copy the one of process 0"
+        )
+    return prepared
+
+
+def make_task(config: Config, prepared: Prepared, start: Start | None, loss_fn: LossFn, **more: Any) -> Task:
+    """Packed documents of `prepared` with a loss that predicts their tokens, for the loop. `more`: fields of the task
+    beyond these.
+    """
+    train, data = config.train, config.data
+
+    def train_batches(rows: Sequence[int]) -> Any:
+        return pipeline.make_train_iterator(
+            prepared.manifest,
+            prepared.tokens_folder,
+            prepared.tokenizer,
+            data=data,
+            sequence_length=train.sequence_length,
+            batch_size=train.batch_size,
+            rows=rows,
+            seed=train.seed,
+        )
+
+    def validation_batches(limit: int, rows: Sequence[int]) -> Iterator[dict[str, np.ndarray]]:
+        return pipeline.validation_batches(
+            prepared.manifest,
+            prepared.tokens_folder,
+            prepared.tokenizer,
+            sequence_length=train.sequence_length,
+            batch_size=eval_rows(config),
+            rows=rows,
+            limit_batches=limit,
+        )
+
+    train_tokens = sum(source.train.tokens for source in prepared.manifest.sources)
+    validation_tokens = sum(source.validation.tokens for source in prepared.manifest.sources)
+    planned = train.steps * train.batch_size * train.sequence_length
+    identity = pipeline.pipeline_identity(
+        prepared.manifest, data, sequence_length=train.sequence_length, batch_size=train.batch_size, seed=train.seed
+    )
+    more = {"summarise": language_summary, **more}
+    return Task(
+        loss_fn=loss_fn,
+        train_batches=train_batches,
+        validation_batches=validation_batches,
+        identity={**identity, **more.pop("identity", {})},
+        tokenizer=prepared.tokenizer,
+        tokenizer_folder=prepared.tokenizer_folder,
+        dataset=data.sources,
+        dummy_data=prepared.manifest.dummy,
+        facts={
+            "sources": data.sources + (" DUMMY DATA" if prepared.manifest.dummy else ""),
+            "tokens": f"{human_count(train_tokens)} to train on, {human_count(validation_tokens)} held out; "
+            f"{planned / max(train_tokens, 1):.2f} epochs planned",
+            "rows": f"packing {data.packing}, FIM rate {data.fim_rate}, {data.workers} workers",
+        },
+        accounting=prepared.accounting,
+        references=held_out_references(prepared) if distributed.is_first() else {},
+        start=start,
+        **more,
+    )
+
+
+def measure(config: Config, loaded: LoadedModel, progress: Progress) -> dict[str, Any]:
+    """Loss, perplexity, accuracy and bits per byte of a model on the whole validation split, beside the compressors.
+
+    `data` says what was evaluated on: an export does not know its own validation split. Raises UserError when the
+    config's data or row length do not fit the model.
+    """
+    path = loaded.origin["path"]
+    if config.train.sequence_length > loaded.model.context:
+        raise UserError(
+            f"train.sequence_length={config.train.sequence_length} is longer than the context of the model in "
+            f"{path}, {loaded.model.context}; give the config and flags that it was trained with"
+        )
+    prepared = prepare(config, progress)
+    if prepared.tokenizer.hash != loaded.tokenizer.hash:
+        raise UserError(f"{path} was trained with another tokenizer than that of {prepared.tokenizer_folder}")
+    fingerprint = prepared.manifest.fingerprint
+    if "identity" in loaded.info:  # a run; an export carries none
+        trained_on = loaded.info["identity"]["data"].get("fingerprint", fingerprint)  # other stages: no documents
+        if trained_on != fingerprint:
+            raise UserError(
+                f"{path} was trained on data with the fingerprint {trained_on}, but '{config.data.sources}' has "
+                f"{fingerprint}, whose held-out files may be among those trained on; give the config and flags that "
+                "it was trained with"
+            )
+    batches = pipeline.validation_batches(
+        prepared.manifest,
+        prepared.tokens_folder,
+        prepared.tokenizer,
+        sequence_length=config.train.sequence_length,
+        batch_size=eval_rows(config),
+        rows=range(eval_rows(config)),
+        limit_batches=0,
+    )
+    return {
+        **evaluate(loaded.model, loaded.compute, loaded.params, batches),
+        "references": held_out_references(prepared),
+        "data": {
+            "sources": config.data.sources,
+            "fingerprint": fingerprint,
+            "sequence_length": config.train.sequence_length,
+        },
+    }

@@ -1,0 +1,38 @@
+"""What all stages that learn to predict the next token share: the loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from smallcoder_jax import losses
+from smallcoder_jax.config import Config
+from smallcoder_jax.mesh import flat_tokens
+from smallcoder_jax.models import build
+from smallcoder_jax.train.step import Batch, LossFn
+
+
+def make_loss(config: Config) -> LossFn:
+    """The language-model loss of a packed batch (`losses.language_model`), with its `bytes` where it counts them."""
+    graph, _ = build.abstract_model(config.model, config.compute)
+
+    def loss_fn(params: Any, batch: Batch, key: Array | None) -> tuple[Array, Array, dict[str, Array]]:
+        decoder = build.bind(graph, params)
+        hidden_BTD = decoder(batch["tokens"], batch["positions"], batch["segment_ids"], key)
+        loss, weight, sums = losses.language_model(
+            flat_tokens(hidden_BTD),
+            decoder.unembedding(),
+            flat_tokens(batch["targets"]),
+            flat_tokens(batch["loss_weights"]),
+            config.train.z_loss,
+        )
+        return loss, weight, with_bytes(sums, batch)
+
+    return loss_fn
+
+
+def with_bytes(sums: dict[str, Array], batch: Batch) -> dict[str, Array]:
+    """The sums, and the UTF-8 bytes of the counted text, which validation batches of documents carry."""
+    return {**sums, "bytes": jnp.sum(batch["bytes"])} if "bytes" in batch else sums

@@ -1,0 +1,73 @@
+"""What a stage begins with: the model of an earlier one."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax
+
+from smallcoder_jax import loading
+from smallcoder_jax.config import Config, ModelConfig
+from smallcoder_jax.errors import UserError
+from smallcoder_jax.loading import LoadedModel
+from smallcoder_jax.tokenizers.base import Tokenizer
+from smallcoder_jax.train.loop import Start
+
+# What may differ between a model and the one that it begins with: no parameter depends on it.
+_FREE = ("context", "dropout", "window")
+
+
+def load_start(config: Config) -> LoadedModel | None:
+    """The model that `stage.start` names. Raises UserError where there is none, or it has another shape."""
+    if not config.stage.start:
+        return None
+    loaded = loading.load(Path(config.stage.start))
+    check_shape(config.stage.start, loaded.model, config.model)
+    return loaded
+
+
+def need_start(config: Config, loaded: LoadedModel | None) -> LoadedModel:
+    """Raises UserError where a stage that only makes sense after another has nothing to begin with."""
+    if loaded is None:
+        raise UserError(
+            f"stage.name={config.stage.name} goes on with a model that exists: set --config.stage.start to the folder "
+            "of a run or of an export"
+        )
+    return loaded
+
+
+def check_shape(path: str, found: ModelConfig, wanted: ModelConfig) -> None:
+    """Raises UserError naming the fields in which the model of `path` differs from the config's."""
+    pairs = [
+        (field.name, getattr(found, field.name), getattr(wanted, field.name)) for field in dataclasses.fields(found)
+    ]
+    free = {*_FREE} if wanted.positions == "rope" else {*_FREE} - {"context"}
+    differing = [
+        f"model.{name}: {was} there, {now} here" for name, was, now in pairs if was != now and name not in free
+    ]
+    if differing:
+        raise UserError(f"the model in {path} has another shape than the config: {'; '.join(differing)}")
+
+
+def check_tokenizer(loaded: LoadedModel, tokenizer: Tokenizer) -> None:
+    """Raises UserError where data were prepared with another tokenizer than that of a model."""
+    if tokenizer.hash != loaded.tokenizer.hash:
+        raise UserError(
+            "the data have another tokenizer than the model that is to learn from them; take the model's with "
+            f"--config.tokenizer.path={loaded.tokenizer_folder}"
+        )
+
+
+def start_of(loaded: LoadedModel | None) -> Start | None:
+    """The start of a run, for the loop."""
+    if loaded is None:
+        return None
+    params = loaded.params if loaded.head is None else {**loaded.params, "head": loaded.head}
+    return Start(params, loaded.origin)
+
+
+def one_process(config: Config) -> None:
+    """Raises UserError where several processes train a stage whose batches are made by one."""
+    if jax.process_count() > 1:
+        raise UserError(f"stage.name={config.stage.name} runs in one process, on all of its devices")
