@@ -1,6 +1,7 @@
 """Config files and command-line overrides, with errors that name the nearest match.
 
-A config file is a Python file with `get_config() -> ConfigDict`. An override is `--config.section.key=value`, read as
+A config file is a Python file with `get_config() -> ConfigDict`. Those of stages take an argument, the variant, which
+is named behind a colon: `configs/stages/code.py:small`. An override is `--config.section.key=value`, read as
 the type that the key has.
 """
 
@@ -47,7 +48,10 @@ def load_config(path: str, overrides: list[str]) -> Config:
 
 
 def read_config_file(path: str) -> Any:
-    """The ConfigDict of a config file. Raises UserError where the file is missing, fails, or gives no ConfigDict."""
+    """The ConfigDict of a config file, `PATH` or `PATH:ARGUMENT`. Raises UserError where the file is missing, fails, or
+    gives no ConfigDict.
+    """
+    path, colon, argument = path.partition(":")
     file = Path(path)
     if not file.is_file():
         known = sorted(str(p) for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
@@ -57,7 +61,9 @@ def read_config_file(path: str) -> Any:
         raise UserError(f"config file '{path}' does not exist; {hint}")
     try:
         get_config = runpy.run_path(str(file)).get("get_config")
-        values = get_config() if get_config else None
+        values = get_config(*([argument] if colon else [])) if get_config else None
+    except UserError:
+        raise
     except Exception as error:  # the user's own program, which may raise anything
         raise UserError(f"config file '{path}': {type(error).__name__}: {error}") from error
     if get_config is None:

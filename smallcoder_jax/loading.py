@@ -64,6 +64,20 @@ def load(path: Path, *, step: int | str | None = None) -> LoadedModel:
     raise UserError(f"{path} {what}; train one with python -m smallcoder_jax.main --config=configs/nano.py")
 
 
+def origin(path: Path, step: int | str | None = None) -> dict[str, Any]:
+    """Where a model is from, as JSON: `path`, `step` (None: an export) and a `hash` of its files. Reads no model.
+
+    Raises UserError where there is none.
+    """
+    if (path / "model.safetensors").exists():
+        file, number = path / "model.safetensors", None
+    else:
+        target = checkpoint.find_step(RunFolder(path).checkpoints, step)
+        file, number = target / checkpoint.MANIFEST, int(target.name)
+    with file.open("rb") as opened:
+        return {"path": str(path), "step": number, "hash": hashlib.file_digest(opened, "sha256").hexdigest()}
+
+
 def _from_run(folder: RunFolder, step: int | str | None) -> LoadedModel:
     config = from_config_dict(read_json(folder.config_json, "the config of the run"))
     target = checkpoint.find_step(folder.checkpoints, step)
@@ -80,9 +94,9 @@ def _from_run(folder: RunFolder, step: int | str | None) -> LoadedModel:
         raise UserError(f"the tokenizer in {tokenizer_folder} is not the one that {target} was trained with")
     compute = dataclasses.replace(config.compute, layers="unroll", remat="none")
     info = {**meta, "run": run, "step_folder": str(target)}
-    origin = {"path": str(folder.path), "step": int(target.name), "hash": _hash(target / checkpoint.MANIFEST)}
     decoder, head = build.to_unrolled(build.decoder_params(params)), params.get("head")
-    return LoadedModel(config.model, compute, decoder, tokenizer, tokenizer_folder, info, origin, head)
+    where = origin(folder.path, step)
+    return LoadedModel(config.model, compute, decoder, tokenizer, tokenizer_folder, info, where, head)
 
 
 def _from_export(path: Path) -> LoadedModel:
@@ -90,13 +104,7 @@ def _from_export(path: Path) -> LoadedModel:
     compute = ComputeConfig(dtype="float32", layers="unroll")
     info = json.loads((path / "config.json").read_text())
     tokenizer = _exported_tokenizer(tokenizer_folder)
-    origin = {"path": str(path), "step": None, "hash": _hash(path / "model.safetensors")}
-    return LoadedModel(model, compute, params, tokenizer, tokenizer_folder, info, origin)
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return LoadedModel(model, compute, params, tokenizer, tokenizer_folder, info, origin(path))
 
 
 def _exported_tokenizer(folder: Path) -> Tokenizer:

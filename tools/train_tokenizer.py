@@ -15,12 +15,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from smallcoder_jax.config import DataConfig
-from smallcoder_jax.data.corpus import corpus_key, ensure_corpus, read_split, training_texts
+from smallcoder_jax.data.corpus import read_split
 from smallcoder_jax.data.progress import Progress
-from smallcoder_jax.data.sources import parse_sources
+from smallcoder_jax.data.tokenizer import make_tokenizer
 from smallcoder_jax.errors import CheckFailed, UserError, run_cli
 from smallcoder_jax.tokenizers.base import Tokenizer
-from smallcoder_jax.tokenizers.sentencepiece import train_sentencepiece
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -33,14 +32,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if arguments.output.exists() and (not arguments.output.is_dir() or any(arguments.output.iterdir())):
         raise UserError(f"--output {arguments.output} exists and is not empty; name another folder or delete it")
-    specs = parse_sources(arguments.sources)
     data = DataConfig(sources=arguments.sources, dir=str(arguments.data_dir))
-    progress = Progress(sys.stderr)
-    corpus = arguments.data_dir / "corpus" / corpus_key(specs, data)
-    ensure_corpus(specs, data, corpus, progress)
-    progress.note(f"training {arguments.vocab_size:,} entries on up to {arguments.train_bytes / 1e6:.0f} MB")
-    texts = training_texts(corpus, arguments.train_bytes)
-    tokenizer = train_sentencepiece(texts, arguments.vocab_size, arguments.train_bytes)
+    tokenizer, corpus = make_tokenizer(data, arguments.vocab_size, arguments.train_bytes, Progress(sys.stderr))
     ratio, size = bytes_per_token(tokenizer, (document.text for document in read_split(corpus, "validation")))
     tokenizer.save(arguments.output)
     print(f"entries:         {tokenizer.vocab_size:,}")

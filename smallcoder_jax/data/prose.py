@@ -6,9 +6,8 @@ after the other. Not of the standard library: its files are what code is held ou
 
 from __future__ import annotations
 
-import ast
 import inspect
-import warnings
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +16,11 @@ from smallcoder_jax.data.local import files_of_packages, package_licenses
 
 _PAGES = (".md", ".rst")
 _DESCRIPTION = "METADATA"
-_DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+# At the start of the file behind comments, or behind a colon that ends a line.
+_DOCSTRING = re.compile(
+    r"""(?:\A(?:\s|\#[^\n]*\n)*|:[ \t]*(?:\#[^\n]*)?\n\s*)[rRuU]?(?P<quote>\"{3}|'{3})(?P<text>.*?)(?P=quote)""",
+    re.DOTALL,
+)
 
 
 def read_prose(source: str) -> Iterator[Document | Skipped]:
@@ -29,7 +32,7 @@ def read_prose(source: str) -> Iterator[Document | Skipped]:
             continue
         try:
             text = _prose_of(path)
-        except (OSError, UnicodeDecodeError, SyntaxError, ValueError, RecursionError):  # files of other people
+        except (OSError, UnicodeDecodeError):
             yield Skipped("unreadable", relative)
             continue
         if text:
@@ -47,12 +50,9 @@ def _prose_of(path: Path) -> str:
 
 
 def docstrings(code: str) -> str:
-    """The docstrings of Python code in the order of the text, an empty line between two; empty where there are none."""
-    if '"""' not in code and "'''" not in code:
-        return ""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about escapes in other people's strings
-        nodes = [node for node in ast.walk(ast.parse(code)) if isinstance(node, _DOCUMENTED)]
-    nodes.sort(key=lambda node: getattr(node, "lineno", 0))
-    found = (ast.get_docstring(node, clean=False) for node in nodes)
-    return "\n\n".join(inspect.cleandoc(text) for text in found if text and "\n" in text.strip())
+    """The docstrings of Python code that have several lines, an empty line between two; empty where there are none.
+
+    They are found as triple-quoted strings that begin a file or a block: to parse every file would take minutes.
+    """
+    found = (inspect.cleandoc(match["text"]) for match in _DOCSTRING.finditer(code))
+    return "\n\n".join(text for text in found if "\n" in text)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -49,14 +50,7 @@ def write_report(folder: RunFolder, accounting: Mapping[str, Any], results: Mapp
     info = _read_optional(folder.training_info_json, "training information", {})
     run = _read_optional(folder.run_json, "the identity of a run", {})
     samples = _read_optional(folder.text_samples_json, "a list of text samples", [])
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    page = environment.get_template("report.html").render(
+    page = _template("report.html").render(
         name=info.get("variant_name", config["name"]),
         written_at=utc_now(),
         dummy_data=info.get("dummy_data", False),
@@ -73,6 +67,31 @@ def write_report(folder: RunFolder, accounting: Mapping[str, Any], results: Mapp
     )
     write_bytes_atomic(folder.report_html, page.encode())
     return folder.report_html
+
+
+def write_stages_report(path: Path, name: str, results: Mapping[str, Any], folders: Mapping[str, RunFolder]) -> None:
+    """Writes one page over several runs: `results` as in `write_report`, and by stage its chart and report."""
+    stages = [
+        {
+            "name": stage,
+            "report": Path(os.path.relpath(folder.report_html, path.parent)).as_posix(),
+            "chart": _inline_png(folder.latest_chart),
+        }
+        for stage, folder in folders.items()
+    ]
+    page = _template("stages.html").render(name=name, written_at=utc_now(), results=tables(results), stages=stages)
+    write_bytes_atomic(path, page.encode())
+
+
+def _template(name: str) -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(name)
 
 
 def tables(values: Mapping[str, Any], title: str = "") -> list[Table]:

@@ -1,0 +1,28 @@
+r"""Stage code: source code with fill-in-the-middle, from the language stage's model.
+
+Command:   python -m smallcoder_jax.main --config=configs/stages/code.py:small --workdir=runs/code \
+             --config.stage.start=runs/language
+           or, as one of several: python -m tools.run_stages --variant=small
+Hardware:  that of the variant (configs/small.py); nano: two CPU cores.
+Time:      not measured but for nano (docs/benchmarks.md, "make pipeline").
+Expected:  bits per byte of held-out code fall, from those of a model that has read prose.
+
+The learning rate is that of going on; from drawn parameters take the variant's own config instead.
+"""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from smallcoder_jax.configfile import read_config_file
+
+
+def get_config(variant: str = "small") -> ConfigDict:
+    config = read_config_file(str(Path(__file__).parents[1] / f"{variant}.py"))
+    config.name += "-code"
+    config.optimizer.update(learning_rate=1e-5, warmup_steps=1000)
+    if variant == "nano":
+        config.train.update(steps=400)
+        config.optimizer.update(learning_rate=0.008, muon_learning_rate=0.03, warmup_steps=20)
+        config.checkpoint.update(every=200)
+    return config

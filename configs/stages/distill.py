@@ -1,0 +1,32 @@
+r"""Stage distill: a smaller model learns code from a larger one beside the text.
+
+Command:   python -m smallcoder_jax.main --config=configs/stages/distill.py:small --workdir=runs/distill \
+             --config.distill.teacher=runs/code
+           or, as one of several: python -m tools.run_stages --variant=small
+Hardware:  that of the variant (configs/small.py); nano: two CPU cores.
+Time:      not measured but for nano (docs/benchmarks.md, "make pipeline").
+Expected:  fewer bits per byte than the same model without a teacher (--config.distill.alpha=1).
+
+The student has the variant's shape; nano's student is a quarter as wide and deep as nano, its teacher.
+"""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from smallcoder_jax.configfile import read_config_file
+
+
+def get_config(variant: str = "small") -> ConfigDict:
+    config = read_config_file(str(Path(__file__).parents[1] / f"{variant}.py"))
+    config.name += "-distill"
+    config.stage.name = "distill"
+    config.data.max_documents = 10_000
+    config.optimizer.update(learning_rate=5e-4)
+    if variant == "nano":
+        config.model.update(width=128, mlp_width=352, layers=2, heads=2, kv_heads=1)
+        config.train.update(steps=300)
+        config.data.max_documents = 0
+        config.eval.update(every=150)
+        config.checkpoint.update(every=150)
+    return config

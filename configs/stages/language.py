@@ -1,0 +1,31 @@
+"""Stage language: prose, from drawn parameters. TinyStories; nano: the prose of this machine, without a network.
+
+Command:   python -m smallcoder_jax.main --config=configs/stages/language.py:small --workdir=runs/language
+           or, as one of several: python -m tools.run_stages --variant=small
+Hardware:  that of the variant (configs/small.py); nano: two CPU cores.
+Time:      not measured but for nano (docs/benchmarks.md, "make pipeline").
+Expected:  bits per byte of held-out text fall; the loss starts at ln(vocabulary).
+
+A token is met about three times: steps for TinyStories' 470M tokens in rows of 512.
+"""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from smallcoder_jax.configfile import read_config_file
+
+
+def get_config(variant: str = "small") -> ConfigDict:
+    config = read_config_file(str(Path(__file__).parents[1] / f"{variant}.py"))
+    config.name += "-language"
+    config.data.update(sources="hf:roneneldan/TinyStories!nofim", fim_rate=0.0)
+    config.train.update(steps=43_000, batch_size=64, sequence_length=512, microbatch_size=64)
+    config.optimizer.update(learning_rate=1e-4, warmup_steps=2000)
+    if variant == "nano":
+        config.data.update(sources="prose!nofim", max_documents=1500)
+        config.train.update(steps=300, batch_size=4, microbatch_size=2)
+        config.optimizer.update(learning_rate=0.01, warmup_steps=20)
+        config.eval.update(every=150)
+        config.checkpoint.update(every=150)
+    return config

@@ -1,0 +1,203 @@
+"""Stages in a row: each begins with the model of the one before, all with one tokenizer; a ledger says what is done.
+
+WORKDIR/tokenizer/         the tokenizer of all stages
+WORKDIR/STAGE/             a run folder each
+WORKDIR/stages.json        the ledger: by stage, what it was made from, how long it took, its measures
+WORKDIR/stages.html        the table and the charts of all stages
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from smallcoder_jax import loading
+from smallcoder_jax.config import Config, nearest, to_dict
+from smallcoder_jax.configfile import load_config
+from smallcoder_jax.data.progress import Progress
+from smallcoder_jax.data.storage import new_folder, short_key
+from smallcoder_jax.data.tokenizer import make_tokenizer
+from smallcoder_jax.errors import UserError
+from smallcoder_jax.stages import run
+from smallcoder_jax.train.log_files import read_csv
+from smallcoder_jax.train.report import write_stages_report
+from smallcoder_jax.train.run_folder import RunFolder, read_json, write_json_atomic
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+# Each goes on from the last of these before it; the others leave the model as it is.
+POLICY = ("language", "code", "tools", "dpo", "ppo", "grpo")
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """What a stage is judged by on held-out data. `wanted`: for nano, what it has to come to."""
+
+    name: str
+    higher: bool
+    wanted: float | None = None
+
+    def holds(self, before: float | None, after: float) -> bool:
+        """Whether it is better than before, and where something is wanted, at least that."""
+        better = before is None or (after > before if self.higher else after < before)
+        return better and (self.wanted is None or after >= self.wanted)
+
+
+MEASURES: dict[str, tuple[Measure, ...]] = {
+    "language": (Measure("bits_per_byte", False),),
+    "code": (Measure("bits_per_byte", False),),
+    "tools": (Measure("valid_json", True, 0.8), Measure("right_tool", True), Measure("right_arguments", True)),
+    "reward": (Measure("accuracy", True, 0.8),),
+    "dpo": (Measure("margin", True), Measure("accuracy", True)),
+    "ppo": (Measure("reward", True),),
+    "grpo": (Measure("reward", True),),
+    "distill": (Measure("bits_per_byte", False),),
+}
+STAGES = ("tokenizer", *MEASURES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Planned:
+    """A stage with its config, its start and what else it needs filled in."""
+
+    stage: str
+    folder: Path
+    config: Config
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """A stage that has ended. `measures`: by name, before and after; before is None where there was no model."""
+
+    stage: str
+    seconds: float
+    measures: dict[str, tuple[float | None, float]]
+
+
+def plan(variant: str, stages: Sequence[str], workdir: Path, overrides: Sequence[str]) -> list[Planned]:
+    """The stages that train a model, in their order. Raises UserError for one that is not known, stands before what it
+    needs, or whose config is wrong.
+    """
+    for stage in stages:
+        if stage not in STAGES:
+            raise UserError(f"--stages: '{stage}' is no stage; {nearest(stage, list(STAGES))}")
+    if list(stages) != sorted(set(stages), key=STAGES.index):
+        raise UserError(f"--stages={','.join(stages)}: expected each once, in the order {','.join(STAGES)}")
+    planned: list[Planned] = []
+    latest: str | None = None
+    for stage in [stage for stage in stages if stage != "tokenizer"]:
+        extra = []
+        if "tokenizer" in stages:
+            extra.append(f"--config.tokenizer.path={workdir / 'tokenizer'}")
+        if stage == "distill":
+            teacher = "code" if "code" in stages else latest
+            if teacher is None:
+                raise UserError("--stages: distill needs a teacher: a stage before it that trains a model")
+            extra.append(f"--config.distill.teacher={workdir / teacher}")
+        elif latest is not None:
+            extra.append(f"--config.stage.start={workdir / latest}")
+        if stage == "ppo":
+            if "reward" not in stages:
+                raise UserError("--stages: ppo needs the stage reward before it")
+            extra.append(f"--config.rl.reward_model={workdir / 'reward'}")
+        file = CONFIGS / "stages" / f"{stage}.py"
+        planned.append(Planned(stage, workdir / stage, load_config(f"{file}:{variant}", [*extra, *overrides])))
+        if stage in POLICY:
+            latest = stage
+    return planned
+
+
+def ensure_tokenizer(planned: Sequence[Planned], folder: Path, progress: Progress) -> None:
+    """Trains the tokenizer of all stages on the sources of language and code, unless it is there."""
+    if folder.is_dir():
+        return
+    first = planned[0].config
+    sources = list(dict.fromkeys(each.config.data.sources for each in planned if each.stage in ("language", "code")))
+    if not sources:
+        raise UserError("--stages: the tokenizer is trained on what language or code read; name one of them")
+    data = dataclasses.replace(first.data, sources=",".join(sources))
+    tokenizer, _ = make_tokenizer(data, first.model.vocab_size, first.tokenizer.train_bytes, progress)
+    with new_folder(folder) as temporary:
+        tokenizer.save(temporary)
+
+
+def run_stage(each: Planned, workdir: Path) -> Done | None:
+    """Trains a stage, or finds in the ledger that it is done; None where a signal came before its end."""
+    ledger = workdir / "stages.json"
+    entries = read_json(ledger, "the ledger of stages") if ledger.exists() else {}
+    key = short_key([to_dict(each.config), *_made_from(each.config)])
+    entry = entries.get(each.stage)
+    if entry is not None and entry["key"] == key:
+        return Done(each.stage, entry["seconds"], {name: tuple(pair) for name, pair in entry["measures"].items()})
+    began = time.monotonic()
+    result = run.train(each.config, each.folder)
+    if result.interrupted:
+        return None
+    measures = _measures(each)
+    if measures is None:
+        return None
+    done = Done(each.stage, time.monotonic() - began, measures)
+    write_json_atomic(ledger, {**entries, each.stage: {"key": key, **dataclasses.asdict(done)}})
+    return done
+
+
+def write_report(workdir: Path, variant: str, done: Sequence[Done]) -> Path:
+    """Writes `stages.html` and returns its path."""
+    path = workdir / "stages.html"
+    rows = [dict(zip(("stage", "measure", "before", "after"), row, strict=True)) for row in table_rows(done)]
+    folders = {each.stage: RunFolder(workdir / each.stage) for each in done}
+    write_stages_report(path, variant, {"stages": rows}, folders)
+    return path
+
+
+def table_rows(done: Sequence[Done]) -> list[tuple[str, str, float | None, float]]:
+    """Stage, measure, before, after."""
+    return [
+        (each.stage, measure.name.replace("_", " "), *each.measures[measure.name])
+        for each in done
+        for measure in MEASURES[each.stage]
+    ]
+
+
+def failures(done: Sequence[Done]) -> list[str]:
+    """The measures that did not get better, or not as good as is wanted of nano, in words."""
+    return [
+        f"{each.stage}: {measure.name} was {before}, is {after:.4g}"
+        + (f", wanted {measure.wanted}" if measure.wanted is not None else "")
+        for each in done
+        for measure in MEASURES[each.stage]
+        for before, after in [each.measures[measure.name]]
+        if not measure.holds(before, after)
+    ]
+
+
+def _made_from(config: Config) -> list[Any]:
+    """The hashes of the models that a stage begins with or learns from."""
+    paths = (config.stage.start, config.distill.teacher, config.rl.reward_model)
+    return [loading.origin(Path(path))["hash"] for path in paths if path]
+
+
+def _measures(each: Planned) -> dict[str, tuple[float | None, float]] | None:
+    """Before and after, by the stage's own evaluations; None where a signal came first."""
+    names = [measure.name for measure in MEASURES[each.stage]]
+    config = each.config
+    if each.stage == "tools":
+        found = [run.evaluate_run(Path(path), config) for path in (config.stage.start, each.folder)]
+        return {name: (found[0].get(name), found[1][name]) for name in names}
+    before, after = _logged(each.folder)
+    if each.stage == "distill":  # beside the same model that had no teacher
+        alone = dataclasses.replace(config, distill=dataclasses.replace(config.distill, alpha=1.0))
+        folder = each.folder.with_name(f"{each.folder.name}_alone")
+        if run.train(alone, folder).interrupted:
+            return None
+        before = _logged(folder)[1]
+    return {name: (before.get(name), after[name]) for name in names}
+
+
+def _logged(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The evaluation before the first step, where there was one, and the best one."""
+    _, rows = read_csv(RunFolder(folder).eval_log_csv)
+    first = [row for row in rows if row["step"] == 0]
+    return first[0] if first else {}, min(rows, key=lambda row: row["loss"])

@@ -1,0 +1,79 @@
+"""A model in stages: tokenizer, language, code, tools, reward, dpo, ppo, grpo, distill; then export and verification.
+
+    python -m tools.run_stages --variant=nano --workdir=runs/pipeline
+    python -m tools.run_stages --variant=small --stages=tokenizer,language,code,tools --workdir=runs/small
+
+Each stage begins with the model of the one before, with a fresh optimizer. Started again, it continues where it
+stopped. --config.KEY=VALUE sets a value in all stages; the files in configs/stages say what each one does. Exit code 3
+where a stage made its own measure no better on held-out data, or the export does not agree.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from smallcoder_jax.configfile import split_overrides
+from smallcoder_jax.errors import EXIT_INTERRUPTED, CheckFailed, run_cli
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.run_stages", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--variant", required=True, help="a file in configs/: nano, tiny, small, staged_medium, ...")
+    parser.add_argument("--stages", help="comma-separated, in their order; default all")
+    parser.add_argument("--workdir", type=Path, help="default runs/stages_VARIANT")
+    parser.add_argument("--no-check", action="store_true", help="do not fail where a stage made nothing better")
+    options = parser.parse_args(arguments)
+    from smallcoder_jax.data.progress import Progress
+    from smallcoder_jax.stages import chain
+    from smallcoder_jax.train.terminal import format_table, human_time
+
+    start = time.monotonic()
+    workdir = options.workdir or Path("runs") / f"stages_{options.variant}"
+    stages = options.stages.split(",") if options.stages else chain.STAGES
+    planned = chain.plan(options.variant, stages, workdir, overrides)
+    if "tokenizer" in stages:
+        chain.ensure_tokenizer(planned, workdir / "tokenizer", Progress(sys.stderr))
+    done = []
+    for each in planned:
+        print(f"\n=== stage {each.stage} ===", file=sys.stderr, flush=True)
+        result = chain.run_stage(each, workdir)
+        if result is None:
+            return EXIT_INTERRUPTED
+        done.append(result)
+        chain.write_report(workdir, options.variant, done)
+    finish(workdir, [each.stage for each in planned if each.stage in chain.POLICY])
+    rows = [
+        [stage, measure, "-" if before is None else f"{before:.4f}", f"{after:.4f}"]
+        for stage, measure, before, after in chain.table_rows(done)
+    ]
+    print("\n" + format_table(["stage", "held-out measure", "before", "after"], rows))
+    print("\n" + format_table(["stage", "time"], [[each.stage, human_time(each.seconds)] for each in done]))
+    print(f"\nall in {human_time(time.monotonic() - start)}; report {workdir / 'stages.html'}")
+    failed = [] if options.no_check else chain.failures(done)
+    if failed:
+        raise CheckFailed("stages that did not do what they are for: " + "; ".join(failed))
+    return 0
+
+
+def finish(workdir: Path, stages: list[str]) -> None:
+    """Exports the last model, checked in transformers, and verifies every run of the chain."""
+    from tools import export, verify_models
+
+    if not stages:
+        return
+    last = workdir / stages[-1]
+    print(f"\nexporting {last}, and checking the export in transformers ...", flush=True)
+    export.main([f"--checkpoint={last}"])
+    code = verify_models.main([f"--run={workdir / stage}" for stage in stages])
+    if code:
+        raise CheckFailed("a run of the chain did not verify")
+
+
+if __name__ == "__main__":
+    run_cli(main)
