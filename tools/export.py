@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from smallcoder_jax.config import from_config_dict
-from smallcoder_jax.errors import run_cli
+from smallcoder_jax.errors import UserError, run_cli
 from smallcoder_jax.export import card as model_card
 from smallcoder_jax.export import huggingface, parity
 
@@ -38,6 +38,10 @@ def main(argv: list[str] | None = None) -> int | None:
         record = huggingface.read_record(args.checkpoint)
         card, dtype = {key: value for key, value in record.card.items() if key != "parity"}, args.dtype or record.dtype
     else:
+        if from_config_dict(loaded.info["config"]).stage.name == "reward":
+            raise UserError(
+                f"{args.checkpoint} is a reward model: it scores answers, and transformers has no such form"
+            )
         card, dtype = run_card(args.checkpoint, loaded), args.dtype or "float32"
     output = args.output or (args.checkpoint if again else args.checkpoint / "export")
     params = huggingface.round_params(loaded.params, dtype)
@@ -83,16 +87,30 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run_card(path: Path, loaded: LoadedModel) -> dict[str, Any]:
     """The model card's content for a step of the run in `path`."""
-    from smallcoder_jax.data import shards
-    from smallcoder_jax.evaluate.verify import find_tokens
     from smallcoder_jax.train.run_folder import RunFolder, read_json
 
     config = from_config_dict(loaded.info["config"])
     history = RunFolder(path).metrics_history_json
     references = read_json(history, "a metrics history").get("references", {}) if history.exists() else {}
-    tokens = find_tokens(config, loaded.info["run"], loaded.info["identity"]["data"]["fingerprint"])
-    manifest = shards.read_manifest(tokens) if tokens else None
-    return model_card.of_run(config, loaded.info, references, manifest)
+    return model_card.of_run(config, lineage(loaded.info, loaded.info["run"]), references)
+
+
+def lineage(meta: Mapping[str, Any], run: Mapping[str, Any]) -> list[model_card.Trained]:
+    """What a checkpoint went through, the first stage first; runs that are gone, and exports, end the list."""
+    from smallcoder_jax.data import shards
+    from smallcoder_jax.evaluate.verify import find_tokens
+    from smallcoder_jax.train import checkpoint
+    from smallcoder_jax.train.run_folder import RunFolder
+
+    fingerprint = meta["identity"]["data"].get("fingerprint")
+    tokens = find_tokens(from_config_dict(meta["config"]), run, fingerprint) if fingerprint else None
+    trained = model_card.Trained(meta, run["dataset"], shards.read_manifest(tokens) if tokens else None)
+    origin = run.get("started_from")
+    folder = RunFolder(Path(origin["path"])) if origin else None
+    if origin is None or folder is None or not (folder.checkpoints / str(origin["step"])).is_dir():
+        return [trained]
+    before = checkpoint.read_meta(folder.checkpoints / str(origin["step"]))
+    return [*lineage(before, folder.read_run_json()), trained]
 
 
 def sample_texts() -> list[str]:

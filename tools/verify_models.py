@@ -23,11 +23,12 @@ def main(argv: list[str] | None = None) -> int | None:
     runs = find_runs(args.runs) if args.all else args.run
     from smallcoder_jax.evaluate.verify import verify
     from smallcoder_jax.runtime import configure_jax
+    from smallcoder_jax.stages.run import reevaluate
 
     configure_jax()
     verdicts = []
     for run in runs:
-        verdicts.append(verify(run, batches=args.batches))
+        verdicts.append(verify(run, reevaluate, batches=args.batches))
         if not args.json:
             print(f"{verdicts[-1].status:<14} {run}\n    {verdicts[-1].reason}", flush=True)
     if args.json:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,9 +41,16 @@ class Verdict:
     bits_per_byte: float | None = None
     untrained_bits_per_byte: float | None = None
     recorded_bits_per_byte: float | None = None
+    loss: float | None = None
+    recorded_loss: float | None = None
 
 
-def verify(run: Path, *, batches: int | None = None) -> Verdict:
+# The held-out loss of a checkpoint of another stage than pretrain: of its config, its folder and its meta.json. Raises
+# UserError where the data of the stage are not those of the checkpoint.
+Reevaluate = Callable[[Config, Path, dict[str, Any]], float]
+
+
+def verify(run: Path, reevaluate: Reevaluate, *, batches: int | None = None) -> Verdict:
     """Checks the newest checkpoint of the run folder `run`.
 
     1. Every file of it has the recorded checksum, else `corrupt`.
@@ -52,6 +59,9 @@ def verify(run: Path, *, batches: int | None = None) -> Verdict:
     3. On the validation split, its bits per byte are finite and below 95% of what equal probabilities for every id
        would give, else `error`; and within 1% of what the run recorded for that step, else `corrupt`.
 
+    Of stages that read no documents, `reevaluate` works out the held-out loss anew, from data made anew, on as many
+    batches as in training; it is compared with the record.
+
     `batches` validation batches are evaluated, by default as many as in training. The third check compares with the
     record only when they are as many.
     """
@@ -59,7 +69,7 @@ def verify(run: Path, *, batches: int | None = None) -> Verdict:
     try:
         if not folder.config_json.is_file() or not folder.run_json.is_file():
             return Verdict(str(run), "not_found", f"{run} is no run folder: it lacks config.json or run.json")
-        return dataclasses.replace(_verify_run(folder, batches), run=str(run))
+        return dataclasses.replace(_verify_run(folder, reevaluate, batches), run=str(run))
     except _Failure as failure:
         return dataclasses.replace(failure.verdict, run=str(run))
     except (UserError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
@@ -89,7 +99,7 @@ class _Failure(Exception):
         self.verdict = Verdict("", status, reason, **values)
 
 
-def _verify_run(folder: RunFolder, batches: int | None) -> Verdict:
+def _verify_run(folder: RunFolder, reevaluate: Reevaluate, batches: int | None) -> Verdict:
     steps = sorted(
         int(path.name)
         for path in folder.checkpoints.glob("*")
@@ -105,12 +115,16 @@ def _verify_run(folder: RunFolder, batches: int | None) -> Verdict:
     meta = checkpoint.read_meta(target)
     # The checkpoint's own configuration: config.json beside it is not under its checksums.
     config = from_config_dict(meta["config"])
-    tokens, tokenizer = _verify_data(folder, config, meta, step)
+    tokenizer = _verify_facts(folder, meta, step)
+    files = len(json.loads((target / checkpoint.MANIFEST).read_text(encoding="utf-8"))["files"])
+    if "fingerprint" not in meta["identity"]["data"]:
+        return _verify_loss(folder, reevaluate(config, target, meta), step, files)
+    tokens = _verify_tokens(folder, config, meta, step)
     measured, recorded = _evaluate(folder, config, target, tokens, tokenizer, batches)
     untrained = math.log2(config.model.vocab_size) * measured["tokens"] / measured["bytes"]
     values = {
         "step": step,
-        "files": len(json.loads((target / checkpoint.MANIFEST).read_text(encoding="utf-8"))["files"]),
+        "files": files,
         "bits_per_byte": measured["bits_per_byte"],
         "untrained_bits_per_byte": untrained,
         "recorded_bits_per_byte": recorded,
@@ -135,8 +149,32 @@ def _verify_run(folder: RunFolder, batches: int | None) -> Verdict:
     return Verdict("", "verified", reason, **values)
 
 
-def _verify_data(folder: RunFolder, config: Config, meta: Mapping[str, Any], step: int) -> tuple[Path, Tokenizer]:
-    """The token shards and the tokenizer that the checkpoint was trained with, both hashed anew."""
+def _verify_loss(folder: RunFolder, found: float, step: int, files: int) -> Verdict:
+    """A loss that was worked out anew beside the one that the run recorded for the step."""
+    recorded = _recorded(folder, step, "loss")
+    values = {"step": step, "files": files, "loss": found, "recorded_loss": recorded}
+    if not math.isfinite(found):
+        raise _Failure("error", f"the held-out loss is {found}: look into the run's metrics", **values)
+    if recorded is not None and abs(found - recorded) > RECORDED_TOLERANCE * max(abs(recorded), 0.1):
+        raise _Failure(
+            "corrupt",
+            f"a held-out loss of {found:.4f}, where the run recorded {recorded:.4f} for step {step}: these are not the "
+            "weights that were evaluated then",
+            **values,
+        )
+    beside = "not recorded for this step" if recorded is None else f"recorded {recorded:.4f}"
+    return Verdict("", "verified", f"step {step}: checksums and data hold, loss {found:.4f} ({beside})", **values)
+
+
+def _recorded(folder: RunFolder, step: int, name: str) -> float | None:
+    """What the run logged for an evaluation at `step`, last."""
+    _, rows = read_csv(folder.eval_log_csv)
+    found = [row[name] for row in rows if row["step"] == step and name in row]
+    return found[-1] if found else None
+
+
+def _verify_facts(folder: RunFolder, meta: Mapping[str, Any], step: int) -> Tokenizer:
+    """The tokenizer that the checkpoint was trained with, hashed anew; run.json is of this checkpoint."""
     run = folder.read_run_json()
     if meta["dummy_data"] or run["dummy_data"]:
         raise _Failure("wrong_data", "trained on generated stand-in text (data.allow_dummy_data)", step=step)
@@ -148,6 +186,12 @@ def _verify_data(folder: RunFolder, config: Config, meta: Mapping[str, Any], ste
     tokenizer = load_tokenizer(tokenizer_folder)
     if tokenizer.hash != meta["tokenizer_hash"]:
         raise _Failure("wrong_data", f"the tokenizer in {tokenizer_folder} has changed since training", step=step)
+    return tokenizer
+
+
+def _verify_tokens(folder: RunFolder, config: Config, meta: Mapping[str, Any], step: int) -> Path:
+    """The token shards that the checkpoint was trained with, hashed anew."""
+    run = folder.read_run_json()
     fingerprint = meta["identity"]["data"]["fingerprint"]
     tokens = find_tokens(config, run, fingerprint)
     if tokens is None:
@@ -171,7 +215,7 @@ def _verify_data(folder: RunFolder, config: Config, meta: Mapping[str, Any], ste
             "changed since training",
             step=step,
         )
-    return tokens, tokenizer
+    return tokens
 
 
 def _evaluate(
@@ -199,6 +243,4 @@ def _evaluate(
     )
     if batches not in (None, config.eval.batches):
         return measured, None
-    _, rows = read_csv(folder.eval_log_csv)
-    recorded = [row["bits_per_byte"] for row in rows if row["step"] == int(target.name) and "bits_per_byte" in row]
-    return measured, recorded[-1] if recorded else None
+    return measured, _recorded(folder, int(target.name), "bits_per_byte")

@@ -13,6 +13,7 @@ What is not known is said not to be.
 from __future__ import annotations
 
 import collections
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -59,15 +60,26 @@ def _cell(value: Any) -> str:
     return text
 
 
-def of_run(
-    config: Config, meta: Mapping[str, Any], references: Mapping[str, float], manifest: Manifest | None
-) -> dict[str, Any]:
-    """The card of one checkpoint. `meta`: its meta.json. `references`: compressors' bits per byte of the held-out text.
-
-    `manifest` is that of the token shards, None where they are gone: then only what `meta` kept of them is told.
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """One stage of what a model went through. `meta`: the meta.json of its checkpoint. `dataset`: in words. `manifest`:
+    of its token shards, None where they are gone (then only what `meta` kept of them is told) or it read no documents.
     """
-    train, data = config.train, meta["identity"]["data"]
+
+    meta: Mapping[str, Any]
+    dataset: str
+    manifest: Manifest | None
+
+
+def of_run(config: Config, lineage: Sequence[Trained], references: Mapping[str, float]) -> dict[str, Any]:
+    """The card of one checkpoint. `lineage`: what it went through, the first stage first and itself last. `references`:
+    compressors' bits per byte of the held-out text.
+    """
+    train, meta = config.train, lineage[-1].meta
+    documents = [each for each in lineage if "fingerprint" in each.meta["identity"]["data"]]
+    stages = [f"{each.meta['config']['name']}: {each.meta['step']:,} steps on {each.dataset}" for each in lineage]
     training = {
+        **({"stages": "; ".join(stages)} if len(stages) > 1 else {}),
         "steps": meta["step"],
         "tokens seen": meta["tokens_seen"],
         "rows of a batch": train.batch_size,
@@ -86,10 +98,14 @@ def of_run(
         "training": training,
         "evaluation": evaluation,
         "data": {
-            "dummy": meta["dummy_data"],
-            "fingerprint": data["fingerprint"],
-            "sources": [_source(manifest, index, kept) for index, kept in enumerate(data["sources"])],
-            "licenses": _licenses(manifest),
+            "dummy": any(each.meta["dummy_data"] for each in lineage),
+            "fingerprint": ", ".join(each.meta["identity"]["data"]["fingerprint"] for each in documents),
+            "sources": [
+                _source(each.manifest, index, kept)
+                for each in documents
+                for index, kept in enumerate(each.meta["identity"]["data"]["sources"])
+            ],
+            "licenses": _licenses([each.manifest for each in documents if each.manifest]),
         },
     }
 
@@ -100,9 +116,10 @@ def _source(manifest: Manifest | None, index: int, kept: Mapping[str, Any]) -> d
     return {**source, "tokens": train.tokens if train else None, "bytes": train.bytes if train else None}
 
 
-def _licenses(manifest: Manifest | None) -> dict[str, int]:
+def _licenses(manifests: Sequence[Manifest]) -> dict[str, int]:
     """Documents per licence over all sources, most first."""
     counts: collections.Counter[str] = collections.Counter()
-    for source in manifest.accounting.get("sources", []) if manifest else []:
-        counts.update(source["statistics"]["licenses"])
+    for manifest in manifests:
+        for source in manifest.accounting.get("sources", []):
+            counts.update(source["statistics"]["licenses"])
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))

@@ -14,19 +14,24 @@ from typing import Any
 import jax
 
 from smallcoder_jax import distributed, loading
-from smallcoder_jax.config import Config, evaluated_on
+from smallcoder_jax.config import Config, eval_rows, evaluated_on
 from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.errors import UserError
 from smallcoder_jax.faults import NONE, Faults
+from smallcoder_jax.mesh import batch_sharding, place_batch
 from smallcoder_jax.preflight.examine import Report, examine
 from smallcoder_jax.preflight.show import table
 from smallcoder_jax.preflight.target import target_here, target_of
 from smallcoder_jax.runtime import configure_jax
 from smallcoder_jax.stages import language
 from smallcoder_jax.stages.start import load_start
-from smallcoder_jax.train.loop import Outcome, Trainer
+from smallcoder_jax.train.checkpoint import load_params
+from smallcoder_jax.train.loop import Outcome, Trainer, run_identity
+from smallcoder_jax.train.metrics import EvalMetrics
+from smallcoder_jax.train.program import make_program
 from smallcoder_jax.train.report import write_report
-from smallcoder_jax.train.run_folder import RunFolder
+from smallcoder_jax.train.run_folder import RunFolder, compare_identity
+from smallcoder_jax.train.step import make_eval_step
 from smallcoder_jax.train.stop import interruptible
 from smallcoder_jax.train.terminal import Terminal, human_count
 
@@ -75,6 +80,34 @@ def evaluate_run(workdir: Path, config: Config, step: str | None = None) -> dict
     """
     configure_jax()
     return _stage(config).measure(config, loading.load(workdir, step=step), Progress(sys.stderr))
+
+
+def reevaluate(config: Config, step_folder: Path, meta: dict[str, Any]) -> float:
+    """The held-out loss of a checkpoint by its stage, with data made anew (see `evaluate.verify`).
+
+    Raises UserError where the run would have another identity now than the checkpoint has.
+    """
+    configure_jax()
+    with open(os.devnull, "w") as silent:
+        task = _stage(config).make_task(config, load_start(config), Progress(silent))
+    if differences := compare_identity(meta["identity"], run_identity(config, task)):
+        raise UserError(f"data or start are not those of the checkpoint: {'; '.join(differences)}")
+    program = make_program(config, task.loss_fn, jax.devices()[:1], reported=task.reported, frozen=task.frozen)
+    params, _ = load_params(step_folder, program.state.params)
+    frozen = jax.device_put(task.frozen, program.frozen_shardings)
+    step = make_eval_step(
+        task.loss_fn,
+        mesh=program.mesh,
+        shardings=program.shardings.params,
+        frozen_shardings=program.frozen_shardings,
+    )
+    if task.see is not None:
+        task.see(params)
+    total = EvalMetrics.empty()
+    for rows in task.validation_batches(config.eval.batches, range(eval_rows(config))):
+        sums = step(params, place_batch(batch_sharding(program.mesh), rows), frozen)
+        total = total.merge(EvalMetrics.from_model_output(**jax.device_get(sums)))
+    return task.summarise(total.compute())["loss"]
 
 
 def _stage(config: Config) -> Any:

@@ -14,6 +14,7 @@ import pytest
 from smallcoder_jax.config import from_config_dict
 from smallcoder_jax.evaluate.verify import Verdict, verify
 from smallcoder_jax.models import build
+from smallcoder_jax.stages.run import reevaluate
 from smallcoder_jax.train import checkpoint
 from smallcoder_jax.train.checkpoint import Checkpointer
 from smallcoder_jax.train.guard import init_guard
@@ -46,7 +47,7 @@ def seal(step: Path) -> None:
 
 
 def test_a_true_run_is_verified(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    verdict = verify(trained / "run")
+    verdict = verify(trained / "run", reevaluate)
     assert verdict.status == "verified", verdict.reason
     assert (verdict.run, verdict.step) == (str(trained / "run"), 24)
     assert verdict.bits_per_byte == pytest.approx(verdict.recorded_bits_per_byte, rel=1e-4)
@@ -54,19 +55,19 @@ def test_a_true_run_is_verified(trained: Path, monkeypatch: pytest.MonkeyPatch) 
     assert verdict.bits_per_byte is not None
     assert verdict.bits_per_byte < 4
     monkeypatch.chdir(trained)  # a path that is not absolute
-    assert verify(Path("run"), batches=1).recorded_bits_per_byte is None
+    assert verify(Path("run"), reevaluate, batches=1).recorded_bits_per_byte is None
 
 
 def test_not_found(tmp_path: Path) -> None:
-    assert verify(tmp_path / "nowhere").status == "not_found"
+    assert verify(tmp_path / "nowhere", reevaluate).status == "not_found"
     (tmp_path / "SmallCoder-verified").mkdir()
-    assert verify(tmp_path / "SmallCoder-verified").status == "not_found"
+    assert verify(tmp_path / "SmallCoder-verified", reevaluate).status == "not_found"
 
 
 def test_no_checkpoint(copied: Path) -> None:
     for step in ("12", "24"):
         (copied / "checkpoints" / step / checkpoint.MANIFEST).unlink()
-    assert verify(copied).status == "no_checkpoint"
+    assert verify(copied, reevaluate).status == "no_checkpoint"
 
 
 def test_a_flipped_bit_is_corrupt(copied: Path) -> None:
@@ -74,14 +75,14 @@ def test_a_flipped_bit_is_corrupt(copied: Path) -> None:
     data = bytearray(largest.read_bytes())
     data[len(data) // 2] ^= 1
     largest.write_bytes(data)
-    verdict = verify(copied)
+    verdict = verify(copied, reevaluate)
     assert verdict.status == "corrupt"
     assert largest.name in verdict.reason
 
 
 def test_a_removed_file_is_corrupt(copied: Path) -> None:
     (newest(copied) / "data.json").unlink()
-    assert verify(copied).status == "corrupt"
+    assert verify(copied, reevaluate).status == "corrupt"
 
 
 def other_weights(copied: Path, scale: float) -> None:
@@ -104,14 +105,14 @@ def other_weights(copied: Path, scale: float) -> None:
 
 def test_other_weights_than_those_evaluated_are_corrupt(copied: Path) -> None:
     other_weights(copied, 0.2)
-    verdict = verify(copied)
+    verdict = verify(copied, reevaluate)
     assert verdict.status == "corrupt"
     assert "not the weights that were evaluated" in verdict.reason
 
 
 def test_untrained_weights_are_an_error(copied: Path) -> None:
     other_weights(copied, 1.0)
-    verdict = verify(copied)
+    verdict = verify(copied, reevaluate)
     assert verdict.status == "error"
     assert "where an untrained model has 8." in verdict.reason
 
@@ -119,15 +120,15 @@ def test_untrained_weights_are_an_error(copied: Path) -> None:
 def test_dummy_data_is_wrong_data(copied: Path) -> None:
     change(newest(copied) / "meta.json", dummy_data=True)
     seal(newest(copied))
-    assert verify(copied).status == "wrong_data"
-    assert "stand-in" in verify(copied).reason
+    assert verify(copied, reevaluate).status == "wrong_data"
+    assert "stand-in" in verify(copied, reevaluate).reason
 
 
 def test_a_borrowed_run_json_is_wrong_data(copied: Path) -> None:
     identity = json.loads((copied / "run.json").read_text())["identity"]
     identity["train"]["seed"] = 77
     change(copied / "run.json", identity=identity)
-    verdict = verify(copied)
+    verdict = verify(copied, reevaluate)
     assert verdict.status == "wrong_data"
     assert "train.seed: the run has 77, now 0" in verdict.reason
 
@@ -136,20 +137,20 @@ def test_other_shards_behind_the_same_manifest_are_wrong_data(trained: Path, cop
     shard = next((trained / "data" / "tokens").glob("*/*train*.array_record"))
     other = next((trained / "data" / "tokens").glob("*/*validation*.array_record"))
     shutil.copy(other, shard)
-    verdict = verify(copied)
+    verdict = verify(copied, reevaluate)
     assert verdict.status == "wrong_data"
     assert "changed since training" in verdict.reason
 
 
 def test_missing_shards_tokens_and_tokenizer_are_wrong_data(trained: Path, copied: Path) -> None:
     next((trained / "data" / "tokens").glob("*/*validation*.array_record")).unlink()
-    assert "does not exist" in verify(copied).reason
+    assert "does not exist" in verify(copied, reevaluate).reason
     shutil.rmtree(trained / "data" / "tokens")
-    verdict = verify(copied)
+    verdict = verify(copied, reevaluate)
     assert verdict.status == "wrong_data"
     assert "no prepared data under" in verdict.reason
     shutil.rmtree(trained / "data" / "tokenizers")
-    verdict = verify(copied)
+    verdict = verify(copied, reevaluate)
     assert verdict.status == "wrong_data"
     assert "is gone" in verdict.reason
 
@@ -157,7 +158,7 @@ def test_missing_shards_tokens_and_tokenizer_are_wrong_data(trained: Path, copie
 def test_a_changed_tokenizer_is_wrong_data(copied: Path) -> None:
     change(newest(copied) / "meta.json", tokenizer_hash="0" * 64)
     seal(newest(copied))
-    verdict = verify(copied)
+    verdict = verify(copied, reevaluate)
     assert verdict.status == "wrong_data"
     assert "has changed since training" in verdict.reason
 
@@ -166,18 +167,18 @@ def test_what_cannot_be_read_is_an_error(copied: Path) -> None:
     kept = (copied / "run.json").read_text()
     for content in ("{", "[]", json.dumps({**json.loads(kept), "identity": []})):
         (copied / "run.json").write_text(content)
-        assert verify(copied).status == "error"
+        assert verify(copied, reevaluate).status == "error"
     (copied / "run.json").write_text(kept)
     meta = json.loads((newest(copied) / "meta.json").read_text())
     for damaged in ([], {**meta, "identity": []}, {**meta, "leaves": []}):
         (newest(copied) / "meta.json").write_text(json.dumps(damaged))
         seal(newest(copied))
-        assert verify(copied).status == "error"
+        assert verify(copied, reevaluate).status == "error"
 
 
 def test_a_manifest_of_another_form_is_corrupt(copied: Path) -> None:
     change(newest(copied) / checkpoint.MANIFEST, files=[])
-    assert verify(copied).status == "corrupt"
+    assert verify(copied, reevaluate).status == "corrupt"
 
 
 def test_command(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
