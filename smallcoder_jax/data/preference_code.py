@@ -22,6 +22,7 @@ from smallcoder_jax.data.preferences import Preference
 
 FORMAT = 1  # raised when the same documents and seed begin to give other pairs
 PROMPT_CHARACTERS, BODY_CHARACTERS = 500, 400  # at most: some 120 tokens each with a tokenizer of code
+_READ = 4  # functions for each pair: the first ones alone would be of a few neighbouring folders
 _LEAST_TOKENS = 4  # of a body; a shorter one has nothing to spoil
 _FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -63,10 +64,11 @@ class _Change:
 def code_pairs(documents: Iterable[Document], *, count: int, seed: int) -> Iterator[Preference]:
     """Up to `count` pairs: of every function one first, by a criterion drawn for it, then a second by another one.
 
-    Of the documents, only as many are read as have `count` functions.
+    Of the documents, only as many are read as have `_READ` functions for each pair; a sample of these is taken.
     """
-    functions = list(itertools.islice(_different(documents), count))
+    functions = list(itertools.islice(_different(documents), _READ * count))
     random.Random(f"functions|{FORMAT}|{seed}").shuffle(functions)
+    del functions[count:]
     foreign = sorted({name for function in functions for name in _parameters(function)})
     waiting = [_pairs_of(function, foreign, seed) for function in functions]
     left = count
