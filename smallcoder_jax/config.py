@@ -203,11 +203,31 @@ class DistillConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PreferencesConfig:
+    """Pairs of a better and a worse answer, for the stages `reward` and `dpo`.
+
+    `sources`: some of `code` (functions of the Python documents of `data.sources`), `conversations` (generated ones
+    that call functions) and `jsonl:PATH` (prompt, chosen, rejected; a string each, or a conversation and replies).
+    """
+
+    sources: str = "code,conversations"
+    count: int = 4000  # most training pairs of `code` and of `conversations`; held out is a tenth of that
+    seed: int = 0  # of the pairs; their order in training is that of train.seed
+
+
+@dataclasses.dataclass(frozen=True)
+class DpoConfig:
+    beta: float = 0.1  # how much an answer's log-probability, less that at the start, is worth (arXiv 2305.18290)
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     name: str = "unnamed"  # the variant, as reports call it
     stage: StageConfig = StageConfig()
     dialogs: DialogConfig = DialogConfig()
     distill: DistillConfig = DistillConfig()
+    preferences: PreferencesConfig = PreferencesConfig()
+    dpo: DpoConfig = DpoConfig()
     model: ModelConfig = ModelConfig()
     compute: ComputeConfig = ComputeConfig()
     mesh: MeshConfig = MeshConfig()
@@ -373,6 +393,11 @@ def validate(config: Config) -> None:
         (
             optimizer.schedule != "wsd" or 0 < optimizer.decay_steps <= train.steps,
             f"{optimizer.decay_steps=} must be between 1 and {train.steps=} for the wsd schedule",
+        ),
+        (config.preferences.count >= 1, f"{config.preferences.count=} must be at least 1"),
+        (
+            math.isfinite(config.dpo.beta) and config.dpo.beta > 0,
+            f"{config.dpo.beta=} must be a positive number",
         ),
         (
             config.tokenizer.kind != "hf" or config.tokenizer.path != "",

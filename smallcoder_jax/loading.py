@@ -83,7 +83,8 @@ def _from_run(folder: RunFolder, step: int | str | None) -> LoadedModel:
     target = checkpoint.find_step(folder.checkpoints, step)
     _, abstract = build.abstract_model(config.model, config.compute)
     if config.stage.has_head:
-        abstract |= {"head": jax.eval_shape(lambda: init_head(config.model.width, jax.random.key(0)))}
+        head = jax.eval_shape(lambda: init_head(config.model.width, jax.random.key(0)))
+        abstract = {**abstract, "head": head}  # another dict: that of `abstract_model` is for all
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), abstract)
     params, meta = checkpoint.load_params(target, placed)

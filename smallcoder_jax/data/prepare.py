@@ -71,6 +71,13 @@ def prepare(config: Config, progress: Progress | None = None) -> Prepared:
     return prepared
 
 
+def prepare_corpus(config: Config, progress: Progress | None = None) -> Path:
+    """The folder of the corpus alone, made where it is missing. Raises UserError as `prepare` does."""
+    places = _Places.of(config)
+    ensure_corpus(places.specs, config.data, places.corpus, progress)
+    return places.corpus
+
+
 def find_prepared(config: Config) -> Prepared:
     """What `prepare` has made for this config earlier. Raises UserError where something of it is missing."""
     places = _Places.of(config)

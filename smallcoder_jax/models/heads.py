@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from smallcoder_jax.models.build import Params
 
@@ -22,3 +22,11 @@ def head_scores(head: Params, hidden_BTD: Float[Array, "*B D"]) -> Float[Array, 
     """One score for every position, computed in float32."""
     products = jnp.matmul(hidden_BTD.astype(jnp.float32), head["kernel"], precision=jax.lax.Precision.HIGHEST)
     return products[..., 0] + head["bias"][0]
+
+
+def last_scores(
+    head: Params, hidden_BTD: Float[Array, "B T D"], segment_ids_BT: Int[Array, "B T"]
+) -> Float[Array, " B"]:
+    """The score at the last real token of each row, which begins with its real tokens; padding has segment 0."""
+    last_B = jnp.maximum(jnp.sum(segment_ids_BT > 0, axis=1) - 1, 0)
+    return head_scores(head, jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0])

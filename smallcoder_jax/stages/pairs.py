@@ -1,0 +1,178 @@
+"""What the stages that learn from preferences share: their pairs, the batches of them, and how they are judged.
+
+Shapes: R pairs, 2 the chosen and the rejected answer, B = 2 R answers, T places, D width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from smallcoder_jax.config import Config, eval_rows
+from smallcoder_jax.data.corpus import read_accounting
+from smallcoder_jax.data.preference_rows import EncodedPair, PairBatches, encode_pairs, fitting
+from smallcoder_jax.data.preference_sets import ensure_preferences, parse_preference_sources
+from smallcoder_jax.data.preferences import SIDES
+from smallcoder_jax.data.prepare import prepare_corpus
+from smallcoder_jax.data.progress import Progress
+from smallcoder_jax.errors import UserError
+from smallcoder_jax.loading import LoadedModel
+from smallcoder_jax.models.decoder import Decoder
+from smallcoder_jax.stages.start import one_process, start_of
+from smallcoder_jax.tokenizers.base import Tokenizer
+from smallcoder_jax.train.loop import Task
+from smallcoder_jax.train.metrics import ratio
+from smallcoder_jax.train.step import Batch, LossFn
+
+Judged = tuple[Array, Array, dict[str, Array]]
+Columns = Mapping[str, Mapping[str, np.ndarray]]  # by side, then by name
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """The pairs of both sides that fit a row, as ids; `criteria` names what their `criterion` counts from 0."""
+
+    sides: dict[str, list[EncodedPair]]
+    criteria: tuple[str, ...]
+    dropped: dict[str, int]
+    fingerprint: str
+    folder: Path
+    dummy: bool
+
+
+def prepare(config: Config, tokenizer: Tokenizer, progress: Progress) -> Pairs:
+    """The preferences of a config, drawn where they are not there yet, as ids of a tokenizer.
+
+    Raises UserError for several processes, rows that are split, and sources that cannot be read or give nothing.
+    """
+    one_process(config)
+    if config.mesh.context != 1:
+        raise UserError(f"{config.mesh.context=}: stage.name={config.stage.name} needs whole rows; set it to 1")
+    needs_code = "code" in parse_preference_sources(config.preferences.sources)
+    corpus = prepare_corpus(config, progress) if needs_code else None
+    found = ensure_preferences(config.preferences, Path(config.data.dir).expanduser(), corpus)
+    progress.note(f"preferences: {len(found.train):,} to train on, {len(found.validation):,} held out; {found.folder}")
+    encoded = {side: encode_pairs(getattr(found, side), tokenizer) for side in SIDES}
+    sides = {side: fitting(encoded[side], config.train.sequence_length) for side in SIDES}
+    return Pairs(
+        sides=sides,
+        criteria=tuple(sorted({pair.criteria for side in SIDES for pair in sides[side]})),
+        dropped={side: len(encoded[side]) - len(sides[side]) for side in SIDES},
+        fingerprint=found.fingerprint,
+        folder=found.folder,
+        dummy=corpus is not None and read_accounting(corpus)["dummy"],
+    )
+
+
+def batches_of(
+    config: Config, pairs: Pairs, side: str, columns: Columns, tokenizer: Tokenizer, batch_size: int, **order: Any
+) -> PairBatches:
+    """Batches of a side, with the `criterion` and the `columns` of each pair; `order` as `PairBatches` takes it."""
+    places = {name: index for index, name in enumerate(pairs.criteria)}
+    criterion = np.array([[places[pair.criteria]] for pair in pairs.sides[side]], np.int32)
+    return PairBatches(
+        pairs.sides[side],
+        length=config.train.sequence_length,
+        batch_size=batch_size,
+        pad_id=tokenizer.pad_id,
+        columns={"criterion": criterion, **columns.get(side, {})},
+        **order,
+    )
+
+
+def make_task(
+    config: Config, loaded: LoadedModel, pairs: Pairs, loss_fn: LossFn, columns: Columns, identity: dict[str, Any]
+) -> Task:
+    """Batches of `pairs` with a loss whose sums `judge` made, for the loop. `columns`: more numbers of the pairs."""
+    train, tokenizer = config.train, loaded.tokenizer
+
+    def train_batches(rows: Sequence[int]) -> PairBatches:
+        return batches_of(config, pairs, "train", columns, tokenizer, train.batch_size, rows=rows, seed=train.seed)
+
+    def validation_batches(limit: int, rows: Sequence[int]) -> Iterator[dict[str, np.ndarray]]:
+        order = {"rows": rows, "seed": 0, "num_epochs": 1}
+        found = batches_of(config, pairs, "validation", columns, tokenizer, eval_rows(config), **order)
+        return itertools.islice(found, limit or None)
+
+    counts = {side: len(pairs.sides[side]) for side in SIDES}
+    return Task(
+        loss_fn=loss_fn,
+        summarise=summary,
+        train_batches=train_batches,
+        validation_batches=validation_batches,
+        identity={
+            "preferences": pairs.fingerprint,
+            "tokenizer": tokenizer.hash,
+            "sequence_length": train.sequence_length,
+            "batch_size": train.batch_size,
+            "seed": train.seed,
+            **identity,
+        },
+        tokenizer=tokenizer,
+        tokenizer_folder=loaded.tokenizer_folder,
+        dataset=f"preferences of {config.preferences.sources}",
+        dummy_data=pairs.dummy,
+        facts={
+            "preferences": f"{counts['train']:,} pairs to train on, {counts['validation']:,} held out; "
+            f"{sum(pairs.dropped.values()):,} too long for a row",
+            "criteria": ", ".join(pairs.criteria),
+        },
+        accounting={"preferences": str(pairs.folder), "pairs": counts, "too long for a row": pairs.dropped},
+        reported=("accuracy", "margin"),
+        start=start_of(loaded),
+    )
+
+
+def judge(loss_of: Callable[[Array], Judged], batch: Batch, criteria: Sequence[str]) -> Judged:
+    """The loss of a batch, given that of weights of its pairs; with it among the sums, and by criterion the accuracy
+    and the weight."""
+    weights_R = batch["pair_weights"][:, 0]
+    loss, weight, sums = loss_of(weights_R)
+    sums = {**sums, "loss": loss}
+    for index, name in enumerate(criteria):
+        _, own, found = loss_of(jnp.where(batch["criterion"][:, 0] == index, weights_R, 0.0))
+        sums |= {f"accuracy {name}": found["accuracy"], f"weight {name}": own}
+    return loss, weight, sums
+
+
+def summary(sums: dict[str, float]) -> dict[str, float]:
+    """Means over pairs: `loss`, `accuracy` (the chosen answer is above), `margin`, and accuracy by criterion."""
+    found = {name: ratio(sums[name], sums["weight"]) for name in ("loss", "accuracy", "margin")}
+    for name, count in sums.items():
+        if name.startswith("weight ") and count:
+            criterion = name.removeprefix("weight ")
+            found[f"accuracy_{criterion}"] = sums[f"accuracy {criterion}"] / count
+    return found
+
+
+def hidden_states(decoder: Decoder, batch: Batch, key: Array | None) -> Array:
+    """[B, T, D] of both answers of every pair, one after the other."""
+    return decoder(answers(batch["tokens"]), answers(batch["positions"]), answers(batch["segment_ids"]), key)
+
+
+def answers(x_R2T: Array) -> Array:
+    """[R, 2, T] to [B, T]."""
+    return x_R2T.reshape(-1, x_R2T.shape[-1])
+
+
+def measure(
+    config: Config, pairs: Pairs, loss_fn: LossFn, params: Any, columns: Columns, tokenizer: Tokenizer
+) -> dict[str, float]:
+    """`summary` over all held-out pairs."""
+    rows = eval_rows(config)
+    sums_of = jax.jit(lambda params, batch: loss_fn(params, batch, None)[1:])
+    total: dict[str, float] = {}
+    order = {"rows": range(rows), "seed": 0, "num_epochs": 1}
+    for batch in batches_of(config, pairs, "validation", columns, tokenizer, rows, **order):
+        weight, sums = jax.device_get(sums_of(params, batch))
+        for name, value in {**sums, "weight": weight}.items():
+            total[name] = total.get(name, 0.0) + float(value)
+    return summary(total)

@@ -1,0 +1,56 @@
+"""A reward model: a decoder with a scalar head, trained so that the better answer of a pair scores higher.
+
+Shapes: R pairs, 2 the chosen and the rejected answer, B answers, T places, D width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from jax import Array
+
+from smallcoder_jax import losses
+from smallcoder_jax.config import Config
+from smallcoder_jax.data.progress import Progress
+from smallcoder_jax.errors import UserError
+from smallcoder_jax.loading import LoadedModel
+from smallcoder_jax.models import build
+from smallcoder_jax.models.heads import last_scores
+from smallcoder_jax.stages import pairs as preference_pairs
+from smallcoder_jax.stages.start import need_start
+from smallcoder_jax.train.loop import Task
+from smallcoder_jax.train.step import Batch, LossFn
+
+
+def make_loss(config: Config, criteria: Sequence[str]) -> LossFn:
+    """`losses.bradley_terry` of the scores at the last real token of each answer."""
+    graph, _ = build.abstract_model(config.model, config.compute)
+
+    def loss_fn(params: Any, batch: Batch, key: Array | None) -> preference_pairs.Judged:
+        hidden_BTD = preference_pairs.hidden_states(build.bind(graph, params), batch, key)
+        segment_ids_BT = preference_pairs.answers(batch["segment_ids"])
+        scores_R2 = last_scores(params["head"], hidden_BTD, segment_ids_BT).reshape(-1, 2)
+        return preference_pairs.judge(
+            lambda weights_R: losses.bradley_terry(scores_R2[:, 0], scores_R2[:, 1], weights_R), batch, criteria
+        )
+
+    return loss_fn
+
+
+def make_task(config: Config, loaded: LoadedModel | None, progress: Progress) -> Task:
+    """Raises UserError where there is no model to begin with, or no pairs."""
+    loaded = need_start(config, loaded)
+    pairs = preference_pairs.prepare(config, loaded.tokenizer, progress)
+    return preference_pairs.make_task(config, loaded, pairs, make_loss(config, pairs.criteria), {}, {})
+
+
+def measure(config: Config, loaded: LoadedModel, progress: Progress) -> dict[str, float]:
+    """Loss, accuracy and margin on all held-out pairs. Raises UserError for a model without a head."""
+    if loaded.head is None:
+        raise UserError(f"{loaded.origin['path']} has no head for rewards; give a run of stage reward")
+    pairs = preference_pairs.prepare(config, loaded.tokenizer, progress)
+    config = dataclasses.replace(config, model=loaded.model, compute=loaded.compute)
+    params = {**loaded.params, "head": loaded.head}
+    return preference_pairs.measure(config, pairs, make_loss(config, pairs.criteria), params, {}, loaded.tokenizer)

@@ -1,0 +1,318 @@
+"""Preferences: rejected answers that are wrong in the one way that is recorded, and two sides that share no prompt."""
+
+from __future__ import annotations
+
+import ast
+import collections
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from smallcoder_jax.config import DataConfig, PreferencesConfig
+from smallcoder_jax.data import preference_code
+from smallcoder_jax.data.conversations import side_of
+from smallcoder_jax.data.corpus import corpus_key, ensure_corpus, read_split
+from smallcoder_jax.data.documents import Document
+from smallcoder_jax.data.preference_calls import call_pairs
+from smallcoder_jax.data.preference_code import code_pairs, functions_of
+from smallcoder_jax.data.preference_sets import ensure_preferences, parse_preference_sources
+from smallcoder_jax.data.preferences import (
+    Preference,
+    Reply,
+    prompt_words,
+    read_preferences,
+    separate,
+    write_preferences,
+)
+from smallcoder_jax.data.sources import parse_sources
+from smallcoder_jax.errors import UserError
+from smallcoder_jax.tokenizers.chat import Conversation, Message, ToolCall, from_json
+from smallcoder_jax.tokenizers.chat_parser import check_call
+
+CODE = '''\
+import math
+
+
+def area(radius, scale=2):
+    """The area."""
+    square = radius * radius  # a comment
+    if square > 10 and scale != 3:
+        return math.pi * square
+    total = square + scale
+    return total
+
+
+class Store:
+    @property
+    def size(self):
+        return len(self.items) - 1
+
+    async def find(self, key,
+                   default=None):
+        # where it may be
+        found = self.items.get(key, default)
+        if found is not None and not found.gone:
+            self.hits += 1
+            return found
+        for item in (1, 2):
+            text = f"{item} in {key}"
+            self.log(text, True)
+        return default
+
+    def short(self): return 1
+
+    def empty(self):
+        """Nothing."""
+
+    def other(self):
+        text = """
+not indented"""
+        return text
+'''
+
+
+def document(text: str, path: str = "a.py") -> Document:
+    return Document(text, "test", path, language="python")
+
+
+@pytest.fixture(scope="module")
+def pairs() -> list[Preference]:
+    found = []
+    for seed in range(30):
+        found += code_pairs([document(CODE), document("not Python (")], count=100, seed=seed)
+    return found
+
+
+def test_prompts_and_bodies_are_those_of_the_document(pairs: list[Preference]) -> None:
+    functions = {function.name: function for function in functions_of(document(CODE))}
+    assert set(functions) == {"area", "size", "find"}
+    assert functions["area"].prompt == 'def area(radius, scale=2):\n    """The area."""\n'
+    assert functions["area"].body.startswith("    square = radius * radius  # a comment\n")
+    assert functions["area"].body.endswith("    return total\n")
+    assert functions["size"].text == "def size(self):\n    return len(self.items) - 1\n"
+    assert functions["find"].prompt.count("\n") == 3
+    assert {(pair.prompt, pair.chosen) for pair in pairs} == {(f.prompt, f.body) for f in functions.values()}
+    for pair in pairs:
+        assert pair.provenance["name"] in functions
+        assert pair.provenance["path"] == "a.py"
+        assert pair.provenance["document"] == document(CODE).hash
+
+
+def test_a_rejected_body_is_wrong_in_one_place(pairs: list[Preference]) -> None:
+    seen = collections.Counter(pair.criteria for pair in pairs)
+    assert set(seen) == set(preference_code.CRITERIA)
+    for pair in pairs:
+        assert isinstance(pair.prompt, str)
+        assert isinstance(pair.chosen, str)
+        assert isinstance(pair.rejected, str)
+        assert pair.rejected != pair.chosen
+        if pair.criteria == "truncated":
+            assert pair.chosen.startswith(pair.rejected)
+            assert pair.rejected.strip()
+            assert pair.chosen[len(pair.rejected) :].strip()
+            continue
+        true, spoilt = (ast.parse(pair.prompt + body) for body in (pair.chosen, pair.rejected))
+        assert ast.dump(true) != ast.dump(spoilt)
+        if pair.criteria == "order":
+            assert sorted(pair.rejected.splitlines()) == sorted(pair.chosen.splitlines())
+            continue
+        changed = [(a, b) for a, b in zip(pair.chosen.split("\n"), pair.rejected.split("\n"), strict=True) if a != b]
+        assert len(changed) == 1
+        kinds = [[type(node) for node in ast.walk(tree)] for tree in (true, spoilt)]
+        if pair.criteria in ("constant", "name"):
+            assert kinds[0] == kinds[1]
+        values = [
+            sorted(repr(n.value) for n in ast.walk(tree) if isinstance(n, ast.Constant)) for tree in (true, spoilt)
+        ]
+        names = [collections.Counter(n.id for n in ast.walk(t) if isinstance(n, ast.Name)) for t in (true, spoilt)]
+        assert (values[0] != values[1]) == (pair.criteria == "constant")
+        assert (names[0] - names[1]).total() == (pair.criteria == "name")
+        assert "`" in pair.reason
+
+
+def test_a_swapped_statement_was_needed_by_the_one_before(pairs: list[Preference]) -> None:
+    reasons = {pair.reason for pair in pairs if pair.criteria == "order"}
+    assert "`return total` stands before `total = square + scale`" in reasons
+    assert "`return found` stands before `self.hits += 1`" in reasons
+    independent = "def f(x):\n    a = 1\n    b = 2\n    for i in x:\n        print(i)\n"
+    assert all(pair.criteria != "order" for pair in code_pairs([document(independent)], count=9, seed=0))
+
+
+def test_one_pair_of_every_function_comes_first_and_seeds_differ() -> None:
+    documents = [document(f"def f{i}(x):\n    y = x + {i}\n    return y\n", f"{i}.py") for i in range(20)]
+    first = list(code_pairs(documents, count=20, seed=1))
+    assert len({pair.prompt for pair in first}) == 20
+    more = list(code_pairs(documents, count=50, seed=1))
+    assert more[:20] == first
+    assert len({(pair.prompt, pair.criteria) for pair in more}) == len(more) == 50
+    assert list(code_pairs(documents, count=20, seed=1)) == first
+    assert list(code_pairs(documents, count=20, seed=2)) != first
+    assert len({pair.prompt for pair in code_pairs([*documents, *documents], count=40, seed=1)}) == 20
+
+
+@pytest.fixture(scope="module")
+def calls() -> list[Preference]:
+    return list(call_pairs("train", count=150, seed=4))
+
+
+def test_rejected_turns_have_the_mistake_that_is_recorded(calls: list[Preference]) -> None:
+    seen = collections.Counter(pair.criteria for pair in calls)
+    assert set(seen) == {"tool", "argument", "missing_argument", "malformed", "no_call", "needless_call"}
+    for pair in calls:
+        assert isinstance(pair.prompt, Conversation)
+        assert isinstance(pair.chosen, Reply)
+        assert isinstance(pair.rejected, Reply)
+        assert pair.prompt.messages[-1].role == "user"
+        assert side_of(pair.prompt.messages[-1].content) == "train"
+        offered = {tool["function"]["name"]: tool["function"] for tool in pair.prompt.tools}
+        wanted = [ToolCall(**from_json(call)) for call in pair.chosen.calls]
+        assert all(check_call(call, offered) == [] for call in wanted)
+        if pair.criteria == "needless_call":
+            assert pair.chosen.content
+            assert not wanted
+            assert pair.rejected.calls
+        else:
+            assert wanted
+            assert not pair.chosen.content
+        if pair.criteria == "no_call":
+            assert len(pair.rejected.calls) < len(wanted)
+            assert pair.rejected.calls or pair.rejected.content
+            continue
+        if pair.criteria == "needless_call":
+            assert check_call(ToolCall(**from_json(pair.rejected.calls[0])), offered) == []
+            continue
+        assert len(pair.rejected.calls) == len(wanted)
+        ((before, after),) = [
+            pair for pair in zip(pair.chosen.calls, pair.rejected.calls, strict=True) if pair[0] != pair[1]
+        ]
+        if pair.criteria == "malformed":
+            with pytest.raises(ValueError, match=r".+"):
+                from_json(after)
+            continue
+        true, wrong = ToolCall(**from_json(before)), ToolCall(**from_json(after))
+        errors = [kind for kind, _ in check_call(wrong, offered)]
+        assert errors == (["missing_argument"] if pair.criteria == "missing_argument" else [])
+        assert (true.name != wrong.name) == (pair.criteria == "tool")
+        if pair.criteria == "argument":
+            assert sum(true.arguments[key] != wrong.arguments[key] for key in true.arguments) == 1
+
+
+def test_calls_depend_on_seed_and_side_alone(calls: list[Preference]) -> None:
+    assert list(call_pairs("train", count=10, seed=4)) == calls[:10]
+    assert list(call_pairs("train", count=10, seed=5)) != calls[:10]
+    held_out = list(call_pairs("validation", count=10, seed=4))
+    assert not {prompt_words(pair.prompt) for pair in held_out} & {prompt_words(pair.prompt) for pair in calls}
+
+
+def test_files_are_read_as_they_were_written(pairs: list[Preference], calls: list[Preference], tmp_path: Path) -> None:
+    together = [*pairs[:20], *calls[:20], Preference("a\u2028b", "\r\n", "\n", "given")]
+    write_preferences(tmp_path / "some.jsonl", together)
+    assert list(read_preferences(tmp_path / "some.jsonl")) == together
+    (tmp_path / "least.jsonl").write_text('{"prompt": "p", "chosen": "c", "rejected": "r"}\n\n')
+    assert list(read_preferences(tmp_path / "least.jsonl")) == [Preference("p", "c", "r", "given")]
+    asked = {"messages": [{"role": "user", "content": "Hello"}]}
+    found = Preference.from_json({"prompt": asked, "chosen": "Hi.", "rejected": {"content": "", "calls": ["x"]}})
+    assert (found.chosen, found.rejected) == (Reply("Hi."), Reply("", ("x",)))
+    assert found.prompt == Conversation((Message("user", "Hello"),))
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([1], "expected an object with prompt"),
+        ({"prompt": "p", "chosen": "c"}, "has no rejected"),
+        ({"prompt": "p", "chosen": "c", "rejected": "c"}, "have to differ"),
+        ({"prompt": "p", "chosen": "c", "rejected": 3}, "rejected is 3; expected text"),
+        ({"prompt": "p", "chosen": "c", "rejected": "r", "criteria": 3}, "criteria is 3"),
+        ({"prompt": "p", "chosen": "c", "rejected": "r", "provenance": 3}, "provenance is 3"),
+        ({"prompt": {"messages": []}, "chosen": "c", "rejected": "r"}, "no messages"),
+        ({"prompt": {"messages": [{"role": "user", "content": "a"}]}, "chosen": "c", "rejected": {}}, "rejected is {}"),
+        (
+            {"prompt": {"messages": [{"role": "assistant", "content": "a"}]}, "chosen": "c", "rejected": "r"},
+            "ends with a turn of the assistant",
+        ),
+    ],
+)
+def test_what_is_no_preference_is_refused_with_its_line(value: Any, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"prompt": "p", "chosen": "c", "rejected": "r"}\n' + json.dumps(value))
+    with pytest.raises(UserError, match=rf"bad.jsonl, line 2: .*{message}"):
+        list(read_preferences(path))
+
+
+def test_prompts_on_both_sides_stay_on_one() -> None:
+    def pair(prompt: str, rejected: str = "r") -> Preference:
+        return Preference(prompt, "c", rejected, "given")
+
+    both = [f"prompt  {i}\n" for i in range(200)]
+    sides = {
+        "train": [pair(text) for text in [*both, "mine"]] + [pair("mine", "other"), pair("Mine ")],
+        "validation": [pair(text.upper()) for text in [*both, "theirs"]],
+    }
+    found = separate(sides)
+    words = {side: [prompt_words(pair.prompt) for pair in found[side]] for side in found}
+    assert not set(words["train"]) & set(words["validation"])
+    assert len(words["train"]) + len(words["validation"]) == 203
+    assert words["train"].count("mine") == 2
+    assert words["validation"].count("theirs") == 1
+    assert 5 < len(words["validation"]) < 40
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Files of three functions, of which one has the same signature in all."""
+    root = tmp_path_factory.mktemp("preferences")
+    (root / "code").mkdir()
+    for i in range(60):
+        text = "".join(f"def f{j}_{i}(x):\n    y = x + {i}\n    return y * {j}\n\n\n" for j in range(2))
+        (root / "code" / f"{i}.py").write_text(
+            text + f"def run(self):\n    value = self.{'abc'[i % 3]} + {i}\n    return value\n"
+        )
+    data = DataConfig(sources=f"dir:{root / 'code'}", dir=str(root), validation_fraction=0.3)
+    folder = root / "corpus" / corpus_key(parse_sources(data.sources), data)
+    ensure_corpus(parse_sources(data.sources), data, folder, None)
+    return folder
+
+
+def test_a_set_is_drawn_once_and_divided(corpus: Path, tmp_path: Path) -> None:
+    given = tmp_path / "given.jsonl"
+    lines = [{"prompt": f"Question {i}?", "chosen": "yes", "rejected": "no", "criteria": "truth"} for i in range(100)]
+    given.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings = PreferencesConfig(sources=f"code, conversations,jsonl:{given}", count=90, seed=3)
+    found = ensure_preferences(settings, tmp_path, corpus)
+    assert not {prompt_words(p.prompt) for p in found.train} & {prompt_words(p.prompt) for p in found.validation}
+    for side, pairs in (("train", found.train), ("validation", found.validation)):
+        documents = {one.hash for one in read_split(corpus, side)}
+        of_code = [pair for pair in pairs if "document" in pair.provenance]
+        assert {pair.provenance["document"] for pair in of_code} <= documents
+        accounting = json.loads((found.folder / "accounting.json").read_text())[side]
+        assert accounting == dict(collections.Counter(pair.criteria for pair in pairs))
+        assert side == "validation" or {"truth", "tool", "name"} <= set(accounting)
+    assert sum(isinstance(pair.prompt, Conversation) for pair in found.train) == 90
+    assert sum(isinstance(pair.prompt, Conversation) for pair in found.validation) == 9
+    assert 70 < sum("document" in pair.provenance for pair in found.train) <= 90
+    assert sum(pair.criteria == "truth" for pair in (*found.train, *found.validation)) == 100
+
+    written = (found.folder / "train.jsonl").stat().st_mtime_ns
+    assert ensure_preferences(settings, tmp_path, corpus) == found
+    assert (found.folder / "train.jsonl").stat().st_mtime_ns == written
+    other = ensure_preferences(dataclasses.replace(settings, seed=4), tmp_path, corpus)
+    assert other.fingerprint != found.fingerprint
+    given.write_text("".join(json.dumps(line) + "\n" for line in lines[:50]))
+    assert ensure_preferences(settings, tmp_path, corpus).folder != found.folder
+
+
+def test_sources_that_cannot_be_are_refused(tmp_path: Path) -> None:
+    for text in ("", "code,", "code,code", "jsonl:", "other", "jsonl"):
+        with pytest.raises(UserError, match="expected some of code, conversations, jsonl:PATH"):
+            parse_preference_sources(text)
+    with pytest.raises(UserError, match=r"missing.jsonl, which cannot be read"):
+        ensure_preferences(PreferencesConfig(sources=f"jsonl:{tmp_path / 'missing.jsonl'}"), tmp_path, None)
+    one = tmp_path / "one.jsonl"
+    one.write_text('{"prompt": "p", "chosen": "c", "rejected": "r"}\n')
+    with pytest.raises(UserError, match="has no pairs for"):
+        ensure_preferences(PreferencesConfig(sources=f"jsonl:{one}"), tmp_path, None)
+    assert not (tmp_path / "preferences").exists() or not any((tmp_path / "preferences").iterdir())

@@ -1,0 +1,117 @@
+"""The reward model: read at the last real token, learned from pairs, resumed exactly."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from smallcoder_jax import loading
+from smallcoder_jax.config import MeshConfig, PreferencesConfig, StageConfig
+from smallcoder_jax.data.progress import Progress
+from smallcoder_jax.errors import UserError
+from smallcoder_jax.models import build
+from smallcoder_jax.models.heads import head_scores, init_head, last_scores
+from smallcoder_jax.stages import pairs as preference_pairs
+from smallcoder_jax.stages import reward, run
+from tests.helpers import FLOAT32
+from tests.stages.pairs import assert_resumes, config_of, make_root, write_rule
+
+pytestmark = pytest.mark.usefixtures("standard_promotion")
+PROGRESS = Progress(sys.stderr)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_root(tmp_path_factory.mktemp("reward"))
+
+
+def test_a_reward_does_not_move_when_padding_is_added(root: Path) -> None:
+    config = config_of(root, "reward")
+    graph, _ = build.abstract_model(config.model, FLOAT32)
+    params = build.init_params(config.model, FLOAT32, jax.random.key(0))
+    head = init_head(config.model.width, jax.random.key(1))
+    decode = jax.jit(lambda *inputs: build.bind(graph, params)(*inputs))
+    ids = np.random.default_rng(0).integers(1, 250, (4, 20)).astype(np.int32)
+    lengths = np.array([20, 7, 1, 12])
+
+    def scores(length: int, padding: int) -> jax.Array:
+        tokens, segments = np.full((4, length), padding, np.int32), np.zeros((4, length), np.int32)
+        positions = np.zeros((4, length), np.int32)
+        for row, count in enumerate(lengths):
+            tokens[row, :count], segments[row, :count] = ids[row, :count], 1
+            positions[row, :count] = np.arange(count)
+        inputs = [jnp.asarray(x) for x in (tokens, positions, segments)]
+        return last_scores(head, decode(*inputs), inputs[2])
+
+    found = scores(20, 0)
+    np.testing.assert_allclose(scores(33, 0), found, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(scores(33, 77), found, rtol=1e-5, atol=1e-6)
+    for row, count in enumerate(lengths):
+        tokens, places = jnp.asarray(ids[row : row + 1, :count]), jnp.arange(count, dtype=jnp.int32)[None]
+        alone = decode(tokens, places, jnp.ones_like(tokens))
+        np.testing.assert_allclose(head_scores(head, alone)[0, -1], found[row], rtol=1e-5, atol=1e-6)
+    assert len(set(np.asarray(found).tolist())) == 4
+
+
+def test_it_learns_a_rule_and_says_so_by_criterion(root: Path, tmp_path: Path) -> None:
+    config = config_of(root, "reward", steps=60)
+    config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, every=60))
+    trained = run.train(config, tmp_path / "run")
+    found = run.evaluate_run(tmp_path / "run", config, step="60")
+    assert set(found) == {"loss", "accuracy", "margin", "accuracy_at", "accuracy_hash"}
+    assert found["accuracy"] > 0.95
+    assert found["loss"] < 0.2
+    for name, value in trained.evaluation.items():  # of the same pairs, on eight devices
+        assert found[name] == pytest.approx(value, rel=1e-3)
+    log = (tmp_path / "run" / "eval_log.csv").read_text().splitlines()
+    assert log[1].split(",")[log[0].split(",").index("step")] == "0"  # what it was before is known
+    assert float(log[1].split(",")[log[0].split(",").index("accuracy")]) < 0.8
+
+
+def test_it_continues_bit_for_bit(root: Path, tmp_path: Path) -> None:
+    assert_resumes(root, config_of(root, "reward"), tmp_path)
+
+
+def test_other_pairs_are_another_run(root: Path, tmp_path: Path) -> None:
+    config = config_of(root, "reward", steps=1)
+    run.train(config, tmp_path / "run")
+    write_rule(tmp_path / "fewer.jsonl", 100)
+    other = dataclasses.replace(config, preferences=PreferencesConfig(sources=f"jsonl:{tmp_path / 'fewer.jsonl'}"))
+    with pytest.raises(UserError, match=r"data\.preferences: the run has"):
+        run.train(other, tmp_path / "run")
+
+
+def test_the_loss_of_a_batch_is_that_of_its_pairs(root: Path) -> None:
+    """Padding pairs count nothing, and the sums by criterion add up."""
+    config = config_of(root, "reward")
+    loaded = loading.load(root / "start")
+    pairs = preference_pairs.prepare(config, loaded.tokenizer, PROGRESS)
+    params = {**loaded.params, "head": init_head(config.model.width, jax.random.key(1))}
+    loss_fn = jax.jit(lambda batch: reward.make_loss(config, pairs.criteria)(params, batch, None))
+    count = len(pairs.sides["validation"])
+    batches = preference_pairs.batches_of(
+        config, pairs, "validation", {}, loaded.tokenizer, count + 3, rows=range(count + 3), seed=0, num_epochs=1
+    )
+    loss, weight, sums = loss_fn(next(batches))
+    assert float(weight) == count
+    np.testing.assert_allclose(sums["loss"], loss)
+    names = [f"weight {name}" for name in pairs.criteria]
+    assert sum(float(sums[name]) for name in names) == count
+    assert sum(float(sums[f"accuracy {name}"]) for name in pairs.criteria) == pytest.approx(float(sums["accuracy"]))
+    assert abs(float(loss) / count - np.log(2)) < 0.05
+
+
+def test_what_cannot_be_is_refused(root: Path, tmp_path: Path) -> None:
+    config = config_of(root, "reward")
+    with pytest.raises(UserError, match=r"mesh\.context=2"):
+        run.train(dataclasses.replace(config, mesh=MeshConfig(context=2)), tmp_path / "context")
+    with pytest.raises(UserError, match="goes on with a model that exists"):
+        run.train(dataclasses.replace(config, stage=StageConfig(name="reward")), tmp_path / "none")
+    with pytest.raises(UserError, match="has no head for rewards"):
+        run.evaluate_run(root / "start", config)
