@@ -64,6 +64,23 @@ class Draft:
     def side(self) -> str:
         return side_of(self.plan.request)
 
+    @property
+    def prompt(self) -> Conversation:
+        """What the assistant is asked, and with which functions on offer."""
+        system = [Message("system", self.system)] if self.system else []
+        return Conversation((*system, Message("user", self.plan.request)), tuple(TOOLS[name] for name in self.tools))
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        return {
+            "generator": f"conversations {FORMAT}",
+            "seed": self.seed,
+            "index": self.index,
+            "kind": self.kind,
+            "source": self.plan.source,
+            "python": platform.python_version(),
+        }
+
 
 def draw(seed: int, index: int) -> Draft:
     """The request of a seed and an index, with the functions on offer."""
@@ -79,9 +96,8 @@ def draw(seed: int, index: int) -> Draft:
 
 def complete(draft: Draft, execute: Execute) -> Record:
     """The conversation of a draft, with real responses."""
-    plan = draft.plan
-    messages = [Message("system", draft.system)] if draft.system else []
-    messages.append(Message("user", plan.request))
+    plan, prompt = draft.plan, draft.prompt
+    messages = list(prompt.messages)
     responses: list[str] = []
     for step in plan.steps:
         calls = step(responses)
@@ -90,15 +106,7 @@ def complete(draft: Draft, execute: Execute) -> Record:
         messages += [Message("tool", text) for text in found]
         responses += found
     messages.append(Message("assistant", plan.answer(responses)))
-    provenance = {
-        "generator": f"conversations {FORMAT}",
-        "seed": draft.seed,
-        "index": draft.index,
-        "kind": draft.kind,
-        "source": plan.source,
-        "python": platform.python_version(),
-    }
-    return Record(Conversation(tuple(messages), tuple(TOOLS[name] for name in draft.tools)), draft.side, provenance)
+    return Record(Conversation(tuple(messages), prompt.tools), draft.side, draft.provenance)
 
 
 def side_of(request: str) -> str:
