@@ -97,8 +97,8 @@ def make_task(
         dummy_data=False,
         facts={
             "prompts": f"{rl.prompts}: {len(asked['train']):,} to train on, {len(asked['validation']):,} held out",
-            "iteration": f"{rl.questions} x {rl.group_size} answers of at most {rl.answer_tokens} tokens at temperature "
-            f"{rl.temperature}, gone through {rl.inner_epochs} times",
+            "iteration": f"{rl.questions} x {rl.group_size} answers of at most {rl.answer_tokens} tokens, at "
+            f"temperature {rl.temperature}; gone through {rl.inner_epochs} times",
             "reward": rl.reward_model or "checked answers",
         },
         accounting={"prompts": {side: len(asked[side]) for side in asked}},
