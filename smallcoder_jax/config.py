@@ -147,6 +147,32 @@ class GuardConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class RLConfig:
+    """Stages ppo and grpo: what is asked, how answers are drawn, what they are worth, and what is learned from them.
+
+    One iteration is `questions` x `group_size` answers, gone through `inner_epochs` times in batches of
+    `train.batch_size`.
+    """
+
+    prompts: Literal["conversations", "code"] = "conversations"  # turns that call functions; functions without a body
+    prompt_count: int = 4000  # conversations, or calls of functions, that prompts are made of; a tenth is held out
+    reward_model: str = ""  # run folder of the stage reward; "": answers are checked, where it takes that by running
+    questions: int = 8  # of an iteration
+    group_size: int = 8  # answers to each question; grpo compares these
+    answer_tokens: int = 128  # the longest answer
+    temperature: float = 0.8  # at which answers are drawn, and of the policy that is trained
+    inner_epochs: int = 4
+    clip: float = 0.2  # of the ratio of probabilities
+    value_clip: float = 0.2  # ppo: of values
+    value_weight: float = 0.5  # ppo: of the value loss
+    entropy_weight: float = 0.01  # ppo: of the entropy bonus
+    kl_coefficient: float = 0.02  # of the divergence from the start
+    kl_target: float = 0.0  # nats per answer to which the coefficient is adapted; 0: it is fixed
+    gamma: float = 0.99  # ppo: discount per token
+    gae_lambda: float = 0.95  # ppo
+
+
+@dataclasses.dataclass(frozen=True)
 class EvalConfig:
     every: int = 500  # steps; also once at the end; 0: only at the end
     batches: int = 50  # validation batches per evaluation; 0: the whole split
@@ -236,6 +262,7 @@ class Config:
     train: TrainConfig = TrainConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     guard: GuardConfig = GuardConfig()
+    rl: RLConfig = RLConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
@@ -375,6 +402,7 @@ def validate(config: Config) -> None:
             math.isfinite(config.distill.temperature) and config.distill.temperature > 0,
             f"{config.distill.temperature=} must be a positive number",
         ),
+        *_rl_checks(config),
         (config.checkpoint.every >= 1, f"{config.checkpoint.every=} must be at least 1"),
         (config.checkpoint.keep >= 1, f"{config.checkpoint.keep=} must be at least 1"),
         (config.eval.every >= 0, f"{config.eval.every=} must not be negative; 0 is only at the end"),
@@ -411,3 +439,36 @@ def validate(config: Config) -> None:
     for holds, message in checks:
         if not holds:
             raise UserError(f"config: {message}")
+
+
+def _rl_checks(config: Config) -> list[tuple[bool, str]]:
+    rl, train = config.rl, config.train
+    counts = ("prompt_count", "questions", "group_size", "answer_tokens", "inner_epochs")
+    positive = ("temperature", "clip", "value_clip")
+    weights = ("value_weight", "entropy_weight", "kl_coefficient", "kl_target")
+    shares = ("gamma", "gae_lambda")
+    return [
+        *((getattr(rl, name) >= 1, f"rl.{name}={getattr(rl, name)} must be at least 1") for name in counts),
+        *(
+            (0 < getattr(rl, name) < math.inf, f"rl.{name}={getattr(rl, name)} must be a positive number")
+            for name in positive
+        ),
+        *(
+            (0 <= getattr(rl, name) < math.inf, f"rl.{name}={getattr(rl, name)} must be 0 or a positive number")
+            for name in weights
+        ),
+        *((0 <= getattr(rl, name) <= 1, f"rl.{name}={getattr(rl, name)} must be in [0, 1]") for name in shares),
+        (
+            config.stage.name not in ("ppo", "grpo") or rl.questions * rl.group_size % max(train.batch_size, 1) == 0,
+            f"rl.questions x rl.group_size = {rl.questions * rl.group_size} answers must be a multiple of "
+            f"{train.batch_size=}",
+        ),
+        (
+            config.stage.name not in ("ppo", "grpo") or rl.answer_tokens < train.sequence_length,
+            f"{rl.answer_tokens=} must be below {train.sequence_length=}, for the prompt stands in front",
+        ),
+        (
+            config.stage.name != "grpo" or rl.group_size >= 2,
+            f"{rl.group_size=} must be at least 2 for the stage grpo, which compares the answers to one question",
+        ),
+    ]

@@ -19,7 +19,8 @@ LEVELS = [
     ["models", "data", "optim"],
     ["generate", "export"],
     ["train"],
-    ["loading", "evaluate", "preflight", "serve", "rl"],
+    ["loading", "evaluate", "preflight", "serve"],
+    ["rl"],
     ["stages"],
     ["main", "__init__"],
 ]

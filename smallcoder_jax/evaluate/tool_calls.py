@@ -64,13 +64,15 @@ def score_tool_calls(
         if not wanted.tool_calls:
             without.append(not found.message.tool_calls and not found.errors)
             continue
-        levels = _levels(found, wanted.tool_calls)
+        levels = call_levels(found, wanted.tool_calls)
         for counts, right in zip((valid, tool, arguments), levels, strict=True):
             counts.append(right)
     return ToolScores(*(Count(sum(counts), len(counts)) for counts in (valid, tool, arguments, without, ended)))
 
 
-def _levels(found: Parsed, wanted: tuple[chat.ToolCall, ...]) -> tuple[bool, bool, bool]:
+def call_levels(found: Parsed, wanted: tuple[chat.ToolCall, ...]) -> tuple[bool, bool, bool]:
+    """Whether a turn has well-formed calls, of the functions wanted, with the arguments wanted; each needs the one
+    before."""
     calls = found.message.tool_calls
     valid = bool(calls) and not any(error.kind in MALFORMED for error in found.errors)
     tool = valid and [call.name for call in calls] == [call.name for call in wanted]

@@ -1,0 +1,200 @@
+"""Minibatches of what the current policy does: questions, answers, rewards, advantages, and several epochs of them.
+
+Shapes: N answers of an iteration, B rows of a minibatch, T places of a row.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from smallcoder_jax import losses
+from smallcoder_jax.config import Config, RLConfig
+from smallcoder_jax.errors import UserError
+from smallcoder_jax.rl.rewards import Reward
+from smallcoder_jax.rl.rollouts import Answer, Batch, Question, RolloutEngine
+
+# What is known of an iteration's answers, the same in all its rows: for the log.
+REPORTED = ("reward", "start_kl", "answer_tokens", "ended", "kl_coefficient")
+_QUESTIONS, _DRAWS, _ROWS = range(3)  # streams of random numbers
+ADAPTIVE_STEP, LARGEST_ERROR = 0.1, 0.2  # of the coefficient, by iteration (arXiv 1909.08593, section 2.2)
+
+# (rows of an iteration, its rewards [N], the KL coefficient) -> the rows with what the stage's loss needs beside them
+Learn = Callable[[RLConfig, Batch, np.ndarray, float], Batch]
+
+
+def ppo_rows(rl: RLConfig, rows: Batch, rewards_N: np.ndarray, kl_coefficient: float) -> Batch:
+    """`advantages` and `returns` [N, T] by GAE: the reward comes with the last token, and every token costs what the
+    policy's log-probability of it has gained on the start's. Advantages have mean 0 and deviation 1 over all tokens.
+    """
+    real_NT = rows["loss_weights"] > 0
+    rewards_NT = -kl_coefficient * (rows["log_probs"] - rows["reference"])
+    last_N = real_NT.shape[1] - 1 - np.argmax(real_NT[:, ::-1], axis=1)
+    rewards_NT[np.arange(len(last_N)), last_N] += rewards_N
+    given = jax.device_put((rewards_NT.astype(np.float32), rows["values"], real_NT))
+    advantages_NT, returns_NT = jax.device_get(_generalized_advantages(*given, rl.gamma, rl.gae_lambda))
+    of_real = advantages_NT[real_NT]
+    advantages_NT = np.where(real_NT, (advantages_NT - of_real.mean()) / (of_real.std() + 1e-8), 0.0)
+    return {**rows, "advantages": advantages_NT.astype(np.float32), "returns": returns_NT}
+
+
+_generalized_advantages = jax.jit(
+    lambda rewards_NT, values_NT, real_NT, gamma, decay: losses.generalized_advantages(
+        rewards_NT, values_NT, real_NT, gamma=gamma, decay=decay
+    ),
+    static_argnums=(3, 4),
+)
+
+
+def grpo_rows(rl: RLConfig, rows: Batch, rewards_N: np.ndarray, kl_coefficient: float) -> Batch:
+    """`advantages` [N, 1] of each answer among those to its question; the divergence from the start is in the loss."""
+    del kl_coefficient
+    grouped = jax.device_put(rewards_N.reshape(-1, rl.group_size))
+    return {**rows, "advantages": jax.device_get(_group_advantages(grouped)).reshape(-1, 1)}
+
+
+_group_advantages = jax.jit(losses.group_advantages)
+
+
+def statistics(rows: Batch, answers: Sequence[Answer], rewards_N: np.ndarray) -> Batch:
+    """Of every answer, [N, 1]: `reward`; `start_kl`, the divergence of the policy from its start over the answer, in
+    nats, estimated as in `losses.reference_divergence`; `answer_tokens`; and `ended`, 1 or 0."""
+    difference_NT = rows["reference"] - rows["log_probs"]
+    columns = {
+        "reward": rewards_N,
+        "start_kl": np.sum(np.expm1(difference_NT) - difference_NT, axis=1),
+        "answer_tokens": rows["loss_weights"].sum(axis=1),
+        "ended": [answer.ended for answer in answers],
+    }
+    return {name: np.asarray(column, np.float32)[:, None] for name, column in columns.items()}
+
+
+class Experience:
+    """Endless minibatches of `train.batch_size` rows: `rl.inner_epochs` shuffled epochs over the answers to
+    `rl.questions` questions, then new answers of the policy that was last seen.
+
+    Questions come in another order in every epoch over them. An answer depends on the seed, the iteration and the
+    policy. The state of an iteration that is under way holds its answers with all that was computed for them, so that
+    a run continues in the middle of one as if it had not stopped.
+    """
+
+    def __init__(
+        self, config: Config, engine: RolloutEngine, questions: Sequence[Question], reward: Reward, learn: Learn
+    ):
+        if len(questions) < config.rl.questions:
+            raise UserError(
+                f"there are {len(questions)} different prompts to train on, but {config.rl.questions=} are asked in an "
+                "iteration; lower it, or give more"
+            )
+        self._config, self._engine, self._questions = config, engine, questions
+        self._reward, self._learn = reward, learn
+        self._iteration, self._taken = 0, 0  # iterations begun, minibatches of the newest that were given
+        self._kl_coefficient = config.rl.kl_coefficient  # of the next iteration
+        self._rows: Batch | None = None
+        self._written = ""  # the rows as text
+        self._params: Any = None
+
+    def see(self, params: Any) -> None:
+        """The policy that answers from now on."""
+        self._params = params
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        rl, size = self._config.rl, self._config.train.batch_size
+        total = rl.questions * rl.group_size
+        if self._rows is None:
+            self._rows = self._roll_out()
+            self._written = _to_text(self._rows)
+            self._taken = 0
+        epoch, start = divmod(self._taken * size, total)
+        order = np.random.default_rng((self._config.train.seed, _ROWS, self._iteration, epoch)).permutation(total)
+        chosen = order[start : start + size]
+        batch = {name: array[chosen] for name, array in self._rows.items()}
+        self._taken += 1
+        if self._taken * size == rl.inner_epochs * total:
+            self._rows, self._written = None, ""
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """The place behind the minibatch returned last; JSON-serialisable. `rows` is text of about the size of the
+        answers' tokens and numbers, and empty between iterations."""
+        return {
+            "iteration": self._iteration,
+            "taken": self._taken,
+            "kl_coefficient": self._kl_coefficient,
+            "rows": self._written,
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues from a place that `get_state` gave for the same questions and settings."""
+        self._iteration, self._taken = state["iteration"], state["taken"]
+        self._kl_coefficient, self._written = state["kl_coefficient"], state["rows"]
+        self._rows = _from_text(self._written) if self._written else None
+
+    def close(self) -> None:
+        """Nothing runs in the background."""
+
+    def evaluation(self, questions: Sequence[Question], limit: int, rows: int) -> Iterator[Batch]:
+        """`statistics` of the policy's answers to the first `limit` batches of `rows` questions (0: all), drawn with
+        the same random numbers in every evaluation, as columns [rows, 1]; `counted` is 1 where there is an answer."""
+        asked = list(questions[: limit * rows] if limit else questions)
+        missing = -len(asked) % rows
+        answers = self._engine.answer(self._params, asked, samples=1, seed=self._config.train.seed)
+        rewards = np.pad(self._reward(answers), (0, missing))
+        answers += answers[:1] * missing
+        found = statistics(self._engine.rows(self._params, answers), answers, rewards)
+        found["counted"] = (np.arange(len(answers)) < len(asked)).astype(np.float32)[:, None]
+        for start in range(0, len(answers), rows):
+            yield {name: column[start : start + rows] for name, column in found.items()}
+
+    def _roll_out(self) -> Batch:
+        """Answers of the policy, with what is to be learned from them. Begins an iteration."""
+        rl, seed = self._config.rl, self._config.train.seed
+        chosen = [self._questions[i] for i in _drawn(len(self._questions), rl.questions, self._iteration, seed)]
+        self._iteration += 1
+        draw = int(np.random.default_rng((seed, _DRAWS, self._iteration)).integers(2**32))
+        answers = self._engine.answer(self._params, chosen, samples=rl.group_size, seed=draw)
+        rewards_N = self._reward(answers)
+        rows = self._engine.rows(self._params, answers)
+        known = statistics(rows, answers, rewards_N)
+        known["kl_coefficient"] = np.full_like(known["reward"], self._kl_coefficient)
+        rows = self._learn(rl, rows, rewards_N, self._kl_coefficient)
+        self._kl_coefficient = next_coefficient(rl, self._kl_coefficient, float(known["start_kl"].mean()))
+        return {**rows, **{name: np.full_like(column, column.mean()) for name, column in known.items()}}
+
+
+def next_coefficient(rl: RLConfig, coefficient: float, kl: float) -> float:
+    """The KL coefficient after an iteration whose answers diverged by `kl` nats on average: larger where that was above
+    `rl.kl_target`, smaller where below; the same without a target."""
+    if not rl.kl_target:
+        return coefficient
+    error = min(max(kl / rl.kl_target - 1.0, -LARGEST_ERROR), LARGEST_ERROR)
+    return coefficient * (1.0 + ADAPTIVE_STEP * error)
+
+
+def _drawn(count: int, wanted: int, iteration: int, seed: int) -> list[int]:
+    """Which of `count` questions an iteration asks: places of an endless row of shuffled epochs."""
+    places = range(iteration * wanted, (iteration + 1) * wanted)
+    orders = {
+        epoch: np.random.default_rng((seed, _QUESTIONS, epoch)).permutation(count)
+        for epoch in range(places[0] // count, places[-1] // count + 1)
+    }
+    return [int(orders[place // count][place % count]) for place in places]
+
+
+def _to_text(rows: Batch) -> str:
+    file = io.BytesIO()
+    np.savez_compressed(file, **rows)
+    return base64.b64encode(file.getvalue()).decode("ascii")
+
+
+def _from_text(text: str) -> Batch:
+    with np.load(io.BytesIO(base64.b64decode(text)), allow_pickle=False) as arrays:
+        return dict(arrays)

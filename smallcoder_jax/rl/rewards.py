@@ -1,0 +1,164 @@
+"""What an answer is worth: by a reward model, by the function calls in it, or by running the code that it is.
+
+A reward is a function of answers, of which each gets one number.
+
+Shapes: N answers; B rows, T places of a row.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import json
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from smallcoder_jax.errors import UserError
+from smallcoder_jax.evaluate import sandbox
+from smallcoder_jax.evaluate.tool_calls import call_levels
+from smallcoder_jax.loading import LoadedModel
+from smallcoder_jax.models import build
+from smallcoder_jax.models.heads import head_scores
+from smallcoder_jax.rl.questions import Body, Turn
+from smallcoder_jax.rl.rollouts import Answer
+from smallcoder_jax.tokenizers.base import Tokenizer
+from smallcoder_jax.tokenizers.chat import ToolCall
+from smallcoder_jax.tokenizers.chat_parser import parse
+
+Reward = Callable[[Sequence[Answer]], np.ndarray]  # float32 [N]
+
+# Of a turn that has to call: well-formed calls; of the right functions; and right in all.
+WELL_FORMED, RIGHT_TOOL, RIGHT = 0.2, 0.5, 1.0
+LIMITS = sandbox.Limits(wall_s=5.0, cpu_s=5, memory_bytes=512 << 20)
+CACHED = 10_000  # calls whose outcome is remembered
+
+
+class RewardModel:
+    """The score that a model of the stage `reward` gives to question and answer: of its head, on the hidden state of
+    the answer's last token.
+
+    Raises UserError for a model without a head, or with another tokenizer than the one that answers are written in.
+    """
+
+    def __init__(self, loaded: LoadedModel, tokenizer: Tokenizer, rows: int):
+        path = loaded.origin["path"]
+        if loaded.head is None:
+            raise UserError(f"rl.reward_model={path} has no scalar head; give the folder of a run of the stage reward")
+        if loaded.tokenizer.hash != tokenizer.hash:
+            raise UserError(f"rl.reward_model={path} has another tokenizer than the policy; train both from one model")
+        self._context, self._rows, self._pad_id = loaded.model.context, rows, tokenizer.pad_id
+        self._params = {**loaded.params, "head": loaded.head}
+        graph = build.abstract_model(loaded.model, loaded.compute)[0]
+
+        def score(params: Any, tokens_BT: Array, segment_ids_BT: Array) -> Array:
+            places_BT = jax.lax.broadcasted_iota(jnp.int32, tokens_BT.shape, 1)
+            hidden_BTD = build.bind(graph, params)(tokens_BT, places_BT, segment_ids_BT)
+            scores_BT = head_scores(params["head"], hidden_BTD)
+            last_B1 = segment_ids_BT.sum(axis=1, keepdims=True) - 1
+            return jnp.take_along_axis(scores_BT, last_B1, axis=1)[:, 0]
+
+        self._score = jax.jit(score)
+
+    def __call__(self, answers: Sequence[Answer]) -> np.ndarray:
+        ids = [answer.question.ids + answer.token_ids for answer in answers]
+        longest = max(map(len, ids))
+        if longest > self._context:
+            raise UserError(
+                f"an answer with its prompt has {longest} tokens, but the model of rl.reward_model has a context of "
+                f"{self._context}; lower train.sequence_length or rl.answer_tokens"
+            )
+        length = min(1 << (longest - 1).bit_length(), self._context)  # few shapes to compile
+        scores = []
+        for start in range(0, len(ids), self._rows):
+            scores.append(self._batch(ids[start : start + self._rows], length))
+        return np.concatenate(scores)
+
+    def _batch(self, ids: list[tuple[int, ...]], length: int) -> np.ndarray:
+        tokens_BT = np.full((self._rows, length), self._pad_id, np.int32)
+        segment_ids_BT = np.zeros((self._rows, length), np.int32)
+        for row, one in enumerate(ids):
+            tokens_BT[row, : len(one)], segment_ids_BT[row, : len(one)] = one, 1
+        placed = jax.device_put((tokens_BT, segment_ids_BT), jax.tree.leaves(self._params)[0].sharding)
+        return jax.device_get(self._score(self._params, *placed))[: len(ids)]
+
+
+class CheckedReward:
+    """1 for a right answer to a `Turn` or `Body`, less for one that is partly right, 0 for one that is not.
+
+    A turn earns `WELL_FORMED`, `RIGHT_TOOL` or `RIGHT`. It is right with the arguments of the true calls; where these
+    run Python or a shell, also with others that print the same. In a turn that is to call nothing, what is written is
+    not judged, but that it ends. Of a body counts the share of examples that hold.
+
+    Programs run in the sandbox, several at a time.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="reward")
+
+    def __call__(self, answers: Sequence[Answer]) -> np.ndarray:
+        return np.array(list(self._pool.map(self._grade, answers)), np.float32)
+
+    def _grade(self, answer: Answer) -> float:
+        if isinstance(answer.question.facts, Body):
+            text = self._tokenizer.decode(list(answer.token_ids))
+            return body_holds(answer.question.facts, text)
+        return self._grade_turn(answer.question.facts, answer.token_ids)
+
+    def _grade_turn(self, turn: Turn, ids: Sequence[int]) -> float:
+        found = parse(ids, self._tokenizer, turn.tools)
+        calls = found.message.tool_calls
+        if not found.ended:
+            return 0.0
+        if not turn.calls:
+            return RIGHT if found.message.content.strip() and not calls and not found.errors else 0.0
+        valid, tool, same = call_levels(found, turn.calls)
+        if tool and not found.errors:
+            same = same or all(map(_as_good, calls, turn.calls))
+        return RIGHT if same else RIGHT_TOOL if tool else WELL_FORMED if valid else 0.0
+
+
+def _as_good(call: ToolCall, wanted: ToolCall) -> bool:
+    """Whether a call that fits its schema does what the true call does."""
+    if call == wanted:
+        return True
+    if call.name not in _PROGRAMS:
+        return False
+    printed = printed_by(wanted.name, json.dumps(wanted.arguments))
+    return bool(printed) and printed_by(call.name, json.dumps(call.arguments)) == printed
+
+
+# What a test prints says little about the code in it: these are right by their arguments alone.
+_PROGRAMS = ("execute_python", "execute_bash")
+
+
+@functools.lru_cache(CACHED)
+def printed_by(name: str, arguments: str) -> str | None:
+    """What a program prints in the sandbox; None where it fails, or does not come to its end."""
+    (program,) = json.loads(arguments).values()
+    if "\0" in program or len(program.encode()) >= sandbox.MAX_ARGUMENT:
+        return None
+    run = sandbox.run_python if name == "execute_python" else sandbox.run_command
+    outcome = run(program, limits=LIMITS)
+    right = outcome.ended == "finished" and outcome.error is None and not outcome.exit_code
+    return outcome.stdout.strip() if right else None
+
+
+def body_holds(question: Body, text: str) -> float:
+    """The share of a question's examples that hold for the body that `text` begins with."""
+    lines = text.splitlines(keepends=True)
+    end = next((i for i, line in enumerate(lines) if line.strip() and not line[0].isspace()), len(lines))
+    report = _examples_of(question.before + "".join(lines[:end]), question.examples)
+    held = sum(test.error is None for test in report.tests)
+    return held / len(report.tests) if report.outcome.ended == "finished" else 0.0
+
+
+@functools.lru_cache(CACHED)
+def _examples_of(code: str, examples: str) -> sandbox.TestReport:
+    return sandbox.run_doctests(code, examples, limits=LIMITS)

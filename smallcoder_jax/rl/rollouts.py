@@ -1,0 +1,153 @@
+"""Answers of the current policy to questions, and what the policy and its start make of their tokens.
+
+The policy is the model at the temperature at which it is sampled, over all of its vocabulary, without dropout. Ids that
+the generator never produces (padding, most special pieces) keep their share of the probability: a model that learned
+anything gives them next to none.
+
+Shapes: B rows, one answer each; T places of a row; X = B T tokens; D width; V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+
+from smallcoder_jax.config import Config
+from smallcoder_jax.data.packing import fill_batch
+from smallcoder_jax.errors import UserError
+from smallcoder_jax.generate.engine import Generator
+from smallcoder_jax.generate.sampling import SamplingOptions
+from smallcoder_jax.mesh import batch_sharding, flat_tokens, on_mesh, params_sharding, place_batch
+from smallcoder_jax.models import build
+from smallcoder_jax.models.heads import head_scores
+from smallcoder_jax.ops.cross_entropy import token_losses
+from smallcoder_jax.tokenizers.base import Tokenizer
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Question:
+    """A prompt as ids, and what a reward has to know beside them: see `rl.questions`."""
+
+    ids: tuple[int, ...]
+    facts: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """The ids written behind a question, the ending one included. `ended`: there is one; else they were cut off."""
+
+    question: Question
+    token_ids: tuple[int, ...]
+    ended: bool
+
+
+class Pass(NamedTuple):
+    """A forward pass of a policy. `scaled_XD` @ `unembed_VD`^T are its logits, the temperature included."""
+
+    hidden_BTD: Array
+    scaled_XD: Array
+    unembed_VD: Array
+    log_probs_X: Array  # of the targets that were written, elsewhere 0
+
+
+def policy_pass(graph: Any, params: build.Params, batch: dict[str, Array], temperature: float) -> Pass:
+    """The one that rollouts and training steps share."""
+    decoder = build.bind(graph, params)
+    hidden_BTD = decoder(batch["tokens"], batch["positions"], batch["segment_ids"])
+    scaled_XD, unembed_VD = flat_tokens(hidden_BTD) / temperature, decoder.unembedding()
+    losses = token_losses(scaled_XD, unembed_VD, flat_tokens(batch["targets"]))
+    # Elsewhere, e to a difference from what is stored could be infinite.
+    log_probs_X = jnp.where(flat_tokens(batch["loss_weights"]) > 0, -losses.nll_X, 0.0)
+    return Pass(hidden_BTD, scaled_XD, unembed_VD, log_probs_X)
+
+
+def pack_answers(answers: Sequence[Answer], length: int, pad_id: int) -> Batch:
+    """A batch of the training contract [B, T] with one answer in a row; weight 1 on what was written, 0 elsewhere."""
+    rows = [[np.array(answer.question.ids + answer.token_ids, np.int32)] for answer in answers]
+    batch = fill_batch(rows, len(rows), length, pad_id)
+    for weights_T, answer in zip(batch["loss_weights"], answers, strict=True):
+        weights_T[: len(answer.question.ids) - 1] = 0.0
+    return batch
+
+
+def fitting(questions: Sequence[Question], config: Config) -> list[Question]:
+    """The questions that leave room for an answer, each once. Raises UserError where there are none."""
+    room = config.train.sequence_length - config.rl.answer_tokens
+    kept = list({question.ids: question for question in questions if len(question.ids) <= room}.values())
+    if not kept:
+        raise UserError(
+            f"of {len(questions)} prompts none is at most train.sequence_length - rl.answer_tokens = {room} tokens "
+            "long; raise the first or lower the second"
+        )
+    return kept
+
+
+class RolloutEngine:
+    """Draws answers, and computes what training needs to know of their tokens.
+
+    `start`: the decoder that the policy began as, unrolled; a copy of it is kept on the devices of `mesh`, for the
+    divergence from it. Policies are given in the layout of `compute.layers`, placed on `mesh`, with a value head under
+    "head" or none.
+    """
+
+    def __init__(self, config: Config, mesh: Mesh, tokenizer: Tokenizer, start: build.Params):
+        self._config, self._mesh, self._tokenizer = config, mesh, tokenizer
+        layout = build.to_scanned(start) if config.compute.layers == "scan" else start
+        # By way of the host: a copy, since what the policy starts as is given away with its first step.
+        host = jax.tree.map(np.array, layout)
+        self._start = jax.device_put(host, params_sharding(mesh, host))
+        graph = build.abstract_model(config.model, config.compute)[0]
+
+        def score(params: build.Params, batch: dict[str, Array]) -> dict[str, Array]:
+            made = policy_pass(graph, params, batch, config.rl.temperature)
+            found = {"log_probs": made.log_probs_X.reshape(batch["targets"].shape)}
+            if "head" in params:
+                found["values"] = head_scores(params["head"], made.hidden_BTD) * batch["loss_weights"]
+            return found
+
+        self._score = jax.jit(on_mesh(mesh, score))
+
+    def answer(self, params: build.Params, questions: Sequence[Question], *, samples: int, seed: int) -> list[Answer]:
+        """`samples` answers of the policy to the first question, then to the second, and so on: drawn at
+        `rl.temperature` from the whole vocabulary, of at most `rl.answer_tokens`."""
+        rl = self._config.rl
+        options = SamplingOptions(
+            max_tokens=rl.answer_tokens, temperature=rl.temperature, top_k=0, top_p=1.0, seed=seed, num_samples=samples
+        )
+        decoder = build.to_unrolled(build.decoder_params(params))
+        generator = Generator(self._config.model, self._config.compute, decoder, self._tokenizer)
+        written = generator.generate([question.ids for question in questions], options, self._config.train.batch_size)
+        asked = [question for question in questions for _ in range(samples)]
+        return [
+            Answer(question, completion.token_ids, completion.finish_reason == "stop")
+            for question, completion in zip(asked, written, strict=True)
+        ]
+
+    def rows(self, params: build.Params, answers: Sequence[Answer]) -> Batch:
+        """The answers packed, with `log_probs` under the policy, `reference` under its start, and `values` where it has
+        a head; each [B, T], 0 where the weight is. Answers are a multiple of a microbatch.
+        """
+        batch = pack_answers(answers, self._config.train.sequence_length, self._tokenizer.pad_id)
+        found = self._scores(params, batch)
+        return {**batch, **found, "reference": self._scores(self._start, batch)["log_probs"]}
+
+    def _scores(self, params: build.Params, batch: Batch) -> Batch:
+        parts = []
+        for part in _parts(batch, self._config.train.microbatch_rows):
+            placed = place_batch(batch_sharding(self._mesh), part)
+            parts.append(jax.device_get(self._score(params, placed)))
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _parts(batch: Batch, rows: int) -> Iterator[Batch]:
+    for start in range(0, len(batch["tokens"]), rows):
+        yield {name: array[start : start + rows] for name, array in batch.items()}

@@ -1,0 +1,58 @@
+"""GRPO (arXiv 2402.03300): answers to one question compete with each other, and no values are learned.
+
+Shapes: B rows, T places of a row, X = B T tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from smallcoder_jax import losses
+from smallcoder_jax.config import Config
+from smallcoder_jax.data.progress import Progress
+from smallcoder_jax.loading import LoadedModel
+from smallcoder_jax.mesh import flat_tokens
+from smallcoder_jax.models import build
+from smallcoder_jax.rl.experience import grpo_rows
+from smallcoder_jax.rl.rollouts import policy_pass
+from smallcoder_jax.stages import policy
+from smallcoder_jax.train.loop import Task
+from smallcoder_jax.train.step import Batch, LossFn
+
+REPORTED = ("ratio", "clipped", "kl")
+
+
+def make_loss(config: Config) -> LossFn:
+    """The clipped surrogate and the divergence from the start, of each answer the mean over its tokens (eq. 3)."""
+    graph, rl = build.abstract_model(config.model, config.compute)[0], config.rl
+
+    def loss_fn(params: Any, batch: Batch, key: Array | None) -> tuple[Array, Array, dict[str, Array]]:
+        if "counted" in batch:
+            return policy.evaluation_sums(batch)
+        written_BT = batch["loss_weights"]
+        weights_X = flat_tokens(written_BT / jnp.maximum(written_BT.sum(axis=1, keepdims=True), 1.0))
+        advantages_X = flat_tokens(jnp.broadcast_to(batch["advantages"], written_BT.shape))
+        log_probs_X = policy_pass(graph, params, batch, rl.temperature).log_probs_X
+        surrogate, weight, sums = losses.clipped_policy(
+            log_probs_X, flat_tokens(batch["log_probs"]), advantages_X, weights_X, clip=rl.clip
+        )
+        divergence, _ = losses.reference_divergence(log_probs_X, flat_tokens(batch["reference"]), weights_X)
+        loss = surrogate + jnp.mean(batch["kl_coefficient"]) * divergence
+        return loss, weight, {**sums, **policy.iteration_sums(batch, weight)}
+
+    return loss_fn
+
+
+def make_task(config: Config, loaded: LoadedModel | None, progress: Progress) -> Task:
+    """See `policy.make_task`."""
+    del progress  # prompts take seconds
+    return policy.make_task(config, loaded, loss_fn=make_loss(config), learn=grpo_rows, reported=REPORTED)
+
+
+def measure(config: Config, loaded: LoadedModel, progress: Progress) -> dict[str, Any]:
+    """See `policy.measure`."""
+    del progress
+    return policy.measure(config, loaded)

@@ -1,0 +1,156 @@
+"""What the stages share that learn from their own answers: questions, rewards, measures.
+
+Shapes: B rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+
+from smallcoder_jax import loading
+from smallcoder_jax.config import Config, eval_rows
+from smallcoder_jax.errors import UserError
+from smallcoder_jax.evaluate import sandbox
+from smallcoder_jax.loading import LoadedModel
+from smallcoder_jax.mesh import make_mesh, params_sharding
+from smallcoder_jax.models import build
+from smallcoder_jax.rl import questions
+from smallcoder_jax.rl.experience import REPORTED, Experience, Learn, grpo_rows
+from smallcoder_jax.rl.rewards import CheckedReward, Reward, RewardModel
+from smallcoder_jax.rl.rollouts import Question, RolloutEngine, fitting
+from smallcoder_jax.stages.start import load_start, need_start, one_process, start_of
+from smallcoder_jax.tokenizers.base import Tokenizer
+from smallcoder_jax.train.loop import Task
+from smallcoder_jax.train.metrics import ratio
+from smallcoder_jax.train.step import Batch, LossFn
+
+_MEASURES = ("reward", "start_kl", "answer_tokens", "ended")
+_SHOWN = 2  # held-out prompts that are sampled during training
+
+
+def iteration_sums(batch: Batch, weight: Array) -> dict[str, Array]:
+    """What is known of an iteration's answers, the same in all rows, as sums over `weight`."""
+    return {name: jnp.mean(batch[name]) * weight for name in REPORTED}
+
+
+def evaluation_sums(batch: Batch) -> tuple[Array, Array, dict[str, Array]]:
+    """A batch of `Experience.evaluation` as the result of a loss: sums over answers; the loss is less the reward."""
+    counted_B1 = batch["counted"]
+    sums = {name: jnp.sum(batch[name] * counted_B1) for name in _MEASURES}
+    return -sums["reward"], jnp.sum(counted_B1), sums
+
+
+def summarise(sums: dict[str, float]) -> dict[str, float]:
+    """Means over held-out questions: `reward` and, to be made small, `loss`, which is less that; `start_kl`, nats per
+    answer; `answer_tokens`; and the share of answers that `ended`."""
+    means = {name: ratio(sums[name], sums["weight"]) for name in _MEASURES}
+    return {"loss": -means["reward"], **means}
+
+
+def make_task(
+    config: Config, loaded: LoadedModel | None, *, loss_fn: LossFn, learn: Learn, reported: tuple[str, ...]
+) -> Task:
+    """The task of a stage whose batches are its policy's own answers. `learn` makes what the loss wants of them.
+
+    Raises UserError where there is no model to begin with, where code cannot be isolated, and for settings that do not
+    go together.
+    """
+    loaded, rl = need_start(config, loaded), config.rl
+    one_process(config)
+    tokenizer, mesh = loaded.tokenizer, _mesh(config)
+    asked = {side: _ask(config, tokenizer, side) for side in ("train", "validation")}
+    reward, judge = _make_reward(config, tokenizer)
+    engine = RolloutEngine(config, mesh, tokenizer, loaded.params)
+    experience = Experience(config, engine, asked["train"], reward, learn)
+
+    def validation_batches(limit: int, rows: Sequence[int]) -> Iterator[dict[str, np.ndarray]]:
+        return experience.evaluation(asked["validation"], limit, len(rows))
+
+    digest = hashlib.sha256(repr([[question.ids for question in asked[side]] for side in asked]).encode())
+    return Task(
+        loss_fn=loss_fn,
+        summarise=summarise,
+        train_batches=lambda rows: experience,
+        validation_batches=validation_batches,
+        identity={
+            "prompts": digest.hexdigest(),
+            "tokenizer": tokenizer.hash,
+            "judge": judge,
+            "rl": dataclasses.asdict(rl),
+            "sequence_length": config.train.sequence_length,
+            "batch_size": config.train.batch_size,
+            "seed": config.train.seed,
+        },
+        tokenizer=tokenizer,
+        tokenizer_folder=loaded.tokenizer_folder,
+        dataset=f"its own answers to prompts of {rl.prompts}",
+        dummy_data=False,
+        facts={
+            "prompts": f"{rl.prompts}: {len(asked['train']):,} to train on, {len(asked['validation']):,} held out",
+            "iteration": f"{rl.questions} x {rl.group_size} answers of at most {rl.answer_tokens} tokens, at "
+            f"temperature {rl.temperature}; gone through {rl.inner_epochs} times",
+            "reward": rl.reward_model or "checked answers",
+        },
+        accounting={"prompts": {side: len(asked[side]) for side in asked}},
+        reported=(*reported, *REPORTED),
+        start=start_of(loaded),
+        prompts={tokenizer.decode(list(question.ids)): question.ids for question in asked["validation"][:_SHOWN]},
+        see=experience.see,
+    )
+
+
+def measure(config: Config, loaded: LoadedModel) -> dict[str, Any]:
+    """What answers of a model to held-out prompts are worth (`summarise`), of the first `eval.batches` x rows; the
+    divergence is from the model of `stage.start`, where one is given."""
+    mesh, tokenizer = _mesh(config), loaded.tokenizer
+    reward, _ = _make_reward(config, tokenizer)
+    start = load_start(config)
+    engine = RolloutEngine(config, mesh, tokenizer, start.params if start else loaded.params)
+    asked = _ask(config, tokenizer, "validation")
+    experience = Experience(config, engine, asked, reward, grpo_rows)
+    params = build.to_scanned(loaded.params) if config.compute.layers == "scan" else loaded.params
+    experience.see(jax.device_put(params, params_sharding(mesh, params)))
+    total = dict.fromkeys(("weight", *_MEASURES), 0.0)
+    for batch in experience.evaluation(asked, config.eval.batches, eval_rows(config)):
+        _, weight, sums = evaluation_sums(jax.device_put(batch))
+        for name, value in {"weight": weight, **sums}.items():
+            total[name] += float(value)
+    return {name: value for name, value in summarise(total).items() if start or name != "start_kl"}
+
+
+def _mesh(config: Config) -> Mesh:
+    mesh = make_mesh(config.mesh, config.model, config.train.microbatch_rows)
+    if mesh.shape["context"] > 1:
+        raise UserError(f"{config.mesh.context=}: stage.name={config.stage.name} cannot split rows; set it to 1")
+    return mesh
+
+
+def _ask(config: Config, tokenizer: Tokenizer, side: str) -> list[Question]:
+    """The questions of `rl.prompts` on one side of the split, as far as they fit."""
+    rl = config.rl
+    if rl.prompts == "code":
+        found = questions.from_code(tokenizer, side=side, draws=rl.prompt_count)
+    else:
+        found = questions.from_conversations(
+            tokenizer, side=side, count=rl.prompt_count, seed=config.dialogs.seed, most_tokens=rl.answer_tokens
+        )
+    return fitting(found, config)
+
+
+def _make_reward(config: Config, tokenizer: Tokenizer) -> tuple[Reward, str]:
+    """The reward of the config, and what identifies it."""
+    if not config.rl.reward_model:
+        sandbox.check_isolation()
+        return CheckedReward(tokenizer), "checked"
+    loaded = loading.load(Path(config.rl.reward_model))
+    return RewardModel(loaded, tokenizer, config.train.batch_size), loaded.origin["hash"]

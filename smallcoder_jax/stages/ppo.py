@@ -1,0 +1,65 @@
+"""PPO (arXiv 1707.06347) with a value head beside the decoder, and a price for leaving the model it started from.
+
+Shapes: B rows, T places of a row, X = B T tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from smallcoder_jax import losses
+from smallcoder_jax.config import Config
+from smallcoder_jax.data.progress import Progress
+from smallcoder_jax.loading import LoadedModel
+from smallcoder_jax.mesh import flat_tokens
+from smallcoder_jax.models import build
+from smallcoder_jax.models.heads import head_scores
+from smallcoder_jax.ops.entropy import entropies
+from smallcoder_jax.rl.experience import ppo_rows
+from smallcoder_jax.rl.rollouts import policy_pass
+from smallcoder_jax.stages import policy
+from smallcoder_jax.train.loop import Task
+from smallcoder_jax.train.step import Batch, LossFn
+
+REPORTED = ("ratio", "clipped", "kl", "value_loss", "entropy")
+
+
+def make_loss(config: Config) -> LossFn:
+    """The clipped surrogate, the clipped value loss and the entropy bonus, per token."""
+    graph, rl = build.abstract_model(config.model, config.compute)[0], config.rl
+
+    def loss_fn(params: Any, batch: Batch, key: Array | None) -> tuple[Array, Array, dict[str, Array]]:
+        if "counted" in batch:
+            return policy.evaluation_sums(batch)
+        weights_X = flat_tokens(batch["loss_weights"])
+        made = policy_pass(graph, params, batch, rl.temperature)
+        surrogate, weight, sums = losses.clipped_policy(
+            made.log_probs_X,
+            flat_tokens(batch["log_probs"]),
+            flat_tokens(batch["advantages"]),
+            weights_X,
+            clip=rl.clip,
+        )
+        values_X = flat_tokens(head_scores(params["head"], made.hidden_BTD))
+        old_X, returns_X = flat_tokens(batch["values"]), flat_tokens(batch["returns"])
+        value, _ = losses.clipped_value(values_X, old_X, returns_X, weights_X, clip=rl.value_clip)
+        entropy = jnp.sum(entropies(made.scaled_XD, made.unembed_VD) * weights_X)
+        loss = surrogate + rl.value_weight * value - rl.entropy_weight * entropy
+        return loss, weight, {**sums, "value_loss": value, "entropy": entropy, **policy.iteration_sums(batch, weight)}
+
+    return loss_fn
+
+
+def make_task(config: Config, loaded: LoadedModel | None, progress: Progress) -> Task:
+    """See `policy.make_task`."""
+    del progress  # prompts take seconds
+    return policy.make_task(config, loaded, loss_fn=make_loss(config), learn=ppo_rows, reported=REPORTED)
+
+
+def measure(config: Config, loaded: LoadedModel, progress: Progress) -> dict[str, Any]:
+    """See `policy.measure`."""
+    del progress
+    return policy.measure(config, loaded)

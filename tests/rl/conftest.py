@@ -1,0 +1,43 @@
+"""Configs and models for rollouts: tiny, random, over bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import pytest
+
+from smallcoder_jax.config import Config, MeshConfig
+from smallcoder_jax.mesh import make_mesh, params_sharding
+from smallcoder_jax.models import build
+from smallcoder_jax.models.heads import init_head
+from smallcoder_jax.rl.rollouts import Question, RolloutEngine
+from smallcoder_jax.tokenizers.bytes import ByteTokenizer
+from tests.helpers import FLOAT32
+from tests.rl.tiny import rl_config
+
+
+class World:
+    """A policy with a value head, its engine, and questions of different lengths."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.mesh = make_mesh(MeshConfig(), config.model, config.train.microbatch_rows)
+        self.tokenizer = ByteTokenizer()
+        self.start = build.init_params(config.model, FLOAT32, jax.random.key(1))
+        self.engine = RolloutEngine(config, self.mesh, self.tokenizer, self.start)
+        self.questions = [
+            Question((self.tokenizer.bos_id, *self.tokenizer.encode("x" * (number % 5) + f"={number}")))
+            for number in range(20)
+        ]
+
+    def policy(self, seed: int = 2) -> Any:
+        """Parameters that differ from the start, placed as those of a training state."""
+        params = build.init_params(self.config.model, self.config.compute, jax.random.key(seed))
+        placed = jax.device_put(params, params_sharding(self.mesh, params))
+        return {**placed, "head": init_head(self.config.model.width, jax.random.key(seed))}
+
+
+@pytest.fixture(scope="session")
+def world() -> World:
+    return World(rl_config())

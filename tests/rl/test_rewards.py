@@ -1,0 +1,230 @@
+"""What answers are worth: by calls, by running programs and bodies, by a reward model."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import random
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from smallcoder_jax.config import ModelConfig
+from smallcoder_jax.data.conversation_code import draw_callable
+from smallcoder_jax.data.conversation_tools import TOOLS
+from smallcoder_jax.errors import UserError
+from smallcoder_jax.loading import LoadedModel
+from smallcoder_jax.models import build
+from smallcoder_jax.models.heads import init_head
+from smallcoder_jax.rl import questions, rewards
+from smallcoder_jax.rl.questions import Body, Turn
+from smallcoder_jax.rl.rewards import RIGHT, RIGHT_TOOL, WELL_FORMED, CheckedReward, RewardModel
+from smallcoder_jax.rl.rollouts import Answer, Question
+from smallcoder_jax.tokenizers import base, chat
+from smallcoder_jax.tokenizers.bytes import ByteTokenizer
+from smallcoder_jax.tokenizers.chat import Conversation, Message, ToolCall
+from smallcoder_jax.tokenizers.sentencepiece import SentencePieceTokenizer, train_sentencepiece
+from tests.helpers import FLOAT32, tiny_model
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> SentencePieceTokenizer:
+    return train_sentencepiece(["def f(x):\n    return x + 1\n"] * 8, 300, 10_000)
+
+
+@pytest.fixture(scope="module")
+def graded(tokenizer: SentencePieceTokenizer) -> Any:
+    """What a turn earns that should have made the calls `wanted`."""
+    reward = CheckedReward(tokenizer)
+
+    def grade(written: Message | list[int], *wanted: ToolCall) -> float:
+        question = Question((1,), Turn(tuple(TOOLS.values()), wanted))
+        ids = written if isinstance(written, list) else turn_ids(tokenizer, written)
+        return float(reward([Answer(question, tuple(ids), True)])[0])
+
+    return grade
+
+
+def turn_ids(tokenizer: SentencePieceTokenizer, message: Message) -> list[int]:
+    before = Conversation((Message("user", "?"),))
+    prompt = chat.encode(before, tokenizer, reply=True).ids
+    ids = chat.encode(Conversation((*before.messages, message)), tokenizer).ids[len(prompt) :].tolist()
+    return ids[: ids.index(tokenizer.specials[base.IM_END]) + 1]
+
+
+def calling(*calls: ToolCall, content: str = "") -> Message:
+    return Message("assistant", content, calls)
+
+
+PYTHON = ToolCall("execute_python", {"code": "print(6 * 7)"})
+SEARCH = ToolCall("search_docs", {"query": "heap"})
+
+
+def test_right_calls_earn_all_and_each_kind_of_mistake_its_share(graded: Any, tokenizer: Any) -> None:
+    assert graded(calling(SEARCH), SEARCH) == RIGHT
+    assert graded(calling(SEARCH, PYTHON), SEARCH, PYTHON) == RIGHT
+    assert graded(calling(ToolCall("search_docs", {"query": "stack"})), SEARCH) == RIGHT_TOOL
+    assert graded(calling(PYTHON), SEARCH) == pytest.approx(WELL_FORMED)
+    assert graded(calling(SEARCH), SEARCH, SEARCH) == pytest.approx(WELL_FORMED)
+    assert graded(Message("assistant", "heap it is"), SEARCH) == 0
+    cut = turn_ids(tokenizer, calling(SEARCH))[:-1]
+    assert graded(cut, SEARCH) == 0
+    unclosed = [i for i in turn_ids(tokenizer, calling(SEARCH)) if i != tokenizer.specials["</tool_call>"]]
+    assert graded(unclosed, SEARCH) == 0
+    assert graded([], SEARCH) == 0
+
+
+def test_a_turn_that_is_to_call_nothing(graded: Any) -> None:
+    assert graded(Message("assistant", "hello")) == RIGHT
+    assert graded(calling(SEARCH)) == 0
+    assert graded(Message("assistant", "")) == 0
+
+
+def test_programs_are_right_by_what_they_print(graded: Any) -> None:
+    assert graded(calling(ToolCall("execute_python", {"code": "x = 40\nprint(x + 2)"})), PYTHON) == RIGHT
+    assert graded(calling(ToolCall("execute_python", {"code": "print(41)"})), PYTHON) == RIGHT_TOOL
+    assert graded(calling(ToolCall("execute_python", {"code": "print(42)\nraise SystemExit(1)"})), PYTHON) == RIGHT_TOOL
+    assert graded(calling(ToolCall("execute_python", {"code": "print(42)\n1/0"})), PYTHON) == RIGHT_TOOL
+    assert graded(calling(ToolCall("execute_python", {"code": "\0"})), PYTHON) == RIGHT_TOOL
+    shell = ToolCall("execute_bash", {"command": "seq 1 3 | tail -n 1"})
+    assert graded(calling(ToolCall("execute_bash", {"command": "echo 3"})), shell) == RIGHT
+    assert graded(calling(ToolCall("execute_bash", {"command": "echo 4"})), shell) == RIGHT_TOOL
+    assert graded(calling(ToolCall("execute_bash", {"command": "echo 3\0"})), shell) == RIGHT_TOOL
+    # Arguments that do not fit the schema are not run.
+    assert graded(calling(ToolCall("execute_python", {"code": "print(42)", "more": 1})), PYTHON) == RIGHT_TOOL
+
+
+def test_what_a_test_prints_is_no_proof(graded: Any) -> None:
+    code = "def f():\n    return 1"
+    wanted = ToolCall("run_tests", {"code": code, "tests": "assert f() == 1"})
+    empty = ToolCall("run_tests", {"code": "", "tests": "assert 1"})
+    assert graded(calling(empty), wanted) == RIGHT_TOOL
+    assert graded(calling(wanted), wanted) == RIGHT
+
+
+def test_a_program_is_run_once(graded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+    run = rewards.sandbox.run_python
+    monkeypatch.setattr(rewards.sandbox, "run_python", lambda code, **k: runs.append(code) or run(code, **k))
+    rewards.printed_by.cache_clear()
+    for _ in range(3):
+        assert graded(calling(ToolCall("execute_python", {"code": "print(21 * 2)"})), PYTHON) == RIGHT
+    assert sorted(runs) == ["print(21 * 2)", "print(6 * 7)"]
+
+
+def test_bodies_are_run_and_end_where_the_function_does() -> None:
+    question = Body("def double(x):\n", ">>> double(2)\n4\n>>> double(5)\n10\n")
+    assert rewards.body_holds(question, "    return x + x\n\nprint(double(1))\nraise SystemExit\n") == 1.0
+    assert rewards.body_holds(question, "    return 4") == 0.5
+    assert rewards.body_holds(question, "    return x ++ ") == 0.0
+    assert rewards.body_holds(question, "    raise SystemExit(0)") == 0.0
+    assert rewards.body_holds(question, "") == 0.0
+    assert (
+        rewards.body_holds(question, "    class Same(int):\n        __eq__ = lambda *_: True\n    return Same(0)")
+        == 0.0
+    )
+
+
+def signature(node: ast.FunctionDef) -> str:
+    return f"{node.name}({ast.unparse(node.args)})"
+
+
+def test_true_bodies_of_the_questions_from_code_earn_all() -> None:
+    """On either side of the split; and no function is on both."""
+    bodies = {}
+    rng = random.Random(0)
+    for _ in range(2000):
+        snippet = draw_callable(rng)[0]
+        tree = ast.parse(snippet.code)
+        (node,) = (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == snippet.name)
+        lines = snippet.code.splitlines()[node.body[0].lineno - 1 : node.end_lineno]
+        bodies[signature(node)] = "\n".join(lines) + "\n"
+    names: dict[str, set[str]] = {}
+    for side in ("train", "validation"):
+        found = questions.from_code(ByteTokenizer(), side=side, draws=3000)
+        names[side] = set()
+        for question in found:
+            before = question.facts.before
+            assert ByteTokenizer().decode(list(question.ids)) == before
+            node = [n for n in ast.parse(before).body if isinstance(n, ast.FunctionDef)][-1]
+            if node.name not in names[side]:
+                assert rewards.body_holds(question.facts, bodies[signature(node)]) == 1.0, before
+            names[side].add(node.name)
+        assert len(found) >= (200 if side == "train" else 20)
+    assert names["train"].isdisjoint(names["validation"])
+
+
+def test_first_turns_of_conversations_are_questions(tokenizer: SentencePieceTokenizer) -> None:
+    """The true turn earns all; the sides share no request; what cannot be written in time is not asked."""
+    reward = CheckedReward(tokenizer)
+    sides = {
+        side: questions.from_conversations(tokenizer, side=side, count=400, seed=0, most_tokens=10_000)
+        for side in ("train", "validation")
+    }
+    assert {question.ids for question in sides["train"]}.isdisjoint(question.ids for question in sides["validation"])
+    for side, found in sides.items():
+        assert len(found) > 20
+        answers = []
+        for question in found:
+            text = tokenizer.decode(list(question.ids))
+            assert text.endswith("assistant\n")
+            turn = calling(*question.facts.calls, content="" if question.facts.calls else "Like this.")
+            answers.append(Answer(question, tuple(turn_ids(tokenizer, turn)), True))
+        assert set(reward(answers).tolist()) == {RIGHT}
+        assert {bool(question.facts.calls) for question in found} == {True, False}
+        lengths = [len(answer.token_ids) for answer in answers if answer.question.facts.calls]
+        limit = int(np.median(lengths))
+        fewer = questions.from_conversations(tokenizer, side=side, count=400, seed=0, most_tokens=limit)
+        assert sum(bool(question.facts.calls) for question in fewer) < len(lengths)
+        assert {question.ids for question in fewer} < {question.ids for question in found}
+
+
+def reward_model(seed: int = 0, **changes: Any) -> tuple[LoadedModel, ByteTokenizer]:
+    model: ModelConfig = tiny_model(vocab_size=256, width=32, layers=2)
+    params = build.init_params(model, FLOAT32, jax.random.key(seed))
+    tokenizer = ByteTokenizer()
+    head = init_head(model.width, jax.random.key(seed + 1))
+    loaded = LoadedModel(model, FLOAT32, params, tokenizer, Path("somewhere"), {}, {"path": "somewhere"}, head)
+    return dataclasses.replace(loaded, **changes), tokenizer
+
+
+def test_the_score_of_a_reward_model_does_not_move_with_padding_or_company() -> None:
+    loaded, tokenizer = reward_model()
+    rng = np.random.default_rng(0)
+    answers = [
+        Answer(
+            Question(tuple(rng.integers(0, 200, 3 + n).tolist())), tuple(rng.integers(0, 200, 2 * n + 1).tolist()), True
+        )
+        for n in range(7)
+    ]
+    together = RewardModel(loaded, tokenizer, 4)(answers)
+    assert together.shape == (7,)
+    assert together.dtype == np.float32
+    alone = RewardModel(loaded, tokenizer, 1)
+    for answer, score in list(zip(answers, together, strict=True))[::3]:
+        assert alone([answer])[0] == pytest.approx(score, abs=1e-5)
+    longer = Answer(Question((1,)), tuple(range(60)), False)  # pads the others to 64 places
+    np.testing.assert_allclose(RewardModel(loaded, tokenizer, 4)([longer, *answers])[1:], together, atol=1e-5)
+    # By hand: the hidden state of the last token, without any padding.
+    ids = np.array([answers[2].question.ids + answers[2].token_ids], np.int32)
+    decoder = build.bind(build.abstract_model(loaded.model, FLOAT32)[0], loaded.params)
+    hidden = np.asarray(decoder(ids, np.arange(ids.shape[1], dtype=np.int32)[None], np.ones_like(ids)))
+    head: Any = loaded.head
+    expected = hidden[0, -1] @ np.asarray(head["kernel"])[:, 0] + float(head["bias"][0])
+    assert together[2] == pytest.approx(expected, abs=1e-4)
+
+
+def test_reward_models_that_do_not_fit_are_refused() -> None:
+    loaded, tokenizer = reward_model()
+    with pytest.raises(UserError, match="has no scalar head"):
+        RewardModel(dataclasses.replace(loaded, head=None), tokenizer, 4)
+    other: Any = dataclasses.replace(loaded)
+    other_tokenizer = ByteTokenizer()
+    other_tokenizer.hash = "another"
+    with pytest.raises(UserError, match="another tokenizer than the policy"):
+        RewardModel(other, other_tokenizer, 4)
+    with pytest.raises(UserError, match=r"70 tokens, but .* context of 64"):
+        RewardModel(loaded, tokenizer, 4)([Answer(Question((1,) * 10), (1,) * 60, False)])
