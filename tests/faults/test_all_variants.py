@@ -26,9 +26,9 @@ PATIENCE = 540.0  # seconds for all that a start does, on a busy machine
 STEPS = 3
 SHORT = {
     "model.layers": 1, "train.sequence_length": 128, "train.batch_size": 4, "train.microbatch_size": 0,
-    "train.log_every": 1, "compute.dtype": "float32", "optimizer.warmup_steps": 0, "optimizer.learning_rate": 1e-3,
-    "data.validation_fraction": 0.2, "eval.batches": 2, "eval.sample_tokens": 0, "checkpoint.every": 2,
-    "checkpoint.keep": 1, "log.tensorboard": False, "log.charts_every": 0,
+    "train.log_every": 1, "compute.dtype": "float32", "optimizer.warmup_steps": 0, "optimizer.learning_rate": 5e-3,
+    "optimizer.schedule": "constant", "data.validation_fraction": 0.2, "eval.batches": 2, "eval.sample_tokens": 0,
+    "checkpoint.every": 2, "checkpoint.keep": 1, "log.tensorboard": False, "log.charts_every": 0,
 }  # fmt: skip
 
 
