@@ -83,7 +83,9 @@ class DataConfig:
     dir: str = "data"  # prepared corpora, tokenizers and token shards; shared between runs
     workers: int = 0  # reader processes; 0: a thread of this process
     prefetch: int = 2  # batches kept ready on the device
-    packing: Literal["concat", "best_fit"] = "concat"
+    packing: Literal["concat", "best_fit", "document"] = "concat"  # document: a row is the beginning of one document
+    min_tokens: int = 16  # packing=document: a document with fewer is unusable, and passed over
+    max_unusable: int = 1000  # packing=document: so many unusable ones in a row end reading or training
     fim_rate: float = 0.5  # share of documents rearranged for fill-in-the-middle
     fim_spm_share: float = 0.5  # of those, the share with the suffix first (SPM); the rest prefix first (PSM)
     repository_order: bool = False  # one document per repository, files in dependency order
@@ -387,6 +389,8 @@ def validate(config: Config) -> None:
         (data.workers >= 0, f"{data.workers=} must not be negative"),
         (data.prefetch >= 1, f"{data.prefetch=} must be at least 1"),
         (data.max_documents >= 0, f"{data.max_documents=} must not be negative; 0 is all"),
+        (data.min_tokens >= 1, f"{data.min_tokens=} must be at least 1"),
+        (data.max_unusable >= 1, f"{data.max_unusable=} must be at least 1"),
         (config.guard.max_skipped >= 1, f"{config.guard.max_skipped=} must be at least 1"),
         (config.guard.spike_window >= 2, f"{config.guard.spike_window=} must be at least 2"),
         *(

@@ -139,6 +139,8 @@ SIZES = ("vocab_size", "width", "mlp_width", "layers", "heads", "kv_heads", "hea
         ("--config.model.layers=-1", "model.layers=-1 must be at least 1"),
         ("--config.model.window=-5", "model.window=-5 must not be negative"),
         ("--config.data.max_documents=-1", "data.max_documents=-1 must not be negative"),
+        ("--config.data.min_tokens=0", "data.min_tokens=0 must be at least 1"),
+        ("--config.data.max_unusable=0", "data.max_unusable=0 must be at least 1"),
         ("--config.train.seed=-1", "train.seed=-1 must be between 0 and 4294967295"),
         (f"--config.train.seed={2**32}", "train.seed=4294967296 must be between"),
         ("--config.eval.every=-1", "eval.every=-1 must not be negative"),

@@ -75,13 +75,18 @@ class _Collector:
         self._statistics = DocumentStatistics()
 
     def collect(self, items: Iterator[Document | Skipped], spool: Path, dummy: str) -> SourceReport:
+        usable_until = 0  # documents read when the last one was kept
         with spool.open("w", encoding="utf-8") as file:
             for item in items:
                 if self._keep(item):
                     assert isinstance(item, Document)
+                    usable_until = self._counts["read"]
                     file.write(json.dumps(dataclasses.asdict(item)) + "\n")
                     if 0 < self._data.max_documents <= self._counts["kept"]:
                         break
+                # A stream has no end at which to say that nothing in it was usable.
+                elif self._data.packing == "document" and self._counts["read"] - usable_until >= self._data.max_unusable:
+                    raise UserError(self._too_many_unusable())
         if not self._counts["kept"]:
             raise UserError(self._nothing_kept())
         return SourceReport(
@@ -120,6 +125,14 @@ class _Collector:
         if self._progress:
             self._progress.add(size)
         return True
+
+    def _too_many_unusable(self) -> str:
+        reasons = ", ".join(f"{key} {n}" for key, n in sorted(self._counts.items()) if key not in ("read", "kept") and n)
+        return (
+            f"data source {self._spec.text}: {self._data.max_unusable} documents in a row were unusable (of "
+            f"{self._counts['read']} read so far: {reasons}). Look at the source, lower data.min_characters or raise "
+            "data.max_unusable"
+        )
 
     def _nothing_kept(self) -> str:
         name = f"data source {self._spec.text}"

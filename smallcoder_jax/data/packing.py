@@ -17,6 +17,8 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
+from smallcoder_jax.errors import UserError
+
 Row = list[np.ndarray]
 _Piece = TypeVar("_Piece", bound=Sized)  # of n + 1 ids
 
@@ -77,6 +79,39 @@ class ConcatPacker:
         self._documents.set_state(state["documents"])
         self._before, self._offset = state["documents"], state["offset"]
         self._ids = next(self._documents) if self._offset else None
+
+
+class DocumentPacker:
+    """One row for each document: its beginning. One with fewer than `min_tokens` tokens (BOS and EOS left out) is
+    unusable and passed over; `max_unusable` of them in a row are an error.
+    """
+
+    def __init__(self, documents: Documents, length: int, min_tokens: int, max_unusable: int):
+        self._documents = documents
+        self._length = length
+        self._min_tokens, self._max_unusable = min_tokens, max_unusable
+
+    def next_row(self) -> Row:
+        """The next row. Raises StopIteration after the last, UserError where only unusable documents come."""
+        for _ in range(self._max_unusable):
+            ids = next(self._documents)
+            if is_usable(ids, self._min_tokens):
+                return [ids[: self._length + 1]]
+        raise UserError(
+            f"{self._max_unusable} documents in a row were unusable: each has fewer than {self._min_tokens} tokens. "
+            "Look at the data (python -m tools.validate_data), lower data.min_tokens or raise data.max_unusable"
+        )
+
+    def get_state(self) -> dict[str, Any]:
+        return {"documents": self._documents.get_state()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._documents.set_state(state["documents"])
+
+
+def is_usable(ids: np.ndarray, min_tokens: int) -> bool:
+    """Whether a document, with BOS and EOS, has so many tokens beside them."""
+    return len(ids) - 2 >= min_tokens
 
 
 class ShuffledRows:

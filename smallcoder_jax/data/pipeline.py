@@ -15,13 +15,14 @@ Shapes: B rows of this process, T places of a row.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import itertools
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from array_record.python.array_record_data_source import ArrayRecordDataSource
 from smallcoder_jax.config import DataConfig
 from smallcoder_jax.data import packing
 from smallcoder_jax.data.fim import FillInTheMiddle
-from smallcoder_jax.data.shards import Manifest, SourceEntry, Split
+from smallcoder_jax.data.shards import Manifest, SourceEntry, Split, read_records
 from smallcoder_jax.errors import UserError
 from smallcoder_jax.tokenizers.base import FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX, Tokenizer
 
@@ -90,12 +91,11 @@ def make_train_iterator(
         batches.append(
             _PackedBatches(
                 mixed.to_iter_dataset(INLINE),
-                packer=data.packing,
+                make_packer=functools.partial(_make_packer, data=data, length=sequence_length, seed=(seed, worker)),
                 batch_size=batch_size,
                 rows=rows,
                 length=sequence_length,
                 pad_id=tokenizer.pad_id,
-                seed=(seed, worker),
             )
         )
     if data.workers == 0:
@@ -131,12 +131,13 @@ def validation_batches(
     )
     batches = _PackedBatches(
         documents.shuffle(_shuffle_seed(0, 0)).to_iter_dataset(INLINE),
-        packer="best_fit",
+        make_packer=functools.partial(
+            _make_packer, data=DataConfig(packing="best_fit"), length=sequence_length, seed=(0, 0)
+        ),
         batch_size=batch_size,
         rows=rows,
         length=sequence_length,
         pad_id=tokenizer.pad_id,
-        seed=(0, 0),
     )
     byte_counts = np.array([len(piece) for piece in tokenizer.token_bytes], np.float32)
     for batch in itertools.islice(batches, limit_batches or None):
@@ -165,6 +166,7 @@ def pipeline_identity(
             for entry in manifest.sources
         ],
         "packing": data.packing,
+        **({"min_tokens": data.min_tokens} if data.packing == "document" else {}),
         "fim_rate": data.fim_rate,
         "fim_spm_share": data.fim_spm_share,
         "workers": data.workers,
@@ -172,6 +174,15 @@ def pipeline_identity(
         "batch_size": batch_size,
         "seed": seed,
     }
+
+
+def count_unusable(manifest: Manifest, tokens_folder: Path, min_tokens: int) -> int:
+    """How many training documents `packing="document"` passes over in an epoch. Reads all of them."""
+    return sum(
+        not packing.is_usable(ids, min_tokens)
+        for entry in manifest.sources
+        for ids in read_records(tokens_folder, entry.train.files, manifest.dtype)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,25 +220,31 @@ class _PackedBatches(grain.IterDataset[dict[str, np.ndarray]]):
         self,
         documents: grain.IterDataset[np.ndarray],
         *,
-        packer: str,
+        make_packer: Callable[[packing.Documents], packing.Packer],
         batch_size: int,
         rows: Sequence[int],
         length: int,
         pad_id: int,
-        seed: tuple[int, int],
     ):
         super().__init__(documents)
-        self._packer = packer
+        self._make_packer = make_packer
         self._batch_size, self._rows = batch_size, rows
         self._length = length
         self._pad_id = pad_id
-        self._seed = seed
 
     def __iter__(self) -> _PackedBatchIterator:
         documents = iter(self.parents[0])
-        packers = {"concat": packing.ConcatPacker, "best_fit": packing.BestFitPacker}
-        packer = packing.ShuffledRows(packers[self._packer](documents, self._length), self._length, self._seed)
+        packer = self._make_packer(documents)
         return _PackedBatchIterator(documents, packer, self._batch_size, self._rows, self._length, self._pad_id)
+
+
+def _make_packer(
+    documents: packing.Documents, *, data: DataConfig, length: int, seed: tuple[int, int]
+) -> packing.Packer:
+    if data.packing == "document":  # documents are shuffled already, and each is one row
+        return packing.DocumentPacker(documents, length, data.min_tokens, data.max_unusable)
+    packer = packing.ConcatPacker if data.packing == "concat" else packing.BestFitPacker
+    return packing.ShuffledRows(packer(documents, length), length, seed)
 
 
 class _PackedBatchIterator(grain.DatasetIterator[dict[str, np.ndarray]]):

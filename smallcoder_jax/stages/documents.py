@@ -94,12 +94,23 @@ def make_task(config: Config, prepared: Prepared, start: Start | None, loss_fn: 
             "tokens": f"{human_count(train_tokens)} to train on, {human_count(validation_tokens)} held out; "
             f"{planned / max(train_tokens, 1):.2f} epochs planned",
             "rows": f"packing {data.packing}, FIM rate {data.fim_rate}, {data.workers} workers",
+            **_unusable(config, prepared),
         },
         accounting=prepared.accounting,
         references=held_out_references(prepared) if distributed.is_first() else {},
         start=start,
         **more,
     )
+
+
+def _unusable(config: Config, prepared: Prepared) -> dict[str, str]:
+    """What is passed over where every row is one document."""
+    data, manifest = config.data, prepared.manifest
+    if data.packing != "document":
+        return {}
+    count = pipeline.count_unusable(manifest, prepared.tokens_folder, data.min_tokens)
+    documents = sum(source.train.documents for source in manifest.sources)
+    return {"unusable": f"{count:,} of {documents:,} documents, with fewer than {data.min_tokens} tokens"}
 
 
 def measure(config: Config, loaded: LoadedModel, progress: Progress) -> dict[str, Any]:

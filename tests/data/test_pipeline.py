@@ -12,7 +12,7 @@ import pytest
 from smallcoder_jax.config import DataConfig
 from smallcoder_jax.data import packing, shards
 from smallcoder_jax.data.fim import MIN_CHARACTERS
-from smallcoder_jax.data.pipeline import make_train_iterator, pipeline_identity, validation_batches
+from smallcoder_jax.data.pipeline import count_unusable, make_train_iterator, pipeline_identity, validation_batches
 from smallcoder_jax.errors import UserError
 from smallcoder_jax.tokenizers.base import FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX
 
@@ -154,6 +154,38 @@ def test_best_fit_cuts_only_documents_longer_than_a_row(prepared):
     assert set(short) <= seen
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_row_is_the_beginning_of_one_usable_document(prepared, workers):
+    iterator = iterate(prepared, packing="document", min_tokens=20, fim_rate=0.0, batch_size=1, workers=workers)
+    usable = {tuple(ids[: LENGTH + 1]) for ids in stored(prepared, "train") if len(ids) - 2 >= 20}
+    manifest, folder = prepared
+    assert 0 < count_unusable(manifest, folder, 20) < sum(source.train.documents for source in manifest.sources)
+    assert count_unusable(manifest, folder, 20) == sum(len(ids) - 2 < 20 for ids in stored(prepared, "train"))
+    for _ in range(150):
+        ((tokens, targets, positions),) = pieces([next(iterator)])
+        assert (*tokens, targets[-1]) in usable
+        assert np.array_equal(positions, np.arange(len(tokens)))
+    iterator.close()
+
+
+def test_an_epoch_of_documents_holds_every_usable_one_once(prepared):
+    batches = iterate(prepared, packing="document", min_tokens=20, fim_rate=0.0, num_epochs=1)
+    found = collections.Counter((*tokens, targets[-1]) for tokens, targets, _ in pieces(batches))
+    assert found == collections.Counter(
+        tuple(ids[: LENGTH + 1]) for ids in stored(prepared, "train") if len(ids) - 2 >= 20
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_unusable_documents_in_a_row_are_an_error(prepared, workers):
+    longest = max(len(ids) - 2 for ids in stored(prepared, "train"))
+    settings = {"packing": "document", "fim_rate": 0.0, "workers": workers, "batch_size": 1}
+    iterator = iterate(prepared, **settings, min_tokens=longest + 1, max_unusable=700)
+    with pytest.raises(Exception, match=f"700 documents in a row were unusable.* fewer than {longest + 1} tokens"):
+        next(iterator)
+    iterator.close()
+
+
 def test_best_fit_wastes_little_and_fits_tightly():
     rng = np.random.default_rng(0)
     lengths = rng.integers(1, 101, 2000)
@@ -246,7 +278,7 @@ def test_every_worker_sees_every_source(prepared):
         assert ((ids >= 500) & (ids < 1000)).any()
 
 
-@pytest.mark.parametrize("packer", ["concat", "best_fit"])
+@pytest.mark.parametrize("packer", ["concat", "best_fit", "document"])
 def test_resumes_at_every_batch(prepared, packer):
     iterator = iterate(prepared, packing=packer, batch_size=3)
     states, batches = [iterator.get_state()], []
@@ -262,7 +294,7 @@ def test_resumes_at_every_batch(prepared, packer):
     assert max(len(json.dumps(state)) for state in states) < 200
 
 
-@pytest.mark.parametrize("packer", ["concat", "best_fit"])
+@pytest.mark.parametrize("packer", ["concat", "best_fit", "document"])
 def test_resumes_with_workers(prepared, packer):
     iterator = iterate(prepared, packing=packer, workers=2)
     states, batches = [iterator.get_state()], []
@@ -392,6 +424,8 @@ def test_identity_changes_with_everything_that_decides_the_batches(prepared):
         for key, value in {"packing": "best_fit", "fim_rate": 0.1, "fim_spm_share": 0.1, "workers": 2}.items()
     ]
     others += [pipeline_identity(manifest, DataConfig(), **{**settings, key: 77}) for key in settings]
+    one = [pipeline_identity(manifest, DataConfig(packing="document", min_tokens=n), **settings) for n in (16, 17)]
+    assert one[0] != one[1]
     assert all(other != base for other in others)
     assert pipeline_identity(manifest, DataConfig(prefetch=9), **settings) == base
 

@@ -54,7 +54,14 @@ def test_killed_and_continued_with_workers_accumulation_and_best_fit(runs: Runs)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "override", ["data.workers=2", "train.microbatch_size=2", "data.packing=best_fit", "compute.dtype=bfloat16"]
+    "override",
+    [
+        "data.workers=2",
+        "train.microbatch_size=2",
+        "data.packing=best_fit",
+        "data.packing=document",
+        "compute.dtype=bfloat16",
+    ],
 )
 def test_killed_and_continued_with(runs: Runs, override: str) -> None:
     name = override.replace("=", "_")

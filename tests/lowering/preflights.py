@@ -15,19 +15,23 @@ from typing import Any
 
 import pytest
 
+from launch.presets import find_preset, preset_overrides
+from smallcoder_jax.configfile import load_config
+
 ROOT = Path(__file__).resolve().parents[2]
 SECONDS = 180
 OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in ("tiny", "tiny_lc", "small", "small_lc", "medium")]
 CONFIGS = ["medium_lc", *OTHERS]
 
 
-def preflight(variant: str, topology: str, folder: Path) -> dict[str, Any]:
+def preflight(variant: str, topology: str, folder: Path, *overrides: str) -> dict[str, Any]:
     path = folder / "report.json"
     start = time.monotonic()
     done = subprocess.run(
         [
             sys.executable, "-m", "smallcoder_jax.main", "--mode=preflight", f"--config=configs/{variant}.py",
             f"--topology={topology}", "--price=1", "--tokens=1e9", f"--json={path}",
+            *overrides,
         ],
         cwd=ROOT,
         # This process may have libtpu, of which one is allowed at a time where there is a TPU.
@@ -62,3 +66,13 @@ def check(report: dict[str, Any], devices: int) -> None:
         assert devices == 1 or reduced["all-reduce"]["payload"] < 4.6 * report["parameters"] * microbatches
     else:
         assert report["remedy"]
+
+
+def check_preset(name: str, variant: str, folder: Path) -> None:
+    """The variant fits the preset's devices as it is set, and its batches divide over them."""
+    preset = find_preset(name)
+    overrides = preset_overrides(preset, load_config(str(ROOT / "configs" / f"{variant}.py"), []))
+    report = preflight(variant, preset.topology, folder, *overrides)
+    check(report, preset.devices)
+    assert report["memory"]["fits"]
+    assert report["changes"] == []

@@ -30,7 +30,7 @@ from smallcoder_jax.kernels.flash_hopper import flash_attention, shared_memory_b
 from smallcoder_jax.kernels.tiles import HopperTiles
 from smallcoder_jax.ops.attention import attention
 from smallcoder_jax.preflight.target import target_of
-from tests.lowering.preflights import CONFIGS, check, preflight
+from tests.lowering.preflights import CONFIGS, check, check_preset, preflight
 from tests.lowering.steps import compile_step, config_of, memory_gib
 
 pytestmark = pytest.mark.lowering
@@ -143,3 +143,9 @@ def test_cudnn_is_called_for_rows_of_one_document() -> None:
 )
 def test_preflight(nodes: str, devices: int, variant: str, tmp_path: Path) -> None:
     check(preflight(variant, nodes, tmp_path), devices)
+
+
+@pytest.mark.parametrize("variant", CONFIGS)
+@pytest.mark.parametrize("name", ["h200", pytest.param("h200x8", marks=pytest.mark.slow)])
+def test_a_preset_fits(name: str, variant: str, tmp_path: Path) -> None:
+    check_preset(name, variant, tmp_path)

@@ -20,7 +20,7 @@ from smallcoder_jax.ops import attention
 from smallcoder_jax.preflight.target import target_of
 from tests.lowering import splash
 from tests.lowering.cycles import kernel_vmem, outside_kernels
-from tests.lowering.preflights import CONFIGS, check, preflight
+from tests.lowering.preflights import CONFIGS, check, check_preset, preflight
 from tests.lowering.steps import compile_step, config_of, memory_gib
 
 pytestmark = [pytest.mark.lowering, pytest.mark.usefixtures("standard_promotion")]
@@ -114,3 +114,11 @@ def test_preflight_of_slices_counts_what_goes_over_the_slower_network(tmp_path: 
     # Each of the 16 chips of a slice exchanges its part of the gradients, at the least.
     between = sum(each["between_hosts"] for each in report["traffic"]["collectives"])
     assert 4 * report["parameters"] / 16 <= between < 4 * report["parameters"]
+
+
+@pytest.mark.parametrize("variant", CONFIGS)
+@pytest.mark.parametrize(
+    "name", ["v5e-16", *(pytest.param(each, marks=pytest.mark.slow) for each in ("v5p-16", "v6e-16"))]
+)
+def test_a_preset_fits(name: str, variant: str, tmp_path: Path) -> None:
+    check_preset(name, variant, tmp_path)

@@ -1,0 +1,63 @@
+"""Hardware presets: what of a config is set for the devices that it is to be trained on.
+
+python -m tools.train_all_variants --preset=v5e-16 --preflight      # whether every variant fits
+python -m tools.train_all_variants --preset=v5e-16                  # on those devices: trains them
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from smallcoder_jax.config import Config, nearest
+from smallcoder_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """Devices of one kind, as a mesh of `data`, and what one of them takes at a time.
+
+    `topology`: what preflight is asked about. `platform`: whose environment (`launch.platforms`) training runs in.
+    `tokens`: of one device in a forward pass; rows longer than that are taken one at a time. `batch_tokens`: of a step
+    over all devices; 0: the config's. `settings`: whatever else is set.
+    """
+
+    topology: str
+    platform: str
+    devices: int
+    tokens: int
+    batch_tokens: int = 0
+    settings: tuple[str, ...] = ()
+
+
+PRESETS: Mapping[str, Preset] = {
+    # To try the variants out. A CPU multiplies float32 faster than bfloat16; layers in a loop take less memory.
+    "cpu": Preset("cpu", "cpu", 1, 2048, 8192, ("compute.dtype=float32", "compute.layers=scan", "compute.remat=full")),
+    "h200": Preset("h200:1x1", "gpu", 1, 16384),
+    "h200x8": Preset("h200:1x8", "gpu", 8, 16384),
+    "v5e-16": Preset("v5e:4x4", "tpu", 16, 4096),
+    "v5p-16": Preset("v5p:2x2x4", "tpu", 16, 16384),
+    "v6e-16": Preset("v6e:4x4", "tpu", 16, 8192),
+}
+
+
+def find_preset(name: str) -> Preset:
+    """The preset of this name. Raises UserError naming those that there are."""
+    if name not in PRESETS:
+        raise UserError(f"--preset={name} is not known; {nearest(name, list(PRESETS))}; all: {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
+def preset_overrides(preset: Preset, config: Config) -> list[str]:
+    """The flags that fit `config` to the devices: the batch is rounded up to what divides over them."""
+    length = config.train.sequence_length
+    microbatch = max(preset.tokens // length, 1) * preset.devices
+    wanted = max(preset.batch_tokens // length, 1) if preset.batch_tokens else config.train.batch_size
+    settings = (
+        f"mesh.data={preset.devices}",
+        f"train.microbatch_size={microbatch}",
+        f"train.batch_size={-(-wanted // microbatch) * microbatch}",
+        "eval.batch_size=0",  # as many as a microbatch
+        *preset.settings,
+    )
+    return [f"--config.{setting}" for setting in settings]
