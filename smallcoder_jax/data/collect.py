@@ -85,7 +85,9 @@ class _Collector:
                     if 0 < self._data.max_documents <= self._counts["kept"]:
                         break
                 # A stream has no end at which to say that nothing in it was usable.
-                elif self._data.packing == "document" and self._counts["read"] - usable_until >= self._data.max_unusable:
+                elif (
+                    self._data.packing == "document" and self._counts["read"] - usable_until >= self._data.max_unusable
+                ):
                     raise UserError(self._too_many_unusable())
         if not self._counts["kept"]:
             raise UserError(self._nothing_kept())
@@ -127,7 +129,9 @@ class _Collector:
         return True
 
     def _too_many_unusable(self) -> str:
-        reasons = ", ".join(f"{key} {n}" for key, n in sorted(self._counts.items()) if key not in ("read", "kept") and n)
+        reasons = ", ".join(
+            f"{key} {n}" for key, n in sorted(self._counts.items()) if key not in ("read", "kept") and n
+        )
         return (
             f"data source {self._spec.text}: {self._data.max_unusable} documents in a row were unusable (of "
             f"{self._counts['read']} read so far: {reasons}). Look at the source, lower data.min_characters or raise "

@@ -1,0 +1,32 @@
+r"""Stage ppo: answers that a reward model likes, with a price for leaving the model it began with.
+
+Command:   python -m smallcoder_jax.main --config=configs/stages/ppo.py:small --workdir=runs/ppo \
+             --config.stage.start=runs/tools --config.rl.reward_model=runs/reward
+           or, as one of several: python -m tools.run_stages --variant=small
+Hardware:  that of the variant (configs/small.py); nano: two CPU cores.
+Time:      not measured but for nano (docs/benchmarks.md, "make pipeline").
+Expected:  the mean reward of answers to held-out prompts rises, the divergence from the start stays small.
+"""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from smallcoder_jax.configfile import read_config_file
+
+
+def get_config(variant: str = "small") -> ConfigDict:
+    config = read_config_file(str(Path(__file__).parents[1] / f"{variant}.py"))
+    config.name += "-ppo"
+    config.stage.name = "ppo"
+    config.rl.update(questions=16, group_size=4)
+    config.train.update(steps=1000, batch_size=16, sequence_length=min(1024, config.model.context), microbatch_size=0)
+    config.optimizer.update(name="adamw", learning_rate=1e-6, warmup_steps=100, clip_norm=0.5, schedule="linear")
+    config.eval.update(batches=4, every=100)
+    if variant == "nano":
+        config.rl.update(prompt_count=800, questions=8, group_size=4, inner_epochs=2, answer_tokens=64)
+        config.train.update(steps=48, sequence_length=512)
+        config.optimizer.update(learning_rate=5e-5, warmup_steps=4, weight_decay=0.0)
+        config.eval.update(every=24, batches=2, batch_size=32)
+        config.checkpoint.update(every=24)
+    return config

@@ -1,0 +1,31 @@
+r"""Stage reward: a head that scores answers, from pairs of a better and a worse one (Bradley-Terry).
+
+Command:   python -m smallcoder_jax.main --config=configs/stages/reward.py:small --workdir=runs/reward \
+             --config.stage.start=runs/tools
+           or, as one of several: python -m tools.run_stages --variant=small
+Hardware:  that of the variant (configs/small.py); nano: two CPU cores.
+Time:      not measured but for nano (docs/benchmarks.md, "make pipeline").
+Expected:  of held-out pairs, the better answer scores higher in more than 80%.
+"""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from smallcoder_jax.configfile import read_config_file
+
+
+def get_config(variant: str = "small") -> ConfigDict:
+    config = read_config_file(str(Path(__file__).parents[1] / f"{variant}.py"))
+    config.name += "-reward"
+    config.stage.name = "reward"
+    config.train.update(steps=1500, batch_size=8, sequence_length=min(1024, config.model.context), microbatch_size=0)
+    config.optimizer.update(name="adamw", learning_rate=1e-5, warmup_steps=100)
+    config.eval.update(batches=0, every=250, sample_tokens=0)
+    if variant == "nano":
+        config.preferences.count = 1500
+        config.train.update(steps=160, sequence_length=384)
+        config.optimizer.update(learning_rate=5e-4, warmup_steps=10)
+        config.eval.update(every=80, batches=10, batch_size=16)
+        config.checkpoint.update(every=80)
+    return config
