@@ -5,8 +5,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
+
+from smallcoder_jax.config import StageConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "smallcoder_jax"
@@ -68,6 +71,40 @@ def test_imports_point_down(path: Path) -> None:
         and (room, room_of(module)) not in WITHIN
     ]
     assert not upward, f"{relative} imports {upward}"
+
+
+def reached(start: str) -> set[str]:
+    """Every module of the package that importing `start` imports."""
+    found, waiting = set(), [start]
+    while waiting:
+        module = waiting.pop()
+        path = PACKAGE.parent / Path(*module.split("."))
+        file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        if module in found or not file.is_file():
+            continue
+        found.add(module)
+        waiting += imports_of(file)
+    return found
+
+
+STAGES = get_args(get_type_hints(StageConfig)["name"])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_no_stage_needs_another(stage: str) -> None:
+    others = {f"smallcoder_jax.stages.{other}" for other in STAGES if other != stage}
+    found = reached(f"smallcoder_jax.stages.{stage}")
+    assert "smallcoder_jax.train.loop" in found
+    assert not found & others
+    assert "smallcoder_jax.stages.run" not in found
+
+
+def test_there_is_one_loop_and_one_gradient() -> None:
+    sources = {path.relative_to(PACKAGE).as_posix(): path.read_text() for path in FILES}
+    assert [name for name, text in sources.items() if "value_and_grad(" in text] == ["train/step.py"]
+    assert [name for name, text in sources.items() if "train_step.lower(" in text] == ["train/loop.py"]
+    for stage in STAGES:
+        assert "optimizer.update" not in sources[f"stages/{stage}.py"]
 
 
 def test_a_higher_room_would_be_noticed(tmp_path: Path) -> None:

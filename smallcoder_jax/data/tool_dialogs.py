@@ -6,13 +6,14 @@ dialogs/KEY/dialogs.json                     counts, and a fingerprint of both f
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import json
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -37,8 +38,8 @@ class Dialogs:
 
     def read(self, side: str) -> list[Record]:
         """The records of a side, in order. Raises UserError for a line that is none."""
-        lines = (self.folder / f"{side}.jsonl").read_text(encoding="utf-8").splitlines()
-        return [Record.from_json(json.loads(line)) for line in lines]
+        with (self.folder / f"{side}.jsonl").open(encoding="utf-8", newline="\n") as lines:
+            return [Record.from_json(json.loads(line)) for line in lines]
 
 
 def prepare_tool_dialogs(
@@ -55,17 +56,7 @@ def prepare_tool_dialogs(
         if progress:
             progress.start(f"conversations, whose calls are executed, {count:,}")
         with new_folder(folder) as temporary, ThreadPoolExecutor(os.cpu_count()) as pool:
-            written: dict[str, int] = dict.fromkeys(SIDES, 0)
-            files = {side: (temporary / f"{side}.jsonl").open("w", encoding="utf-8") for side in SIDES}
-            for record in pool.map(lambda draft: complete(draft, execute), different(seed, count)):
-                line = json.dumps(record.to_json(), ensure_ascii=False) + "\n"
-                files[record.side].write(line)
-                written[record.side] += 1
-                if progress:
-                    progress.add(len(line.encode("utf-8")))
-            for file in files.values():
-                file.close()
-            write_json(temporary / _FACTS, {"counts": written, "fingerprint": _fingerprint(temporary)})
+            _write(temporary, pool.map(lambda draft: complete(draft, execute), different(seed, count)), progress)
         if progress:
             progress.finish()
     try:
@@ -77,6 +68,22 @@ def prepare_tool_dialogs(
     if not sound:
         raise UserError(f"the conversations in {folder} were changed since they were made. Delete the folder")
     return dialogs
+
+
+def _write(folder: Path, records: Iterable[Record], progress: Progress | None) -> None:
+    written: dict[str, int] = dict.fromkeys(SIDES, 0)
+    with contextlib.ExitStack() as stack:
+        files = {
+            side: stack.enter_context((folder / f"{side}.jsonl").open("w", encoding="utf-8", newline="\n"))
+            for side in SIDES
+        }
+        for record in records:
+            line = json.dumps(record.to_json(), ensure_ascii=False) + "\n"
+            files[record.side].write(line)
+            written[record.side] += 1
+            if progress:
+                progress.add(len(line.encode("utf-8")))
+    write_json(folder / _FACTS, {"counts": written, "fingerprint": _fingerprint(folder)})
 
 
 def different(seed: int, count: int) -> Iterator[Draft]:

@@ -55,6 +55,27 @@ def test_runs_ahead_by_depth_and_reports_the_state_of_the_used_batch(sharding):
     assert source.drawn == 4
 
 
+def test_without_depth_a_batch_is_drawn_when_it_is_asked_for(sharding):
+    source = Counter(3)
+    prefetcher = DevicePrefetcher(source, sharding, depth=0)
+    assert source.drawn == 0
+    drawn = []
+    for batch, state, _ in prefetcher:
+        drawn.append((int(batch["tokens"][0, 0]), state["drawn"], source.drawn))
+    assert drawn == [(0, 1, 1), (1, 2, 2), (2, 3, 3)]
+    prefetcher.close()
+
+
+def test_an_error_ends_what_is_drawn_without_depth_too(sharding):
+    prefetcher = DevicePrefetcher(Counter(1, error=OSError("gone")), sharding, depth=0)
+    next(prefetcher)
+    with pytest.raises(OSError, match="gone"):
+        next(prefetcher)
+    with pytest.raises(StopIteration):
+        next(prefetcher)
+    prefetcher.close()
+
+
 def test_transfers_are_explicit(sharding):
     with jax.transfer_guard("disallow"):
         prefetcher = DevicePrefetcher(Counter(2), sharding, depth=1)
