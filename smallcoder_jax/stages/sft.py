@@ -14,7 +14,6 @@ from smallcoder_jax.data.conversation_rows import ConversationBatches
 from smallcoder_jax.data.conversations import Record
 from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.data.tool_dialogs import Dialogs, prepare_tool_dialogs
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.evaluate.execute import execute
 from smallcoder_jax.evaluate.tool_calls import score_tool_calls
 from smallcoder_jax.generate.sampling import SamplingOptions
@@ -42,11 +41,6 @@ def make_task(config: Config, loaded: LoadedModel | None, progress: Progress) ->
     """Raises UserError where there is no model to begin with, or its tokenizer has no pieces for turns."""
     loaded = need_start(config, loaded)
     tokenizer, train = loaded.tokenizer, config.train
-    if not chat.has_chat(tokenizer):
-        raise UserError(
-            f"the tokenizer of {config.stage.start} has no pieces for turns; take a model whose tokenizer has, as "
-            "tokenizer.kind=sentencepiece trains"
-        )
     dialogs = prepare(config, progress)
     encoded = {side: _encode(dialogs.read(side), tokenizer) for side in ("train", "validation")}
 

@@ -1,0 +1,167 @@
+"""Stages in a row: what follows what, the ledger, what is judged, and a whole chain of a tiny model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from smallcoder_jax.config import Config
+from smallcoder_jax.errors import CheckFailed, UserError
+from smallcoder_jax.stages import chain
+from smallcoder_jax.stages.chain import Done, Measure, Planned
+from smallcoder_jax.stages.run import Run
+from smallcoder_jax.train.run_folder import read_json
+from tests.stages.pairs import make_root
+from tools import run_stages
+
+WORKDIR = Path("work")
+
+
+def test_each_stage_begins_with_the_policy_before_it() -> None:
+    planned = {each.stage: each.config for each in chain.plan("nano", chain.STAGES, WORKDIR, [])}
+    assert list(planned) == list(chain.STAGES[1:])
+    assert {stage: config.stage.start for stage, config in planned.items()} == {
+        "language": "",
+        "code": "work/language",
+        "tools": "work/code",
+        "reward": "work/tools",
+        "dpo": "work/tools",
+        "ppo": "work/dpo",
+        "grpo": "work/ppo",
+        "distill": "",
+    }
+    assert planned["distill"].distill.teacher == "work/code"
+    assert planned["ppo"].rl.reward_model == "work/reward"
+    assert {config.tokenizer.path for config in planned.values()} == {"work/tokenizer"}
+
+
+def test_a_part_of_the_stages() -> None:
+    planned = chain.plan("small", ("code", "tools"), WORKDIR, ["--config.train.steps=7"])
+    assert [each.config.stage.start for each in planned] == ["", "work/code"]
+    assert {each.config.train.steps for each in planned} == {7}
+    assert {each.config.tokenizer.path for each in planned} == {""}
+
+
+@pytest.mark.parametrize("variant", ["nano", "tiny", "medium_lc", "staged_tiny", "staged_xlarge"])
+def test_every_stage_has_a_config_for_every_variant(variant: str) -> None:
+    assert len(chain.plan(variant, chain.STAGES, WORKDIR, [])) == len(chain.STAGES) - 1
+
+
+@pytest.mark.parametrize(
+    ("stages", "said"),
+    [
+        (("code", "language"), "in the order tokenizer,language,code"),
+        (("code", "code"), "expected each once"),
+        (("coed",), "did you mean 'code'"),
+        (("tools", "ppo"), "ppo needs the stage reward"),
+        (("distill",), "needs a teacher"),
+    ],
+)
+def test_what_cannot_follow_is_refused(stages: tuple[str, ...], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        chain.plan("nano", stages, WORKDIR, [])
+
+
+def test_a_stage_that_is_done_is_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = []
+
+    def train(config: Config, folder: Path) -> Run:
+        trained.append(config.train.steps)
+        return Run(folder, config.train.steps, len(trained) == 1, {}, 0)
+
+    monkeypatch.setattr(chain.run, "train", train)
+    monkeypatch.setattr(chain, "_measures", lambda each: {"bits_per_byte": (None, 2.0)})
+    each = Planned("language", tmp_path / "language", Config())
+    assert chain.run_stage(each, tmp_path) is None  # a signal came
+    done = chain.run_stage(each, tmp_path)
+    assert done is not None
+    assert done.measures == {"bits_per_byte": (None, 2.0)}
+    assert chain.run_stage(each, tmp_path) == done
+    assert len(trained) == 2
+    other = dataclasses.replace(each, config=dataclasses.replace(Config(), name="other"))
+    chain.run_stage(other, tmp_path)
+    assert len(trained) == 3
+
+
+def test_what_is_judged() -> None:
+    assert Measure("loss", higher=False).holds(2.0, 1.9)
+    assert not Measure("loss", higher=False).holds(2.0, 2.0)
+    assert Measure("share", higher=True, wanted=0.8).holds(0.1, 0.8)
+    assert not Measure("share", higher=True, wanted=0.8).holds(0.1, 0.79)
+    assert Measure("loss", higher=False).holds(None, 9.0)
+    done = [Done("reward", 1.0, {"accuracy": (0.5, 0.7)}), Done("code", 1.0, {"bits_per_byte": (3.0, 2.0)})]
+    assert chain.failures(done) == ["reward: accuracy was 0.5, is 0.7, wanted 0.8"]
+    assert chain.table_rows(done)[0] == ("reward", "accuracy", 0.5, 0.7)
+
+
+VARIANT = """
+from smallcoder_jax.config import default_config
+def get_config():
+    config = default_config()
+    config.name = "pico"
+    config.model.update(vocab_size=600, width=64, mlp_width=96, layers=1, heads=2, kv_heads=1, head_size=32, context=512)
+    config.compute.dtype = "float32"
+    config.optimizer.update(learning_rate=1e-2)
+    return config
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_chain_of_a_tiny_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """Every stage, three steps each, with real data and real calls; then export, verification, and a second start."""
+    make_root(tmp_path / "root")
+    shutil.copytree(chain.CONFIGS / "stages", tmp_path / "configs" / "stages")
+    (tmp_path / "configs" / "pico.py").write_text(VARIANT)
+    monkeypatch.setattr(chain, "CONFIGS", tmp_path / "configs")
+    monkeypatch.chdir(tmp_path)
+    flags = [
+        "--variant=pico",
+        "--workdir=work",
+        "--no-check",
+        "--config.data.max_documents=120",
+        "--config.data.sources=stdlib",
+        "--config.dialogs.count=30",
+        "--config.preferences.count=40",
+        "--config.rl.prompt_count=60",
+        "--config.rl.questions=4",
+        "--config.rl.group_size=4",
+        "--config.rl.inner_epochs=2",
+        "--config.rl.answer_tokens=16",
+        "--config.train.steps=3",
+        "--config.train.batch_size=8",
+        "--config.train.microbatch_size=8",
+        "--config.train.sequence_length=512",
+        "--config.optimizer.learning_rate=0.003",
+        "--config.optimizer.warmup_steps=1",
+        "--config.eval.every=0",
+        "--config.eval.batches=1",
+        "--config.eval.batch_size=8",
+        "--config.eval.sample_tokens=0",
+        "--config.log.tensorboard=False",
+        "--config.log.charts_every=0",
+    ]
+    assert run_stages.main(flags) == 0
+    said = capsys.readouterr().out
+    for stage in chain.MEASURES:
+        assert f"\n{stage} " in said
+        assert (tmp_path / "work" / stage / "checkpoints" / "best").exists()
+    assert (tmp_path / "work" / "grpo" / "export" / "model.safetensors").exists()
+    assert "verified" in said
+    page = (tmp_path / "work" / "stages.html").read_text()
+    assert "distill" in page
+    assert "grpo/report.html" in page
+    ledger = read_json(tmp_path / "work" / "stages.json", "a ledger")
+    assert list(ledger) == list(chain.MEASURES)
+    before = json.dumps(ledger)
+    assert run_stages.main(flags) == 0
+    assert json.dumps(read_json(tmp_path / "work" / "stages.json", "a ledger")) == before
+    monkeypatch.setattr(chain, "failures", lambda done: ["nothing got better"])
+    with pytest.raises(CheckFailed, match="nothing got better"):
+        run_stages.main([flag for flag in flags if flag != "--no-check"])
