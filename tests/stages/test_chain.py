@@ -103,7 +103,8 @@ from smallcoder_jax.config import default_config
 def get_config():
     config = default_config()
     config.name = "pico"
-    config.model.update(vocab_size=600, width=64, mlp_width=96, layers=1, heads=2, kv_heads=1, head_size=32, context=512)
+    config.model.update(vocab_size=600, width=64, mlp_width=96, layers=1, heads=2, kv_heads=1, head_size=32)
+    config.model.context = 512
     config.compute.dtype = "float32"
     config.optimizer.update(learning_rate=1e-2)
     return config

@@ -111,7 +111,7 @@ def test_another_start_is_another_run(root: Path, tmp_path: Path) -> None:
     config = tools_config(root, steps=1)
     run.train(config, tmp_path / "run")
     other = dataclasses.replace(config, stage=StageConfig("sft", str(tmp_path / "run")))
-    with pytest.raises(UserError, match="holds another run(.|\n)*start: the run has"):
+    with pytest.raises(UserError, match=r"holds another run(.|\n)*start: the run has"):
         run.train(other, tmp_path / "run")
 
 
