@@ -6,10 +6,11 @@ BIN := $(VENV)/bin
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 RUN ?= runs/quickstart
 
-.PHONY: quickstart test test-slow test-lowering lint bench clean help
+.PHONY: quickstart pipeline test test-slow test-lowering lint bench clean help
 
 help:
 	@echo "make quickstart   install, train nano on the standard library's source, evaluate, export, check, complete"
+	@echo "make pipeline     all stages on nano: tokenizer, language, code, tools, reward, dpo, ppo, grpo, distill, export"
 	@echo "make test         install what tests need; lint, type check, tests"
 	@echo "make test-slow    the tests that take minutes"
 	@echo "make test-lowering  compile training steps for TPUs and for H200s, on a machine without one"
@@ -30,6 +31,10 @@ $(VENV)/.test: pyproject.toml | $(BIN)/python
 
 quickstart: $(VENV)/.quickstart
 	$(BIN)/python -m tools.quickstart --workdir=$(RUN)
+
+# Every stage on nano, without a network; started again, it continues.
+pipeline: $(VENV)/.quickstart
+	$(BIN)/python -m tools.run_stages --variant=nano --workdir=runs/pipeline
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

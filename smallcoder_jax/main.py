@@ -125,7 +125,9 @@ def preflight(config: Config, options: argparse.Namespace) -> int:
 
 
 def list_configs(folder: Path) -> str:
-    """A table of the config files in `folder`: name, true parameter count, context and data. Imports no model."""
+    """A table of the config files in `folder`, variants and then stages: name, true parameter count, context and data.
+    Imports no model.
+    """
     from smallcoder_jax.config import from_config_dict, parameter_count
     from smallcoder_jax.configfile import read_config_file
     from smallcoder_jax.train.terminal import format_table
@@ -135,6 +137,8 @@ def list_configs(folder: Path) -> str:
         raise UserError(f"no config files in '{folder}'; run this from the project's folder")
     configs = [(path, from_config_dict(read_config_file(str(path)))) for path in files]
     configs.sort(key=lambda item: (parameter_count(item[1].model), item[1].model.context))
+    stages = sorted(folder.glob("stages/*.py"))
+    configs += [(f"{path}:VARIANT", from_config_dict(read_config_file(str(path)))) for path in stages]
     rows = [
         (str(path), config.name, f"{parameter_count(config.model):,}", config.model.context, config.data.sources)
         for path, config in configs
