@@ -13,7 +13,8 @@ import jax
 import pytest
 
 from smallcoder_jax import loading
-from smallcoder_jax.errors import EXIT_USER_ERROR, run_cli
+from smallcoder_jax.configfile import load_config
+from smallcoder_jax.errors import EXIT_USER_ERROR, UserError, run_cli
 from smallcoder_jax.main import main
 from smallcoder_jax.train.run_folder import RunFolder
 
@@ -248,3 +249,17 @@ def test_a_run_is_not_evaluated_on_other_data_or_longer_rows(
     )
     assert "train.sequence_length=128 is longer than the context" in said
     assert "64" in said
+
+
+def test_stages_take_a_variant_behind_a_colon(capsys: pytest.CaptureFixture[str]) -> None:
+    config = load_config("configs/stages/code.py:nano", ["--config.stage.start=runs/language"])
+    assert (config.name, config.model.width, config.stage.start) == ("smallcoder-nano-code", 256, "runs/language")
+    assert load_config("configs/stages/tools.py", []).name == "smallcoder-small-tools"
+    with pytest.raises(UserError, match=r"nana\.py' does not exist; did you mean '.*nano\.py'"):
+        load_config("configs/stages/code.py:nana", [])
+    with pytest.raises(UserError, match="takes 0 positional arguments"):
+        load_config("configs/nano.py:nano", [])
+    assert main(["--list"]) == 0
+    said = capsys.readouterr().out
+    assert "configs/stages/grpo.py:VARIANT" in said
+    assert "2,079,705,088" in said

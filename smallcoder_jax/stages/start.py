@@ -60,11 +60,8 @@ def check_tokenizer(loaded: LoadedModel, tokenizer: Tokenizer) -> None:
 
 
 def start_of(loaded: LoadedModel | None) -> Start | None:
-    """The start of a run, for the loop."""
-    if loaded is None:
-        return None
-    params = loaded.params if loaded.head is None else {**loaded.params, "head": loaded.head}
-    return Start(params, loaded.origin)
+    """The start of a run, for the loop. A head stays behind: what it scores is its stage's own."""
+    return None if loaded is None else Start(loaded.params, loaded.origin)
 
 
 def one_process(config: Config) -> None:
