@@ -1,7 +1,7 @@
 """Preferences from real code: the true body of a function against one that was spoilt in a single way.
 
-The prompt is the signature, with the docstring. A spoilt body differs from the true one in the one place alone, to the
-space, so that nothing but the mistake tells them apart. Nothing is run.
+The prompt is the signature, with the docstring. A spoilt body differs from the true one in one to three places, and
+elsewhere in no space, so that nothing but the mistakes tells them apart. Nothing is run.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from smallcoder_jax.data.preferences import Preference
 
 FORMAT = 1  # raised when the same documents and seed begin to give other pairs
 PROMPT_CHARACTERS, BODY_CHARACTERS = 500, 400  # at most: some 120 tokens each with a tokenizer of code
+_MISTAKES = 3  # of a kind in one body, at most: a small model does not see a single one in a long body
 _READ = 4  # functions for each pair: the first ones alone would be of a few neighbouring folders
 _LEAST_TOKENS = 4  # of a body; a shorter one has nothing to spoil
 _FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
@@ -134,15 +135,24 @@ def _cut_out(node: _FunctionNode, lines: Sequence[str], document: Document) -> F
 def _pairs_of(function: Function, foreign: Sequence[str], seed: int) -> Iterator[Preference]:
     rng = random.Random(f"{FORMAT}|{seed}|{hashlib.sha256(function.text.encode()).hexdigest()}")
     for criterion in rng.sample(list(CRITERIA), len(CRITERIA)):
+        most = 1 if criterion in ("order", "truncated") else rng.randint(1, _MISTAKES)
         changes = list(CRITERIA[criterion](function, foreign, rng))
+        made: list[_Change] = []
         for change in rng.sample(changes, len(changes)):
-            spoilt = function.text[: change.start] + change.new + function.text[change.stop :]
-            if criterion == "truncated" or _is_other_code(function.text, spoilt):
-                where = {"path": function.document.path, "line": function.line, "name": function.name}
-                provenance = {"source": function.document.source, "document": function.document.hash, **where}
-                rejected = spoilt[len(function.prompt) :]
-                yield Preference(function.prompt, function.body, rejected, criterion, change.reason, provenance)
-                break
+            together = _apply(function.text, [*made, change])
+            if len(made) < most and (criterion == "truncated" or _is_other_code(function.text, together)):
+                made.append(change)
+        if made:
+            where = {"path": function.document.path, "line": function.line, "name": function.name}
+            provenance = {"source": function.document.source, "document": function.document.hash, **where}
+            rejected, reason = _apply(function.text, made)[len(function.prompt) :], "; ".join(c.reason for c in made)
+            yield Preference(function.prompt, function.body, rejected, criterion, reason, provenance)
+
+
+def _apply(text: str, changes: Sequence[_Change]) -> str:
+    for change in sorted(changes, key=lambda change: change.start, reverse=True):
+        text = text[: change.start] + change.new + text[change.stop :]
+    return text
 
 
 def _is_other_code(text: str, spoilt: str) -> bool:
@@ -217,18 +227,25 @@ def _names(function: Function, foreign: Sequence[str], rng: random.Random) -> It
 
 
 def _orders(function: Function, foreign: Sequence[str], rng: random.Random) -> Iterator[_Change]:
-    """Two neighbouring statements swapped, of which the second needs the first or ends the block."""
-    starts, lines = _offsets(function.text), function.text.splitlines(keepends=True)
+    """The statements of a block in another order, one of them now before another that it needs."""
+    starts = _offsets(function.text)
     for node in ast.walk(ast.parse(function.text)):
         for block in (getattr(node, field, None) for field in ("body", "orelse", "finalbody")):
-            for one, two in itertools.pairwise(block if isinstance(block, list) else ()):
-                last = one.end_lineno or 0
-                if starts[one.lineno] < len(function.prompt) or last >= two.lineno or not _depends(two, one):
-                    continue
-                first, between = "".join(lines[one.lineno - 1 : last]), "".join(lines[last : two.lineno - 1])
-                second = "".join(lines[two.lineno - 1 : two.end_lineno])
-                reason = f"`{second.strip().splitlines()[0]}` stands before `{first.strip().splitlines()[0]}`"
-                yield _Change(starts[one.lineno], starts[(two.end_lineno or 0) + 1], second + between + first, reason)
+            own = [item for item in block if starts[item.lineno] >= len(function.prompt)] if type(block) is list else []
+            ends = [item.end_lineno or 0 for item in own]
+            if len(own) < 2 or any(end >= after.lineno for end, after in zip(ends, own[1:], strict=False)):
+                continue
+            # A comment goes with the statement behind it.
+            borders = [starts[own[0].lineno], *(starts[end + 1] for end in ends)]
+            texts = [function.text[start:stop] for start, stop in itertools.pairwise(borders)]
+            order = rng.sample(range(len(own)), len(own))
+            for place, first in enumerate(order):
+                broken = next((i for i in order[place + 1 :] if i < first and _depends(own[first], own[i])), None)
+                if broken is not None:
+                    one, other = (ast.unparse(own[i]).splitlines()[0] for i in (first, broken))
+                    reason = f"`{one}` stands before `{other}`"
+                    yield _Change(borders[0], borders[-1], "".join(texts[i] for i in order), reason)
+                    break
 
 
 def _depends(second: ast.stmt, first: ast.stmt) -> bool:

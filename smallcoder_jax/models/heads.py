@@ -1,6 +1,6 @@
 """A head of one number on hidden states: a reward, or a value. Its parameters stand beside the decoder's, as `head`.
 
-Shapes: B rows, T positions, D width.
+Shapes: B rows, T positions, D width, S of the positions.
 """
 
 from __future__ import annotations
@@ -24,9 +24,6 @@ def head_scores(head: Params, hidden_BTD: Float[Array, "*B D"]) -> Float[Array, 
     return products[..., 0] + head["bias"][0]
 
 
-def last_scores(
-    head: Params, hidden_BTD: Float[Array, "B T D"], segment_ids_BT: Int[Array, "B T"]
-) -> Float[Array, " B"]:
-    """The score at the last real token of each row, which begins with its real tokens; padding has segment 0."""
-    last_B = jnp.maximum(jnp.sum(segment_ids_BT > 0, axis=1) - 1, 0)
-    return head_scores(head, jnp.take_along_axis(hidden_BTD, last_B[:, None, None], axis=1)[:, 0])
+def scores_at(head: Params, hidden_BTD: Float[Array, "B T D"], places_BS: Int[Array, "B S"]) -> Float[Array, "B S"]:
+    """The scores at some places of each row."""
+    return head_scores(head, jnp.take_along_axis(hidden_BTD, places_BS[..., None], axis=1))

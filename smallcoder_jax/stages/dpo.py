@@ -1,7 +1,8 @@
 """Direct preference optimisation: the better answer of a pair is made more likely than it was at the start, compared
 with the worse one.
 
-Shapes: R pairs, 2 the chosen and the rejected answer, B answers, T places, P all pairs of a side.
+Shapes: R rows, 2 the chosen and the rejected answers, B = 2 R, S slots for pairs, X = R S pairs, T places, P all
+pairs of a side.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from jax import Array
 
 from smallcoder_jax import losses
 from smallcoder_jax.config import Config, eval_rows
-from smallcoder_jax.data.preference_rows import fill_pairs
 from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.loading import LoadedModel
 from smallcoder_jax.mesh import flat_tokens
@@ -31,20 +31,16 @@ from smallcoder_jax.train.step import Batch, LossFn
 
 
 def make_loss(config: Config, criteria: Sequence[str]) -> LossFn:
-    """`losses.direct_preference`; the log-probabilities at the start are in the batch, as `reference` [R, 2]."""
+    """`losses.direct_preference`; the log-probabilities at the start are in the batch, as `reference` [R, S, 2]."""
     graph, _ = build.abstract_model(config.model, config.compute)
 
     def loss_fn(params: Any, batch: Batch, key: Array | None) -> preference_pairs.Judged:
-        logs_R2, reference_R2 = answer_log_probs(build.bind(graph, params), batch, key), batch["reference"]
+        chosen_X, rejected_X = preference_pairs.by_pair(answer_log_probs(build.bind(graph, params), batch, key))
+        reference_X2 = batch["reference"].reshape(-1, 2)
 
-        def loss_of(weights_R: Array) -> preference_pairs.Judged:
+        def loss_of(weights_X: Array) -> preference_pairs.Judged:
             return losses.direct_preference(
-                logs_R2[:, 0],
-                logs_R2[:, 1],
-                reference_R2[:, 0],
-                reference_R2[:, 1],
-                weights_R,
-                beta=config.dpo.beta,
+                chosen_X, rejected_X, reference_X2[:, 0], reference_X2[:, 1], weights_X, beta=config.dpo.beta
             )
 
         return preference_pairs.judge(loss_of, batch, criteria)
@@ -53,26 +49,34 @@ def make_loss(config: Config, criteria: Sequence[str]) -> LossFn:
 
 
 def answer_log_probs(decoder: Decoder, batch: Batch, key: Array | None) -> Array:
-    """Log-probabilities [R, 2] of whole answers, the tokens that end them included, in nats."""
+    """Log-probabilities [B, S] of whole answers, the tokens that end them included, in nats; 0 for empty slots."""
     hidden_BTD = preference_pairs.hidden_states(decoder, batch, key)
-    targets_BT = preference_pairs.answers(batch["targets"])
+    targets_BT, segment_ids_BT, weights_BT = (
+        preference_pairs.answers(batch[name]) for name in ("targets", "segment_ids", "loss_weights")
+    )
     nll_X = token_losses(flat_tokens(hidden_BTD), decoder.unembedding(), flat_tokens(targets_BT)).nll_X
-    return -jnp.sum(nll_X.reshape(batch["targets"].shape) * batch["loss_weights"], axis=-1)
+    slots_S = jnp.arange(1, batch["ends"].shape[-1] + 1, dtype=jnp.int32)
+    own_BTS = segment_ids_BT[..., None] == slots_S
+    return -jnp.sum(jnp.where(own_BTS, (nll_X.reshape(targets_BT.shape) * weights_BT)[..., None], 0.0), axis=1)
 
 
 def reference_log_probs(config: Config, loaded: LoadedModel, pairs: preference_pairs.Pairs) -> preference_pairs.Columns:
-    """By side: `answer_log_probs` [P, 2] of all pairs under the model that a run begins with."""
+    """By side: the log-probabilities [P, 2] of all pairs' answers under the model that a run begins with."""
     compute = dataclasses.replace(config.compute, layers="unroll", remat="none")
     graph, _ = build.abstract_model(config.model, compute)
-    log_probs = jax.jit(lambda params, batch: answer_log_probs(build.bind(graph, params), batch, None))
-    rows, length = eval_rows(config), config.train.sequence_length
+    log_probs = jax.jit(
+        lambda params, batch: preference_pairs.by_pair(answer_log_probs(build.bind(graph, params), batch, None))
+    )
+    rows = eval_rows(config)
+    order = {"rows": range(rows), "seed": 0, "num_epochs": 1}
     found: dict[str, dict[str, np.ndarray]] = {}
     for side, own in pairs.sides.items():
-        parts = []
-        for start in range(0, len(own), rows):
-            batch = fill_pairs(own[start : start + rows], rows, length, loaded.tokenizer.pad_id)
-            parts.append(jax.device_get(log_probs(loaded.params, batch)))
-        found[side] = {"reference": np.concatenate(parts)[: len(own)]}
+        numbers = {side: {"number": np.arange(len(own))[:, None]}}
+        of_pairs = np.zeros((len(own), 2), np.float32)
+        for batch in preference_pairs.batches_of(config, pairs, side, numbers, loaded.tokenizer, rows, **order):
+            filled, number = batch["pair_weights"].reshape(-1) > 0, batch.pop("number").reshape(-1)
+            of_pairs[number[filled]] = np.stack(jax.device_get(log_probs(loaded.params, batch)), axis=1)[filled]
+        found[side] = {"reference": of_pairs}
     return found
 
 

@@ -1,6 +1,6 @@
 """What the stages that learn from preferences share: their pairs, the batches of them, and how they are judged.
 
-Shapes: R pairs, 2 the chosen and the rejected answer, B = 2 R answers, T places, D width.
+Shapes: R rows, 2 the chosen and the rejected answers, B = 2 R, S slots for pairs, X = R S pairs, T places, D width.
 """
 
 from __future__ import annotations
@@ -134,11 +134,11 @@ def make_task(
 def judge(loss_of: Callable[[Array], Judged], batch: Batch, criteria: Sequence[str]) -> Judged:
     """The loss of a batch, given that of weights of its pairs; with it among the sums, and by criterion the accuracy
     and the weight."""
-    weights_R = batch["pair_weights"][:, 0]
-    loss, weight, sums = loss_of(weights_R)
+    weights_X, criterion_X = batch["pair_weights"].reshape(-1), batch["criterion"].reshape(-1)
+    loss, weight, sums = loss_of(weights_X)
     sums = {**sums, "loss": loss}
     for index, name in enumerate(criteria):
-        _, own, found = loss_of(jnp.where(batch["criterion"][:, 0] == index, weights_R, 0.0))
+        _, own, found = loss_of(jnp.where(criterion_X == index, weights_X, 0.0))
         sums |= {f"accuracy {name}": found["accuracy"], f"weight {name}": own}
     return loss, weight, sums
 
@@ -154,13 +154,19 @@ def summary(sums: dict[str, float]) -> dict[str, float]:
 
 
 def hidden_states(decoder: Decoder, batch: Batch, key: Array | None) -> Array:
-    """[B, T, D] of both answers of every pair, one after the other."""
+    """[B, T, D] of the chosen and the rejected answers of every row, one after the other."""
     return decoder(answers(batch["tokens"]), answers(batch["positions"]), answers(batch["segment_ids"]), key)
 
 
 def answers(x_R2T: Array) -> Array:
     """[R, 2, T] to [B, T]."""
     return x_R2T.reshape(-1, x_R2T.shape[-1])
+
+
+def by_pair(x_BS: Array) -> tuple[Array, Array]:
+    """[B, S] to those of the chosen and of the rejected answers, [X] each."""
+    x_R2S = x_BS.reshape(-1, 2, x_BS.shape[-1])
+    return x_R2S[:, 0].reshape(-1), x_R2S[:, 1].reshape(-1)
 
 
 def measure(

@@ -1,6 +1,6 @@
 """A reward model: a decoder with a scalar head, trained so that the better answer of a pair scores higher.
 
-Shapes: R pairs, 2 the chosen and the rejected answer, B answers, T places, D width.
+Shapes: R rows, 2 the chosen and the rejected answers, B = 2 R, S slots for pairs, X = R S pairs, T places, D width.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.errors import UserError
 from smallcoder_jax.loading import LoadedModel
 from smallcoder_jax.models import build
-from smallcoder_jax.models.heads import last_scores
+from smallcoder_jax.models.heads import scores_at
 from smallcoder_jax.stages import pairs as preference_pairs
 from smallcoder_jax.stages.start import need_start
 from smallcoder_jax.train.loop import Task
@@ -25,15 +25,15 @@ from smallcoder_jax.train.step import Batch, LossFn
 
 
 def make_loss(config: Config, criteria: Sequence[str]) -> LossFn:
-    """`losses.bradley_terry` of the scores at the last real token of each answer."""
+    """`losses.bradley_terry` of the scores at the last token of each answer."""
     graph, _ = build.abstract_model(config.model, config.compute)
 
     def loss_fn(params: Any, batch: Batch, key: Array | None) -> preference_pairs.Judged:
         hidden_BTD = preference_pairs.hidden_states(build.bind(graph, params), batch, key)
-        segment_ids_BT = preference_pairs.answers(batch["segment_ids"])
-        scores_R2 = last_scores(params["head"], hidden_BTD, segment_ids_BT).reshape(-1, 2)
+        scores_BS = scores_at(params["head"], hidden_BTD, preference_pairs.answers(batch["ends"]))
+        chosen_X, rejected_X = preference_pairs.by_pair(scores_BS)
         return preference_pairs.judge(
-            lambda weights_R: losses.bradley_terry(scores_R2[:, 0], scores_R2[:, 1], weights_R), batch, criteria
+            lambda weights_X: losses.bradley_terry(chosen_X, rejected_X, weights_X), batch, criteria
         )
 
     return loss_fn

@@ -101,7 +101,12 @@ def test_prompts_and_bodies_are_those_of_the_document(pairs: list[Preference]) -
         assert pair.provenance["document"] == document(CODE).hash
 
 
-def test_a_rejected_body_is_wrong_in_one_place(pairs: list[Preference]) -> None:
+def names_of(tree: ast.Module) -> list[str]:
+    found = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    return [node.id for node in sorted(found, key=lambda node: (node.lineno, node.col_offset))]
+
+
+def test_a_rejected_body_is_wrong_in_few_places(pairs: list[Preference]) -> None:
     seen = collections.Counter(pair.criteria for pair in pairs)
     assert set(seen) == set(preference_code.CRITERIA)
     for pair in pairs:
@@ -120,16 +125,18 @@ def test_a_rejected_body_is_wrong_in_one_place(pairs: list[Preference]) -> None:
             assert sorted(pair.rejected.splitlines()) == sorted(pair.chosen.splitlines())
             continue
         changed = [(a, b) for a, b in zip(pair.chosen.split("\n"), pair.rejected.split("\n"), strict=True) if a != b]
-        assert len(changed) == 1
+        assert 1 <= len(changed) <= 3
+        assert 1 <= pair.reason.count(";") + 1 <= 3
         kinds = [[type(node) for node in ast.walk(tree)] for tree in (true, spoilt)]
         if pair.criteria in ("constant", "name"):
             assert kinds[0] == kinds[1]
         values = [
             sorted(repr(n.value) for n in ast.walk(tree) if isinstance(n, ast.Constant)) for tree in (true, spoilt)
         ]
-        names = [collections.Counter(n.id for n in ast.walk(t) if isinstance(n, ast.Name)) for t in (true, spoilt)]
+        names = [names_of(tree) for tree in (true, spoilt)]
         assert (values[0] != values[1]) == (pair.criteria == "constant")
-        assert (names[0] - names[1]).total() == (pair.criteria == "name")
+        wrong = sum(a != b for a, b in zip(*names, strict=True))
+        assert 1 <= wrong <= 3 if pair.criteria == "name" else wrong == 0
         assert "`" in pair.reason
 
 

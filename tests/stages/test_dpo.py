@@ -42,10 +42,13 @@ def test_the_log_probability_of_an_answer_is_the_sum_over_its_tokens(root: Path)
     graph, _ = build.abstract_model(config.model, FLOAT32)
     decoder = build.bind(graph, loaded.params)
     logs_of = jax.jit(lambda *inputs: jax.nn.log_softmax(decoder.logits(decoder(*inputs))))
-    batch = on_device(fill_pairs(pairs, 6, LENGTH, loaded.tokenizer.pad_id))
-    found = np.asarray(jax.jit(lambda batch: dpo.answer_log_probs(decoder, batch, None))(batch))
-    assert found.shape == (6, 2)
-    assert not found[5].any()
+    rows = [pairs[:1], pairs[1:3], pairs[3:]]
+    batch = on_device(fill_pairs(rows, 4, 2 * LENGTH, 2, loaded.tokenizer.pad_id))
+    found = np.asarray(jax.jit(lambda batch: dpo.answer_log_probs(decoder, batch, None))(batch)).reshape(4, 2, 2)
+    filled = np.asarray(batch["pair_weights"]) > 0
+    assert filled.sum() == 5
+    assert not found.transpose(0, 2, 1)[~filled].any()
+    found = found.transpose(0, 2, 1)[filled]
     for row, pair in enumerate(pairs):
         for side, item in enumerate((pair.chosen, pair.rejected)):
             count = len(item)
@@ -83,9 +86,11 @@ def test_the_reference_goes_with_its_pair(root: Path) -> None:
     decoder = build.bind(graph, loaded.params)
     batches = preference_pairs.batches_of(config, pairs, "train", columns, loaded.tokenizer, 16, rows=range(16), seed=5)
     batch = on_device(next(batches))
-    assert batch["reference"].shape == (16, 2)
+    assert batch["reference"].shape == (*batch["pair_weights"].shape, 2)
     again = jax.jit(lambda batch: dpo.answer_log_probs(decoder, batch, None))(batch)
-    np.testing.assert_allclose(again, batch["reference"], rtol=1e-4)
+    np.testing.assert_allclose(
+        np.asarray(again).reshape(16, 2, -1).transpose(0, 2, 1), batch["reference"], rtol=1e-4, atol=1e-4
+    )
 
 
 def test_what_cannot_be_is_refused(root: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from smallcoder_jax.data.preferences import Preference
 from smallcoder_jax.export.huggingface import write_export
 from smallcoder_jax.models import build
 from smallcoder_jax.stages import dpo
+from smallcoder_jax.stages.pairs import by_pair
 from smallcoder_jax.tokenizers.sentencepiece import train_sentencepiece
 from tests.export.conftest import CODE, llama, random_params
 from tests.helpers import FLOAT32, tiny_config
@@ -37,10 +38,12 @@ def test_loss_margin_and_accuracy_are_those_of_trl(tmp_path: Path, monkeypatch: 
     theirs = _loss_of_trl(tmp_path, monkeypatch)
 
     graph, _ = build.abstract_model(model, FLOAT32)
-    filled = fill_pairs(encode_pairs(PAIRS, tokenizer), 8, 64, tokenizer.pad_id)
+    pairs = encode_pairs(PAIRS, tokenizer)
+    filled = fill_pairs([pairs[:2], pairs[2:]], 3, 160, 4, tokenizer.pad_id)
     batch = {name: jnp.asarray(value) for name, value in filled.items()}
-    batch["criterion"] = jnp.zeros((8, 1), jnp.int32)
-    batch["reference"] = dpo.answer_log_probs(build.bind(graph, reference), batch, None)
+    batch["criterion"] = jnp.zeros((3, 4, 1), jnp.int32)
+    before = by_pair(dpo.answer_log_probs(build.bind(graph, reference), batch, None))
+    batch["reference"] = jnp.stack(before, axis=-1).reshape(3, 4, 2)
     config = dataclasses.replace(tiny_config(model=model, compute=FLOAT32), dpo=DpoConfig(beta=BETA))
     loss, weight, sums = jax.device_get(dpo.make_loss(config, ("name",))(policy, batch, None))
     assert weight == len(PAIRS)

@@ -13,10 +13,11 @@ import pytest
 
 from smallcoder_jax import loading
 from smallcoder_jax.config import MeshConfig, PreferencesConfig, StageConfig
+from smallcoder_jax.data.preference_rows import EncodedPair, fill_pairs
 from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.errors import UserError
 from smallcoder_jax.models import build
-from smallcoder_jax.models.heads import head_scores, init_head, last_scores
+from smallcoder_jax.models.heads import head_scores, init_head, scores_at
 from smallcoder_jax.stages import pairs as preference_pairs
 from smallcoder_jax.stages import reward, run
 from tests.helpers import FLOAT32
@@ -31,32 +32,35 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_root(tmp_path_factory.mktemp("reward"))
 
 
-def test_a_reward_does_not_move_when_padding_is_added(root: Path) -> None:
+def test_a_reward_does_not_move_with_padding_nor_with_its_neighbours(root: Path) -> None:
     config = config_of(root, "reward")
+    loaded = loading.load(root / "start")
+    pairs = preference_pairs.prepare(config, loaded.tokenizer, PROGRESS).sides["train"][:3]
     graph, _ = build.abstract_model(config.model, FLOAT32)
-    params = build.init_params(config.model, FLOAT32, jax.random.key(0))
     head = init_head(config.model.width, jax.random.key(1))
-    decode = jax.jit(lambda *inputs: build.bind(graph, params)(*inputs))
-    ids = np.random.default_rng(0).integers(1, 250, (4, 20)).astype(np.int32)
-    lengths = np.array([20, 7, 1, 12])
 
-    def scores(length: int, padding: int) -> jax.Array:
-        tokens, segments = np.full((4, length), padding, np.int32), np.zeros((4, length), np.int32)
-        positions = np.zeros((4, length), np.int32)
-        for row, count in enumerate(lengths):
-            tokens[row, :count], segments[row, :count] = ids[row, :count], 1
-            positions[row, :count] = np.arange(count)
-        inputs = [jnp.asarray(x) for x in (tokens, positions, segments)]
-        return last_scores(head, decode(*inputs), inputs[2])
+    @jax.jit
+    def score(batch: dict[str, jax.Array]) -> jax.Array:
+        hidden_BTD = preference_pairs.hidden_states(build.bind(graph, loaded.params), batch, None)
+        return scores_at(head, hidden_BTD, preference_pairs.answers(batch["ends"]))
 
-    found = scores(20, 0)
-    np.testing.assert_allclose(scores(33, 0), found, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(scores(33, 77), found, rtol=1e-5, atol=1e-6)
-    for row, count in enumerate(lengths):
-        tokens, places = jnp.asarray(ids[row : row + 1, :count]), jnp.arange(count, dtype=jnp.int32)[None]
-        alone = decode(tokens, places, jnp.ones_like(tokens))
-        np.testing.assert_allclose(head_scores(head, alone)[0, -1], found[row], rtol=1e-5, atol=1e-6)
-    assert len(set(np.asarray(found).tolist())) == 4
+    def scores(rows: list[list[EncodedPair]], length: int, padding: int) -> np.ndarray:
+        """[pair, answer], of rows that hold the pairs in order."""
+        batch = fill_pairs(rows, len(rows), length, 3, padding)
+        filled = batch["pair_weights"] > 0
+        of_answers = np.asarray(score(jax.tree.map(jnp.asarray, batch))).reshape(len(rows), 2, 3)
+        return of_answers.transpose(0, 2, 1)[filled]
+
+    apart = [[pair] for pair in pairs]
+    found = scores(apart, 48, 0)
+    assert len(set(found.ravel().tolist())) == 6
+    for rows, length, padding in ((apart, 80, 0), (apart, 80, 77), ([pairs], 80, 0), ([pairs[:1], pairs[1:]], 80, 5)):
+        np.testing.assert_allclose(scores(rows, length, padding), found, rtol=1e-5, atol=1e-6)
+    for row, pair in enumerate(pairs):
+        for side, item in enumerate((pair.chosen, pair.rejected)):
+            tokens, places = jnp.asarray(item.ids)[None], jnp.arange(len(item), dtype=jnp.int32)[None]
+            alone = build.bind(graph, loaded.params)(tokens, places, jnp.ones_like(tokens))
+            np.testing.assert_allclose(head_scores(head, alone)[0, -1], found[row, side], rtol=1e-5, atol=1e-6)
 
 
 def test_it_learns_a_rule_and_says_so_by_criterion(root: Path, tmp_path: Path) -> None:
@@ -95,8 +99,9 @@ def test_the_loss_of_a_batch_is_that_of_its_pairs(root: Path) -> None:
     params = {**loaded.params, "head": init_head(config.model.width, jax.random.key(1))}
     loss_fn = jax.jit(lambda batch: reward.make_loss(config, pairs.criteria)(params, batch, None))
     count = len(pairs.sides["validation"])
+    rows = range(count)  # more than are needed
     batches = preference_pairs.batches_of(
-        config, pairs, "validation", {}, loaded.tokenizer, count + 3, rows=range(count + 3), seed=0, num_epochs=1
+        config, pairs, "validation", {}, loaded.tokenizer, count, rows=rows, seed=0, num_epochs=1
     )
     loss, weight, sums = loss_fn(next(batches))
     assert float(weight) == count
