@@ -190,8 +190,8 @@ def _drawn(count: int, wanted: int, iteration: int, seed: int) -> list[int]:
 
 
 def _to_text(rows: Batch) -> str:
-    file = io.BytesIO()
-    np.savez_compressed(file, **rows)
+    file, arrays = io.BytesIO(), dict[str, Any](rows)
+    np.savez_compressed(file, **arrays)
     return base64.b64encode(file.getvalue()).decode("ascii")
 
 

@@ -120,7 +120,7 @@ def measure(config: Config, loaded: LoadedModel) -> dict[str, Any]:
     experience = Experience(config, engine, asked, reward, grpo_rows)
     params = build.to_scanned(loaded.params) if config.compute.layers == "scan" else loaded.params
     experience.see(jax.device_put(params, params_sharding(mesh, params)))
-    total = dict.fromkeys(("weight", *_MEASURES), 0.0)
+    total: dict[str, float] = dict.fromkeys(("weight", *_MEASURES), 0.0)
     for batch in experience.evaluation(asked, config.eval.batches, eval_rows(config)):
         _, weight, sums = evaluation_sums(jax.device_put(batch))
         for name, value in {"weight": weight, **sums}.items():

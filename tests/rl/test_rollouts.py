@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import numpy as np
@@ -63,7 +64,7 @@ def test_values_and_temperature_are_those_of_the_written_out_forward_pass(world:
     assert [answer.question for answer in answers] == [question for question in world.questions[:4] for _ in "ab"]
     rows = world.engine.rows(policy, answers)
     graph, _ = build.abstract_model(world.config.model, world.config.compute)
-    decoder = build.bind(graph, jax.device_get(policy))
+    decoder: Any = build.bind(graph, jax.device_get(policy))
     hidden = decoder(*(rows[name] for name in ("tokens", "positions", "segment_ids")))
     scores = np.asarray(decoder.logits(hidden)) / world.config.rl.temperature
     log_probs = np.asarray(jax.nn.log_softmax(scores))

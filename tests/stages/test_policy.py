@@ -90,15 +90,16 @@ def run(config: Config, path: Path) -> tuple[Trainer, Outcome, list[dict[str, fl
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_reward_rises_and_the_policy_stays_near_its_start(stage: str, tmp_path: Path) -> None:
-    _, outcome, steps = run(config_of(stage, 12 * STEPS_OF_ITERATION), tmp_path)
+    price = {"ppo": 0.05, "grpo": 0.3}[stage]  # of a token in the reward; of the mean over tokens in the loss
+    _, outcome, steps = run(config_of(stage, 12 * STEPS_OF_ITERATION, kl_coefficient=price), tmp_path)
     rewards = [line["reward"] for line in steps[::STEPS_OF_ITERATION]]
     assert len(rewards) == 12
     assert rewards[0] < 0.4
     assert rewards[-1] > rewards[0] + 0.2
     assert outcome.evaluation["reward"] > rewards[0] + 0.2
     assert outcome.evaluation["loss"] == -outcome.evaluation["reward"]
-    # All answers of low ids alone would be 8 ln(1 / rewards[0]), about 10, nats away.
-    assert 0.05 < outcome.evaluation["start_kl"] < 6.0
+    # Answers of low ids alone, each as likely as at the start, would be 8 ln(1 / rewards[0]), about 12, nats away.
+    assert max(line["start_kl"] for line in steps) < 8.0
     first = steps[0]
     assert first["start_kl"] == pytest.approx(0.0, abs=1e-5)
     assert 0 < first["answer_tokens"] <= 8
@@ -143,6 +144,7 @@ def test_ppo_trains_values_beside_the_decoder(tmp_path: Path) -> None:
     assert set(build.decoder_params(trainer.state.params)) < set(trainer.state.params)
 
 
+@pytest.mark.slow
 def test_an_entropy_bonus_keeps_the_policy_undecided(tmp_path: Path) -> None:
     kept, lost = (
         run(config_of("ppo", 6 * STEPS_OF_ITERATION, entropy_weight=weight), tmp_path / str(weight))[2][-1]["entropy"]
@@ -151,6 +153,7 @@ def test_an_entropy_bonus_keeps_the_policy_undecided(tmp_path: Path) -> None:
     assert kept > lost + 0.1
 
 
+@pytest.mark.slow
 def test_a_larger_price_keeps_the_policy_nearer_to_its_start(tmp_path: Path) -> None:
     for stage in STAGES:
         dear, cheap = (
