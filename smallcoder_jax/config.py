@@ -215,10 +215,12 @@ class StageConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DialogConfig:
-    """Conversations of stage sft: generated, calling functions that are really executed."""
+    """Conversations of stage sft: generated, calling functions that are really executed; or questions and answers."""
 
-    count: int = 20_000  # conversations, a tenth of them held out
-    seed: int = 0
+    source: str = ""  # "": generated; jsonl:PATH, parquet:PATH or hf:NAME: rows with instruction, input and output
+    count: int = 20_000  # conversations, a tenth of them held out; 0: all of the source
+    seed: int = 0  # of those that are generated
+    packed: bool = True  # several to a row, where they fit; False: one to a row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -400,7 +402,10 @@ def validate(config: Config) -> None:
             )
             for name in ("spike_sigma", "step_seconds", "data_seconds", "save_seconds", "stop_seconds")
         ),
-        (config.dialogs.count >= 1, f"{config.dialogs.count=} must be at least 1"),
+        (
+            config.dialogs.count >= (0 if config.dialogs.source else 1),
+            f"{config.dialogs.count=} must be at least 1, or 0 for all of dialogs.source",
+        ),
         (0.0 <= config.distill.alpha <= 1.0, f"{config.distill.alpha=} must be in [0, 1]"),
         (
             math.isfinite(config.distill.temperature) and config.distill.temperature > 0,

@@ -1,4 +1,4 @@
-"""Conversations into batches for fine-tuning: packed by best fit, with weight on what the assistant wrote.
+"""Conversations into batches for fine-tuning: weight on what the assistant wrote, packed by best fit or one to a row.
 
 All conversations are in memory: they are thousands, not billions. So an epoch is packed whole, and the place in the
 data is an epoch and a batch.
@@ -21,9 +21,9 @@ from smallcoder_jax.tokenizers.chat import Encoded
 class ConversationBatches:
     """Batches [B, T] with the keys of `packing.fill_batch`: the rows `rows` of global batches of `batch_size`.
 
-    Conversations are packed and shuffled anew in every epoch; endless, or for `num_epochs`, whose last batches are
-    filled up with padding. One that is longer than a row is left out, as its end means little without its beginning:
-    `dropped` says how many. Raises UserError where none is left.
+    Conversations are packed, or are one to a row, and shuffled anew in every epoch; endless, or for `num_epochs`, whose
+    last batches are filled up with padding. One that is longer than a row is left out, as its end means little without
+    its beginning: `dropped` says how many. Raises UserError where none is left.
     """
 
     def __init__(
@@ -35,6 +35,7 @@ class ConversationBatches:
         rows: Sequence[int],
         pad_id: int,
         seed: int,
+        packed: bool,
         num_epochs: int | None = None,
     ):
         self._fitting = [item for item in conversations if len(item) - 1 <= length and item.counted[1:].any()]
@@ -45,7 +46,7 @@ class ConversationBatches:
                 "train.sequence_length or give shorter ones"
             )
         self._length, self._batch_size, self._own, self._pad_id = length, batch_size, rows, pad_id
-        self._seed, self._num_epochs = seed, num_epochs
+        self._seed, self._packed, self._num_epochs = seed, packed, num_epochs
         self._epoch, self._taken = 0, 0  # batches of the epoch that were taken
         self._rows = self._pack()
 
@@ -78,7 +79,10 @@ class ConversationBatches:
 
     def _pack(self) -> list[list[Encoded]]:
         rng = np.random.default_rng((self._seed % 2**32, self._epoch))
-        packed = best_fit([self._fitting[i] for i in rng.permutation(len(self._fitting))], self._length)
+        shuffled = [self._fitting[i] for i in rng.permutation(len(self._fitting))]
+        if not self._packed:
+            return [[item] for item in shuffled]
+        packed = best_fit(shuffled, self._length)
         return [packed[i] for i in rng.permutation(len(packed))]
 
 

@@ -19,7 +19,7 @@ from smallcoder_jax.errors import UserError
 # apart), and where they are, they outweigh the library two to one.
 _NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"})
 _SNIFF_BYTES = 8192
-_OUTPUTS = ("corpus", "tokenizers", "tokens", "preferences")  # what this package writes below `data.dir`
+_OUTPUTS = ("corpus", "tokenizers", "tokens", "dialogs", "preferences")  # what this package writes below `data.dir`
 
 
 def read_stdlib(source: str) -> Iterator[Document | Skipped]:

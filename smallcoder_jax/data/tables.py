@@ -52,26 +52,26 @@ KNOWN_DATASETS: Mapping[str, KnownDataset] = {
 
 def read_jsonl(source: str, location: str, options: Mapping[str, str]) -> Iterator[Document | Skipped]:
     """One JSON object per line of a file, or of every `.jsonl` file of a folder. A bad line is skipped."""
-    for path in _files(source, location, ".jsonl"):
-        yield from _documents(source, _json_rows(source, path), options.get("column"), path.name)
+    for name, rows in jsonl_rows(source, location, options):
+        yield from _documents(source, rows, options.get("column"), name)
 
 
 def read_parquet(source: str, location: str, options: Mapping[str, str]) -> Iterator[Document | Skipped]:
     """The rows of a Parquet file, or of every `.parquet` file of a folder."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError(f"data source {source} needs pyarrow ({error}): pip install 'smallcoder_jax[hub]'") from error
+    for name, rows in parquet_rows(source, location, options):
+        yield from _documents(source, rows, options.get("column"), name)
+
+
+def jsonl_rows(source: str, location: str, options: Mapping[str, str]) -> Iterator[tuple[str, Iterator[Any]]]:
+    """The name of each file, and its rows; None for a line that is not JSON."""
+    for path in _files(source, location, ".jsonl"):
+        yield path.name, _json_rows(source, path)
+
+
+def parquet_rows(source: str, location: str, options: Mapping[str, str]) -> Iterator[tuple[str, Iterator[Any]]]:
+    """The name of each file, and its rows."""
     for path in _files(source, location, ".parquet"):
-        try:
-            with pyarrow.parquet.ParquetFile(path) as file:
-                rows = (row for batch in file.iter_batches(batch_size=1024) for row in batch.to_pylist())
-                yield from _documents(source, rows, options.get("column"), path.name)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(
-                f"data source {source}: {path} cannot be read as Parquet: {error}; copy it again"
-            ) from error
+        yield path.name, _parquet_rows(source, path)
 
 
 def read_tfds(source: str, location: str, options: Mapping[str, str]) -> Iterator[Document | Skipped]:
@@ -90,12 +90,14 @@ def read_tfds(source: str, location: str, options: Mapping[str, str]) -> Iterato
 
 def read_hugging_face(source: str, location: str, options: Mapping[str, str]) -> Iterator[Document | Skipped]:
     """A split of a data set of the Hugging Face hub. Raises UserError with the cause and three ways out."""
-    try:
-        import datasets
-        from datasets.exceptions import DatasetsError
-    except ImportError as error:
-        raise UserError(f"data source {source} needs datasets ({error}): pip install 'smallcoder_jax[hub]'") from error
-    known = KNOWN_DATASETS.get(location, KnownDataset(location, ""))
+    column = options.get("column", _known(location).column)
+    for name, rows in hugging_face_rows(source, location, options):
+        yield from _documents(source, rows, column, name)
+
+
+def hugging_face_rows(source: str, location: str, options: Mapping[str, str]) -> Iterator[tuple[str, Iterator[Any]]]:
+    """The name of the split, and its rows, whose reading raises UserError with the cause and three ways out."""
+    known = _known(location)
     streaming = known.streaming
     if "streaming" in options:
         streaming = _SWITCH.get(options["streaming"].lower())
@@ -104,12 +106,26 @@ def read_hugging_face(source: str, location: str, options: Mapping[str, str]) ->
                 f"data source {source}: streaming={options['streaming']!r} is neither on nor off; give one of "
                 f"{', '.join(_SWITCH)}"
             )
-    split, column = options.get("split", known.split), options.get("column", known.column)
-    config = options.get("config")
+    split, config = options.get("split", known.split), options.get("config")
     name, folder = (None, f"data/{config}") if config and known.folders else (config, None)
+    yield (
+        f"{known.name}/{split}",
+        _hub_rows(source, known.name, name, data_dir=folder, split=split, streaming=streaming),
+    )
+
+
+def _known(location: str) -> KnownDataset:
+    return KNOWN_DATASETS.get(location, KnownDataset(location, ""))
+
+
+def _hub_rows(source: str, *names: str | None, **how: Any) -> Iterator[Any]:
     try:
-        rows = datasets.load_dataset(known.name, name, data_dir=folder, split=split, streaming=streaming)
-        yield from _documents(source, rows, column, f"{known.name}/{split}")
+        import datasets
+        from datasets.exceptions import DatasetsError
+    except ImportError as error:
+        raise UserError(f"data source {source} needs datasets ({error}): pip install 'smallcoder_jax[hub]'") from error
+    try:
+        yield from datasets.load_dataset(*names, **how)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise UserError(_ways_out(source, error, "HF_HOME")) from error
 
@@ -134,6 +150,20 @@ def _files(source: str, location: str, extension: str) -> list[Path]:
     if not files:
         raise UserError(f"data source {source}: the folder {path} holds no {extension} file; give one that does")
     return files
+
+
+def _parquet_rows(source: str, path: Path) -> Iterator[Any]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise UserError(f"data source {source} needs pyarrow ({error}): pip install 'smallcoder_jax[hub]'") from error
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"data source {source}: {path} cannot be read as Parquet: {error}; copy it again") from error
 
 
 def _json_rows(source: str, path: Path) -> Iterator[Any]:

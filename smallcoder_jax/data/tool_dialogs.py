@@ -1,4 +1,4 @@
-"""Generated conversations that call functions, made once and kept as JSON lines under `data.dir`.
+"""Conversations kept as JSON lines under `data.dir`; and those that call functions, made once and kept there.
 
 dialogs/KEY/train.jsonl, validation.jsonl    a `conversations.Record` a line
 dialogs/KEY/dialogs.json                     counts, and a fingerprint of both files
@@ -6,6 +6,7 @@ dialogs/KEY/dialogs.json                     counts, and a fingerprint of both f
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -55,10 +56,42 @@ def prepare_tool_dialogs(
     if not folder.is_dir():
         if progress:
             progress.start(f"conversations, whose calls are executed, {count:,}")
-        with new_folder(folder) as temporary, ThreadPoolExecutor(os.cpu_count()) as pool:
-            _write(temporary, pool.map(lambda draft: complete(draft, execute), different(seed, count)), progress)
-        if progress:
-            progress.finish()
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            records = pool.map(lambda draft: complete(draft, execute), different(seed, count))
+            write_dialogs(folder, records, f"{count:,} generated conversations", progress)
+    return open_dialogs(folder)
+
+
+def write_dialogs(folder: Path, records: Iterable[Record | None], what: str, progress: Progress | None = None) -> None:
+    """Stores the records in `folder`, which appears when it is whole. None is counted as unusable.
+
+    Raises UserError, naming `what` they are, where one side of the split stays empty.
+    """
+    with new_folder(folder) as temporary, contextlib.ExitStack() as stack:
+        written = collections.Counter(dict.fromkeys(SIDES, 0))
+        files = {
+            side: stack.enter_context((temporary / f"{side}.jsonl").open("w", encoding="utf-8", newline="\n"))
+            for side in SIDES
+        }
+        for record in records:
+            if record is None:
+                written["unusable"] += 1
+                continue
+            line = json.dumps(record.to_json(), ensure_ascii=False) + "\n"
+            files[record.side].write(line)
+            written[record.side] += 1
+            if progress:
+                progress.add(len(line.encode("utf-8")))
+        stack.close()
+        if not all(written[side] for side in SIDES):
+            raise UserError(f"{what}: {dict(written)}; both sides of the split need some, give more conversations")
+        write_json(temporary / _FACTS, {"counts": dict(written), "fingerprint": _fingerprint(temporary)})
+    if progress:
+        progress.finish()
+
+
+def open_dialogs(folder: Path) -> Dialogs:
+    """What `write_dialogs` stored. Raises UserError where it is not that any more."""
     try:
         facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
         dialogs = Dialogs(folder, facts["fingerprint"], facts["counts"])
@@ -68,22 +101,6 @@ def prepare_tool_dialogs(
     if not sound:
         raise UserError(f"the conversations in {folder} were changed since they were made. Delete the folder")
     return dialogs
-
-
-def _write(folder: Path, records: Iterable[Record], progress: Progress | None) -> None:
-    written: dict[str, int] = dict.fromkeys(SIDES, 0)
-    with contextlib.ExitStack() as stack:
-        files = {
-            side: stack.enter_context((folder / f"{side}.jsonl").open("w", encoding="utf-8", newline="\n"))
-            for side in SIDES
-        }
-        for record in records:
-            line = json.dumps(record.to_json(), ensure_ascii=False) + "\n"
-            files[record.side].write(line)
-            written[record.side] += 1
-            if progress:
-                progress.add(len(line.encode("utf-8")))
-    write_json(folder / _FACTS, {"counts": written, "fingerprint": _fingerprint(folder)})
 
 
 def different(seed: int, count: int) -> Iterator[Draft]:

@@ -12,6 +12,7 @@ import numpy as np
 from smallcoder_jax.config import Config, eval_rows
 from smallcoder_jax.data.conversation_rows import ConversationBatches
 from smallcoder_jax.data.conversations import Record
+from smallcoder_jax.data.dialogs import prepare_dialogs
 from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.data.tool_dialogs import Dialogs, prepare_tool_dialogs
 from smallcoder_jax.evaluate.execute import execute
@@ -34,6 +35,8 @@ _SCORED_ROWS = 32  # turns written at a time
 def prepare(config: Config, progress: Progress | None) -> Dialogs:
     """The conversations of a config, made where they are not there yet."""
     settings = config.dialogs
+    if settings.source:
+        return prepare_dialogs(Path(config.data.dir), settings.source, settings.count, progress)
     return prepare_tool_dialogs(Path(config.data.dir), settings.count, settings.seed, execute, progress)
 
 
@@ -51,6 +54,7 @@ def make_task(config: Config, loaded: LoadedModel | None, progress: Progress) ->
             batch_size=batch_size,
             rows=rows,
             pad_id=tokenizer.pad_id,
+            packed=config.dialogs.packed,
             **order,
         )
 
@@ -69,17 +73,18 @@ def make_task(config: Config, loaded: LoadedModel | None, progress: Progress) ->
         identity={
             "dialogs": dialogs.fingerprint,
             "tokenizer": tokenizer.hash,
+            "packed": config.dialogs.packed,
             "sequence_length": train.sequence_length,
             "batch_size": train.batch_size,
             "seed": train.seed,
         },
         tokenizer=tokenizer,
         tokenizer_folder=loaded.tokenizer_folder,
-        dataset=f"{dialogs.counts['train']:,} generated conversations that call functions",
+        dataset=config.dialogs.source or f"{dialogs.counts['train']:,} generated conversations that call functions",
         dummy_data=False,
         facts={
             "conversations": f"{dialogs.counts['train']:,} to train on, {dialogs.counts['validation']:,} held out, "
-            f"their calls executed; {too_long} too long for a row",
+            f"{config.dialogs.source or 'their calls executed'}; {too_long} too long for a row",
             "tokens": f"{human_count(counted['train'])} of the assistant to train on",
         },
         accounting={"conversations": dialogs.counts, "tokens of the assistant": counted},

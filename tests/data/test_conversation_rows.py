@@ -16,7 +16,7 @@ from smallcoder_jax.tokenizers.chat_parser import parse
 from smallcoder_jax.tokenizers.sentencepiece import SentencePieceTokenizer, train_sentencepiece
 
 LENGTH = 512
-OPTIONS = {"length": LENGTH, "batch_size": 4, "pad_id": 0, "seed": 3}
+OPTIONS = {"length": LENGTH, "batch_size": 4, "pad_id": 0, "seed": 3, "packed": True}
 
 
 @pytest.fixture(scope="module")
@@ -119,3 +119,12 @@ def test_processes_have_the_rows_of_the_same_batches(encoded: list[chat.Encoded]
             np.testing.assert_array_equal(value, np.concatenate([one[key], two[key]]))
         count += 1
     assert count > 2
+
+
+def test_unpacked_a_row_is_one_conversation_and_an_epoch_has_all(encoded: list[chat.Encoded]) -> None:
+    batches = ConversationBatches(encoded, rows=range(4), num_epochs=1, **{**OPTIONS, "packed": False})
+    rows = [row for batch in batches for row in zip(batch["targets"], batch["segment_ids"], strict=True)]
+    found = [tuple(targets[segments > 0].tolist()) for targets, segments in rows]
+    assert sorted(found) == sorted(tuple(one.ids[1:].tolist()) for one in encoded)
+    assert found != [tuple(one.ids[1:].tolist()) for one in encoded]  # shuffled
+    assert max(segments.max() for _, segments in rows) == 1
