@@ -24,9 +24,9 @@ def get_config(variant: str = "small") -> ConfigDict:
     config.optimizer.update(learning_rate=3e-6, warmup_steps=500)
     config.eval.update(every=200, batches=0)
     if variant == "nano":
-        config.dialogs.count = 1200
-        config.train.update(steps=320, batch_size=4, sequence_length=1024, microbatch_size=2)
+        config.dialogs.count = 1600
+        config.train.update(steps=420, batch_size=4, sequence_length=1024, microbatch_size=2)
         config.optimizer.update(learning_rate=0.008, muon_learning_rate=0.03, warmup_steps=20)
-        config.eval.update(every=160, batches=4, batch_size=8, sample_tokens=96)
-        config.checkpoint.update(every=160)
+        config.eval.update(every=210, batches=6, batch_size=8, sample_tokens=96)
+        config.checkpoint.update(every=210)
     return config
