@@ -24,7 +24,7 @@ from smallcoder_jax.evaluate import sandbox
 from smallcoder_jax.evaluate.tool_calls import call_levels
 from smallcoder_jax.loading import LoadedModel
 from smallcoder_jax.models import build
-from smallcoder_jax.models.heads import head_scores
+from smallcoder_jax.models.heads import last_scores
 from smallcoder_jax.rl.questions import Body, Turn
 from smallcoder_jax.rl.rollouts import Answer
 from smallcoder_jax.tokenizers.base import Tokenizer
@@ -59,9 +59,7 @@ class RewardModel:
         def score(params: Any, tokens_BT: Array, segment_ids_BT: Array) -> Array:
             places_BT = jax.lax.broadcasted_iota(jnp.int32, tokens_BT.shape, 1)
             hidden_BTD = build.bind(graph, params)(tokens_BT, places_BT, segment_ids_BT)
-            scores_BT = head_scores(params["head"], hidden_BTD)
-            last_B1 = segment_ids_BT.sum(axis=1, keepdims=True) - 1
-            return jnp.take_along_axis(scores_BT, last_B1, axis=1)[:, 0]
+            return last_scores(params["head"], hidden_BTD, segment_ids_BT)
 
         self._score = jax.jit(score)
 
