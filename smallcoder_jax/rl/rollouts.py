@@ -10,7 +10,7 @@ Shapes: B rows, one answer each; T places of a row; X = B T tokens; D width; V v
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -94,27 +94,17 @@ def fitting(questions: Sequence[Question], config: Config) -> list[Question]:
 class RolloutEngine:
     """Draws answers, and computes what training needs to know of their tokens.
 
-    `start`: the decoder that the policy began as, unrolled; a copy of it is kept on the devices of `mesh`, for the
-    divergence from it. Policies are given in the layout of `compute.layers`, placed on `mesh`, with a value head under
-    "head" or none.
+    `start`: the decoder that the policy began as, unrolled; a copy of it is kept beside the policy, for the divergence
+    from it. Policies are given in the layout of `compute.layers`, placed on a mesh, with a value head under "head" or
+    none.
     """
 
-    def __init__(self, config: Config, mesh: Mesh, tokenizer: Tokenizer, start: build.Params):
-        self._config, self._mesh, self._tokenizer = config, mesh, tokenizer
+    def __init__(self, config: Config, tokenizer: Tokenizer, start: build.Params):
+        self._config, self._tokenizer = config, tokenizer
         layout = build.to_scanned(start) if config.compute.layers == "scan" else start
         # By way of the host: a copy, since what the policy starts as is given away with its first step.
-        host = jax.tree.map(np.array, layout)
-        self._start = jax.device_put(host, params_sharding(mesh, host))
-        graph = build.abstract_model(config.model, config.compute)[0]
-
-        def score(params: build.Params, batch: dict[str, Array]) -> dict[str, Array]:
-            made = policy_pass(graph, params, batch, config.rl.temperature)
-            found = {"log_probs": made.log_probs_X.reshape(batch["targets"].shape)}
-            if "head" in params:
-                found["values"] = head_scores(params["head"], made.hidden_BTD) * batch["loss_weights"]
-            return found
-
-        self._score = jax.jit(on_mesh(mesh, score))
+        self._start = jax.tree.map(np.array, layout)
+        self._placed: _Placed | None = None
 
     def answer(self, params: build.Params, questions: Sequence[Question], *, samples: int, seed: int) -> list[Answer]:
         """`samples` answers of the policy to the first question, then to the second, and so on: drawn at
@@ -137,17 +127,42 @@ class RolloutEngine:
         a head; each [B, T], 0 where the weight is. Answers are a multiple of a microbatch.
         """
         batch = pack_answers(answers, self._config.train.sequence_length, self._tokenizer.pad_id)
-        found = self._scores(params, batch)
-        return {**batch, **found, "reference": self._scores(self._start, batch)["log_probs"]}
+        placed = self._beside(params)
+        found = [], []
+        for start in range(0, len(answers), self._config.train.microbatch_rows):
+            rows = slice(start, start + self._config.train.microbatch_rows)
+            part = place_batch(batch_sharding(placed.mesh), {name: array[rows] for name, array in batch.items()})
+            for scores, model in zip(found, (params, placed.start), strict=True):
+                scores.append(jax.device_get(placed.score(model, part)))
+        of_policy, of_start = ({name: np.concatenate([p[name] for p in parts]) for name in parts[0]} for parts in found)
+        return {**batch, **of_policy, "reference": of_start["log_probs"]}
 
-    def _scores(self, params: build.Params, batch: Batch) -> Batch:
-        parts = []
-        for part in _parts(batch, self._config.train.microbatch_rows):
-            placed = place_batch(batch_sharding(self._mesh), part)
-            parts.append(jax.device_get(self._score(params, placed)))
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    def _beside(self, params: build.Params) -> _Placed:
+        """The start on the mesh of a policy."""
+        mesh = jax.tree.leaves(params)[0].sharding.mesh
+        if self._placed is None or self._placed.mesh != mesh:
+            start = jax.device_put(self._start, params_sharding(mesh, self._start))
+            self._placed = _Placed(mesh, start, jax.jit(on_mesh(mesh, make_score(self._config))))
+        return self._placed
 
 
-def _parts(batch: Batch, rows: int) -> Iterator[Batch]:
-    for start in range(0, len(batch["tokens"]), rows):
-        yield {name: array[start : start + rows] for name, array in batch.items()}
+class _Placed(NamedTuple):
+    """The start of a policy on a mesh, and `make_score` compiled for that."""
+
+    mesh: Mesh
+    start: build.Params
+    score: Callable[..., dict[str, Array]]
+
+
+def make_score(config: Config) -> Callable[[build.Params, dict[str, Array]], dict[str, Array]]:
+    """A function of parameters and a batch: `log_probs` of what was written and, where there is a head, `values`."""
+    graph = build.abstract_model(config.model, config.compute)[0]
+
+    def score(params: build.Params, batch: dict[str, Array]) -> dict[str, Array]:
+        made = policy_pass(graph, params, batch, config.rl.temperature)
+        found = {"log_probs": made.log_probs_X.reshape(batch["targets"].shape)}
+        if "head" in params:
+            found["values"] = head_scores(params["head"], made.hidden_BTD) * batch["loss_weights"]
+        return found
+
+    return score

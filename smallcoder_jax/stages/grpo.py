@@ -33,7 +33,9 @@ def make_loss(config: Config) -> LossFn:
         if "counted" in batch:
             return policy.evaluation_sums(batch)
         written_BT = batch["loss_weights"]
-        weights_X = flat_tokens(written_BT / jnp.maximum(written_BT.sum(axis=1, keepdims=True), 1.0))
+        lengths_B1 = jnp.maximum(written_BT.sum(axis=1, keepdims=True), 1.0)
+        # Times the iteration's mean length, so that weights add up to tokens, as in all stages.
+        weights_X = flat_tokens(written_BT * (batch["answer_tokens"] / lengths_B1))
         advantages_X = flat_tokens(jnp.broadcast_to(batch["advantages"], written_BT.shape))
         log_probs_X = policy_pass(graph, params, batch, rl.temperature).log_probs_X
         surrogate, weight, sums = losses.clipped_policy(

@@ -67,10 +67,11 @@ def make_task(
     """
     loaded, rl = need_start(config, loaded), config.rl
     one_process(config)
-    tokenizer, mesh = loaded.tokenizer, _mesh(config)
+    tokenizer = loaded.tokenizer
+    _mesh(config)  # refuses one that splits rows
     asked = {side: _ask(config, tokenizer, side) for side in ("train", "validation")}
     reward, judge = _make_reward(config, tokenizer)
-    engine = RolloutEngine(config, mesh, tokenizer, loaded.params)
+    engine = RolloutEngine(config, tokenizer, loaded.params)
     experience = Experience(config, engine, asked["train"], reward, learn)
 
     def validation_batches(limit: int, rows: Sequence[int]) -> Iterator[dict[str, np.ndarray]]:
@@ -115,7 +116,7 @@ def measure(config: Config, loaded: LoadedModel) -> dict[str, Any]:
     mesh, tokenizer = _mesh(config), loaded.tokenizer
     reward, _ = _make_reward(config, tokenizer)
     start = load_start(config)
-    engine = RolloutEngine(config, mesh, tokenizer, start.params if start else loaded.params)
+    engine = RolloutEngine(config, tokenizer, start.params if start else loaded.params)
     asked = _ask(config, tokenizer, "validation")
     experience = Experience(config, engine, asked, reward, grpo_rows)
     params = build.to_scanned(loaded.params) if config.compute.layers == "scan" else loaded.params

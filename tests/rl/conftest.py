@@ -25,11 +25,17 @@ class World:
         self.mesh = make_mesh(MeshConfig(), config.model, config.train.microbatch_rows)
         self.tokenizer = ByteTokenizer()
         self.start = build.init_params(config.model, FLOAT32, jax.random.key(1))
-        self.engine = RolloutEngine(config, self.mesh, self.tokenizer, self.start)
+        self.engine = RolloutEngine(config, self.tokenizer, self.start)
         self.questions = [
             Question((self.tokenizer.bos_id, *self.tokenizer.encode("x" * (number % 5) + f"={number}")))
             for number in range(20)
         ]
+
+    @property
+    def placed_start(self) -> Any:
+        scanned = self.config.compute.layers == "scan"
+        params = build.to_scanned(self.start) if scanned else self.start
+        return jax.device_put(params, params_sharding(self.mesh, params))
 
     def policy(self, seed: int = 2) -> Any:
         """Parameters that differ from the start, placed as those of a training state."""

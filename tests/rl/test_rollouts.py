@@ -52,7 +52,7 @@ def test_log_probabilities_are_those_that_the_generator_reports(layers: str) -> 
         np.testing.assert_allclose(rows["log_probs"][row, written], completion.logprobs, atol=1e-4)
         assert not rows["log_probs"][row, ~written].any()
         assert not rows["values"][row, ~written].any()
-    of_start = world.engine.rows({**world.engine._start, "head": policy["head"]}, answers)
+    of_start = world.engine.rows({**world.placed_start, "head": policy["head"]}, answers)
     np.testing.assert_array_equal(of_start["log_probs"], of_start["reference"])
     np.testing.assert_array_equal(of_start["reference"], rows["reference"])
     assert np.abs(rows["log_probs"] - rows["reference"]).max() > 0.01
@@ -88,7 +88,7 @@ def test_samples_to_one_question_differ_and_a_seed_repeats_them(world: World) ->
 def test_the_start_outlives_the_parameters_that_the_policy_begins_with(world: World) -> None:
     """The training step gives them away with its first update."""
     start = build.init_params(world.config.model, FLOAT32, jax.random.key(1))
-    engine = RolloutEngine(world.config, world.mesh, world.tokenizer, start)
+    engine = RolloutEngine(world.config, world.tokenizer, start)
     jax.tree.map(lambda leaf: leaf.delete(), start)
     policy = world.policy()
     answers = world.engine.answer(policy, world.questions[:8], samples=1, seed=0)

@@ -1,4 +1,4 @@
-"""The stages grpo and ppo as they are run: from a run folder, on conversations and on code, judged as configured."""
+"""The stages grpo and ppo as they are run: from a run folder, on code, judged as configured."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from smallcoder_jax.config import (
     TrainConfig,
 )
 from smallcoder_jax.errors import UserError
+from smallcoder_jax.evaluate.verify import verify
 from smallcoder_jax.loading import load
 from smallcoder_jax.stages import run
 from tests.helpers import tiny_config, tiny_model
@@ -31,16 +32,16 @@ pytestmark = [pytest.mark.usefixtures("standard_promotion"), pytest.mark.slow]
 def config_of(root: Path, stage: Any, **changes: Any) -> Config:
     config = tiny_config(
         model=tiny_model(
-            vocab_size=512, width=16, mlp_width=32, layers=1, heads=2, kv_heads=1, head_size=8, context=1024
+            vocab_size=512, width=16, mlp_width=32, layers=1, heads=2, kv_heads=1, head_size=8, context=320
         ),
         tokenizer=TokenizerConfig(kind="sentencepiece"),
         data=DataConfig(sources=f"dir:{root / 'code'}", dir=str(root / "data"), validation_fraction=0.2),
-        train=TrainConfig(steps=2, batch_size=8, sequence_length=1024, log_every=1),
+        train=TrainConfig(steps=2, batch_size=8, sequence_length=320, log_every=1),
         eval=EvalConfig(every=0, batches=1, sample_tokens=4),
         checkpoint=CheckpointConfig(every=100),
         log=LogConfig(tensorboard=False, charts_every=0),
         stage=StageConfig(name=stage, start="" if stage in ("pretrain", "reward") else str(root / "start")),
-        rl=RLConfig(prompt_count=200, questions=4, group_size=2, answer_tokens=64, inner_epochs=1),
+        rl=RLConfig(prompts="code", prompt_count=500, questions=4, group_size=2, answer_tokens=16, inner_epochs=1),
     )
     return dataclasses.replace(config, **changes)
 
@@ -59,10 +60,8 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("prompts", ["conversations", "code"])
-def test_grpo_with_checked_answers(root: Path, tmp_path: Path, prompts: Any) -> None:
+def test_grpo_with_checked_answers(root: Path, tmp_path: Path) -> None:
     config = config_of(root, "grpo")
-    config = dataclasses.replace(config, rl=dataclasses.replace(config.rl, prompts=prompts))
     outcome = run.train(config, tmp_path)
     assert outcome.step == 2
     assert outcome.evaluation.keys() == {"loss", "reward", "start_kl", "answer_tokens", "ended"}
@@ -70,6 +69,7 @@ def test_grpo_with_checked_answers(root: Path, tmp_path: Path, prompts: Any) -> 
     assert {"ratio", "reward", "start_kl", "kl_coefficient"} < {name for line in lines for name in line}
     measured = run.evaluate_run(tmp_path, config)
     assert measured["start_kl"] == pytest.approx(outcome.evaluation["start_kl"], abs=1e-4)
+    assert verify(tmp_path, run.reevaluate).status == "verified"
     assert json.loads((tmp_path / "run.json").read_text())["started_from"]["path"] == str(root / "start")
 
 
