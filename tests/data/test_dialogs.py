@@ -112,5 +112,5 @@ def test_the_hub_with_and_without_a_network(tmp_path: Path, monkeypatch: pytest.
         raise ConnectionError("no route")
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
-    with pytest.raises(UserError, match="no route.*Three ways out"):
+    with pytest.raises(UserError, match=r"no route.*Three ways out"):
         prepare_dialogs(tmp_path / "data", "hf:vicgalle/alpaca-gpt4", 51)
