@@ -33,8 +33,8 @@ class Preset:
 PRESETS: Mapping[str, Preset] = {
     # To try the variants out. A CPU multiplies float32 faster than bfloat16; layers in a loop take less memory.
     "cpu": Preset("cpu", "cpu", 1, 2048, 8192, ("compute.dtype=float32", "compute.layers=scan", "compute.remat=full")),
-    "h200": Preset("h200:1x1", "gpu", 1, 16384),
-    "h200x8": Preset("h200:1x8", "gpu", 8, 16384),
+    "h200": Preset("h200:1x1", "gpu", 1, 32768),
+    "h200x8": Preset("h200:1x8", "gpu", 8, 32768),
     "v5e-16": Preset("v5e:4x4", "tpu", 16, 4096),
     "v5p-16": Preset("v5p:2x2x4", "tpu", 16, 16384),
     "v6e-16": Preset("v6e:4x4", "tpu", 16, 8192),
@@ -51,8 +51,9 @@ def find_preset(name: str) -> Preset:
 def preset_overrides(preset: Preset, config: Config) -> list[str]:
     """The flags that fit `config` to the devices: the batch is rounded up to what divides over them."""
     length = config.train.sequence_length
-    microbatch = max(preset.tokens // length, 1) * preset.devices
     wanted = max(preset.batch_tokens // length, 1) if preset.batch_tokens else config.train.batch_size
+    rows = min(preset.tokens // length, -(-wanted // preset.devices))  # of a device
+    microbatch = max(rows, 1) * preset.devices
     settings = (
         f"mesh.data={preset.devices}",
         f"train.microbatch_size={microbatch}",

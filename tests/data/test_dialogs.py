@@ -98,3 +98,19 @@ def test_mistakes_are_named_and_leave_nothing_behind(tmp_path: Path, source: str
     with pytest.raises(UserError, match=message):
         prepare_dialogs(tmp_path / "data", source.format(root=tmp_path), 0)
     assert not list(tmp_path.glob("data/dialogs/*/*"))
+
+
+def test_the_hub_with_and_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(ROWS))
+    dialogs = prepare_dialogs(tmp_path / "data", "hf:vicgalle/alpaca-gpt4", 50)
+    assert dialogs.counts["train"] + dialogs.counts["validation"] == 50
+    assert dialogs.read("train")[0].provenance["row"].startswith("vicgalle/alpaca-gpt4/train:")
+
+    def fail(*_: object, **__: object) -> None:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(UserError, match=r"no route.*Three ways out"):
+        prepare_dialogs(tmp_path / "data", "hf:vicgalle/alpaca-gpt4", 51)

@@ -48,6 +48,7 @@ def test_a_preset_that_does_not_exist_is_named() -> None:
         get_config("nano,tests")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 def test_a_model_learns_to_answer_and_to_stop(tmp_path: Path) -> None:
     (tmp_path / "code").mkdir()

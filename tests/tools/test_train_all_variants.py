@@ -314,4 +314,4 @@ def test_a_preset_yields_to_what_is_given(tmp_path: Path, capsys: pytest.Capture
     assert row[2:6] == ["20000", "64", "64", "2048"]
     assert train_all_variants.main([*given, "--config.train.sequence_length=512"]) == 0
     row = capsys.readouterr().out.splitlines()[2].split()
-    assert row[2:6] == ["20000", "256", "256", "512"]
+    assert row[2:6] == ["20000", "128", "128", "512"]
