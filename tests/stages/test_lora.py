@@ -111,7 +111,10 @@ def test_it_begins_as_its_start_and_learns(root: Path, tuned: Path) -> None:
     assert max_difference(first.params, start.params) == 0.0
     _, rows = read_csv(tuned / "eval_log.csv")
     assert [row["step"] for row in rows] == [0, 30]
-    assert rows[1]["loss"] < 0.7 * rows[0]["loss"]
+    # Not by much more: the embedding stays, and one that has learned next to nothing keeps probabilities alike.
+    assert rows[1]["loss"] < rows[0]["loss"] - 1.2
+    assert rows[0]["accuracy"] == 0
+    assert rows[1]["accuracy"] > 0.5
     for name in ("embed", "final_norm"):
         assert max_difference(last.params[name], start.params[name]) == 0.0
     block, before = last.params["blocks"][0], start.params["blocks"][0]
