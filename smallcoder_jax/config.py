@@ -251,6 +251,17 @@ class DpoConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (arXiv 2106.09685) in the stages sft, dpo and grpo: they alone are trained, beside the model of
+    `stage.start`, which stays as it is.
+    """
+
+    rank: int = 0  # 0: none; all parameters are trained
+    alpha: float = 16.0  # what adapters add to a kernel is alpha / rank times their product
+    pattern: str = r"(attention|mlp)/.*kernel"  # kernels that get adapters, by their path in a block
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     name: str = "unnamed"  # the variant, as reports call it
     stage: StageConfig = StageConfig()
@@ -258,6 +269,7 @@ class Config:
     distill: DistillConfig = DistillConfig()
     preferences: PreferencesConfig = PreferencesConfig()
     dpo: DpoConfig = DpoConfig()
+    lora: LoraConfig = LoraConfig()
     model: ModelConfig = ModelConfig()
     compute: ComputeConfig = ComputeConfig()
     mesh: MeshConfig = MeshConfig()
@@ -412,6 +424,7 @@ def validate(config: Config) -> None:
             f"{config.distill.temperature=} must be a positive number",
         ),
         *_rl_checks(config),
+        *_lora_checks(config),
         (config.checkpoint.every >= 1, f"{config.checkpoint.every=} must be at least 1"),
         (config.checkpoint.keep >= 1, f"{config.checkpoint.keep=} must be at least 1"),
         (config.eval.every >= 0, f"{config.eval.every=} must not be negative; 0 is only at the end"),
@@ -479,5 +492,22 @@ def _rl_checks(config: Config) -> list[tuple[bool, str]]:
         (
             config.stage.name != "grpo" or rl.group_size >= 2,
             f"{rl.group_size=} must be at least 2 for the stage grpo, which compares the answers to one question",
+        ),
+    ]
+
+
+def _lora_checks(config: Config) -> list[tuple[bool, str]]:
+    lora, stage = config.lora, config.stage.name
+    return [
+        (lora.rank >= 0, f"{lora.rank=} must not be negative; 0 trains all parameters"),
+        (0 < lora.alpha < math.inf, f"{lora.alpha=} must be a positive number"),
+        (
+            lora.rank == 0 or stage in ("sft", "dpo", "grpo"),
+            f"{lora.rank=}, but stage.name={stage!r} trains all parameters: adapters are for sft, dpo and grpo; set it "
+            "to 0",
+        ),
+        (
+            lora.rank == 0 or config.optimizer.name == "adamw",
+            f"{lora.rank=} needs optimizer.name='adamw': Muon is for whole kernels",
         ),
     ]

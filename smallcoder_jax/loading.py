@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,13 @@ from smallcoder_jax.errors import UserError
 from smallcoder_jax.export.huggingface import read_export
 from smallcoder_jax.generate.engine import Completion, Generator
 from smallcoder_jax.generate.sampling import SamplingOptions
-from smallcoder_jax.models import build
-from smallcoder_jax.models.heads import init_head
+from smallcoder_jax.models import build, lora
 from smallcoder_jax.runtime import configure_jax
 from smallcoder_jax.tokenizers.base import KIND_FILE, Tokenizer
 from smallcoder_jax.tokenizers.load import load_tokenizer, open_tokenizer
 from smallcoder_jax.train import checkpoint
 from smallcoder_jax.train.run_folder import RunFolder, read_json
+from smallcoder_jax.train.state import trained_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,20 +75,20 @@ def origin(path: Path, step: int | str | None = None) -> dict[str, Any]:
         target = checkpoint.find_step(RunFolder(path).checkpoints, step)
         file, number = target / checkpoint.MANIFEST, int(target.name)
     with file.open("rb") as opened:
-        return {"path": str(path), "step": number, "hash": hashlib.file_digest(opened, "sha256").hexdigest()}
+        return {"path": str(path.absolute()), "step": number, "hash": hashlib.file_digest(opened, "sha256").hexdigest()}
 
 
 def _from_run(folder: RunFolder, step: int | str | None) -> LoadedModel:
     config = from_config_dict(read_json(folder.config_json, "the config of the run"))
     target = checkpoint.find_step(folder.checkpoints, step)
-    _, abstract = build.abstract_model(config.model, config.compute)
-    if config.stage.has_head:
-        head = jax.eval_shape(lambda: init_head(config.model.width, jax.random.key(0)))
-        abstract = {**abstract, "head": head}  # another dict: that of `abstract_model` is for all
+    abstract = jax.eval_shape(lambda: trained_params(config))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), abstract)
     params, meta = checkpoint.load_params(target, placed)
     run = folder.read_run_json()
+    if config.lora.rank:
+        base = build.to_layout(_base(folder.path, run["started_from"]), config.compute)
+        params = {**lora.beside(config.lora, base), **params}
     tokenizer_folder = Path(run["tokenizer_folder"])
     tokenizer = load_tokenizer(tokenizer_folder)
     if tokenizer.hash != meta["tokenizer_hash"]:
@@ -98,6 +98,22 @@ def _from_run(folder: RunFolder, step: int | str | None) -> LoadedModel:
     decoder, head = build.to_unrolled(build.decoder_params(params)), params.get("head")
     where = origin(folder.path, step)
     return LoadedModel(config.model, compute, decoder, tokenizer, tokenizer_folder, info, where, head)
+
+
+def _base(path: Path, facts: Mapping[str, Any]) -> build.Params:
+    """The unrolled parameters that the adapters of the run in `path` are for; `facts` are what it recorded of their
+    origin. Raises UserError where they are gone or others.
+    """
+    base, step = Path(facts["path"]), facts["step"]
+    what = f"{path} holds adapters to the model in {base}" + ("" if step is None else f", step {step}")
+    advice = "bring that model back from a copy, or use an export of this run"
+    try:
+        found = origin(base, step)
+    except UserError as error:
+        raise UserError(f"{what}, which is gone ({error}); {advice}") from error
+    if found["hash"] != facts["hash"]:
+        raise UserError(f"{what}, which has changed: its hash is {found['hash']}, not {facts['hash']}; {advice}")
+    return load(base, step=step).params
 
 
 def _from_export(path: Path) -> LoadedModel:

@@ -34,6 +34,13 @@ RULES: tuple[tuple[str, P], ...] = (
     (r".*(query|key|value|gate|up)/bias", P("tensor")),
     (r".*(scale|bias)", P()),
     (r"head/kernel", P()),
+    # Adapters: `a` as the input of its kernel, `b` as the output. Their product then comes out split as the kernel is,
+    # and nothing is sent to make it.
+    (r".*(query|key|value|gate|up)/kernel/a", P("fsdp", None)),
+    (r".*(query|key|value|gate|up)/kernel/b", P(None, "tensor")),
+    (r".*(output|down)/kernel/a", P("tensor", None)),
+    (r".*(output|down)/kernel/b", P(None, "fsdp")),
+    (r"lora_scale", P()),
 )
 
 
@@ -140,7 +147,7 @@ def spec_of(name: str, ndim: int) -> P:
     """
     for pattern, spec in RULES:
         if re.fullmatch(pattern, name):
-            axes = max(ndim - len(spec), 0) if re.match(r"blocks/(?!\d)", name) else 0
+            axes = max(ndim - len(spec), 0) if re.match(r"(lora/)?blocks/(?!\d)", name) else 0
             return P(*[None] * (axes if spec else 0), *spec)
     raise KeyError(f"no sharding rule for parameter '{name}'")
 

@@ -16,6 +16,7 @@ from flax import nnx
 from jax import Array
 
 from smallcoder_jax.config import ComputeConfig, ModelConfig, parameter_count
+from smallcoder_jax.models import lora
 from smallcoder_jax.models.decoder import Decoder
 
 Params = dict[Any, Any]
@@ -34,7 +35,7 @@ def init_params(model: ModelConfig, compute: ComputeConfig, key: Array) -> Param
     """Fresh parameters in the layout of `compute.layers`; traceable, so that `jit` can place them on a mesh."""
     unrolled = dataclasses.replace(compute, layers="unroll")
     params = nnx.to_pure_dict(nnx.state(Decoder(model, unrolled, rngs=nnx.Rngs(params=key))))
-    return to_scanned(params) if compute.layers == "scan" else params
+    return to_layout(params, compute)
 
 
 def bind(graph: Any, params: Params) -> Decoder:
@@ -43,8 +44,14 @@ def bind(graph: Any, params: Params) -> Decoder:
 
 
 def decoder_params(params: Params) -> Params:
-    """The decoder's own parameters, without what stands beside them (a head, a teacher)."""
-    return {name: params[name] for name in DECODER if name in params}
+    """The decoder's own parameters, adapters merged, without what stands beside them (a head, a teacher)."""
+    own = {name: params[name] for name in DECODER if name in params}
+    return lora.merge(own, params["lora"], params["lora_scale"]) if "lora" in params else own
+
+
+def to_layout(params: Params, compute: ComputeConfig) -> Params:
+    """Unrolled parameters in the layout of `compute.layers`."""
+    return to_scanned(params) if compute.layers == "scan" else params
 
 
 def to_scanned(params: Params) -> Params:

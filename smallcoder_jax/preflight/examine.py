@@ -98,12 +98,13 @@ def examine(
     first, compiled = _try(config, program, target)
     parts = row_devices(program.mesh.shape)
     state = program.state
-    parameters, optimizer = (_bytes_per_device(tree) for tree in (state.params, state.optimizer))
+    trees = (state.params, state.optimizer, program.frozen)
+    parameters, optimizer, frozen = (_bytes_per_device(tree) for tree in trees)
     largest = largest_rows(
         first,
         lambda rows: _attempt(_with_rows(config, rows * parts), loss_fn, target),
         target.memory,
-        fixed=2 * parameters + optimizer,  # and gradients
+        fixed=2 * parameters + optimizer + frozen,  # and gradients
     )
     executed = estimate.executed_per_token(config, program.cross_entropy)
     sent, roofline = None, None
@@ -131,7 +132,7 @@ def examine(
         attention=f"{program.attention.implementation} ({program.attention.reason})",
         parameters=parameter_count(config.model),
         memory=Memory(
-            parameters,
+            parameters + frozen,
             optimizer,
             parameters,
             None if compiled is None else max(compiled.memory_analysis().temp_size_in_bytes - parameters, 0.0),

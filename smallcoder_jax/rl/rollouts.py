@@ -95,13 +95,13 @@ class RolloutEngine:
     """Draws answers, and computes what training needs to know of their tokens.
 
     `start`: the decoder that the policy began as, unrolled; a copy of it is kept beside the policy, for the divergence
-    from it. Policies are given in the layout of `compute.layers`, placed on a mesh, with a value head under "head" or
-    none.
+    from it. Policies are given in the layout of `compute.layers`, placed on a mesh, with what may stand beside the
+    decoder's parameters: a value head, adapters.
     """
 
     def __init__(self, config: Config, tokenizer: Tokenizer, start: build.Params):
         self._config, self._tokenizer = config, tokenizer
-        layout = build.to_scanned(start) if config.compute.layers == "scan" else start
+        layout = build.to_layout(start, config.compute)
         # By way of the host: a copy, since what the policy starts as is given away with its first step.
         self._start = jax.tree.map(np.array, layout)
         self._placed: _Placed | None = None

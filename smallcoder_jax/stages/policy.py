@@ -119,7 +119,7 @@ def measure(config: Config, loaded: LoadedModel) -> dict[str, Any]:
     engine = RolloutEngine(config, tokenizer, start.params if start else loaded.params)
     asked = _ask(config, tokenizer, "validation")
     experience = Experience(config, engine, asked, reward, grpo_rows)
-    params = build.to_scanned(loaded.params) if config.compute.layers == "scan" else loaded.params
+    params = build.to_layout(loaded.params, config.compute)
     experience.see(jax.device_put(params, params_sharding(mesh, params)))
     total: dict[str, float] = dict.fromkeys(("weight", *_MEASURES), 0.0)
     for batch in experience.evaluation(asked, config.eval.batches, eval_rows(config)):

@@ -24,9 +24,9 @@ from smallcoder_jax.preflight.show import table
 from smallcoder_jax.preflight.target import target_here, target_of
 from smallcoder_jax.runtime import configure_jax
 from smallcoder_jax.stages import language
-from smallcoder_jax.stages.start import load_start
+from smallcoder_jax.stages.start import load_start, with_base
 from smallcoder_jax.train.checkpoint import load_params
-from smallcoder_jax.train.loop import Outcome, Trainer, run_identity
+from smallcoder_jax.train.loop import Outcome, Task, Trainer, run_identity
 from smallcoder_jax.train.metrics import EvalMetrics
 from smallcoder_jax.train.program import make_program
 from smallcoder_jax.train.report import write_report
@@ -63,7 +63,7 @@ def train(config: Config, workdir: Path, *, faults: Faults = NONE, allow_changed
         stack.enter_context(memory_explained(config))
         with interruptible():
             faults.reach("prepare")
-            task = _stage(config).make_task(config, load_start(config), Progress(output))
+            task = _make_task(config, Progress(output))
             terminal = Terminal(output, total_steps=config.train.steps, log_every=config.train.log_every)
             trainer = Trainer(config, folder, task, terminal, faults=faults, allow_changed=allow_changed)
         outcome = trainer.run()
@@ -89,7 +89,7 @@ def reevaluate(config: Config, step_folder: Path, meta: dict[str, Any]) -> float
     """
     configure_jax()
     with open(os.devnull, "w") as silent:
-        task = _stage(config).make_task(config, load_start(config), Progress(silent))
+        task = _make_task(config, Progress(silent))
     if differences := compare_identity(meta["identity"], run_identity(config, task)):
         raise UserError(f"data or start are not those of the checkpoint: {'; '.join(differences)}")
     program = make_program(config, task.loss_fn, jax.devices()[:1], reported=task.reported, frozen=task.frozen)
@@ -102,12 +102,17 @@ def reevaluate(config: Config, step_folder: Path, meta: dict[str, Any]) -> float
         frozen_shardings=program.frozen_shardings,
     )
     if task.see is not None:
-        task.see(params)
+        task.see({**frozen, **params})
     total = EvalMetrics.empty()
     for rows in task.validation_batches(config.eval.batches, range(eval_rows(config))):
         sums = step(params, place_batch(batch_sharding(program.mesh), rows), frozen)
         total = total.merge(EvalMetrics.from_model_output(**jax.device_get(sums)))
     return task.summarise(total.compute())["loss"]
+
+
+def _make_task(config: Config, progress: Progress) -> Task:
+    loaded = load_start(config)
+    return with_base(config, loaded, _stage(config).make_task(config, loaded, progress))
 
 
 def _stage(config: Config) -> Any:

@@ -11,8 +11,9 @@ from smallcoder_jax import loading
 from smallcoder_jax.config import Config, ModelConfig
 from smallcoder_jax.errors import UserError
 from smallcoder_jax.loading import LoadedModel
+from smallcoder_jax.models import build, lora
 from smallcoder_jax.tokenizers.base import Tokenizer
-from smallcoder_jax.train.loop import Start
+from smallcoder_jax.train.loop import Start, Task
 
 # What may differ between a model and the one that it begins with: no parameter depends on it.
 _FREE = ("context", "dropout", "window")
@@ -62,6 +63,14 @@ def check_tokenizer(loaded: LoadedModel, tokenizer: Tokenizer) -> None:
 def start_of(loaded: LoadedModel | None) -> Start | None:
     """The start of a run, for the loop. A head stays behind: what it scores is its stage's own."""
     return None if loaded is None else Start(loaded.params, loaded.origin)
+
+
+def with_base(config: Config, loaded: LoadedModel | None, task: Task) -> Task:
+    """The task of a stage, with the model that it begins with frozen where adapters are trained beside it."""
+    if not config.lora.rank:
+        return task
+    base = build.to_layout(need_start(config, loaded).params, config.compute)
+    return dataclasses.replace(task, frozen={**task.frozen, **lora.beside(config.lora, base)})
 
 
 def one_process(config: Config) -> None:

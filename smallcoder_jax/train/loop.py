@@ -77,7 +77,7 @@ class Task:
     start: Start | None = None
     frozen: build.Params = dataclasses.field(default_factory=dict)  # not trained, joined to the others for the loss
     prompts: Mapping[str, Sequence[int]] | None = None  # for samples, by what is shown; None: those of the config
-    # Data that depends on the model: shown the parameters before each batch is drawn and before each evaluation.
+    # Data that depends on the model: shown all parameters before each batch is drawn and before each evaluation.
     see: Callable[[build.Params], None] | None = None
 
 
@@ -112,6 +112,7 @@ def run_identity(config: Config, task: Task) -> dict[str, Any]:
         "train": {
             key: plain["train"][key] for key in ("batch_size", "sequence_length", "microbatch_size", "z_loss", "seed")
         },
+        **({"lora": plain["lora"]} if config.lora.rank else {}),
         "compute": {key: plain["compute"][key] for key in ("dtype", "layers")},
         "guard": {key: plain["guard"][key] for key in ("spike_sigma", "spike_window")},
         # A schedule that decays is another schedule when the number of steps differs.
@@ -230,7 +231,8 @@ class Trainer:
             return jax.jit(lambda: init_state(self.config, optimizer), out_shardings=self.shardings)()
         self.owes_evaluation = True
         self.terminal.note(f"begins with the parameters of {start.facts['path']}, and a fresh optimizer")
-        params = build.to_scanned(start.params) if self.config.compute.layers == "scan" else start.params
+        # Adapters are drawn, and the start stays as it is beside them.
+        params = {} if self.config.lora.rank else build.to_layout(start.params, self.config.compute)
         shardings = {name: self.shardings.params[name] for name in params}
         return jax.jit(
             lambda params: init_state(self.config, optimizer, params),
@@ -295,9 +297,14 @@ class Trainer:
         finally:
             prefetcher.close()
 
+    @property
+    def params(self) -> build.Params:
+        """All parameters that the loss sees now."""
+        return {**self.frozen, **self.state.params}
+
     def _draw(self, drawn: Iterator[Any]) -> Any:
         if self.task.see is not None:
-            self.task.see(self.state.params)
+            self.task.see(self.params)
         return next(drawn)
 
     def _is_due(self) -> bool:
@@ -370,7 +377,7 @@ class Trainer:
             return False
         self.faults.reach("evaluation")
         if self.task.see is not None:
-            self.task.see(self.state.params)
+            self.task.see(self.params)
         sums = evaluate(
             lambda params, batch: self.eval_step(params, batch, self.frozen),
             self.state.params,
@@ -401,7 +408,7 @@ class Trainer:
         prompts = self.task.prompts
         if prompts is None:
             prompts = {prompt: prompt for prompt in config.eval.sample_prompts}
-        params = build.to_unrolled(build.decoder_params(self.state.params))
+        params = build.to_unrolled(build.decoder_params(self.params))
         generator = Generator(config.model, config.compute, params, self.task.tokenizer)
         options = SamplingOptions(
             max_tokens=config.eval.sample_tokens,
@@ -449,7 +456,7 @@ class Trainer:
 
     def _show_start(self, compiled: Any, compile_seconds: float) -> None:
         config, mesh = self.config, self.mesh
-        count = sum(leaf.size for leaf in jax.tree.leaves(self.state.params))
+        count, beside = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (self.state.params, self.frozen))
         memory = compiled.memory_analysis()
         choice, chunk = self.attention, self.cross_entropy.chunk
         device = mesh.devices.flat[0]
@@ -458,7 +465,7 @@ class Trainer:
             f"tokens, from step {self.step}",
             {
                 "model": {
-                    "parameters": f"{count:,}",
+                    "parameters": f"{count:,}" + (f" trained, {beside:,} beside them" if beside else ""),
                     "shape": f"width {config.model.width}, layers {config.model.layers}, heads {config.model.heads}:"
                     f"{config.model.kv_heads} x {config.model.head_size}, MLP {config.model.mlp_width}, "
                     f"vocabulary {config.model.vocab_size}",
@@ -489,7 +496,9 @@ class Trainer:
         write_training_info(
             self.folder,
             variant_name=self.config.name,
-            parameters=sum(leaf.size for leaf in jax.tree.leaves(self.state.params)),
+            parameters=sum(
+                leaf.size for leaf in jax.tree.leaves((self.state.params, build.decoder_params(self.frozen)))
+            ),
             dataset=self.task.dataset,
             config=self.config,
             steps=self.step,

@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from smallcoder_jax import optim
 from smallcoder_jax.config import Config
 from smallcoder_jax.mesh import batch_sharding, check_length, make_mesh, params_sharding
+from smallcoder_jax.models import build, lora
 from smallcoder_jax.ops import attention, cross_entropy
 from smallcoder_jax.train.state import TrainState, init_state, state_sharding
 from smallcoder_jax.train.step import LossFn, make_train_step
@@ -41,8 +42,9 @@ def make_program(
     frozen: Any = None,
 ) -> Program:
     """Nothing is compiled, and no memory taken. `devices`: of any platform, a topology's included; None: all that are
-    here. `reported`: as `make_train_step` takes it; `frozen`: parameters that are not trained (arrays or shapes).
-    Raises UserError where config and devices do not fit together.
+    here. `reported`: as `make_train_step` takes it; `frozen`: parameters that are not trained (arrays or shapes); None:
+    where adapters are trained the shapes of the model beside them, else nothing. Raises UserError where config and
+    devices do not fit together.
     """
     train, model = config.train, config.model
     mesh = make_mesh(config.mesh, model, train.microbatch_rows, devices)
@@ -51,7 +53,9 @@ def make_program(
     optimizer = optim.make_optimizer(config.optimizer, train.steps)
     shapes = jax.eval_shape(lambda: init_state(config, optimizer))
     shardings = state_sharding(mesh, shapes)
-    frozen = frozen or {}
+    if frozen is None:
+        _, decoder = build.abstract_model(model, config.compute)
+        frozen = lora.beside(config.lora, decoder) if config.lora.rank else {}
     frozen_shardings = params_sharding(mesh, frozen)
 
     def placed(shapes: Any, shardings: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ from smallcoder_jax.config import Config
 from smallcoder_jax.mesh import path_name, replicated, spec_of
 from smallcoder_jax.models import build
 from smallcoder_jax.models.heads import init_head
+from smallcoder_jax.models.lora import init_adapters
 from smallcoder_jax.train.guard import GuardState, init_guard
 
 
@@ -34,9 +36,7 @@ def init_state(
     that it lacks are drawn, and all where it is None.
     """
     key = jax.random.key(config.train.seed)
-    params = start or build.init_params(config.model, config.compute, jax.random.fold_in(key, 0))
-    if config.stage.has_head and "head" not in params:
-        params = {**params, "head": init_head(config.model.width, jax.random.fold_in(key, 2))}
+    params = trained_params(config, start)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -44,6 +44,19 @@ def init_state(
         key=jax.random.key_data(jax.random.fold_in(key, 1)),
         guard=init_guard(),
     )
+
+
+def trained_params(config: Config, start: build.Params | None = None) -> build.Params:
+    """The parameters of `init_state`: the decoder's and, of some stages, a head; or adapters alone."""
+    key = jax.random.key(config.train.seed)
+    if config.lora.rank:
+        _, shapes = build.abstract_model(config.model, dataclasses.replace(config.compute, layers="unroll"))
+        adapters = init_adapters(config.lora, shapes, jax.random.fold_in(key, 3))
+        return {"lora": build.to_layout(adapters, config.compute)}
+    params = start or build.init_params(config.model, config.compute, jax.random.fold_in(key, 0))
+    if config.stage.has_head and "head" not in params:
+        params = {**params, "head": init_head(config.model.width, jax.random.fold_in(key, 2))}
+    return params
 
 
 def state_sharding(mesh: Mesh, state: TrainState) -> TrainState:

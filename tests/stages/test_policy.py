@@ -28,6 +28,7 @@ from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.errors import UserError
 from smallcoder_jax.loading import LoadedModel
 from smallcoder_jax.models import build
+from smallcoder_jax.models.heads import init_head
 from smallcoder_jax.rl.rollouts import Answer, Question
 from smallcoder_jax.stages import grpo, policy, ppo
 from smallcoder_jax.tokenizers.bytes import ByteTokenizer
@@ -184,3 +185,13 @@ def test_a_policy_has_a_start_and_whole_rows() -> None:
     split = dataclasses.replace(config, mesh=MeshConfig(data=4, context=2))
     with pytest.raises(UserError, match="cannot split rows"):
         ppo.make_task(split, loaded_of(split), Progress(io.StringIO()))
+
+
+def test_a_head_of_the_stage_before_is_left_behind(tmp_path: Path) -> None:
+    config = config_of("grpo", 1)
+    with_head = dataclasses.replace(loaded_of(config), head=init_head(config.model.width, jax.random.key(1)))
+    with RunFolder(tmp_path).locked(), io.StringIO() as output:
+        task = grpo.make_task(config, with_head, Progress(output))
+        trainer = Trainer(config, RunFolder(tmp_path), task, Terminal(output, total_steps=1, log_every=1))
+        assert "head" not in trainer.state.params
+        assert trainer.run().step == 1
