@@ -39,7 +39,7 @@ def prepare_dialogs(root: Path, source: str, count: int, progress: Progress | No
 
 def _spec_of(source: str) -> SourceSpec:
     specs = parse_sources(source)
-    if len(specs) > 1 or specs[0].kind not in _READERS:
+    if len(specs) != 1 or specs[0].kind not in _READERS:
         raise UserError(
             f"dialogs.source={source!r}: expected one of {', '.join(f'{kind}:...' for kind in _READERS)}, whose rows "
             f"have {_ASKED[0]}, input and {_ANSWERED[0]}"

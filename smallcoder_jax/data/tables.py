@@ -118,14 +118,14 @@ def _known(location: str) -> KnownDataset:
     return KNOWN_DATASETS.get(location, KnownDataset(location, ""))
 
 
-def _hub_rows(source: str, *names: str | None, **how: Any) -> Iterator[Any]:
+def _hub_rows(source: str, path: str, name: str | None, **how: Any) -> Iterator[Any]:
     try:
         import datasets
         from datasets.exceptions import DatasetsError
     except ImportError as error:
         raise UserError(f"data source {source} needs datasets ({error}): pip install 'smallcoder_jax[hub]'") from error
     try:
-        yield from datasets.load_dataset(*names, **how)
+        yield from datasets.load_dataset(path, name, **how)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise UserError(_ways_out(source, error, "HF_HOME")) from error
 

@@ -25,7 +25,7 @@ from smallcoder_jax.data.shards import write_json
 from smallcoder_jax.data.storage import new_folder, short_key
 from smallcoder_jax.errors import UserError
 
-SIDES = ("train", "validation")
+SIDES: tuple[str, ...] = ("train", "validation")
 _FACTS = "dialogs.json"
 
 
@@ -68,7 +68,7 @@ def write_dialogs(folder: Path, records: Iterable[Record | None], what: str, pro
     Raises UserError, naming `what` they are, where one side of the split stays empty.
     """
     with new_folder(folder) as temporary, contextlib.ExitStack() as stack:
-        written = collections.Counter(dict.fromkeys(SIDES, 0))
+        written: collections.Counter[str] = collections.Counter(dict.fromkeys(SIDES, 0))
         files = {
             side: stack.enter_context((temporary / f"{side}.jsonl").open("w", encoding="utf-8", newline="\n"))
             for side in SIDES
