@@ -101,6 +101,7 @@ def test_adapters_are_split_so_that_merging_sends_nothing(compute: ComputeConfig
     decoder = build.decoder_params({name: shardings[name] for name in build.DECODER if name in shardings})
     merge = jax.jit(build.decoder_params, in_shardings=(shardings,), out_shardings=decoder)
     text = merge.lower(params).compile().as_text()
+    assert text
     assert not re.findall(r"all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter", text)
     placed = jax.device_put(params, shardings)
     kernel = placed["lora"]["blocks"] if compute is SCANNED else placed["lora"]["blocks"][0]
