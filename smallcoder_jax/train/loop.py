@@ -545,7 +545,10 @@ def evaluate(
 def poisoned(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """The batch with weights that are not a number, as a fault of memory would leave them."""
     with jax.transfer_guard("allow"):
-        return batch | {"loss_weights": batch["loss_weights"] * jnp.float32("nan")}
+        return {
+            name: array * jnp.float32("nan") if jnp.issubdtype(array.dtype, jnp.floating) else array
+            for name, array in batch.items()
+        }
 
 
 def local_rows(array: jax.Array) -> np.ndarray:
