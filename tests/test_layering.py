@@ -94,7 +94,7 @@ STAGES = get_args(get_type_hints(StageConfig)["name"])
 def test_no_stage_needs_another(stage: str) -> None:
     others = {f"smallcoder_jax.stages.{other}" for other in STAGES if other != stage}
     found = reached(f"smallcoder_jax.stages.{stage}")
-    assert "smallcoder_jax.train.loop" in found
+    assert "smallcoder_jax.train.task" in found
     assert not found & others
     assert "smallcoder_jax.stages.run" not in found
 

@@ -17,9 +17,9 @@ from smallcoder_jax.mesh import flat_tokens
 from smallcoder_jax.models import build
 from smallcoder_jax.stages import documents, language
 from smallcoder_jax.stages.start import check_tokenizer, start_of
-from smallcoder_jax.train.loop import Task
 from smallcoder_jax.train.metrics import language_summary, ratio
 from smallcoder_jax.train.step import Batch, LossFn
+from smallcoder_jax.train.task import Task
 
 
 def make_loss(config: Config, teacher: ModelConfig, teacher_compute: ComputeConfig) -> LossFn:

@@ -16,9 +16,9 @@ from smallcoder_jax.errors import UserError
 from smallcoder_jax.evaluate.bits_per_byte import held_out_references
 from smallcoder_jax.evaluate.perplexity import evaluate
 from smallcoder_jax.loading import LoadedModel
-from smallcoder_jax.train.loop import Start, Task
 from smallcoder_jax.train.metrics import language_summary
 from smallcoder_jax.train.step import LossFn
+from smallcoder_jax.train.task import Start, Task
 from smallcoder_jax.train.terminal import human_count
 
 

@@ -30,9 +30,9 @@ from smallcoder_jax.rl.rewards import CheckedReward, Reward, RewardModel
 from smallcoder_jax.rl.rollouts import Question, RolloutEngine, fitting
 from smallcoder_jax.stages.start import load_start, need_start, one_process, start_of
 from smallcoder_jax.tokenizers.base import Tokenizer
-from smallcoder_jax.train.loop import Task
 from smallcoder_jax.train.metrics import ratio
 from smallcoder_jax.train.step import Batch, LossFn
+from smallcoder_jax.train.task import Task
 
 _MEASURES = ("reward", "start_kl", "answer_tokens", "ended")
 _SHOWN = 2  # held-out prompts that are sampled during training

@@ -21,8 +21,8 @@ from smallcoder_jax.ops.entropy import entropies
 from smallcoder_jax.rl.experience import ppo_rows
 from smallcoder_jax.rl.rollouts import policy_pass
 from smallcoder_jax.stages import policy
-from smallcoder_jax.train.loop import Task
 from smallcoder_jax.train.step import Batch, LossFn
+from smallcoder_jax.train.task import Task
 
 REPORTED = ("ratio", "clipped", "kl", "value_loss", "entropy")
 

@@ -7,7 +7,7 @@ from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.loading import LoadedModel
 from smallcoder_jax.stages import documents, language
 from smallcoder_jax.stages.start import check_tokenizer, start_of
-from smallcoder_jax.train.loop import Task
+from smallcoder_jax.train.task import Task
 
 
 def make_task(config: Config, loaded: LoadedModel | None, progress: Progress) -> Task:

@@ -20,8 +20,8 @@ from smallcoder_jax.models import build
 from smallcoder_jax.models.heads import scores_at
 from smallcoder_jax.stages import pairs as preference_pairs
 from smallcoder_jax.stages.start import need_start
-from smallcoder_jax.train.loop import Task
 from smallcoder_jax.train.step import Batch, LossFn
+from smallcoder_jax.train.task import Task
 
 
 def make_loss(config: Config, criteria: Sequence[str]) -> LossFn:

@@ -26,13 +26,14 @@ from smallcoder_jax.runtime import configure_jax
 from smallcoder_jax.stages import language
 from smallcoder_jax.stages.start import load_start, with_base
 from smallcoder_jax.train.checkpoint import load_params
-from smallcoder_jax.train.loop import Outcome, Task, Trainer, run_identity
+from smallcoder_jax.train.loop import Outcome, Trainer
 from smallcoder_jax.train.metrics import EvalMetrics
 from smallcoder_jax.train.program import make_program
 from smallcoder_jax.train.report import write_report
 from smallcoder_jax.train.run_folder import RunFolder, compare_identity
 from smallcoder_jax.train.step import make_eval_step
 from smallcoder_jax.train.stop import interruptible
+from smallcoder_jax.train.task import Task, run_identity
 from smallcoder_jax.train.terminal import Terminal, human_count
 
 

@@ -23,8 +23,8 @@ from smallcoder_jax.stages import language
 from smallcoder_jax.stages.start import need_start, start_of
 from smallcoder_jax.tokenizers import chat
 from smallcoder_jax.tokenizers.base import Tokenizer
-from smallcoder_jax.train.loop import Task
 from smallcoder_jax.train.metrics import language_summary
+from smallcoder_jax.train.task import Task
 from smallcoder_jax.train.terminal import human_count
 
 _SHOWN = 2  # held-out conversations whose first turn is sampled during training

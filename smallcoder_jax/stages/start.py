@@ -13,7 +13,7 @@ from smallcoder_jax.errors import UserError
 from smallcoder_jax.loading import LoadedModel
 from smallcoder_jax.models import build, lora
 from smallcoder_jax.tokenizers.base import Tokenizer
-from smallcoder_jax.train.loop import Start, Task
+from smallcoder_jax.train.task import Start, Task
 
 # What may differ between a model and the one that it begins with: no parameter depends on it.
 _FREE = ("context", "dropout", "window")

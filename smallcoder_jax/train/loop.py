@@ -8,8 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from smallcoder_jax.config import Config, eval_rows, to_dict
-from smallcoder_jax.data.prefetch import BatchIterator, DevicePrefetcher
+from smallcoder_jax.data.prefetch import DevicePrefetcher
 from smallcoder_jax.distributed import StopVote, is_first
 from smallcoder_jax.errors import Diverged, UserError
 from smallcoder_jax.faults import NONE, Faults
@@ -27,7 +26,6 @@ from smallcoder_jax.generate.sampling import SamplingOptions
 from smallcoder_jax.mesh import batch_sharding, check_rows, on_mesh, path_name, place_batch, process_rows
 from smallcoder_jax.models import build
 from smallcoder_jax.runtime import give_back_memory
-from smallcoder_jax.tokenizers.base import Tokenizer
 from smallcoder_jax.train.checkpoint import Checkpointer
 from smallcoder_jax.train.meter import Meter
 from smallcoder_jax.train.metrics import EvalMetrics, MetricsLog, SilentLog
@@ -40,45 +38,11 @@ from smallcoder_jax.train.run_folder import (
     write_training_info,
 )
 from smallcoder_jax.train.state import TrainState, init_state
-from smallcoder_jax.train.step import LossFn, make_eval_step
+from smallcoder_jax.train.step import make_eval_step
 from smallcoder_jax.train.stop import StopRequest
+from smallcoder_jax.train.task import Task, run_identity
 from smallcoder_jax.train.terminal import Terminal, human_bytes, human_time
 from smallcoder_jax.train.watchdog import Watchdog
-
-
-@dataclasses.dataclass(frozen=True)
-class Start:
-    """What a run begins with in place of drawn parameters. `params`: unrolled. `facts`: where they are from."""
-
-    params: build.Params
-    facts: dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """What a stage supplies: a loss and batches, and what is to be said about the data.
-
-    Batches are given as those rows of the global ones that this process holds, named by their numbers.
-    """
-
-    loss_fn: LossFn
-    summarise: Callable[[dict[str, float]], dict[str, float]]  # the loss's sums, `weight` among them, to what is logged
-    train_batches: Callable[[Sequence[int]], BatchIterator]
-    validation_batches: Callable[[int, Sequence[int]], Iterable[dict[str, np.ndarray]]]  # at most so many; 0: all
-    identity: dict[str, Any]  # what a resumed run must agree in
-    tokenizer: Tokenizer
-    tokenizer_folder: Path
-    dataset: str
-    dummy_data: bool
-    facts: dict[str, str]  # lines of the start table
-    accounting: Mapping[str, Any]  # where the data is from, for the report
-    references: dict[str, float] = dataclasses.field(default_factory=dict)  # bits per byte of compressors, held out
-    reported: tuple[str, ...] = ("accuracy",)  # sums of the loss that training steps log
-    start: Start | None = None
-    frozen: build.Params = dataclasses.field(default_factory=dict)  # not trained, joined to the others for the loss
-    prompts: Mapping[str, Sequence[int]] | None = None  # for samples, by what is shown; None: those of the config
-    # Data that depends on the model: shown all parameters before each batch is drawn and before each evaluation.
-    see: Callable[[build.Params], None] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,25 +63,6 @@ class Dispatched(NamedTuple):
     waited: float
     batch: dict[str, jax.Array]
     data_state: Any  # of the iterator before it drew this batch
-
-
-def run_identity(config: Config, task: Task) -> dict[str, Any]:
-    """What makes a run this run: its data and their order, the shape, and the arithmetic of its steps."""
-    plain = to_dict(config)
-    return {
-        **({"start": task.start.facts["hash"]} if task.start else {}),
-        "data": task.identity,
-        "model": plain["model"],
-        "optimizer": plain["optimizer"],
-        "train": {
-            key: plain["train"][key] for key in ("batch_size", "sequence_length", "microbatch_size", "z_loss", "seed")
-        },
-        **({"lora": plain["lora"]} if config.lora.rank else {}),
-        "compute": {key: plain["compute"][key] for key in ("dtype", "layers")},
-        "guard": {key: plain["guard"][key] for key in ("spike_sigma", "spike_window")},
-        # A schedule that decays is another schedule when the number of steps differs.
-        "steps": config.train.steps if config.optimizer.schedule != "constant" else "any",
-    }
 
 
 class Trainer:
