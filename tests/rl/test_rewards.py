@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -209,9 +210,9 @@ def test_the_score_of_a_reward_model_does_not_move_with_padding_or_company() -> 
     longer = Answer(Question((1,)), tuple(range(60)), False)  # pads the others to 64 places
     np.testing.assert_allclose(RewardModel(loaded, tokenizer, 4)([longer, *answers])[1:], together, atol=1e-5)
     # By hand: the hidden state of the last token, without any padding.
-    ids = np.array([answers[2].question.ids + answers[2].token_ids], np.int32)
+    ids = jnp.array([answers[2].question.ids + answers[2].token_ids], jnp.int32)
     decoder: Any = build.bind(build.abstract_model(loaded.model, FLOAT32)[0], loaded.params)
-    hidden = np.asarray(decoder(ids, np.arange(ids.shape[1], dtype=np.int32)[None], np.ones_like(ids)))
+    hidden = np.asarray(decoder(ids, jnp.arange(ids.shape[1], dtype=jnp.int32)[None], jnp.ones_like(ids)))
     head: Any = loaded.head
     expected = hidden[0, -1] @ np.asarray(head["kernel"])[:, 0] + float(head["bias"][0])
     assert together[2] == pytest.approx(expected, abs=1e-4)

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -64,13 +65,14 @@ def test_values_and_temperature_are_those_of_the_written_out_forward_pass(world:
     assert [answer.question for answer in answers] == [question for question in world.questions[:4] for _ in "ab"]
     rows = world.engine.rows(policy, answers)
     graph, _ = build.abstract_model(world.config.model, world.config.compute)
-    decoder: Any = build.bind(graph, jax.device_get(policy))
-    hidden = decoder(*(rows[name] for name in ("tokens", "positions", "segment_ids")))
+    decoder: Any = build.bind(graph, jax.tree.map(jnp.asarray, jax.device_get(policy)))
+    hidden = decoder(*(jnp.asarray(rows[name]) for name in ("tokens", "positions", "segment_ids")))
     scores = np.asarray(decoder.logits(hidden)) / world.config.rl.temperature
     log_probs = np.asarray(jax.nn.log_softmax(scores))
     chosen = np.take_along_axis(log_probs, rows["targets"][..., None], axis=2)[..., 0]
     np.testing.assert_allclose(rows["log_probs"], chosen * rows["loss_weights"], atol=1e-4)
-    values = np.asarray(head_scores(policy["head"], hidden)) * rows["loss_weights"]
+    head = jax.tree.map(jnp.asarray, jax.device_get(policy["head"]))
+    values = np.asarray(head_scores(head, hidden)) * rows["loss_weights"]
     np.testing.assert_allclose(rows["values"], values, atol=1e-4)
     assert np.abs(values).max() > 0.1
 
