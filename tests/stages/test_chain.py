@@ -15,7 +15,6 @@ from smallcoder_jax.stages import chain
 from smallcoder_jax.stages.chain import Done, Measure, Planned
 from smallcoder_jax.stages.run import Run
 from smallcoder_jax.train.run_folder import read_json
-from tests.stages.pairs import make_root
 from tools import run_stages
 
 WORKDIR = Path("work")
@@ -104,7 +103,7 @@ def get_config():
     config = default_config()
     config.name = "pico"
     config.model.update(vocab_size=600, width=64, mlp_width=96, layers=1, heads=2, kv_heads=1, head_size=32)
-    config.model.context = 512
+    config.model.context = 1024
     config.compute.dtype = "float32"
     config.optimizer.update(learning_rate=1e-2)
     return config
@@ -117,7 +116,6 @@ def test_a_chain_of_a_tiny_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """Every stage, three steps each, with real data and real calls; then export, verification, and a second start."""
-    make_root(tmp_path / "root")
     shutil.copytree(chain.CONFIGS / "stages", tmp_path / "configs" / "stages")
     (tmp_path / "configs" / "pico.py").write_text(VARIANT)
     monkeypatch.setattr(chain, "CONFIGS", tmp_path / "configs")
@@ -128,18 +126,18 @@ def test_a_chain_of_a_tiny_model(
         "--no-check",
         "--config.data.max_documents=120",
         "--config.data.sources=stdlib",
-        "--config.dialogs.count=30",
+        "--config.dialogs.count=60",
         "--config.preferences.count=40",
         "--config.rl.prompt_count=60",
         "--config.rl.questions=4",
         "--config.rl.group_size=4",
         "--config.rl.inner_epochs=2",
-        "--config.rl.answer_tokens=16",
+        "--config.rl.answer_tokens=128",
         "--config.train.steps=3",
         "--config.train.batch_size=8",
         "--config.train.microbatch_size=8",
-        "--config.train.sequence_length=512",
-        "--config.optimizer.learning_rate=0.003",
+        "--config.train.sequence_length=1024",
+        "--config.optimizer.learning_rate=0.01",
         "--config.optimizer.warmup_steps=1",
         "--config.eval.every=0",
         "--config.eval.batches=1",
