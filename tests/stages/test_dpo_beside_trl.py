@@ -28,6 +28,7 @@ BETA = 0.3
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("standard_promotion")
 @pytest.mark.filterwarnings("ignore")  # TRL and what it imports
 def test_loss_margin_and_accuracy_are_those_of_trl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = train_sentencepiece([CODE] * 4, 420, 100_000)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import inspect
 import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
 
 from smallcoder_jax.config import (
@@ -53,8 +56,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number in range(40):
         text = f"def function_{number}(x):\n    # adds {number} to x, which is a number\n    return x + {number}\n"
         (root / "code" / f"f{number:02d}.py").write_text(text)
-    import jax
-
+    (root / "code" / "argparse.py").write_text(inspect.getsource(argparse))  # enough text for a tokenizer
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         run.train(config_of(root, "pretrain"), root / "start")
     return root
@@ -67,7 +69,7 @@ def test_grpo_with_checked_answers(root: Path, tmp_path: Path) -> None:
     assert outcome.evaluation.keys() == {"loss", "reward", "start_kl", "answer_tokens", "ended"}
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert {"ratio", "reward", "start_kl", "kl_coefficient"} < {name for line in lines for name in line}
-    measured = run.evaluate_run(tmp_path, config)
+    measured = run.evaluate_run(tmp_path, config, "2")
     assert measured["start_kl"] == pytest.approx(outcome.evaluation["start_kl"], abs=1e-4)
     assert verify(tmp_path, run.reevaluate).status == "verified"
     assert json.loads((tmp_path / "run.json").read_text())["started_from"]["path"] == str(root / "start")
