@@ -203,9 +203,7 @@ class StageConfig:
     """What a model is taught, and what it begins with. Every stage has a file in `stages/`."""
 
     name: Literal["pretrain", "sft", "distill", "reward", "dpo", "ppo", "grpo"] = "pretrain"
-    start: str = (
-        ""  # the run or export whose parameters are the first, with a fresh optimizer; "": parameters are drawn
-    )
+    start: str = ""  # run or export whose parameters are the first, with a fresh optimizer; "": they are drawn
 
     @property
     def has_head(self) -> bool:
@@ -414,15 +412,7 @@ def validate(config: Config) -> None:
             )
             for name in ("spike_sigma", "step_seconds", "data_seconds", "save_seconds", "stop_seconds")
         ),
-        (
-            config.dialogs.count >= (0 if config.dialogs.source else 1),
-            f"{config.dialogs.count=} must be at least 1, or 0 for all of dialogs.source",
-        ),
-        (0.0 <= config.distill.alpha <= 1.0, f"{config.distill.alpha=} must be in [0, 1]"),
-        (
-            math.isfinite(config.distill.temperature) and config.distill.temperature > 0,
-            f"{config.distill.temperature=} must be a positive number",
-        ),
+        *_teaching_checks(config),
         *_rl_checks(config),
         *_lora_checks(config),
         (config.checkpoint.every >= 1, f"{config.checkpoint.every=} must be at least 1"),
@@ -444,11 +434,6 @@ def validate(config: Config) -> None:
             optimizer.schedule != "wsd" or 0 < optimizer.decay_steps <= train.steps,
             f"{optimizer.decay_steps=} must be between 1 and {train.steps=} for the wsd schedule",
         ),
-        (config.preferences.count >= 1, f"{config.preferences.count=} must be at least 1"),
-        (
-            math.isfinite(config.dpo.beta) and config.dpo.beta > 0,
-            f"{config.dpo.beta=} must be a positive number",
-        ),
         (
             config.tokenizer.kind != "hf" or config.tokenizer.path != "",
             "tokenizer.kind='hf' needs tokenizer.path: the folder of a published tokenizer",
@@ -461,6 +446,19 @@ def validate(config: Config) -> None:
     for holds, message in checks:
         if not holds:
             raise UserError(f"config: {message}")
+
+
+def _teaching_checks(config: Config) -> list[tuple[bool, str]]:
+    return [
+        (
+            config.dialogs.count >= (0 if config.dialogs.source else 1),
+            f"{config.dialogs.count=} must be at least 1, or 0 for all of dialogs.source",
+        ),
+        (0.0 <= config.distill.alpha <= 1.0, f"{config.distill.alpha=} must be in [0, 1]"),
+        (0 < config.distill.temperature < math.inf, f"{config.distill.temperature=} must be a positive number"),
+        (config.preferences.count >= 1, f"{config.preferences.count=} must be at least 1"),
+        (0 < config.dpo.beta < math.inf, f"{config.dpo.beta=} must be a positive number"),
+    ]
 
 
 def _rl_checks(config: Config) -> list[tuple[bool, str]]:

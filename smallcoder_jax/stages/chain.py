@@ -33,14 +33,19 @@ POLICY = ("language", "code", "tools", "dpo", "ppo", "grpo")
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """What a stage is judged by on held-out data. `wanted`: for nano, what it has to come to."""
+    """What a stage is judged by on held-out data. `wanted`: what it has to come to. `judged`: False for one that is
+    only shown: a small model does not copy the code that calls are about.
+    """
 
     name: str
     higher: bool
     wanted: float | None = None
+    judged: bool = True
 
     def holds(self, before: float | None, after: float) -> bool:
-        """Whether it is better than before, and where something is wanted, at least that."""
+        """Whether it is better than before, and where something is wanted, at least that; or is not judged."""
+        if not self.judged:
+            return True
         better = before is None or (after > before if self.higher else after < before)
         return better and (self.wanted is None or after >= self.wanted)
 
@@ -48,7 +53,11 @@ class Measure:
 MEASURES: dict[str, tuple[Measure, ...]] = {
     "language": (Measure("bits_per_byte", False),),
     "code": (Measure("bits_per_byte", False),),
-    "tools": (Measure("valid_json", True, 0.8), Measure("right_tool", True), Measure("right_arguments", True)),
+    "tools": (
+        Measure("valid_json", True, 0.8),
+        Measure("right_tool", True),
+        Measure("right_arguments", True, judged=False),
+    ),
     "reward": (Measure("accuracy", True, 0.8),),
     "dpo": (Measure("margin", True), Measure("accuracy", True)),
     "ppo": (Measure("reward", True),),
@@ -162,7 +171,7 @@ def table_rows(done: Sequence[Done]) -> list[tuple[str, str, float | None, float
 
 
 def failures(done: Sequence[Done]) -> list[str]:
-    """The measures that did not get better, or not as good as is wanted of nano, in words."""
+    """The measures that did not get better, or not as good as is wanted, in words."""
     return [
         f"{each.stage}: {measure.name} was {before}, is {after:.4g}"
         + (f", wanted {measure.wanted}" if measure.wanted is not None else "")

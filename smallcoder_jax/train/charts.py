@@ -24,6 +24,13 @@ INK, RULE, FRAME = "#1e293b", "#e2e8f0", "#cbd5e1"
 SIZE_INCHES, DPI = (15.0, 8.4), 100  # 1500 x 840 pixels
 MAX_POINTS = 1500  # a longer curve is thinned to this: a panel is not wider than that in pixels
 
+# What is shown where text is not counted in bytes, by the first that is logged: title and unit.
+OTHER_MEASURES = {
+    "reward": ("Mean reward", "reward of an answer"),
+    "margin": ("Margin", "better less worse answer"),
+    "perplexity": ("Perplexity", "of the counted tokens"),
+}
+
 
 def draw_training(history: Mapping[str, Any], folder: RunFolder) -> Path:
     """Draws the six panels of a run: loss, bits per byte, accuracy, learning rate, gradient norm, throughput.
@@ -63,7 +70,11 @@ def _render(history: Mapping[str, Any], name: str) -> bytes:
     panels = figure.subplots(2, 3)
     train, evaluation = _Curves(history, ""), _Curves(history, "eval_")
     _draw_loss(panels[0, 0], train, evaluation)
-    _draw_bits_per_byte(panels[0, 1], evaluation, history.get("references", {}))
+    other = next((name for name in OTHER_MEASURES if evaluation.get(name)[0].size), None)
+    if other is None or evaluation.get("bits_per_byte")[0].size:
+        _draw_bits_per_byte(panels[0, 1], evaluation, history.get("references", {}))
+    else:
+        _draw_measure(panels[0, 1], evaluation.get(other), *OTHER_MEASURES[other])
     _draw_accuracy(panels[0, 2], train, evaluation)
     _draw_learning_rate(panels[1, 0], train)
     _draw_gradient_norm(panels[1, 1], train)
@@ -214,8 +225,17 @@ def _draw_bits_per_byte(axes: Axes, evaluation: _Curves, references: Mapping[str
         _legend(axes)
 
 
+def _draw_measure(axes: Axes, curve: tuple[np.ndarray, np.ndarray], title: str, unit: str) -> None:
+    _panel(axes, f"{title}, validation", unit)
+    _points(axes, curve, ORANGE, f"this model  {curve[1][-1]:.3f}")
+    _legend(axes)
+
+
 def _draw_accuracy(axes: Axes, train: _Curves, evaluation: _Curves) -> None:
-    _panel(axes, "Next-token accuracy", "share of tokens")
+    if evaluation.get("margin")[0].size:
+        _panel(axes, "Better answer above", "share of pairs")
+    else:
+        _panel(axes, "Next-token accuracy", "share of tokens")
     curve, checks = train.get("accuracy"), evaluation.get("accuracy")
     if not curve[0].size and not checks[0].size:
         return _empty(axes, "accuracy is not logged")

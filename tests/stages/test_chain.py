@@ -92,6 +92,7 @@ def test_what_is_judged() -> None:
     assert Measure("share", higher=True, wanted=0.8).holds(0.1, 0.8)
     assert not Measure("share", higher=True, wanted=0.8).holds(0.1, 0.79)
     assert Measure("loss", higher=False).holds(None, 9.0)
+    assert Measure("share", higher=True, judged=False).holds(0.1, 0.0)
     done = [Done("reward", 1.0, {"accuracy": (0.5, 0.7)}), Done("code", 1.0, {"bits_per_byte": (3.0, 2.0)})]
     assert chain.failures(done) == ["reward: accuracy was 0.5, is 0.7, wanted 0.8"]
     assert chain.table_rows(done)[0] == ("reward", "accuracy", 0.5, 0.7)

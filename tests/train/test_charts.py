@@ -103,3 +103,24 @@ assert matplotlib.rcParams.copy() == before
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("measures", "titles"),
+    [
+        ({"bits_per_byte": [5.0, 1.6], "perplexity": [8.0, 3.0]}, ["Bits per byte, validation", "Next-token accuracy"]),
+        ({"perplexity": [8.0, 3.0]}, ["Perplexity, validation", "Next-token accuracy"]),
+        ({"margin": [0.0, 1.0]}, ["Margin, validation", "Better answer above"]),
+        ({"reward": [0.1, 0.4]}, ["Mean reward, validation", "Next-token accuracy"]),
+        ({}, ["Bits per byte, validation", "Next-token accuracy"]),
+    ],
+)
+def test_a_stage_shows_what_it_is_judged_by(
+    measures: dict[str, list[float]], titles: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    drawn: list[str] = []
+    panel = charts._panel
+    monkeypatch.setattr(charts, "_panel", lambda axes, title, unit: (drawn.append(title), panel(axes, title, unit))[1])
+    values = {name: value for name, value in history(3).items() if name not in ("eval_bits_per_byte", "references")}
+    charts.draw_training(values | {f"eval_{name}": value for name, value in measures.items()}, RunFolder(tmp_path))
+    assert drawn[1:3] == titles
