@@ -228,6 +228,9 @@ class DistillConfig:
     teacher: str = ""  # a run or an export with the same tokenizer
     alpha: float = 0.5
     temperature: float = 2.0
+    top_k: int = (
+        0  # so many likeliest tokens of the teacher are worked out once, and kept; 0: it runs beside, all count
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -456,6 +459,10 @@ def _teaching_checks(config: Config) -> list[tuple[bool, str]]:
         ),
         (0.0 <= config.distill.alpha <= 1.0, f"{config.distill.alpha=} must be in [0, 1]"),
         (0 < config.distill.temperature < math.inf, f"{config.distill.temperature=} must be a positive number"),
+        (
+            0 <= config.distill.top_k <= config.model.vocab_size,
+            f"{config.distill.top_k=} must be between 0 and {config.model.vocab_size=}; 0 is the whole vocabulary",
+        ),
         (config.preferences.count >= 1, f"{config.preferences.count=} must be at least 1"),
         (0 < config.dpo.beta < math.inf, f"{config.dpo.beta=} must be a positive number"),
     ]

@@ -1,6 +1,6 @@
 """Losses as sums over tokens, pairs or sequences, so that accumulation and data parallelism are exact.
 
-Shapes: X tokens (B times T), D and E widths of a model and of its teacher, V vocabulary; B sequences of T tokens;
+Shapes: X tokens (B times T), D width, V vocabulary; B sequences of T tokens;
 R pairs of a chosen and a rejected answer.
 """
 
@@ -12,7 +12,6 @@ from jax import Array
 from jaxtyping import Bool, Float, Int
 
 from smallcoder_jax.ops.cross_entropy import token_losses
-from smallcoder_jax.ops.divergence import divergences
 
 
 def language_model(
@@ -43,8 +42,7 @@ def language_model(
 def distillation(
     hidden_XD: Float[Array, "X D"],
     unembed_VD: Float[Array, "V D"],
-    teacher_hidden_XE: Float[Array, "X E"],
-    teacher_unembed_VE: Float[Array, "V E"],
+    kl_X: Float[Array, " X"],
     targets_X: Int[Array, " X"],
     weights_X: Float[Array, " X"],
     *,
@@ -52,10 +50,10 @@ def distillation(
     temperature: float,
 ) -> tuple[Array, Array, dict[str, Array]]:
     """alpha CE + (1 - alpha) T^2 KL(teacher || student at temperature T), of each token by its weight (Hinton et al.,
-    arXiv 1503.02531): (loss_sum, weight_sum, sums), with `kl` beside the sums of `language_model`.
+    arXiv 1503.02531): (loss_sum, weight_sum, sums), with `kl` beside the sums of `language_model`. `kl_X` is from
+    `ops.divergence`.
     """
     nats, weight, sums = language_model(hidden_XD, unembed_VD, targets_X, weights_X, 0.0)
-    kl_X: Array = divergences(hidden_XD, unembed_VD, teacher_hidden_XE, teacher_unembed_VE, temperature)
     kl = jnp.sum(kl_X * weights_X)
     return alpha * nats + (1.0 - alpha) * temperature**2 * kl, weight, {**sums, "kl": kl}
 

@@ -43,9 +43,8 @@ def test_distillation_is_its_definition(models, chunk: int, monkeypatch: pytest.
     monkeypatch.setattr(divergence, "_chunk", lambda vocabulary: chunk)
     (hidden, unembed), teacher = models
     targets, weights = jnp.arange(24) % 50, jnp.asarray(GENERATOR.uniform(size=24), jnp.float32)
-    loss, weight, sums = losses.distillation(
-        hidden, unembed, *teacher, targets, weights, alpha=0.3, temperature=2.0
-    )  # fmt: skip
+    found = divergence.divergences(hidden, unembed, *teacher, 2.0)
+    loss, weight, sums = losses.distillation(hidden, unembed, found, targets, weights, alpha=0.3, temperature=2.0)
     kl = kl_by_hand([hidden, unembed], teacher, 2.0)
     nll = -log_softmax(np.asarray(hidden, np.float64) @ np.asarray(unembed, np.float64).T)[np.arange(24), targets]
     wanted = np.sum(np.asarray(weights, np.float64) * (0.3 * nll + 0.7 * 4.0 * kl))
@@ -76,12 +75,17 @@ def test_the_gradient_of_a_divergence_is_that_of_its_definition(models, chunk: i
     assert not of_teacher.any()
 
 
-def test_a_divergence_on_a_mesh(models) -> None:
+@pytest.mark.parametrize("count", [0, 6])
+def test_a_divergence_on_a_mesh(models, count: int) -> None:
     mesh = Mesh(np.asarray(jax.devices()).reshape(2, 2, 2, 1), AXES)
     (hidden, unembed), teacher = models
 
     def total(hidden: jax.Array, unembed: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.sin(divergence.divergences(hidden, unembed, *teacher, 2.0)))
+        if count:
+            kl = divergence.top_divergences(hidden, unembed, *divergence.top_tokens(*teacher, count, 2.0), 2.0)
+        else:
+            kl = divergence.divergences(hidden, unembed, *teacher, 2.0)
+        return jnp.sum(jnp.sin(kl))
 
     want = jax.value_and_grad(total, (0, 1))(hidden, unembed)
     shardings = NamedSharding(mesh, TOKENS), NamedSharding(mesh, P("tensor", "fsdp"))
@@ -92,6 +96,68 @@ def test_a_divergence_on_a_mesh(models) -> None:
     )
     got = step(hidden, unembed)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)
+
+
+def top_kl_by_hand(student: list[jax.Array], teacher: list[jax.Array], count: int, temperature: float) -> np.ndarray:
+    """Of the teacher's likeliest tokens, and of the sum of all others."""
+    mine, theirs = (
+        np.exp(log_softmax(np.asarray(hidden, np.float64) @ np.asarray(unembed, np.float64).T / temperature))
+        for hidden, unembed in (student, teacher)
+    )
+    found = []
+    for p, q in zip(theirs, mine, strict=True):
+        order = np.argsort(-p)
+        top, rest = order[:count], order[count:]
+        terms = [p[i] * np.log(p[i] / q[i]) for i in top]
+        if len(rest):
+            terms.append(p[rest].sum() * np.log(p[rest].sum() / q[rest].sum()))
+        found.append(sum(terms))
+    return np.array(found)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 100])
+@pytest.mark.parametrize("count", [1, 6, 49, 50])
+def test_the_divergence_of_the_likeliest_tokens_is_its_definition(
+    models, count: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(divergence, "_chunk", lambda vocabulary: chunk)
+    student, teacher = models
+    ids, log_probs = divergence.top_tokens(*teacher, count, 2.0)
+    found = divergence.top_divergences(*student, ids, log_probs, 2.0)
+    np.testing.assert_allclose(found, top_kl_by_hand(student, teacher, count, 2.0), atol=1e-5)
+    whole = divergence.divergences(*student, *teacher, 2.0)
+    assert np.all(np.asarray(found) <= np.asarray(whole) + 1e-5)
+    if count == 50:
+        np.testing.assert_allclose(found, whole, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [5, 100])
+@pytest.mark.parametrize("count", [1, 6, 50])
+def test_the_gradient_of_the_divergence_of_the_likeliest_tokens(
+    models, count: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(divergence, "_chunk", lambda vocabulary: chunk)
+    (hidden, unembed), teacher = models
+    weights = draw(24)
+    ids, log_probs = divergence.top_tokens(*teacher, count, 3.0)
+    is_top = jnp.zeros((24, 50), bool).at[jnp.arange(24)[:, None], ids].set(True)
+
+    def written_out(hidden: jax.Array, unembed: jax.Array) -> jax.Array:
+        theirs, mine = (
+            jax.nn.softmax(jnp.matmul(h, u.T, precision="highest") / 3.0) for h, u in (teacher, (hidden, unembed))
+        )
+        of_top = jnp.sum(jnp.where(is_top, theirs * jnp.log(theirs / mine), 0.0), axis=-1)
+        if count == 50:
+            return jnp.sum(of_top * weights)
+        rest, my_rest = (jnp.sum(jnp.where(is_top, 0.0, p), axis=-1) for p in (theirs, mine))
+        return jnp.sum((of_top + rest * jnp.log(rest / my_rest)) * weights)
+
+    def ours(hidden: jax.Array, unembed: jax.Array) -> jax.Array:
+        return jnp.sum(divergence.top_divergences(hidden, unembed, ids, log_probs, 3.0) * weights)
+
+    want, got = (jax.grad(function, (0, 1))(hidden, unembed) for function in (written_out, ours))
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def test_a_model_does_not_diverge_from_itself(models) -> None:
@@ -108,10 +174,10 @@ def test_the_mean_of_a_distillation_does_not_change_with_length_or_padding(model
             return jnp.concatenate([*[x] * copies, x[:padding]])
 
         counted = jnp.concatenate([*[weights] * copies, jnp.zeros(padding)])
+        kl = divergence.divergences(grown(hidden), unembed, grown(teacher_hidden), teacher_unembed, 2.0)
         loss, weight, _ = losses.distillation(
-            grown(hidden), unembed, grown(teacher_hidden), teacher_unembed, grown(targets), counted, alpha=0.5,
-            temperature=2.0,
-        )  # fmt: skip
+            grown(hidden), unembed, kl, grown(targets), counted, alpha=0.5, temperature=2.0
+        )
         return float(loss / weight)
 
     assert mean(3, 0) == pytest.approx(mean(1, 0), rel=1e-5)

@@ -7,6 +7,10 @@ Hardware:  that of the variant (configs/small.py); nano: two CPU cores.
 Time:      not measured but for nano (docs/benchmarks.md, "make pipeline").
 Expected:  fewer bits per byte than the same model without a teacher (--config.distill.alpha=1).
 
+--config.distill.top_k=64 works out the teacher's 64 likeliest tokens of every place once and keeps them on the disk, at
+six to eight bytes each: several students of one teacher on the same batches, or a teacher for which there is no room
+beside the student. What is not among them counts as one token more.
+
 The student has the variant's shape; nano's student is a quarter as wide and deep as nano, its teacher.
 """
 

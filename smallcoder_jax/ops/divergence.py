@@ -1,24 +1,27 @@
-"""How far a student's next-token distributions are from a teacher's, over the whole vocabulary, chunk by chunk.
+"""How far a student's next-token distributions are from a teacher's, chunk by chunk: over the whole vocabulary, or over
+the teacher's likeliest tokens, with all others taken together.
 
-Shapes: X tokens, N chunks of C tokens, D and E widths of student and teacher, V vocabulary, P parts of the mesh that
-have tokens of their own.
+Shapes: X tokens, N chunks of C tokens, D and E widths of student and teacher, V vocabulary, K likeliest tokens, P parts
+of the mesh that have tokens of their own.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from smallcoder_jax.ops.chunks import in_chunks, on_own_tokens
 from smallcoder_jax.ops.cross_entropy import CHUNK_BYTES, logits, unembedding_products
 
+_NO_REST = 1e-6  # probability: a smaller rest is what float32 leaves of a sum that is 1
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+
 def divergences(
     hidden_XD: Float[Array, "X D"],
     unembed_VD: Float[Array, "V D"],
@@ -31,7 +34,92 @@ def divergences(
     Differentiable in the student's hidden states and unembedding; the teacher is a constant. No logits are kept: the
     backward pass makes each chunk's again. On a mesh, X divides over the axes that split the batch.
     """
-    return _forward(hidden_XD, unembed_VD, teacher_hidden_XE, teacher_unembed_VE, temperature)[0]
+    return _divergences(hidden_XD, unembed_VD, teacher_unembed_VE, (teacher_hidden_XE,), temperature, _WHOLE)
+
+
+def top_divergences(
+    hidden_XD: Float[Array, "X D"],
+    unembed_VD: Float[Array, "V D"],
+    ids_XK: Int[Array, "X K"],
+    log_probs_XK: Float[Array, "X K"],
+    temperature: float,
+) -> Float[Array, " X"]:
+    """As `divergences`, of the teacher's `top_tokens` at the same temperature, with all other tokens as one more. Never
+    above the divergence over the whole vocabulary, and the same where K is all of it. Leaving the rest out instead
+    would teach that it has no probability.
+    """
+    return _divergences(hidden_XD, unembed_VD, None, (ids_XK, log_probs_XK), temperature, _TOP)
+
+
+def top_tokens(
+    hidden_XD: Float[Array, "X D"], unembed_VD: Float[Array, "V D"], count: int, temperature: float
+) -> tuple[Int[Array, "X K"], Float[Array, "X K"]]:
+    """The `count` likeliest tokens of each place, and their log-probabilities at `temperature`, normalised over the
+    whole vocabulary. On a mesh as `divergences`.
+    """
+
+    def run(unembed_VD: Array, hidden_XD: Array) -> tuple[Array, Array]:
+        def top(part: Any) -> tuple[Array, Array]:
+            log_probs_CK, ids_CK = jax.lax.top_k(_log_softmax(part, unembed_VD, temperature), count)
+            return ids_CK, log_probs_CK
+
+        found = jax.lax.map(top, in_chunks(hidden_XD, min(_chunk(unembed_VD.shape[0]), hidden_XD.shape[0])))
+        return jax.tree.map(lambda x_NCK: x_NCK.reshape(-1, count)[: hidden_XD.shape[0]], found)
+
+    return on_own_tokens(run)(unembed_VD, hidden_XD)
+
+
+class _Teacher(NamedTuple):
+    """What is made of a chunk of a student's log-probabilities [C, V], given the teacher's unembedding or None, what is
+    known of the teacher at each token, and the temperature: the divergence [C], and its gradient by the student's
+    logits over the temperature [C, V].
+    """
+
+    divergence: Callable[[Array, Any, tuple[Array, ...], float], Array]
+    gradient: Callable[[Array, Any, tuple[Array, ...], float], Array]
+
+
+def _whole_divergence(student_CV: Array, unembed_VE: Array, of_token: tuple[Array, ...], temperature: float) -> Array:
+    teacher_CV = _log_softmax(*of_token, unembed_VE, temperature)
+    return jnp.sum(jnp.exp(teacher_CV) * (teacher_CV - student_CV), axis=-1)
+
+
+def _whole_gradient(student_CV: Array, unembed_VE: Array, of_token: tuple[Array, ...], temperature: float) -> Array:
+    return jnp.exp(student_CV) - jnp.exp(_log_softmax(*of_token, unembed_VE, temperature))
+
+
+_WHOLE = _Teacher(_whole_divergence, _whole_gradient)
+
+
+def _rests(student_CV: Array, ids_CK: Array, log_probs_CK: Array) -> tuple[Array, Array]:
+    """[C, 1] each: the teacher's probability of all tokens but its likeliest, and the student's, as a logarithm."""
+    rest_C1 = 1.0 - jnp.sum(jnp.exp(log_probs_CK), axis=-1, keepdims=True)
+    others_CV = jnp.put_along_axis(student_CV, ids_CK, -jnp.inf, axis=-1, inplace=False)
+    student_C1 = jax.nn.logsumexp(others_CV, axis=-1, keepdims=True)
+    return jnp.where(rest_C1 < _NO_REST, 0.0, rest_C1), student_C1
+
+
+def _top_divergence(student_CV: Array, _: None, of_token: tuple[Array, ...], temperature: float) -> Array:
+    del temperature  # both sides have it already
+    ids_CK, teacher_CK = of_token
+    student_CK = jnp.take_along_axis(student_CV, ids_CK, axis=-1)
+    known_C = jnp.sum(jnp.exp(teacher_CK) * (teacher_CK - student_CK), axis=-1)
+    rest_C1, student_rest_C1 = _rests(student_CV, ids_CK, teacher_CK)
+    of_rest_C1 = jnp.where(rest_C1 > 0, rest_C1 * (jnp.log(rest_C1) - student_rest_C1), 0.0)
+    return known_C + of_rest_C1[:, 0]
+
+
+def _top_gradient(student_CV: Array, _: None, of_token: tuple[Array, ...], temperature: float) -> Array:
+    """At the likeliest q - p, elsewhere q less the student's share q / q_rest of the teacher's rest."""
+    del temperature
+    ids_CK, teacher_CK = of_token
+    rest_C1, student_rest_C1 = _rests(student_CV, ids_CK, teacher_CK)
+    share_CV = jnp.where(rest_C1 > 0, rest_C1 * jnp.exp(student_CV - student_rest_C1), 0.0)
+    of_top_CK = jnp.exp(jnp.take_along_axis(student_CV, ids_CK, axis=-1)) - jnp.exp(teacher_CK)
+    return jnp.put_along_axis(jnp.exp(student_CV) - share_CV, ids_CK, of_top_CK, axis=-1, inplace=False)
+
+
+_TOP = _Teacher(_top_divergence, _top_gradient)
 
 
 def _chunk(vocabulary: int) -> int:
@@ -43,43 +131,59 @@ def _log_softmax(hidden_CD: Array, unembed_VD: Array, temperature: float) -> Arr
     return jax.nn.log_softmax(logits(hidden_CD, unembed_VD).astype(jnp.float32) / temperature, axis=-1)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _divergences(
+    hidden_XD: Array,
+    unembed_VD: Array,
+    teacher_unembed_VE: Array | None,
+    of_token: tuple[Array, ...],
+    temperature: float,
+    teacher: _Teacher,
+) -> Array:
+    return _forward(hidden_XD, unembed_VD, teacher_unembed_VE, of_token, temperature, teacher)[0]
+
+
 def _forward(
-    hidden_XD: Array, unembed_VD: Array, teacher_hidden_XE: Array, teacher_unembed_VE: Array, temperature: float
-) -> tuple[Array, tuple[Array, ...]]:
-    def run(unembeddings: Any, *hidden: Array) -> Array:
+    hidden_XD: Array,
+    unembed_VD: Array,
+    teacher_unembed_VE: Array | None,
+    of_token: tuple[Array, ...],
+    temperature: float,
+    teacher: _Teacher,
+) -> tuple[Array, tuple[Any, ...]]:
+    def run(unembeddings: Any, hidden_XD: Array, *of_token: Array) -> Array:
         def divergence(part: Any) -> Array:
-            student_CV, teacher_CV = (_log_softmax(*pair, temperature) for pair in zip(part, unembeddings, strict=True))
-            return jnp.sum(jnp.exp(teacher_CV) * (teacher_CV - student_CV), axis=-1)
-
-        kl_NC = jax.lax.map(divergence, in_chunks(hidden, min(_chunk(unembed_VD.shape[0]), hidden[0].shape[0])))
-        return kl_NC.reshape(-1)[: hidden[0].shape[0]]
-
-    kl_X = on_own_tokens(run)((unembed_VD, teacher_unembed_VE), hidden_XD, teacher_hidden_XE)
-    return kl_X, (hidden_XD, unembed_VD, teacher_hidden_XE, teacher_unembed_VE)
-
-
-def _backward(temperature: float, residuals: tuple[Array, ...], gradient_X: Array) -> tuple[Array, Array, Array, Array]:
-    hidden_XD, unembed_VD, teacher_hidden_XE, teacher_unembed_VE = residuals
-
-    def run(unembeddings: Any, *per_token: Array) -> tuple[Array, Array]:
-        def add(d_unembed_VD: Array, part: Any) -> tuple[Array, Array]:
-            hidden_CD, teacher_hidden_CE, gradient_C = part
+            hidden_CD, *of_token = part
             student_CV = _log_softmax(hidden_CD, unembeddings[0], temperature)
-            teacher_CV = _log_softmax(teacher_hidden_CE, unembeddings[1], temperature)
-            difference_CV = (jnp.exp(student_CV) - jnp.exp(teacher_CV)) / temperature
+            return teacher.divergence(student_CV, unembeddings[1], tuple(of_token), temperature)
+
+        parts = in_chunks((hidden_XD, *of_token), min(_chunk(unembed_VD.shape[0]), hidden_XD.shape[0]))
+        return jax.lax.map(divergence, parts).reshape(-1)[: hidden_XD.shape[0]]
+
+    kl_X = on_own_tokens(run)((unembed_VD, teacher_unembed_VE), hidden_XD, *of_token)
+    return kl_X, (hidden_XD, unembed_VD, teacher_unembed_VE, of_token)
+
+
+def _backward(
+    temperature: float, teacher: _Teacher, residuals: tuple[Any, ...], gradient_X: Array
+) -> tuple[Array, Array, None, None]:
+    hidden_XD, unembed_VD, teacher_unembed_VE, of_token = residuals
+
+    def run(unembeddings: Any, hidden_XD: Array, gradient_X: Array, *of_token: Array) -> tuple[Array, Array]:
+        def add(d_unembed_VD: Array, part: Any) -> tuple[Array, Array]:
+            hidden_CD, gradient_C, *of_token = part
+            student_CV = _log_softmax(hidden_CD, unembeddings[0], temperature)
+            difference_CV = teacher.gradient(student_CV, unembeddings[1], tuple(of_token), temperature) / temperature
             d_logits_CV = (difference_CV * gradient_C[:, None]).astype(hidden_CD.dtype)
             d_hidden_CD, more_VD = unembedding_products(d_logits_CV, hidden_CD, unembeddings[0], jnp.float32)
             return d_unembed_VD + more_VD, d_hidden_CD
 
-        parts = in_chunks(per_token, min(_chunk(unembed_VD.shape[0]), per_token[0].shape[0]))
+        parts = in_chunks((hidden_XD, gradient_X, *of_token), min(_chunk(unembed_VD.shape[0]), hidden_XD.shape[0]))
         d_unembed_VD, d_hidden_NCD = jax.lax.scan(add, jnp.zeros(unembeddings[0].shape, jnp.float32), parts)
-        return d_hidden_NCD.reshape(-1, d_hidden_NCD.shape[-1])[: per_token[0].shape[0]], d_unembed_VD[None]
+        return d_hidden_NCD.reshape(-1, d_hidden_NCD.shape[-1])[: hidden_XD.shape[0]], d_unembed_VD[None]
 
-    d_hidden_XD, d_unembed_PVD = on_own_tokens(run)(
-        (unembed_VD, teacher_unembed_VE), hidden_XD, teacher_hidden_XE, gradient_X
-    )
-    d_unembed_VD = d_unembed_PVD.sum(axis=0).astype(unembed_VD.dtype)
-    return d_hidden_XD, d_unembed_VD, jnp.zeros_like(teacher_hidden_XE), jnp.zeros_like(teacher_unembed_VE)
+    d_hidden_XD, d_unembed_PVD = on_own_tokens(run)((unembed_VD, teacher_unembed_VE), hidden_XD, gradient_X, *of_token)
+    return d_hidden_XD, d_unembed_PVD.sum(axis=0).astype(unembed_VD.dtype), None, None
 
 
-divergences.defvjp(_forward, _backward)
+_divergences.defvjp(_forward, _backward)

@@ -12,7 +12,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from smallcoder_jax import loading
 from smallcoder_jax.config import Config, nearest, to_dict
@@ -33,36 +33,42 @@ POLICY = ("language", "code", "tools", "dpo", "ppo", "grpo")
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """What a stage is judged by on held-out data. `wanted`: what it has to come to. `judged`: False for one that is
-    only shown: a small model does not copy the code that calls are about.
+    """What a stage is judged by on held-out data: that it gets better (`better`, which way that is), and that it comes
+    to no less than `least` and no more than `most`. Without any of these it is only shown.
     """
 
     name: str
-    higher: bool
-    wanted: float | None = None
-    judged: bool = True
+    better: Literal["higher", "lower"] | None = None
+    least: float | None = None
+    most: float | None = None
 
-    def holds(self, before: float | None, after: float) -> bool:
-        """Whether it is better than before, and where something is wanted, at least that; or is not judged."""
-        if not self.judged:
-            return True
-        better = before is None or (after > before if self.higher else after < before)
-        return better and (self.wanted is None or after >= self.wanted)
+    def fault(self, before: float | None, after: float) -> str | None:
+        """What does not hold, in words; None where all does. `before` is None where there was no model."""
+        found = f"{self.name} was {before}, is {after:.4g}"
+        if self.least is not None and not after >= self.least:
+            return f"{found}, wanted at least {self.least}"
+        if self.most is not None and not after <= self.most:
+            return f"{found}, wanted at most {self.most}"
+        if self.better and before is not None and not (after > before if self.better == "higher" else after < before):
+            return f"{found}, wanted {self.better}"
+        return None
 
 
+# Nats per answer that a policy may be from its start: where rewards rise and this does too, the reward is being misled.
+MOST_DIVERGENCE = 4.0
 MEASURES: dict[str, tuple[Measure, ...]] = {
-    "language": (Measure("bits_per_byte", False),),
-    "code": (Measure("bits_per_byte", False),),
+    "language": (Measure("bits_per_byte", "lower"),),
+    "code": (Measure("bits_per_byte", "lower"),),
     "tools": (
-        Measure("valid_json", True, 0.8),
-        Measure("right_tool", True),
-        Measure("right_arguments", True, judged=False),
+        Measure("valid_json", "higher", least=0.8),
+        Measure("right_tool", "higher"),
+        Measure("right_arguments"),  # a small model does not copy the code that calls are about
     ),
-    "reward": (Measure("accuracy", True, 0.8),),
-    "dpo": (Measure("margin", True), Measure("accuracy", True)),
-    "ppo": (Measure("reward", True),),
-    "grpo": (Measure("reward", True),),
-    "distill": (Measure("bits_per_byte", False),),
+    "reward": (Measure("accuracy", "higher", least=0.8),),
+    "dpo": (Measure("margin", "higher"), Measure("accuracy", "higher")),
+    "ppo": (Measure("reward", "higher"), Measure("start_kl", most=MOST_DIVERGENCE)),
+    "grpo": (Measure("reward", "higher"), Measure("start_kl", most=MOST_DIVERGENCE)),
+    "distill": (Measure("bits_per_byte", "lower"),),
 }
 STAGES = ("tokenizer", *MEASURES)
 
@@ -136,7 +142,8 @@ def run_stage(each: Planned, workdir: Path) -> Done | None:
     """Trains a stage, or finds in the ledger that it is done; None where a signal came before its end."""
     ledger = workdir / "stages.json"
     entries = read_json(ledger, "the ledger of stages") if ledger.exists() else {}
-    key = short_key([to_dict(each.config), *_made_from(each.config)])
+    names = [measure.name for measure in MEASURES[each.stage]]
+    key = short_key([to_dict(each.config), *_made_from(each.config), names])
     entry = entries.get(each.stage)
     if entry is not None and entry["key"] == key:
         return Done(each.stage, entry["seconds"], {name: tuple(pair) for name, pair in entry["measures"].items()})
@@ -172,14 +179,10 @@ def table_rows(done: Sequence[Done]) -> list[tuple[str, str, float | None, float
 
 def failures(done: Sequence[Done]) -> list[str]:
     """The measures that did not get better, or not as good as is wanted, in words."""
-    return [
-        f"{each.stage}: {measure.name} was {before}, is {after:.4g}"
-        + (f", wanted {measure.wanted}" if measure.wanted is not None else "")
-        for each in done
-        for measure in MEASURES[each.stage]
-        for before, after in [each.measures[measure.name]]
-        if not measure.holds(before, after)
+    found = [
+        (each.stage, measure.fault(*each.measures[measure.name])) for each in done for measure in MEASURES[each.stage]
     ]
+    return [f"{stage}: {fault}" for stage, fault in found if fault]
 
 
 def _made_from(config: Config) -> list[Any]:

@@ -1,45 +1,62 @@
-"""Distillation: next-token prediction on documents, and beside it a teacher's distribution over the vocabulary."""
+"""Distillation: next-token prediction on documents, and beside it a teacher's distribution over the vocabulary.
+
+The teacher runs beside the student, or else what it finds likeliest was worked out before (`teacher_tokens`).
+"""
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax import Array
 
 from smallcoder_jax import loading, losses
-from smallcoder_jax.config import ComputeConfig, Config, ModelConfig
+from smallcoder_jax.config import ComputeConfig, Config, ModelConfig, eval_rows
 from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.errors import UserError
 from smallcoder_jax.loading import LoadedModel
 from smallcoder_jax.mesh import flat_tokens
 from smallcoder_jax.models import build
+from smallcoder_jax.ops.divergence import divergences, top_divergences
 from smallcoder_jax.stages import documents, language
-from smallcoder_jax.stages.start import check_tokenizer, start_of
+from smallcoder_jax.stages.start import check_tokenizer, one_process, start_of
+from smallcoder_jax.stages.teacher_tokens import KeptTokens, WithTeacher, folder_of, scorer
 from smallcoder_jax.train.metrics import language_summary, ratio
 from smallcoder_jax.train.step import Batch, LossFn
 from smallcoder_jax.train.task import Task
 
 
 def make_loss(config: Config, teacher: ModelConfig, teacher_compute: ComputeConfig) -> LossFn:
-    """`losses.distillation` of a packed batch; the teacher's parameters are `params["teacher"]`."""
+    """`losses.distillation` of a packed batch. The teacher's parameters are `params["teacher"]`; with `distill.top_k`,
+    what is known of it is in the batch, `teacher_ids` and `teacher_log_probs` [B, T, K].
+    """
+    distill = config.distill
     graph, _ = build.abstract_model(config.model, config.compute)
     teacher_graph, _ = build.abstract_model(teacher, teacher_compute)
 
     def loss_fn(params: Any, batch: Batch, key: Array | None) -> tuple[Array, Array, dict[str, Array]]:
         student = build.bind(graph, params)
-        guide = build.bind(teacher_graph, jax.lax.stop_gradient(params["teacher"]))
         inputs = batch["tokens"], batch["positions"], batch["segment_ids"]
+        hidden_XD, unembed_VD = flat_tokens(student(*inputs, key)), student.unembedding()
+        if distill.top_k:
+            of_teacher = flat_tokens(batch["teacher_ids"]), flat_tokens(batch["teacher_log_probs"])
+            kl_X = top_divergences(hidden_XD, unembed_VD, *of_teacher, distill.temperature)
+        else:
+            guide = build.bind(teacher_graph, jax.lax.stop_gradient(params["teacher"]))
+            of_teacher = flat_tokens(guide(*inputs)), guide.unembedding()
+            kl_X = divergences(hidden_XD, unembed_VD, *of_teacher, distill.temperature)
         loss, weight, sums = losses.distillation(
-            flat_tokens(student(*inputs, key)),
-            student.unembedding(),
-            flat_tokens(guide(*inputs)),
-            guide.unembedding(),
+            hidden_XD,
+            unembed_VD,
+            kl_X,
             flat_tokens(batch["targets"]),
             flat_tokens(batch["loss_weights"]),
-            alpha=config.distill.alpha,
-            temperature=config.distill.temperature,
+            alpha=distill.alpha,
+            temperature=distill.temperature,
         )
         return loss, weight, language.with_bytes(sums, batch)
 
@@ -64,22 +81,54 @@ def make_task(config: Config, loaded: LoadedModel | None, progress: Progress) ->
     prepared = documents.prepare_on_all(config, progress)
     for model in (teacher, *([loaded] if loaded else [])):
         check_tokenizer(model, prepared.tokenizer)
+    distill = config.distill
     task = documents.make_task(
         config,
         prepared,
         start_of(loaded),
         make_loss(config, teacher.model, teacher.compute),
         reported=("accuracy", "kl"),
-        frozen={"teacher": teacher.params},
+        frozen={} if distill.top_k else {"teacher": teacher.params},
         identity={
             "teacher": teacher.origin["hash"],
-            "alpha": config.distill.alpha,
-            "temperature": config.distill.temperature,
+            "alpha": distill.alpha,
+            "temperature": distill.temperature,
+            "top_k": distill.top_k,
         },
         summarise=summary,
     )
-    task.facts["teacher"] = f"{config.distill.teacher}, step {teacher.origin['step']}"
-    return task
+    task.facts["teacher"] = f"{distill.teacher}, step {teacher.origin['step']}"
+    return _with_kept_tokens(config, teacher, task, progress) if distill.top_k else task
+
+
+def _with_kept_tokens(config: Config, teacher: LoadedModel, task: Task, progress: Progress) -> Task:
+    """The task with the teacher's likeliest tokens in its batches, worked out first where they are not there yet."""
+    one_process(config)
+    train, limit, held_out = config.train, config.eval.batches, range(eval_rows(config))
+    shape = {"length": train.sequence_length, "count": config.distill.top_k}
+    # What an answer is worth to the student (alpha) changes nothing of what the teacher says.
+    folder = folder_of(config, {name: value for name, value in task.identity.items() if name != "alpha"})
+    score = scorer(config, teacher)
+    of_train = KeptTokens(folder / "train", rows=train.batch_size, **shape)
+    of_validation = KeptTokens(folder / f"validation-{len(held_out)}", rows=len(held_out), **shape)
+    batches = task.train_batches(range(train.batch_size))
+    try:
+        of_train.make((next(batches) for _ in range(train.steps)), score, progress)
+    finally:
+        batches.close()
+    of_validation.make(task.validation_batches(limit, held_out), score, progress)
+
+    def validation_batches(limit: int, rows: Sequence[int]) -> Iterator[dict[str, np.ndarray]]:
+        kept = of_validation.read()
+        for batch in task.validation_batches(limit, rows):
+            yield {**batch, **next(kept)}
+
+    task.facts["teacher"] += f"; its {config.distill.top_k} likeliest tokens, kept in {folder}"
+    return dataclasses.replace(
+        task,
+        train_batches=lambda rows: WithTeacher(task.train_batches(rows), of_train),
+        validation_batches=validation_batches,
+    )
 
 
 measure = documents.measure

@@ -86,15 +86,36 @@ def test_a_stage_that_is_done_is_not_trained_again(tmp_path: Path, monkeypatch: 
     assert len(trained) == 3
 
 
-def test_what_is_judged() -> None:
-    assert Measure("loss", higher=False).holds(2.0, 1.9)
-    assert not Measure("loss", higher=False).holds(2.0, 2.0)
-    assert Measure("share", higher=True, wanted=0.8).holds(0.1, 0.8)
-    assert not Measure("share", higher=True, wanted=0.8).holds(0.1, 0.79)
-    assert Measure("loss", higher=False).holds(None, 9.0)
-    assert Measure("share", higher=True, judged=False).holds(0.1, 0.0)
-    done = [Done("reward", 1.0, {"accuracy": (0.5, 0.7)}), Done("code", 1.0, {"bits_per_byte": (3.0, 2.0)})]
-    assert chain.failures(done) == ["reward: accuracy was 0.5, is 0.7, wanted 0.8"]
+@pytest.mark.parametrize(
+    ("measure", "before", "after", "said"),
+    [
+        (Measure("loss", "lower"), 2.0, 1.9, None),
+        (Measure("loss", "lower"), 2.0, 2.0, "loss was 2.0, is 2, wanted lower"),
+        (Measure("loss", "lower"), None, 9.0, None),
+        (Measure("loss", "lower"), 2.0, float("nan"), "loss was 2.0, is nan, wanted lower"),
+        (Measure("share", "higher", least=0.8), 0.1, 0.8, None),
+        (Measure("share", "higher", least=0.8), 0.1, 0.79, "share was 0.1, is 0.79, wanted at least 0.8"),
+        (Measure("share", "higher", least=0.8), 0.9, 0.85, "share was 0.9, is 0.85, wanted higher"),
+        (Measure("kl", most=4.0), 0.0, 4.0, None),
+        (Measure("kl", most=4.0), 0.0, 4.1, "kl was 0.0, is 4.1, wanted at most 4.0"),
+        (Measure("kl", most=4.0), 0.0, float("nan"), "kl was 0.0, is nan, wanted at most 4.0"),
+        (Measure("share"), 0.1, 0.0, None),
+    ],
+)
+def test_what_is_judged(measure: Measure, before: float | None, after: float, said: str | None) -> None:
+    assert measure.fault(before, after) == said
+
+
+def test_what_failed_is_named_with_its_stage() -> None:
+    done = [
+        Done("reward", 1.0, {"accuracy": (0.5, 0.7)}),
+        Done("ppo", 1.0, {"reward": (1.0, 2.0), "start_kl": (0.0, 9.0)}),
+        Done("code", 1.0, {"bits_per_byte": (3.0, 2.0)}),
+    ]
+    assert chain.failures(done) == [
+        "reward: accuracy was 0.5, is 0.7, wanted at least 0.8",
+        f"ppo: start_kl was 0.0, is 9, wanted at most {chain.MOST_DIVERGENCE}",
+    ]
     assert chain.table_rows(done)[0] == ("reward", "accuracy", 0.5, 0.7)
 
 

@@ -1,0 +1,172 @@
+"""A teacher's likeliest tokens at every place of a run's batches, worked out once and kept on the disk.
+
+DIR/teachers/KEY/SIDE/00000000-00000016.npz    of batches 0 to 15: `ids` and `log_probs` [batches, B, T, K]
+
+KEY is a hash over teacher, temperature, data and their order, so every run on the same batches shares them, and one
+with more steps adds to them. A file is whole or not there: what was interrupted goes on behind the last one.
+
+Shapes: B rows of a batch, T places, K likeliest tokens.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from smallcoder_jax.config import Config
+from smallcoder_jax.data.prefetch import BatchIterator
+from smallcoder_jax.data.progress import Progress
+from smallcoder_jax.data.shards import token_dtype
+from smallcoder_jax.data.storage import full_disk_as_user_error, short_key
+from smallcoder_jax.errors import UserError
+from smallcoder_jax.loading import LoadedModel
+from smallcoder_jax.mesh import batch_sharding, make_mesh, on_mesh, params_sharding, place_batch
+from smallcoder_jax.models import build
+from smallcoder_jax.ops.divergence import top_tokens
+
+Batch = dict[str, np.ndarray]
+Score = Callable[[Mapping[str, np.ndarray]], Batch]
+
+FORMAT = 1  # raised when the same settings begin to give other files
+FILE_BYTES = 64 << 20  # at most, unless one batch is more
+
+
+def folder_of(config: Config, identity: Mapping[str, Any]) -> Path:
+    """Where they are kept, for batches of this identity: with the teacher, its temperature and how many there are."""
+    key = short_key([FORMAT, dict(identity)])
+    return Path(config.data.dir).expanduser() / "teachers" / key
+
+
+def scorer(config: Config, teacher: LoadedModel) -> Score:
+    """A function of a batch: `ids` and `log_probs` [B, T, K] of the teacher's likeliest tokens, at the temperature of
+    `distill`. Works through it in microbatches, on the run's mesh. Raises UserError for one that splits rows.
+    """
+    if config.mesh.context != 1:
+        raise UserError(f"{config.mesh.context=}: distill.top_k needs whole rows; set it to 1, or distill.top_k to 0")
+    rows = config.train.microbatch_rows
+    mesh = make_mesh(config.mesh, config.model, rows)
+    graph, _ = build.abstract_model(teacher.model, teacher.compute)
+    params = jax.device_put(teacher.params, params_sharding(mesh, teacher.params))
+    distill, narrow = config.distill, token_dtype(config.model.vocab_size)
+
+    def score(params: build.Params, batch: dict[str, Array]) -> tuple[Array, Array]:
+        decoder = build.bind(graph, params)
+        hidden_BTE = decoder(batch["tokens"], batch["positions"], batch["segment_ids"])
+        hidden_XE = hidden_BTE.reshape(-1, hidden_BTE.shape[-1])
+        found = top_tokens(hidden_XE, decoder.unembedding(), distill.top_k, distill.temperature)
+        return jax.tree.map(lambda x_XK: x_XK.reshape(*hidden_BTE.shape[:2], -1), found)
+
+    compiled = jax.jit(on_mesh(mesh, score))
+
+    def of_batch(batch: Mapping[str, np.ndarray]) -> Batch:
+        inputs = {name: batch[name] for name in ("tokens", "positions", "segment_ids")}
+        parts = []
+        for start in range(0, len(batch["tokens"]), rows):
+            part = {name: _filled(array[start : start + rows], rows) for name, array in inputs.items()}
+            parts.append(jax.device_get(compiled(params, place_batch(batch_sharding(mesh), part))))
+        ids, log_probs = (np.concatenate(arrays)[: len(batch["tokens"])] for arrays in zip(*parts, strict=True))
+        return {"ids": ids.astype(narrow), "log_probs": log_probs.astype(np.float32)}
+
+    return of_batch
+
+
+class KeptTokens:
+    """What is kept in a folder for batches of `rows` rows of `length` tokens, `count` of the vocabulary at each."""
+
+    def __init__(self, folder: Path, *, rows: int, length: int, count: int):
+        self._folder = folder
+        self._per_file = max(FILE_BYTES // (rows * length * count * 8), 1)
+
+    def make(self, batches: Iterable[Mapping[str, np.ndarray]], score: Score, progress: Progress) -> None:
+        """Makes the files of these batches that are not there yet. Raises UserError where the disk is full."""
+        begun = iter(batches)
+        for first in itertools.count(0, self._per_file):
+            group = list(itertools.islice(begun, self._per_file))
+            if not group:
+                return
+            path = self._folder / f"{first:08d}-{first + len(group):08d}.npz"
+            before = self._find(first)
+            if before is None or before.name < path.name:
+                progress.note(f"the teacher's likeliest tokens, of batches {first:,} to {first + len(group) - 1:,}")
+                _write(path, [score(batch) for batch in group])
+                if before is not None:  # of a run with fewer steps
+                    before.unlink(missing_ok=True)
+
+    def read(self, first: int = 0) -> Iterator[Batch]:
+        """`teacher_ids` and `teacher_log_probs` [B, T, K] of batch `first` and of those behind it, to the end. Raises
+        UserError, naming the file, for one that is damaged."""
+        for start in itertools.count(first - first % self._per_file, self._per_file):
+            path = self._find(start)
+            if path is None:
+                return
+            ids, log_probs = _read(path)
+            for index in range(max(first - start, 0), len(ids)):
+                yield {"teacher_ids": ids[index].astype(np.int32), "teacher_log_probs": log_probs[index]}
+
+    def _find(self, first: int) -> Path | None:
+        """The file that begins with batch `first`: of several, which a kill can leave, the longest."""
+        return max(self._folder.glob(f"{first:08d}-*.npz"), default=None)
+
+
+class WithTeacher:
+    """Training batches with what is kept for them. Its place is that of the batches, and their number."""
+
+    def __init__(self, batches: BatchIterator, kept: KeptTokens):
+        self._batches, self._kept = batches, kept
+        self._taken, self._reader = 0, kept.read()
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        batch = {**next(self._batches), **next(self._reader)}
+        self._taken += 1
+        return batch
+
+    def get_state(self) -> dict[str, Any]:
+        """The place behind the batch returned last."""
+        return {"batches": self._batches.get_state(), "taken": self._taken}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues from a place that `get_state` gave."""
+        self._batches.set_state(state["batches"])
+        self._taken, self._reader = state["taken"], self._kept.read(state["taken"])
+
+    def close(self) -> None:
+        """Ends what the batches have running."""
+        self._batches.close()
+
+
+def _filled(array: np.ndarray, rows: int) -> np.ndarray:
+    """`array` with rows of zeros up to `rows`: padding, of no segment."""
+    return np.pad(array, [(0, rows - len(array))] + [(0, 0)] * (array.ndim - 1))
+
+
+def _write(path: Path, batches: list[Batch]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.partial")
+    try:
+        with full_disk_as_user_error(path.parent), temporary.open("wb") as file:
+            ids, log_probs = (np.stack([batch[name] for batch in batches]) for name in ("ids", "log_probs"))
+            np.savez(file, ids=ids, log_probs=log_probs)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return arrays["ids"], arrays["log_probs"]
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is damaged ({error}); delete it, and the same command makes it again") from error
