@@ -56,7 +56,7 @@ test-lowering: $(VENV)-tpu/.installed $(VENV)-cuda/.installed
 	TPU_SKIP_MDS_QUERY=1 $(VENV)-tpu/bin/python -m pytest -m '$(LOWERING)' -s tests/lowering/test_tpu.py
 	JAX_PLATFORMS=cpu $(VENV)-cuda/bin/python -m pytest -m '$(LOWERING)' -s tests/lowering/test_h200.py
 
-# CI leaves out the longest: SLOW='slow and not lowering and not cluster'.
+# CI leaves out the longest: SLOW='slow and not lowering and not extended'.
 SLOW ?= slow and not lowering
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m '$(SLOW)'

@@ -17,7 +17,7 @@ import pytest
 
 from tests.faults.test_processes import EACH_STEP, PATIENCE, ROOT, Teams, free_port
 
-pytestmark = [pytest.mark.slow, pytest.mark.cluster]
+pytestmark = [pytest.mark.slow, pytest.mark.extended]
 
 # Two tasks on one node; the port that jax derives from the job's number is free with all likelihood.
 SRUN = """#!/bin/bash

@@ -118,7 +118,7 @@ def test_a_mistake_is_told_by_all_and_waited_for_by_none(teams: Teams) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.cluster
+@pytest.mark.extended
 def test_two_processes_train_as_one_does_with_workers_accumulation_and_best_fit(teams: Teams) -> None:
     teams.finish("alone_all", *EACH_STEP, *ALL_AT_ONCE)
     teams.finish_team("two_all", 2, 1, *EACH_STEP, *ALL_AT_ONCE, *SPLIT)
@@ -127,7 +127,7 @@ def test_two_processes_train_as_one_does_with_workers_accumulation_and_best_fit(
 
 
 @pytest.mark.slow
-@pytest.mark.cluster
+@pytest.mark.extended
 def test_samples_and_histograms_of_split_parameters(teams: Teams) -> None:
     logs = ("eval.sample_tokens=4", "log.histograms_every=5", "log.tensorboard=True")
     teams.finish("logs_alone", *logs)
@@ -138,7 +138,7 @@ def test_samples_and_histograms_of_split_parameters(teams: Teams) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.cluster
+@pytest.mark.extended
 @pytest.mark.parametrize("victim", [0, 1])
 def test_sigterm_to_one_stops_all_at_one_step(teams: Teams, victim: int) -> None:
     name = f"stopped{victim}"
@@ -150,7 +150,7 @@ def test_sigterm_to_one_stops_all_at_one_step(teams: Teams, victim: int) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.cluster
+@pytest.mark.extended
 def test_sigterm_in_an_evaluation_is_heard_by_all(teams: Teams) -> None:
     codes, _ = teams.signal_one("in_evaluation", 1, signal.SIGTERM, 3, 2, 1, "eval.every=1", "eval.batches=0")
     assert codes == [EXIT_INTERRUPTED] * 2
@@ -161,7 +161,7 @@ def test_sigterm_in_an_evaluation_is_heard_by_all(teams: Teams) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.cluster
+@pytest.mark.extended
 def test_two_processes_killed_one_at_a_time(teams: Teams) -> None:
     for victim, step in ((1, 2), (0, 5)):
         codes, seconds = teams.signal_one("killed", victim, signal.SIGKILL, step, 2, 1)
@@ -173,7 +173,7 @@ def test_two_processes_killed_one_at_a_time(teams: Teams) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.cluster
+@pytest.mark.extended
 def test_a_peer_that_hangs_does_not_hang_the_others(teams: Teams) -> None:
     codes, seconds = teams.signal_one("silent", 1, signal.SIGSTOP, 2, 2, 1)
     assert codes[0] in (1, -signal.SIGABRT), teams.log("silent")
@@ -183,7 +183,7 @@ def test_a_peer_that_hangs_does_not_hang_the_others(teams: Teams) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.cluster
+@pytest.mark.extended
 def test_saved_on_four_processes_and_finished_on_others(teams: Teams) -> None:
     teams.finish_team("four", 4, 1, *EACH_STEP, *SPLIT)
     np.testing.assert_allclose(teams.losses("four"), teams.losses("alone"), rtol=1e-5)

@@ -39,6 +39,7 @@ def kill_in_a_save(runs: Runs, name: str, moment: float) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 def test_killed_at_random_moments_of_a_save(tmp_path: Path) -> None:
     runs = Runs(tmp_path)
     runs.finish("straight", *GIVEN)

@@ -65,6 +65,7 @@ def test_equals_the_truth(group: int, size: int, length: int, window: int | None
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(("length", "window"), REST)
@@ -74,6 +75,7 @@ def test_the_whole_product_equals_the_truth(group: int, size: int, length: int, 
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.parametrize(
     "tiles", [HopperTiles(128, 3, 128, 2, 64, 3), HopperTiles(64, 2, 64, 2, 128, 2), HopperTiles(256, 2, 128, 2, 64, 4)]
 )

@@ -57,6 +57,7 @@ def test_bfloat16_equals_the_truth(group: int, size: int, length: int, window: i
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("group", GROUPS)
 @pytest.mark.parametrize("size", SIZES)
