@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import Any
 
 from smallcoder_jax.errors import Interrupted
+
+_AGAIN_SECONDS = 0.05
 
 
 class StopRequest:
@@ -37,16 +42,34 @@ class StopRequest:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """SIGTERM raises Interrupted in the body, so that temporary files are removed; on the main thread only."""
+    """SIGTERM raises Interrupted in the body, so that temporary files are removed; on the main thread only. Where it
+    comes in a finalizer or a callback of the garbage collector, out of which nothing can be raised, it is sent again;
+    where somebody else caught it, the body ends with it.
+    """
+    message = "interrupted before the first step; nothing was lost, the same command starts again"
+    heard: list[threading.Timer] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        raise Interrupted("interrupted before the first step; nothing was lost, the same command starts again")
+        heard.append(threading.Timer(_AGAIN_SECONDS, os.kill, (os.getpid(), signal.SIGTERM)))
+        raise Interrupted(message)
+
+    def lost(unraisable: Any) -> None:
+        if isinstance(unraisable.exc_value, Interrupted):
+            heard[-1].start()
+        else:
+            hook(unraisable)
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    previous = signal.signal(signal.SIGTERM, interrupt)
+    previous, hook = signal.signal(signal.SIGTERM, interrupt), sys.unraisablehook
+    sys.unraisablehook = lost
     try:
         yield
+        if heard:
+            raise Interrupted(message)
     finally:
+        for timer in heard:
+            timer.cancel()
+        sys.unraisablehook = hook
         signal.signal(signal.SIGTERM, previous)
