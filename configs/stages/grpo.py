@@ -25,7 +25,7 @@ def get_config(variant: str = "small") -> ConfigDict:
     config.eval.update(batches=4, every=100)
     if variant == "nano":
         config.rl.update(prompt_count=800, questions=4, group_size=8, inner_epochs=2, answer_tokens=96)
-        config.train.update(steps=48, sequence_length=512)
+        config.train.update(steps=48, sequence_length=352)
         config.optimizer.update(learning_rate=5e-5, warmup_steps=4, weight_decay=0.0)
         config.eval.update(every=24, batches=2, batch_size=32)
         config.checkpoint.update(every=24)

@@ -24,8 +24,7 @@ def get_config(variant: str = "small") -> ConfigDict:
     config.eval.update(batches=0, every=250, sample_tokens=0)
     if variant == "nano":
         config.preferences.count = 1500
-        # Most calls with their prompt need 300 to 500 tokens.
-        config.train.update(steps=200, batch_size=4, sequence_length=512)
+        config.train.update(steps=200, batch_size=4, sequence_length=384)
         config.optimizer.update(learning_rate=5e-4, warmup_steps=10)
         config.eval.update(every=100, batches=0, batch_size=16)
         config.checkpoint.update(every=100)

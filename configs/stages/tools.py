@@ -6,7 +6,6 @@ Command:   python -m smallcoder_jax.main --config=configs/stages/tools.py:small 
 Hardware:  that of the variant (configs/small.py); nano: two CPU cores.
 Time:      not measured but for nano (docs/benchmarks.md, "make pipeline").
 Expected:  valid, right calls on held-out conversations (--mode=evaluate), from near none.
-
 """
 
 from pathlib import Path
@@ -25,7 +24,7 @@ def get_config(variant: str = "small") -> ConfigDict:
     config.eval.update(every=200, batches=0)
     if variant == "nano":
         config.dialogs.count = 1600
-        config.train.update(steps=420, batch_size=4, sequence_length=1024, microbatch_size=2)
+        config.train.update(steps=420, batch_size=4, sequence_length=512, microbatch_size=2)
         config.optimizer.update(learning_rate=0.008, muon_learning_rate=0.03, warmup_steps=20)
         config.eval.update(every=210, batches=6, batch_size=8, sample_tokens=96)
         config.checkpoint.update(every=210)

@@ -21,7 +21,8 @@ from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.data.storage import new_folder, short_key
 from smallcoder_jax.data.tokenizer import make_tokenizer
 from smallcoder_jax.errors import UserError
-from smallcoder_jax.stages import run
+from smallcoder_jax.stages import run, sft
+from smallcoder_jax.tokenizers import chat
 from smallcoder_jax.train.log_files import read_csv
 from smallcoder_jax.train.report import write_stages_report
 from smallcoder_jax.train.run_folder import RunFolder, read_json, write_json_atomic
@@ -125,7 +126,7 @@ def plan(variant: str, stages: Sequence[str], workdir: Path, overrides: Sequence
 
 
 def ensure_tokenizer(planned: Sequence[Planned], folder: Path, progress: Progress) -> None:
-    """Trains the tokenizer of all stages on the sources of language and code, unless it is there."""
+    """Trains the tokenizer of all stages on what language, code and tools read, unless it is there."""
     if folder.is_dir():
         return
     first = planned[0].config
@@ -133,7 +134,13 @@ def ensure_tokenizer(planned: Sequence[Planned], folder: Path, progress: Progres
     if not sources:
         raise UserError("--stages: the tokenizer is trained on what language or code read; name one of them")
     data = dataclasses.replace(first.data, sources=",".join(sources))
-    tokenizer, _ = make_tokenizer(data, first.model.vocab_size, first.tokenizer.train_bytes, progress)
+    said = [
+        chat.render(record.conversation)
+        for each in planned
+        if each.stage == "tools"
+        for record in sft.prepare(each.config, progress).read("train")
+    ]
+    tokenizer, _ = make_tokenizer(data, first.model.vocab_size, first.tokenizer.train_bytes, progress, said)
     with new_folder(folder) as temporary:
         tokenizer.save(temporary)
 

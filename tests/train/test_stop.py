@@ -52,17 +52,21 @@ def where_it_is_caught() -> None:
 )
 def test_a_signal_ends_the_body(terminate: Callable[[], None], goes_on: bool) -> None:
     handler, hook = signal.getsignal(signal.SIGTERM), sys.unraisablehook
-    reached, cleaned = False, False
-    with pytest.raises(Interrupted, match="before the first step"), interruptible():
+    reached: list[str] = []
+
+    def body() -> None:
         try:
             terminate()
             deadline = time.monotonic() + (0.2 if goes_on else 20.0)
             while time.monotonic() < deadline:
                 time.sleep(0.01)
-            reached = True
+            reached.append("end")
         finally:
-            cleaned = True
-    assert (reached, cleaned) == (goes_on, True)
+            reached.append("cleaned")
+
+    with pytest.raises(Interrupted, match="before the first step"), interruptible():
+        body()
+    assert reached == (["end", "cleaned"] if goes_on else ["cleaned"])
     assert (signal.getsignal(signal.SIGTERM), sys.unraisablehook) == (handler, hook)
 
 
