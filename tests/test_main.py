@@ -164,6 +164,11 @@ def test_a_tokenizer_that_changed_since_the_data_was_prepared(
     recorded.write_text(json.dumps({"hash": "0" * 64}))
     said = refusal(capsys, trained.arguments(f"--config.data.dir={data}"))
     assert "the tokenizer changed since the data was prepared" in said
+    (tokens,) = data.glob("tokens/*")
+    assert f"delete {recorded.parent} and {tokens}; then" in said
+    shutil.rmtree(recorded.parent)
+    shutil.rmtree(tokens)
+    assert main([*trained.arguments(f"--config.data.dir={data}"), f"--workdir={tmp_path / 'again'}"]) == 0
 
 
 def test_a_batch_that_does_not_divide_over_the_mesh(trained: Place, capsys: pytest.CaptureFixture[str]) -> None:

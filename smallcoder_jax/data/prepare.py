@@ -117,7 +117,8 @@ class _Places:
 
 def _load(config: Config, places: _Places, tokenizer: Tokenizer) -> Prepared:
     manifest = shards.read_manifest(places.tokens)
-    check_tokenizer(tokenizer, config.model.vocab_size, manifest.tokenizer_hash)
+    made = (places.tokenizer, places.tokens)
+    check_tokenizer(tokenizer, config.model.vocab_size, manifest.tokenizer_hash, made)
     return Prepared(manifest, places.tokens, tokenizer, places.tokenizer, places.corpus)
 
 
@@ -139,7 +140,7 @@ def _ensure_tokenizer(config: Config, places: _Places, progress: Progress | None
         raise UserError(f"{folder / _HASH_FILE} cannot be read: {error}. Delete {folder} and prepare again") from error
     stored = load_tokenizer(folder)
     for tokenizer in (given or stored, stored):
-        check_tokenizer(tokenizer, vocab_size, prepared_hash)
+        check_tokenizer(tokenizer, vocab_size, prepared_hash, (folder, places.tokens))
     return stored
 
 

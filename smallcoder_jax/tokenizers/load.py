@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from smallcoder_jax.errors import UserError
@@ -40,8 +41,12 @@ def open_tokenizer(kind: str, path: str) -> Tokenizer:
     raise UserError(f"tokenizer kind {kind!r} in {path} is not known; expected one of {', '.join(KINDS)}")
 
 
-def check_tokenizer(tokenizer: Tokenizer, vocab_size: int, prepared_hash: str | None = None) -> None:
-    """Raises UserError where the tokenizer is not the model's size, or not the one that the data was prepared with."""
+def check_tokenizer(
+    tokenizer: Tokenizer, vocab_size: int, prepared_hash: str | None = None, folders: Sequence[Path] = ()
+) -> None:
+    """Raises UserError where the tokenizer is not the model's size, or not the one that the data was prepared with;
+    `folders` hold what was made with that one.
+    """
     if tokenizer.vocab_size != vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} entries, but model.vocab_size={vocab_size}: set "
@@ -50,6 +55,6 @@ def check_tokenizer(tokenizer: Tokenizer, vocab_size: int, prepared_hash: str | 
     if prepared_hash is not None and tokenizer.hash != prepared_hash:
         raise UserError(
             f"the tokenizer changed since the data was prepared: its hash is {tokenizer.hash[:12]}, the token shards "
-            f"were made with {prepared_hash[:12]}. Put the old tokenizer back, or delete the folder of token shards "
-            "and prepare the data again"
+            f"were made with {prepared_hash[:12]}. Put the old tokenizer back, or delete "
+            f"{' and '.join(map(str, folders))}; then run the same command again"
         )
