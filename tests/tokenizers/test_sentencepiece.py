@@ -106,7 +106,7 @@ def test_wrong_size_and_changed_tokenizer(trained: SentencePieceTokenizer) -> No
     check_tokenizer(trained, 1200, trained.hash)
     with pytest.raises(UserError, match=r"has 1200 entries, but model.vocab_size=99"):
         check_tokenizer(trained, 99)
-    with pytest.raises(UserError, match="changed since the data was prepared.* or delete here and there; then"):
+    with pytest.raises(UserError, match=r"changed since the data was prepared.* or delete here and there; then"):
         check_tokenizer(trained, 1200, "0" * 64, (Path("here"), Path("there")))
 
 
