@@ -8,6 +8,7 @@ Shapes: N answers; B rows, T places of a row.
 from __future__ import annotations
 
 import concurrent.futures
+import difflib
 import functools
 import json
 import os
@@ -33,8 +34,10 @@ from smallcoder_jax.tokenizers.chat_parser import parse
 
 Reward = Callable[[Sequence[Answer]], np.ndarray]  # float32 [N]
 
-# Of a turn that has to call: well-formed calls; of the right functions; and right in all.
-WELL_FORMED, RIGHT_TOOL, RIGHT = 0.2, 0.5, 1.0
+# Of a turn that has to call: well-formed calls; of the right functions; with arguments nearly those wanted; right in all.
+# Without a way from one to the next, all answers to a question are often worth the same, and teach nothing.
+WELL_FORMED, RIGHT_TOOL, ALIKE, RIGHT = 0.2, 0.5, 0.9, 1.0
+_COMPARED = 1000  # characters of an argument: comparing takes their square
 LIMITS = sandbox.Limits(wall_s=5.0, cpu_s=5, memory_bytes=512 << 20)
 CACHED = 10_000  # calls whose outcome is remembered
 
@@ -90,9 +93,10 @@ class RewardModel:
 class CheckedReward:
     """1 for a right answer to a `Turn` or `Body`, less for one that is partly right, 0 for one that is not.
 
-    A turn earns `WELL_FORMED`, `RIGHT_TOOL` or `RIGHT`. It is right with the arguments of the true calls; where these
-    run Python or a shell, also with others that print the same. In a turn that is to call nothing, what is written is
-    not judged, but that it ends. Of a body counts the share of examples that hold.
+    A turn earns `WELL_FORMED`, or from `RIGHT_TOOL` to `ALIKE` by how like its arguments are to those of the true calls,
+    or `RIGHT`. It is right with just these; where they run Python or a shell, also with others that print the same. In
+    a turn that is to call nothing, what is written is not judged, but that it ends. Of a body counts the share of
+    examples that hold.
 
     Programs run in the sandbox, several at a time.
     """
@@ -120,7 +124,25 @@ class CheckedReward:
         valid, tool, same = call_levels(found, turn.calls)
         if tool and not found.errors:
             same = same or all(map(_as_good, calls, turn.calls))
-        return RIGHT if same else RIGHT_TOOL if tool else WELL_FORMED if valid else 0.0
+        if same:
+            return RIGHT
+        if tool:
+            return RIGHT_TOOL + (ALIKE - RIGHT_TOOL) * likeness(calls, turn.calls)
+        return WELL_FORMED if valid else 0.0
+
+
+def likeness(calls: Sequence[ToolCall], wanted: Sequence[ToolCall]) -> float:
+    """From 0 to 1: the mean over the arguments of the wanted calls, of which texts may be alike in part."""
+    shares = []
+    for call, one in zip(calls, wanted, strict=True):
+        for name, value in one.arguments.items():
+            found = call.arguments.get(name)
+            if isinstance(value, str) and isinstance(found, str):
+                texts = found[:_COMPARED], value[:_COMPARED]
+                shares.append(difflib.SequenceMatcher(None, *texts, autojunk=False).ratio())
+            else:
+                shares.append(float(sandbox.same_value(found, value)))
+    return sum(shares) / len(shares) if shares else 0.0
 
 
 def _as_good(call: ToolCall, wanted: ToolCall) -> bool:

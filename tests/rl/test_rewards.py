@@ -22,7 +22,7 @@ from smallcoder_jax.models import build
 from smallcoder_jax.models.heads import init_head
 from smallcoder_jax.rl import questions, rewards
 from smallcoder_jax.rl.questions import Body, Turn
-from smallcoder_jax.rl.rewards import RIGHT, RIGHT_TOOL, WELL_FORMED, CheckedReward, RewardModel
+from smallcoder_jax.rl.rewards import ALIKE, RIGHT, RIGHT_TOOL, WELL_FORMED, CheckedReward, RewardModel
 from smallcoder_jax.rl.rollouts import Answer, Question
 from smallcoder_jax.tokenizers import base, chat
 from smallcoder_jax.tokenizers.bytes import ByteTokenizer
@@ -67,7 +67,7 @@ SEARCH = ToolCall("search_docs", {"query": "heap"})
 def test_right_calls_earn_all_and_each_kind_of_mistake_its_share(graded: Any, tokenizer: Any) -> None:
     assert graded(calling(SEARCH), SEARCH) == RIGHT
     assert graded(calling(SEARCH, PYTHON), SEARCH, PYTHON) == RIGHT
-    assert graded(calling(ToolCall("search_docs", {"query": "stack"})), SEARCH) == RIGHT_TOOL
+    assert graded(calling(ToolCall("search_docs", {"query": "zzz"})), SEARCH) == RIGHT_TOOL
     assert graded(calling(PYTHON), SEARCH) == pytest.approx(WELL_FORMED)
     assert graded(calling(SEARCH), SEARCH, SEARCH) == pytest.approx(WELL_FORMED)
     assert graded(Message("assistant", "heap it is"), SEARCH) == 0
@@ -86,24 +86,49 @@ def test_a_turn_that_is_to_call_nothing(graded: Any) -> None:
 
 def test_programs_are_right_by_what_they_print(graded: Any) -> None:
     assert graded(calling(ToolCall("execute_python", {"code": "x = 40\nprint(x + 2)"})), PYTHON) == RIGHT
-    assert graded(calling(ToolCall("execute_python", {"code": "print(41)"})), PYTHON) == RIGHT_TOOL
-    assert graded(calling(ToolCall("execute_python", {"code": "print(42)\nraise SystemExit(1)"})), PYTHON) == RIGHT_TOOL
-    assert graded(calling(ToolCall("execute_python", {"code": "print(42)\n1/0"})), PYTHON) == RIGHT_TOOL
-    assert graded(calling(ToolCall("execute_python", {"code": "\0"})), PYTHON) == RIGHT_TOOL
+    wrong = ["print(41)", "print(42)\nraise SystemExit(1)", "print(42)\n1/0", "\0"]
+    for code in wrong:
+        assert RIGHT_TOOL <= graded(calling(ToolCall("execute_python", {"code": code})), PYTHON) <= ALIKE, code
     shell = ToolCall("execute_bash", {"command": "seq 1 3 | tail -n 1"})
     assert graded(calling(ToolCall("execute_bash", {"command": "echo 3"})), shell) == RIGHT
-    assert graded(calling(ToolCall("execute_bash", {"command": "echo 4"})), shell) == RIGHT_TOOL
-    assert graded(calling(ToolCall("execute_bash", {"command": "echo 3\0"})), shell) == RIGHT_TOOL
+    for command in ("echo 4", "echo 3\0"):
+        assert RIGHT_TOOL <= graded(calling(ToolCall("execute_bash", {"command": command})), shell) <= ALIKE, command
     # Arguments that do not fit the schema are not run.
-    assert graded(calling(ToolCall("execute_python", {"code": "print(42)", "more": 1})), PYTHON) == RIGHT_TOOL
+    more = ToolCall("execute_python", {"code": "print(42)", "more": 1})
+    assert RIGHT_TOOL <= graded(calling(more), PYTHON) <= ALIKE
 
 
 def test_what_a_test_prints_is_no_proof(graded: Any) -> None:
     code = "def f():\n    return 1"
     wanted = ToolCall("run_tests", {"code": code, "tests": "assert f() == 1"})
     empty = ToolCall("run_tests", {"code": "", "tests": "assert 1"})
-    assert graded(calling(empty), wanted) == RIGHT_TOOL
+    assert RIGHT_TOOL <= graded(calling(empty), wanted) <= ALIKE
     assert graded(calling(wanted), wanted) == RIGHT
+
+
+@pytest.mark.parametrize(
+    ("arguments", "share"),
+    [
+        ({"code": "abcd", "aspect": "calls"}, 1.0),
+        ({"code": "abcd", "aspect": "xyzuv"}, 0.5),
+        ({"code": "ab", "aspect": "calls"}, (2 * 2 / 6 + 1) / 2),  # twice what matches over all characters
+        ({"aspect": "calls"}, 0.5),
+        ({"code": 4, "aspect": "calls"}, 0.5),
+        ({}, 0.0),
+    ],
+)
+def test_how_like_arguments_are(arguments: dict[str, Any], share: float) -> None:
+    wanted = ToolCall("analyze_code", {"code": "abcd", "aspect": "calls"})
+    assert rewards.likeness([ToolCall("analyze_code", arguments)], [wanted]) == pytest.approx(share)
+
+
+def test_nearer_arguments_earn_more(graded: Any) -> None:
+    wanted = ToolCall("analyze_code", {"code": "def f(x):\n    return x + 1\n", "aspect": "calls"})
+    codes = ["", "def", "def f(x):\n    return", "def f(x):\n    return x + 2\n"]
+    earned = [graded(calling(ToolCall("analyze_code", {"code": code, "aspect": "calls"})), wanted) for code in codes]
+    assert earned == sorted(earned)
+    assert earned[0] == pytest.approx(RIGHT_TOOL + (ALIKE - RIGHT_TOOL) / 2)
+    assert earned[-1] < ALIKE < graded(calling(wanted), wanted) == RIGHT
 
 
 def test_a_program_is_run_once(graded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
