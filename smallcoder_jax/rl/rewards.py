@@ -34,7 +34,7 @@ from smallcoder_jax.tokenizers.chat_parser import parse
 
 Reward = Callable[[Sequence[Answer]], np.ndarray]  # float32 [N]
 
-# Of a turn that has to call: well-formed calls; of the right functions; with arguments nearly those wanted; right in all.
+# Of a turn that has to call: well-formed calls; of the right functions; with nearly the arguments wanted; right in all.
 # Without a way from one to the next, all answers to a question are often worth the same, and teach nothing.
 WELL_FORMED, RIGHT_TOOL, ALIKE, RIGHT = 0.2, 0.5, 0.9, 1.0
 _COMPARED = 1000  # characters of an argument: comparing takes their square
@@ -93,10 +93,10 @@ class RewardModel:
 class CheckedReward:
     """1 for a right answer to a `Turn` or `Body`, less for one that is partly right, 0 for one that is not.
 
-    A turn earns `WELL_FORMED`, or from `RIGHT_TOOL` to `ALIKE` by how like its arguments are to those of the true calls,
-    or `RIGHT`. It is right with just these; where they run Python or a shell, also with others that print the same. In
-    a turn that is to call nothing, what is written is not judged, but that it ends. Of a body counts the share of
-    examples that hold.
+    A turn earns `WELL_FORMED`, or from `RIGHT_TOOL` to `ALIKE` by how like its arguments are to those of the true
+    calls, or `RIGHT`. It is right with just these; where they run Python or a shell, also with others that print the
+    same. In a turn that is to call nothing, what is written is not judged, but that it ends. Of a body counts the share
+    of examples that hold.
 
     Programs run in the sandbox, several at a time.
     """
