@@ -24,9 +24,18 @@ def get_config(variant: str = "small") -> ConfigDict:
     config.optimizer.update(name="adamw", learning_rate=1e-6, warmup_steps=100, clip_norm=0.5, schedule="linear")
     config.eval.update(batches=4, every=100)
     if variant == "nano":
-        config.rl.update(prompt_count=800, questions=8, group_size=4, inner_epochs=2, answer_tokens=64)
-        config.train.update(steps=48, sequence_length=320)
-        config.optimizer.update(learning_rate=5e-5, warmup_steps=4, weight_decay=0.0)
-        config.eval.update(every=24, batches=2, batch_size=32)
-        config.checkpoint.update(every=24)
+        # The value's error is ten times the surrogate: with its usual weight the decoder learns little but values.
+        config.rl.update(
+            prompt_count=2000,
+            questions=8,
+            group_size=4,
+            inner_epochs=2,
+            answer_tokens=64,
+            temperature=1.0,
+            value_weight=0.02,
+        )
+        config.train.update(steps=64, sequence_length=288)
+        config.optimizer.update(learning_rate=1e-4, warmup_steps=4, weight_decay=0.0)
+        config.eval.update(every=32, batches=0, batch_size=32)
+        config.checkpoint.update(every=32)
     return config
