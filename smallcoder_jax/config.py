@@ -228,9 +228,7 @@ class DistillConfig:
     teacher: str = ""  # a run or an export with the same tokenizer
     alpha: float = 0.5
     temperature: float = 2.0
-    top_k: int = (
-        0  # so many likeliest tokens of the teacher are worked out once, and kept; 0: it runs beside, all count
-    )
+    top_k: int = 0  # likeliest tokens of the teacher, worked out once and kept; 0: it runs beside, over all tokens
 
 
 @dataclasses.dataclass(frozen=True)

@@ -80,12 +80,12 @@ class _Teacher(NamedTuple):
 
 
 def _whole_divergence(student_CV: Array, unembed_VE: Array, of_token: tuple[Array, ...], temperature: float) -> Array:
-    teacher_CV = _log_softmax(*of_token, unembed_VE, temperature)
+    teacher_CV = _log_softmax(of_token[0], unembed_VE, temperature)
     return jnp.sum(jnp.exp(teacher_CV) * (teacher_CV - student_CV), axis=-1)
 
 
 def _whole_gradient(student_CV: Array, unembed_VE: Array, of_token: tuple[Array, ...], temperature: float) -> Array:
-    return jnp.exp(student_CV) - jnp.exp(_log_softmax(*of_token, unembed_VE, temperature))
+    return jnp.exp(student_CV) - jnp.exp(_log_softmax(of_token[0], unembed_VE, temperature))
 
 
 _WHOLE = _Teacher(_whole_divergence, _whole_gradient)

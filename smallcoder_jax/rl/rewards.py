@@ -34,6 +34,7 @@ from smallcoder_jax.tokenizers.chat_parser import parse
 
 Reward = Callable[[Sequence[Answer]], np.ndarray]  # float32 [N]
 
+VERSION = 2  # raised when the same checked answers begin to be worth something else
 # Of a turn that has to call: well-formed calls; of the right functions; with nearly the arguments wanted; right in all.
 # Without a way from one to the next, all answers to a question are often worth the same, and teach nothing.
 WELL_FORMED, RIGHT_TOOL, ALIKE, RIGHT = 0.2, 0.5, 0.9, 1.0

@@ -26,7 +26,7 @@ from smallcoder_jax.mesh import make_mesh, params_sharding
 from smallcoder_jax.models import build
 from smallcoder_jax.rl import questions
 from smallcoder_jax.rl.experience import REPORTED, Experience, Learn, grpo_rows
-from smallcoder_jax.rl.rewards import CheckedReward, Reward, RewardModel
+from smallcoder_jax.rl.rewards import VERSION, CheckedReward, Reward, RewardModel
 from smallcoder_jax.rl.rollouts import Question, RolloutEngine, fitting
 from smallcoder_jax.stages.start import load_start, need_start, one_process, start_of
 from smallcoder_jax.tokenizers.base import Tokenizer
@@ -152,6 +152,6 @@ def _make_reward(config: Config, tokenizer: Tokenizer) -> tuple[Reward, str]:
     """The reward of the config, and what identifies it."""
     if not config.rl.reward_model:
         sandbox.check_isolation()
-        return CheckedReward(tokenizer), "checked"
+        return CheckedReward(tokenizer), f"checked, version {VERSION}"
     loaded = loading.load(Path(config.rl.reward_model))
     return RewardModel(loaded, tokenizer, config.train.batch_size), loaded.origin["hash"]
