@@ -16,6 +16,7 @@ import inspect
 import json
 import math
 import re
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -99,6 +100,10 @@ except Exception as error:
 """
 
 
+# Python 3.11 counts the depth of the trees that it makes for all threads together, and two at a time fail.
+_PARSING = threading.Lock()
+
+
 def call_tool(name: str, arguments: Mapping[str, Any], execute: Execute) -> str:
     """The response of a function to arguments that fit its schema; without the newline at its end, and cut to
     `MAX_CHARACTERS`. A name that is not one of `TOOLS` raises KeyError."""
@@ -111,7 +116,8 @@ def call_tool(name: str, arguments: Mapping[str, Any], execute: Execute) -> str:
 def analyze(code: str, aspect: str) -> dict[str, Any]:
     """One aspect of Python code: the functions with their arguments, the modules imported, the names called, each once
     and in order; or the number of independent paths (McCabe's, 1 + decisions)."""
-    nodes = _in_order(ast.parse(code))
+    with _PARSING:
+        nodes = _in_order(ast.parse(code))
     if aspect == "functions":
         kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
         found = [f"{node.name}({ast.unparse(node.args)})" for node in nodes if isinstance(node, kinds)]

@@ -57,7 +57,8 @@ def prepare_tool_dialogs(
         if progress:
             progress.start(f"conversations, whose calls are executed, {count:,}")
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            records = pool.map(lambda draft: complete(draft, execute), different(seed, count))
+            drafts = list(different(seed, count))  # drawn first: it parses code, which one thread at a time may
+            records = pool.map(lambda draft: complete(draft, execute), drafts)
             write_dialogs(folder, records, f"{count:,} generated conversations", progress)
     return open_dialogs(folder)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import collections
+import gc
 import json
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -198,3 +200,24 @@ def test_a_record_of_something_else_is_refused(records: list[Record]) -> None:
     del value["side"]
     with pytest.raises(UserError, match="has no 'side'"):
         Record.from_json(value)
+
+
+def test_code_is_analyzed_by_several_threads_at_once() -> None:
+    """Also where the garbage collector, which calls Python code under jax, lets another thread in half way."""
+    code = "\n".join(
+        f"def f{number}(x):\n    return [y + {number} for y in (x, x * 2) if y > 0]" for number in range(20)
+    )
+
+    def let_another_in(phase: str, info: dict[str, int]) -> None:
+        time.sleep(0)
+
+    thresholds = gc.get_threshold()
+    gc.set_threshold(50)
+    gc.callbacks.append(let_another_in)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(lambda _: conversation_tools.analyze(code, "calls"), range(40)))
+    finally:
+        gc.callbacks.remove(let_another_in)
+        gc.set_threshold(*thresholds)
+    assert found == [found[0]] * 40
