@@ -24,7 +24,7 @@ def get_config(variant: str = "small") -> ConfigDict:
     config.optimizer.update(name="adamw", learning_rate=1e-6, warmup_steps=100, clip_norm=0.5, schedule="linear")
     config.eval.update(batches=4, every=100)
     if variant == "nano":
-        # Where answers are drawn as they are likeliest, they differ too little to learn from.
+        # At lower temperatures rewards did not rise (docs/LOG.md).
         config.rl.update(
             prompt_count=2000, questions=4, group_size=8, inner_epochs=2, answer_tokens=96, temperature=1.3
         )
