@@ -24,7 +24,7 @@ def get_config(variant: str = "small") -> ConfigDict:
     config.optimizer.update(name="adamw", learning_rate=1e-6, warmup_steps=100, clip_norm=0.5, schedule="linear")
     config.eval.update(batches=4, every=100)
     if variant == "nano":
-        # The value's loss is large beside the surrogate: at its usual weight, rewards rose and fell again (docs/LOG.md).
+        # At the usual weight of values, rewards rose and fell again (docs/LOG.md).
         config.rl.update(
             prompt_count=2000,
             questions=8,
