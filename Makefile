@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 # Large pages for what a training step allocates on a CPU (BUILD.md, "It is slow while training").
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 RUN ?= runs/quickstart
+# Processes of `make test`, of up to 6 GiB each; 0: none beside pytest's own.
+WORKERS ?= 2
 
 .PHONY: quickstart pipeline test test-slow test-lowering lint bench clean help
 
@@ -42,7 +44,7 @@ lint: $(VENV)/.test
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 # The plug-ins of TPUs and of GPUs do not live in one environment.
 $(VENV)-%/.installed: pyproject.toml

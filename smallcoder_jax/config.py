@@ -162,6 +162,7 @@ class RLConfig:
     questions: int = 8  # of an iteration
     group_size: int = 8  # answers to each question; grpo compares these
     answer_tokens: int = 128  # the longest answer
+    eval_answers: int = 1  # to each held-out prompt in an evaluation
     temperature: float = 0.8  # at which answers are drawn, and of the policy that is trained
     inner_epochs: int = 4
     clip: float = 0.2  # of the ratio of probabilities
@@ -468,7 +469,7 @@ def _teaching_checks(config: Config) -> list[tuple[bool, str]]:
 
 def _rl_checks(config: Config) -> list[tuple[bool, str]]:
     rl, train = config.rl, config.train
-    counts = ("prompt_count", "questions", "group_size", "answer_tokens", "inner_epochs")
+    counts = ("prompt_count", "questions", "group_size", "answer_tokens", "eval_answers", "inner_epochs")
     positive = ("temperature", "clip", "value_clip")
     weights = ("value_weight", "entropy_weight", "kl_coefficient", "kl_target")
     shares = ("gamma", "gae_lambda")

@@ -10,7 +10,9 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 # Tests compile more than they compute.
 os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "xla")
+# A cache for each of pytest-xdist's workers: JAX writes an entry in place, so another process could read half of it.
+_worker = os.environ.get("PYTEST_XDIST_WORKER", "alone")
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(__file__).resolve().parents[1] / ".pytest_cache" / "xla" / _worker)
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"

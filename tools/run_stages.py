@@ -49,10 +49,10 @@ def main(argv: list[str] | None = None) -> int:
         chain.write_report(workdir, options.variant, done)
     finish(workdir, [each.stage for each in planned if each.stage in chain.POLICY])
     rows = [
-        [stage, measure, "-" if before is None else f"{before:.4f}", f"{after:.4f}"]
-        for stage, measure, before, after in chain.table_rows(done)
+        [stage, measure, *("-" if number is None else f"{number:.4f}" for number in change)]
+        for stage, measure, change in chain.table_rows(done)
     ]
-    print("\n" + format_table(["stage", "held-out measure", "before", "after"], rows))
+    print("\n" + format_table(["stage", "held-out measure", "before", "after", "standard error"], rows))
     print("\n" + format_table(["stage", "time"], [[each.stage, human_time(each.seconds)] for each in done]))
     print(f"\nall in {human_time(time.monotonic() - start)}; report {workdir / 'stages.html'}")
     failed = [] if options.no_check else chain.failures(done)

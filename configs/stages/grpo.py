@@ -26,10 +26,16 @@ def get_config(variant: str = "small") -> ConfigDict:
     if variant == "nano":
         # At lower temperatures rewards did not rise (docs/LOG.md).
         config.rl.update(
-            prompt_count=2000, questions=4, group_size=8, inner_epochs=2, answer_tokens=96, temperature=1.3
+            prompt_count=2000,
+            questions=4,
+            group_size=8,
+            inner_epochs=2,
+            answer_tokens=96,
+            temperature=1.3,
+            eval_answers=4,
         )
         config.train.update(steps=48, sequence_length=288)
         config.optimizer.update(learning_rate=1.5e-4, warmup_steps=4, weight_decay=0.0)
-        config.eval.update(every=24, batches=0, batch_size=32)
+        config.eval.update(every=48, batches=0, batch_size=32)
         config.checkpoint.update(every=24)
     return config

@@ -98,6 +98,7 @@ class Experience:
         self._rows: Batch | None = None
         self._written = ""  # the rows as text
         self._params: Any = None
+        self._start_rewards: dict[int, np.ndarray] = {}  # of answers of the start, by the number of held-out questions
 
     def see(self, params: Any) -> None:
         """The policy that answers from now on."""
@@ -142,17 +143,27 @@ class Experience:
         """Nothing runs in the background."""
 
     def evaluation(self, questions: Sequence[Question], limit: int, rows: int) -> Iterator[Batch]:
-        """`statistics` of the policy's answers to the first `limit` batches of `rows` questions (0: all), drawn with
-        the same random numbers in every evaluation, as columns [rows, 1]; `counted` is 1 where there is an answer."""
+        """Columns [rows, 1] of the first `limit` batches of `rows` questions (0: all): means of `statistics` over
+        `rl.eval_answers` answers of the policy to each, drawn with the same random numbers in every evaluation; `gain`,
+        what these are worth more than as many answers of the start; `counted`, 1 where there is a question."""
         asked = list(questions[: limit * rows] if limit else questions)
-        missing = -len(asked) % rows
-        answers = self._engine.answer(self._params, asked, samples=1, seed=self._config.train.seed)
-        rewards = np.pad(self._reward(answers), (0, missing))
-        answers += answers[:1] * missing
-        found = statistics(self._engine.rows(self._params, answers), answers, rewards)
-        found["counted"] = (np.arange(len(answers)) < len(asked)).astype(np.float32)[:, None]
-        for start in range(0, len(answers), rows):
+        each, missing = self._config.rl.eval_answers, -len(asked) % rows
+        if len(asked) not in self._start_rewards:
+            self._start_rewards[len(asked)] = self._reward(self._held_out(self._engine.start(self._params), asked))
+        answers = self._held_out(self._params, asked)
+        rewards = self._reward(answers)
+        gained = np.pad(rewards - self._start_rewards[len(asked)], (0, each * missing))
+        answers += answers[:each] * missing
+        scored = self._engine.rows(self._params, answers)
+        columns = statistics(scored, answers, np.pad(rewards, (0, each * missing))) | {"gain": gained}
+        found = {name: column.reshape(-1, each).mean(axis=1)[:, None] for name, column in columns.items()}
+        found["counted"] = (np.arange(len(asked) + missing) < len(asked)).astype(np.float32)[:, None]
+        for start in range(0, len(asked), rows):
             yield {name: column[start : start + rows] for name, column in found.items()}
+
+    def _held_out(self, params: Any, asked: Sequence[Question]) -> list[Answer]:
+        rl, seed = self._config.rl, self._config.train.seed
+        return self._engine.answer(params, asked, samples=rl.eval_answers, seed=seed)
 
     def _roll_out(self) -> Batch:
         """Answers of the policy, with what is to be learned from them. Begins an iteration."""

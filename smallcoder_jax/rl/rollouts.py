@@ -137,6 +137,10 @@ class RolloutEngine:
         of_policy, of_start = ({name: np.concatenate([p[name] for p in parts]) for name in parts[0]} for parts in found)
         return {**batch, **of_policy, "reference": of_start["log_probs"]}
 
+    def start(self, params: build.Params) -> build.Params:
+        """The decoder that the policy began as, placed as `params` are."""
+        return self._beside(params).start
+
     def _beside(self, params: build.Params) -> _Placed:
         """The start on the mesh of a policy."""
         mesh = jax.tree.leaves(params)[0].sharding.mesh

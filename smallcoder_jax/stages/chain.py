@@ -12,7 +12,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from smallcoder_jax import loading
 from smallcoder_jax.config import Config, nearest, to_dict
@@ -30,29 +30,45 @@ from smallcoder_jax.train.run_folder import RunFolder, read_json, write_json_ato
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 # Each goes on from the last of these before it; the others leave the model as it is.
 POLICY = ("language", "code", "tools", "dpo", "ppo", "grpo")
+ERRORS = 2  # standard errors: a difference below that is taken for noise
+
+
+class Change(NamedTuple):
+    """Of a measure. `before` is None where there was no model; `error` the standard error of the difference, where that
+    is known."""
+
+    before: float | None
+    after: float
+    error: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
     """What a stage is judged by on held-out data: that it gets better (`better`, which way that is), and that it comes
-    to no less than `least` and no more than `most`. Without any of these it is only shown.
+    to no less than `least` and no more than `most`. Without any of these it is only shown. `error` names the standard
+    error of the difference, where an evaluation knows it: better is then by more than `ERRORS` of these.
     """
 
     name: str
     better: Literal["higher", "lower"] | None = None
     least: float | None = None
     most: float | None = None
+    error: str = ""
 
-    def fault(self, before: float | None, after: float) -> str | None:
-        """What does not hold, in words; None where all does. `before` is None where there was no model."""
+    def fault(self, change: Change) -> str | None:
+        """What does not hold, in words; None where all does."""
+        before, after, error = change
         found = f"{self.name} was {before}, is {after:.4g}"
         if self.least is not None and not after >= self.least:
             return f"{found}, wanted at least {self.least}"
         if self.most is not None and not after <= self.most:
             return f"{found}, wanted at most {self.most}"
-        if self.better and before is not None and not (after > before if self.better == "higher" else after < before):
-            return f"{found}, wanted {self.better}"
-        return None
+        if not self.better or before is None:
+            return None
+        gained = after - before if self.better == "higher" else before - after
+        if error is not None and not gained > ERRORS * error:
+            return f"{found}, wanted {self.better} by more than its noise, {ERRORS} x {error:.4g}"
+        return None if gained > 0 else f"{found}, wanted {self.better}"
 
 
 # Nats per answer that a policy may be from its start: where rewards rise and this does too, the reward is being misled.
@@ -67,8 +83,8 @@ MEASURES: dict[str, tuple[Measure, ...]] = {
     ),
     "reward": (Measure("accuracy", "higher", least=0.8),),
     "dpo": (Measure("margin", "higher"), Measure("accuracy", "higher")),
-    "ppo": (Measure("reward", "higher"), Measure("start_kl", most=MOST_DIVERGENCE)),
-    "grpo": (Measure("reward", "higher"), Measure("start_kl", most=MOST_DIVERGENCE)),
+    "ppo": (Measure("reward", "higher", error="gain_error"), Measure("start_kl", most=MOST_DIVERGENCE)),
+    "grpo": (Measure("reward", "higher", error="gain_error"), Measure("start_kl", most=MOST_DIVERGENCE)),
     "distill": (Measure("bits_per_byte", "lower"),),
 }
 STAGES = ("tokenizer", *MEASURES)
@@ -85,11 +101,11 @@ class Planned:
 
 @dataclasses.dataclass(frozen=True)
 class Done:
-    """A stage that has ended. `measures`: by name, before and after; before is None where there was no model."""
+    """A stage that has ended, and what it changed, by measure."""
 
     stage: str
     seconds: float
-    measures: dict[str, tuple[float | None, float]]
+    measures: dict[str, Change]
 
 
 def plan(variant: str, stages: Sequence[str], workdir: Path, overrides: Sequence[str]) -> list[Planned]:
@@ -149,11 +165,11 @@ def run_stage(each: Planned, workdir: Path) -> Done | None:
     """Trains a stage, or finds in the ledger that it is done; None where a signal came before its end."""
     ledger = workdir / "stages.json"
     entries = read_json(ledger, "the ledger of stages") if ledger.exists() else {}
-    names = [measure.name for measure in MEASURES[each.stage]]
+    names = [(measure.name, measure.error) for measure in MEASURES[each.stage]]
     key = short_key([to_dict(each.config), *_made_from(each.config), names])
     entry = entries.get(each.stage)
     if entry is not None and entry["key"] == key:
-        return Done(each.stage, entry["seconds"], {name: tuple(pair) for name, pair in entry["measures"].items()})
+        return Done(each.stage, entry["seconds"], {name: Change(*found) for name, found in entry["measures"].items()})
     began = time.monotonic()
     result = run.train(each.config, each.folder)
     if result.interrupted:
@@ -169,16 +185,16 @@ def run_stage(each: Planned, workdir: Path) -> Done | None:
 def write_report(workdir: Path, variant: str, done: Sequence[Done]) -> Path:
     """Writes `stages.html` and returns its path."""
     path = workdir / "stages.html"
-    rows = [dict(zip(("stage", "measure", "before", "after"), row, strict=True)) for row in table_rows(done)]
+    rows = [{"stage": stage, "measure": name, **change._asdict()} for stage, name, change in table_rows(done)]
     folders = {each.stage: RunFolder(workdir / each.stage) for each in done}
     write_stages_report(path, variant, {"stages": rows}, folders)
     return path
 
 
-def table_rows(done: Sequence[Done]) -> list[tuple[str, str, float | None, float]]:
-    """Stage, measure, before, after."""
+def table_rows(done: Sequence[Done]) -> list[tuple[str, str, Change]]:
+    """Stage, measure, and its change."""
     return [
-        (each.stage, measure.name.replace("_", " "), *each.measures[measure.name])
+        (each.stage, measure.name.replace("_", " "), each.measures[measure.name])
         for each in done
         for measure in MEASURES[each.stage]
     ]
@@ -187,7 +203,7 @@ def table_rows(done: Sequence[Done]) -> list[tuple[str, str, float | None, float
 def failures(done: Sequence[Done]) -> list[str]:
     """The measures that did not get better, or not as good as is wanted, in words."""
     found = [
-        (each.stage, measure.fault(*each.measures[measure.name])) for each in done for measure in MEASURES[each.stage]
+        (each.stage, measure.fault(each.measures[measure.name])) for each in done for measure in MEASURES[each.stage]
     ]
     return [f"{stage}: {fault}" for stage, fault in found if fault]
 
@@ -198,21 +214,23 @@ def _made_from(config: Config) -> list[Any]:
     return [loading.origin(Path(path))["hash"] for path in paths if path]
 
 
-def _measures(each: Planned) -> dict[str, tuple[float | None, float]] | None:
+def _measures(each: Planned) -> dict[str, Change] | None:
     """Before and after, by the stage's own evaluations; None where a signal came first."""
-    names = [measure.name for measure in MEASURES[each.stage]]
     config = each.config
     if each.stage == "tools":
-        found = [run.evaluate_run(Path(path), config) for path in (config.stage.start, each.folder)]
-        return {name: (found[0].get(name), found[1][name]) for name in names}
-    before, after = _logged(each.folder)
+        before, after = [run.evaluate_run(Path(path), config) for path in (config.stage.start, each.folder)]
+    else:
+        before, after = _logged(each.folder)
     if each.stage == "distill":  # beside the same model that had no teacher
         alone = dataclasses.replace(config, distill=dataclasses.replace(config.distill, alpha=1.0))
         folder = each.folder.with_name(f"{each.folder.name}_alone")
         if run.train(alone, folder).interrupted:
             return None
         before = _logged(folder)[1]
-    return {name: (before.get(name), after[name]) for name in names}
+    return {
+        measure.name: Change(before.get(measure.name), after[measure.name], after.get(measure.error))
+        for measure in MEASURES[each.stage]
+    }
 
 
 def _logged(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:

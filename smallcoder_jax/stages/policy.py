@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,8 @@ from smallcoder_jax.train.metrics import ratio
 from smallcoder_jax.train.step import Batch, LossFn
 from smallcoder_jax.train.task import Task
 
-_MEASURES = ("reward", "start_kl", "answer_tokens", "ended")
+_MEASURES = ("reward", "gain", "start_kl", "answer_tokens", "ended")
+_BESIDE_START = ("gain", "gain_error", "start_kl")
 _SHOWN = 2  # held-out prompts that are sampled during training
 
 
@@ -44,17 +46,20 @@ def iteration_sums(batch: Batch, weight: Array) -> dict[str, Array]:
 
 
 def evaluation_sums(batch: Batch) -> tuple[Array, Array, dict[str, Array]]:
-    """A batch of `Experience.evaluation` as the result of a loss: sums over answers; the loss is less the reward."""
+    """A batch of `Experience.evaluation` as the result of a loss: sums over questions; the loss is less the reward."""
     counted_B1 = batch["counted"]
     sums = {name: jnp.sum(batch[name] * counted_B1) for name in _MEASURES}
+    sums["gain_square"] = jnp.sum(batch["gain"] ** 2 * counted_B1)
     return -sums["reward"], jnp.sum(counted_B1), sums
 
 
 def summarise(sums: dict[str, float]) -> dict[str, float]:
-    """Means over held-out questions: `reward` and, to be made small, `loss`, which is less that; `start_kl`, nats per
-    answer; `answer_tokens`; and the share of answers that `ended`."""
+    """Means over held-out questions: `reward` and, to be made small, `loss`, which is less that; `gain`, how much the
+    reward is above the start's, with its standard error; `start_kl`, nats per answer; `answer_tokens`; and the share of
+    answers that `ended`."""
     means = {name: ratio(sums[name], sums["weight"]) for name in _MEASURES}
-    return {"loss": -means["reward"], **means}
+    variance = max(ratio(sums["gain_square"], sums["weight"]) - means["gain"] ** 2, 0.0)
+    return {"loss": -means["reward"], **means, "gain_error": math.sqrt(ratio(variance, sums["weight"] - 1))}
 
 
 def make_task(
@@ -112,7 +117,7 @@ def make_task(
 
 def measure(config: Config, loaded: LoadedModel) -> dict[str, Any]:
     """What answers of a model to held-out prompts are worth (`summarise`), of the first `eval.batches` x rows; the
-    divergence is from the model of `stage.start`, where one is given."""
+    gain and the divergence are on and from the model of `stage.start`, where one is given."""
     mesh, tokenizer = _mesh(config), loaded.tokenizer
     reward, _ = _make_reward(config, tokenizer)
     start = load_start(config)
@@ -121,12 +126,12 @@ def measure(config: Config, loaded: LoadedModel) -> dict[str, Any]:
     experience = Experience(config, engine, asked, reward, grpo_rows)
     params = build.to_layout(loaded.params, config.compute)
     experience.see(jax.device_put(params, params_sharding(mesh, params)))
-    total: dict[str, float] = dict.fromkeys(("weight", *_MEASURES), 0.0)
+    total: dict[str, float] = dict.fromkeys(("weight", "gain_square", *_MEASURES), 0.0)
     for batch in experience.evaluation(asked, config.eval.batches, eval_rows(config)):
         _, weight, sums = evaluation_sums(jax.device_put(batch))
         for name, value in {"weight": weight, **sums}.items():
             total[name] += float(value)
-    return {name: value for name, value in summarise(total).items() if start or name != "start_kl"}
+    return {name: value for name, value in summarise(total).items() if start or name not in _BESIDE_START}
 
 
 def _mesh(config: Config) -> Mesh:

@@ -177,6 +177,27 @@ def test_an_evaluation_covers_every_question_once_and_repeats_itself(world: Worl
     np.testing.assert_array_equal(limited["reward"], found[0]["reward"])
 
 
+def test_a_gain_is_the_mean_of_what_answers_earn_more_than_those_of_the_start(world: World) -> None:
+    config = dataclasses.replace(world.config, rl=dataclasses.replace(world.config.rl, eval_answers=3))
+    stream = Experience(config, world.engine, world.questions, length_reward, ppo_rows)
+    stream.see(world.policy())
+    found = {name: np.concatenate([batch[name] for batch in stream.evaluation(world.questions, 0, 8)])[:20, 0]
+             for name in ("reward", "gain", "ended")}  # fmt: skip
+    seed, asked = config.train.seed, world.questions
+    theirs, starts = (
+        length_reward(world.engine.answer(params, asked, samples=3, seed=seed)).reshape(20, 3).mean(axis=1)
+        for params in (world.policy(), world.placed_start)
+    )
+    assert (theirs != starts).any()
+    np.testing.assert_allclose(found["reward"], theirs, rtol=1e-6)
+    np.testing.assert_allclose(found["gain"], theirs - starts, atol=1e-6)
+    assert {round(3 * share, 5) % 1 for share in found["ended"]} == {0.0}
+    stream.see(world.placed_start)
+    for batch in stream.evaluation(world.questions, 0, 8):
+        np.testing.assert_array_equal(batch["gain"], 0.0)
+        np.testing.assert_allclose(batch["start_kl"], 0.0, atol=1e-6)
+
+
 def test_too_few_questions_are_refused() -> None:
     world = World(rl_config(questions=32))
     with pytest.raises(UserError, match="20 different prompts"):

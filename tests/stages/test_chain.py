@@ -6,13 +6,14 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from smallcoder_jax.config import Config
 from smallcoder_jax.errors import CheckFailed, UserError
 from smallcoder_jax.stages import chain
-from smallcoder_jax.stages.chain import Done, Measure, Planned
+from smallcoder_jax.stages.chain import Change, Done, Measure, Planned
 from smallcoder_jax.stages.run import Run
 from smallcoder_jax.train.run_folder import read_json
 from tools import run_stages
@@ -73,12 +74,12 @@ def test_a_stage_that_is_done_is_not_trained_again(tmp_path: Path, monkeypatch: 
         return Run(folder, config.train.steps, len(trained) == 1, {}, 0)
 
     monkeypatch.setattr(chain.run, "train", train)
-    monkeypatch.setattr(chain, "_measures", lambda each: {"bits_per_byte": (None, 2.0)})
+    monkeypatch.setattr(chain, "_measures", lambda each: {"bits_per_byte": Change(None, 2.0)})
     each = Planned("language", tmp_path / "language", Config())
     assert chain.run_stage(each, tmp_path) is None  # a signal came
     done = chain.run_stage(each, tmp_path)
     assert done is not None
-    assert done.measures == {"bits_per_byte": (None, 2.0)}
+    assert done.measures == {"bits_per_byte": Change(None, 2.0)}
     assert chain.run_stage(each, tmp_path) == done
     assert len(trained) == 2
     other = dataclasses.replace(each, config=dataclasses.replace(Config(), name="other"))
@@ -103,20 +104,34 @@ def test_a_stage_that_is_done_is_not_trained_again(tmp_path: Path, monkeypatch: 
     ],
 )
 def test_what_is_judged(measure: Measure, before: float | None, after: float, said: str | None) -> None:
-    assert measure.fault(before, after) == said
+    assert measure.fault(Change(before, after)) == said
+
+
+@pytest.mark.parametrize(
+    ("better", "after", "said"),
+    [
+        ("higher", 2.21, None),
+        ("higher", 2.19, "reward was 2.0, is 2.19, wanted higher by more than its noise, 2 x 0.1"),
+        ("lower", 1.81, "reward was 2.0, is 1.81, wanted lower by more than its noise, 2 x 0.1"),
+        ("lower", 1.79, None),
+    ],
+)
+def test_what_could_be_noise_is_no_gain(better: Any, after: float, said: str | None) -> None:
+    assert Measure("reward", better, error="gain_error").fault(Change(2.0, after, 0.1)) == said
+    assert Measure("reward", better, error="gain_error").fault(Change(2.0, after, float("nan"))) is not None
 
 
 def test_what_failed_is_named_with_its_stage() -> None:
     done = [
-        Done("reward", 1.0, {"accuracy": (0.5, 0.7)}),
-        Done("ppo", 1.0, {"reward": (1.0, 2.0), "start_kl": (0.0, 9.0)}),
-        Done("code", 1.0, {"bits_per_byte": (3.0, 2.0)}),
+        Done("reward", 1.0, {"accuracy": Change(0.5, 0.7)}),
+        Done("ppo", 1.0, {"reward": Change(1.0, 2.0, 0.1), "start_kl": Change(0.0, 9.0)}),
+        Done("code", 1.0, {"bits_per_byte": Change(3.0, 2.0)}),
     ]
     assert chain.failures(done) == [
         "reward: accuracy was 0.5, is 0.7, wanted at least 0.8",
         f"ppo: start_kl was 0.0, is 9, wanted at most {chain.MOST_DIVERGENCE}",
     ]
-    assert chain.table_rows(done)[0] == ("reward", "accuracy", 0.5, 0.7)
+    assert chain.table_rows(done)[0] == ("reward", "accuracy", Change(0.5, 0.7))
 
 
 VARIANT = """

@@ -176,6 +176,20 @@ def test_what_a_policy_is_measured_by(monkeypatch: pytest.MonkeyPatch) -> None:
     away = ppo.measure(config, loaded, Progress(io.StringIO()))
     assert away["reward"] == found["reward"]
     assert away["start_kl"] > 0.1
+    started = grpo.measure(config, other, Progress(io.StringIO()))
+    assert started["gain"] == 0.0
+    assert away["gain"] == pytest.approx(away["reward"] - started["reward"], abs=1e-6)
+
+
+def test_the_standard_error_is_that_of_the_mean_over_questions() -> None:
+    gains = np.array([1.0, 2.0, 4.0, -1.0, 0.5], np.float32)
+    batch = {name: np.zeros((6, 1), np.float32) for name in ("reward", "start_kl", "answer_tokens", "ended")}
+    batch["gain"] = np.append(gains, 9.0)[:, None]
+    batch["counted"] = np.array([1, 1, 1, 1, 1, 0], np.float32)[:, None]
+    _, weight, sums = policy.evaluation_sums(jax.device_put(batch))
+    found = policy.summarise({"weight": float(weight), **{name: float(value) for name, value in sums.items()}})
+    assert found["gain"] == pytest.approx(gains.mean())
+    assert found["gain_error"] == pytest.approx(gains.std(ddof=1) / np.sqrt(5), rel=1e-5)
 
 
 def test_a_policy_has_a_start_and_whole_rows() -> None:

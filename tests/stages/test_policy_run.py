@@ -66,7 +66,8 @@ def test_grpo_with_checked_answers(root: Path, tmp_path: Path) -> None:
     config = config_of(root, "grpo")
     outcome = run.train(config, tmp_path)
     assert outcome.step == 2
-    assert outcome.evaluation.keys() == {"loss", "reward", "start_kl", "answer_tokens", "ended"}
+    beside_start = {"gain", "gain_error", "start_kl"}
+    assert outcome.evaluation.keys() == {"loss", "reward", "answer_tokens", "ended"} | beside_start
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert {"ratio", "reward", "start_kl", "kl_coefficient"} < {name for line in lines for name in line}
     measured = run.evaluate_run(tmp_path, config, "2")
