@@ -32,7 +32,7 @@ def get_config(variant: str = "small") -> ConfigDict:
             inner_epochs=2,
             answer_tokens=96,
             temperature=1.3,
-            eval_answers=4,
+            eval_answers=3,
         )
         config.train.update(steps=48, sequence_length=288)
         config.optimizer.update(learning_rate=1.5e-4, warmup_steps=4, weight_decay=0.0)

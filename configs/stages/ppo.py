@@ -32,7 +32,7 @@ def get_config(variant: str = "small") -> ConfigDict:
             inner_epochs=2,
             answer_tokens=64,
             temperature=1.0,
-            eval_answers=4,
+            eval_answers=2,
             value_weight=0.02,
         )
         config.train.update(steps=64, sequence_length=288)

@@ -148,14 +148,16 @@ class Experience:
         what these are worth more than as many answers of the start; `counted`, 1 where there is a question."""
         asked = list(questions[: limit * rows] if limit else questions)
         each, missing = self._config.rl.eval_answers, -len(asked) % rows
-        if len(asked) not in self._start_rewards:
-            self._start_rewards[len(asked)] = self._reward(self._held_out(self._engine.start(self._params), asked))
         answers = self._held_out(self._params, asked)
         rewards = self._reward(answers)
-        gained = np.pad(rewards - self._start_rewards[len(asked)], (0, each * missing))
         answers += answers[:each] * missing
         scored = self._engine.rows(self._params, answers)
-        columns = statistics(scored, answers, np.pad(rewards, (0, each * missing))) | {"gain": gained}
+        if len(asked) not in self._start_rewards:
+            is_start = np.array_equal(scored["log_probs"], scored["reference"])
+            theirs = rewards if is_start else self._reward(self._held_out(self._engine.start(self._params), asked))
+            self._start_rewards[len(asked)] = theirs
+        padded = np.pad([rewards, rewards - self._start_rewards[len(asked)]], ((0, 0), (0, each * missing)))
+        columns = statistics(scored, answers, padded[0]) | {"gain": padded[1]}
         found = {name: column.reshape(-1, each).mean(axis=1)[:, None] for name, column in columns.items()}
         found["counted"] = (np.arange(len(asked) + missing) < len(asked)).astype(np.float32)[:, None]
         for start in range(0, len(asked), rows):
