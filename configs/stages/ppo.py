@@ -35,7 +35,7 @@ def get_config(variant: str = "small") -> ConfigDict:
             eval_answers=2,
             value_weight=0.02,
         )
-        config.train.update(steps=64, sequence_length=288)
+        config.train.update(steps=64, sequence_length=192)
         config.optimizer.update(learning_rate=1e-4, warmup_steps=4, weight_decay=0.0)
         config.eval.update(every=64, batches=0, batch_size=32)
         config.checkpoint.update(every=32)
