@@ -28,7 +28,7 @@ def get_config() -> ConfigDict:
     config.compute.dtype = "float32"  # a CPU multiplies float32 as fast as bfloat16
     config.data.update(sources="stdlib", fim_rate=0.1)
     # Many small steps: at this size a step is worth more than the tokens in it. Microbatches stay in the cache.
-    config.train.update(steps=800, batch_size=4, sequence_length=512, microbatch_size=2, log_every=20)
+    config.train.update(steps=700, batch_size=4, sequence_length=512, microbatch_size=2, log_every=20)
     config.optimizer.update(
         name="muon",
         learning_rate=0.01,  # of the embedding and the norms
