@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 
 from smallcoder_jax.errors import EXIT_STALLED
 
+_EVERY, _MOST = 0.2, 1.0  # seconds between two looks: wanted, and counted at most
+
 
 class _Wait(NamedTuple):
     what: str
     seconds: float  # 0: for ever
-    since: float
+    since: float  # by the watchdog's clock
 
 
 class Watchdog:
@@ -27,7 +29,7 @@ class Watchdog:
 
     When a wait lasts longer than its seconds, the stacks of all threads go to standard error and to a file
     `stacks-TIME-PID.txt` in `folder`, and the process ends with EXIT_STALLED: nothing gentler would end a thread that
-    hangs in a library.
+    hangs in a library. Time in which the whole process was stopped (Ctrl-Z, a container that is paused) does not count.
     """
 
     def __init__(self, folder: Path):
@@ -35,6 +37,7 @@ class Watchdog:
         self._wait: _Wait | None = None
         self._limit: _Wait | None = None
         self._ended = threading.Event()
+        self._clock = 0.0  # seconds in which the watchdog could look
 
     def __enter__(self) -> Watchdog:
         threading.Thread(target=self._look, name="watchdog", daemon=True).start()
@@ -46,11 +49,11 @@ class Watchdog:
     @contextlib.contextmanager
     def wait(self, what: str, seconds: float) -> Iterator[None]:
         """While the body runs, it is waited for; a wait inside another takes its place until it ends."""
-        outer, self._wait = self._wait, _Wait(what, seconds, time.monotonic())
+        outer, self._wait = self._wait, _Wait(what, seconds, self._clock)
         try:
             yield
         finally:
-            self._wait = None if outer is None else outer._replace(since=time.monotonic())
+            self._wait = None if outer is None else outer._replace(since=self._clock)
 
     def each(self, what: str, seconds: float, items: Iterable[Any]) -> Iterator[Any]:
         """`items`, each of them waited for."""
@@ -64,12 +67,15 @@ class Watchdog:
 
     def limit(self, what: str, seconds: float) -> None:
         """From now on the process has `seconds` to end, whatever it waits for."""
-        self._limit = _Wait(what, seconds, time.monotonic())
+        self._limit = _Wait(what, seconds, self._clock)
 
     def _look(self) -> None:
-        while not self._ended.wait(0.2):
+        looked = time.monotonic()
+        while not self._ended.wait(_EVERY):
+            before, looked = looked, time.monotonic()
+            self._clock += min(looked - before, _MOST)
             for wait in (self._wait, self._limit):
-                if wait is not None and wait.seconds and time.monotonic() - wait.since > wait.seconds:
+                if wait is not None and wait.seconds and self._clock - wait.since > wait.seconds:
                     self._end(wait)
 
     def _end(self, wait: _Wait) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -47,6 +48,19 @@ def test_a_folder_that_is_gone_does_not_stop_it(tmp_path: Path) -> None:
     ended = hang(tmp_path / "gone", 'with watchdog.wait("a batch", 0.5): hang_here()')
     assert ended.returncode == EXIT_STALLED
     assert "cannot be written" in ended.stderr
+
+
+def test_a_process_that_was_stopped_has_not_waited(tmp_path: Path) -> None:
+    body = 'with watchdog.wait("a batch", 2.5): print("waits", flush=True); threading.Event().wait(0.5)'
+    command = [sys.executable, "-c", HANG.format(body=body), str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "waits\n"
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(4.0)
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(timeout=30) == 0
+    assert not list(tmp_path.iterdir())
 
 
 def test_waits_that_end_in_time_and_endless_ones_are_let_be(tmp_path: Path) -> None:
