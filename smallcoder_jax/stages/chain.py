@@ -34,12 +34,12 @@ ERRORS = 2  # standard errors: a difference below that is taken for noise
 
 
 class Change(NamedTuple):
-    """Of a measure. `before` is None where there was no model; `error` the standard error of the difference, where that
-    is known."""
+    """Of a measure. `before` is None where there was no model; `standard_error` is that of the difference, where it is
+    known."""
 
     before: float | None
     after: float
-    error: float | None = None
+    standard_error: float | None = None
 
 
 @dataclasses.dataclass(frozen=True)
