@@ -2,7 +2,7 @@
 
 Command:   python -m smallcoder_jax.main --config=configs/nano.py --workdir=runs/nano
 Hardware:  two CPU cores.
-Time:      5 to 7 minutes of training on two cores (AMD EPYC, AVX-512), 1.4M tokens.
+Time:      7 minutes of training on two slow cores (AMD EPYC, AVX-512), 1.4M tokens.
 Expected:  1.79 bits per byte on all held-out files of Python 3.11's standard library, where xz -9e needs 2.21 file by
            file and 1.87 in one (docs/benchmarks.md). The loss starts at ln(4096) = 8.3.
 """

@@ -116,8 +116,8 @@ def make_task(
 
 
 def measure(config: Config, loaded: LoadedModel) -> dict[str, Any]:
-    """What answers of a model to held-out prompts are worth (`summarise`), of the first `eval.batches` x rows; the
-    gain and the divergence are on and from the model of `stage.start`, where one is given."""
+    """What answers of a model to held-out prompts are worth (`summarise`), of the first `eval.batches` x rows; beside
+    the model of `stage.start`, where one is given."""
     mesh, tokenizer = _mesh(config), loaded.tokenizer
     reward, _ = _make_reward(config, tokenizer)
     start = load_start(config)
