@@ -208,8 +208,13 @@ class StageConfig:
 
     @property
     def has_head(self) -> bool:
-        """Whether a scalar head on the hidden states is trained: a reward, or a value."""
-        return self.name in ("reward", "ppo")
+        """Whether a scalar head on the hidden states is trained: a reward."""
+        return self.name == "reward"
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether a second decoder with a scalar head is trained beside the first: values."""
+        return self.name == "ppo"
 
 
 @dataclasses.dataclass(frozen=True)

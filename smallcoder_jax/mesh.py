@@ -143,8 +143,10 @@ def path_name(path: tuple[Any, ...]) -> str:
 def spec_of(name: str, ndim: int) -> P:
     """The split of the parameter (or of its optimizer state) called `name`; scanned blocks have a leading layer axis.
 
-    Raises KeyError when no rule matches: a new parameter must say how it is split.
+    A teacher's and a critic's are split as a model's. Raises KeyError when no rule matches: a new parameter must say
+    how it is split.
     """
+    name = re.sub("^(teacher|critic)/", "", name)
     for pattern, spec in RULES:
         if re.fullmatch(pattern, name):
             axes = max(ndim - len(spec), 0) if re.match(r"(lora/)?blocks/(?!\d)", name) else 0
@@ -153,9 +155,9 @@ def spec_of(name: str, ndim: int) -> P:
 
 
 def params_sharding(mesh: Mesh, params: Any) -> Any:
-    """A NamedSharding for every leaf of `params` (arrays or shapes); a teacher's parameters are split as a model's."""
+    """A NamedSharding for every leaf of `params` (arrays or shapes)."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, spec_of(path_name(path).removeprefix("teacher/"), leaf.ndim)), params
+        lambda path, leaf: NamedSharding(mesh, spec_of(path_name(path), leaf.ndim)), params
     )
 
 

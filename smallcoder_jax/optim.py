@@ -17,7 +17,7 @@ from smallcoder_jax.mesh import path_name
 # Newton-Schulz coefficients of Muon (Jordan et al., 2024, kellerjordan.github.io/posts/muon).
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
-MUON_PATTERN = r"blocks/.*/kernel"
+MUON_PATTERN = r"(critic/)?blocks/.*/kernel"
 
 
 def schedule(optimizer: OptimizerConfig, steps: int) -> optax.Schedule:

@@ -44,7 +44,7 @@ def bind(graph: Any, params: Params) -> Decoder:
 
 
 def decoder_params(params: Params) -> Params:
-    """The decoder's own parameters, adapters merged, without what stands beside them (a head, a teacher)."""
+    """The decoder's own parameters, adapters merged, without what stands beside them (a head, a critic, a teacher)."""
     own = {name: params[name] for name in DECODER if name in params}
     return lora.merge(own, params["lora"], params["lora_scale"]) if "lora" in params else own
 
@@ -55,10 +55,12 @@ def to_layout(params: Params, compute: ComputeConfig) -> Params:
 
 
 def to_scanned(params: Params) -> Params:
-    """Stacks the blocks: `blocks/{i}/...` to `blocks/...` with a leading axis of layers."""
+    """Stacks the blocks: `blocks/{i}/...` to `blocks/...` with a leading axis of layers; also those of a decoder that
+    stands beside (a critic)."""
     blocks = params["blocks"]
     stacked = jax.tree.map(lambda *layers: jnp.stack(layers), *[blocks[i] for i in range(len(blocks))])
-    return {**params, "blocks": stacked}
+    beside = {name: to_scanned(part) for name, part in params.items() if isinstance(part, dict) and "blocks" in part}
+    return {**params, **beside, "blocks": stacked}
 
 
 def to_unrolled(params: Params) -> Params:

@@ -53,7 +53,6 @@ class Answer:
 class Pass(NamedTuple):
     """A forward pass of a policy. `scaled_XD` @ `unembed_VD`^T are its logits, the temperature included."""
 
-    hidden_BTD: Array
     scaled_XD: Array
     unembed_VD: Array
     log_probs_X: Array  # of the targets that were written, elsewhere 0
@@ -67,7 +66,13 @@ def policy_pass(graph: Any, params: build.Params, batch: dict[str, Array], tempe
     losses = token_losses(scaled_XD, unembed_VD, flat_tokens(batch["targets"]))
     # Elsewhere, e to a difference from what is stored could be infinite.
     log_probs_X = jnp.where(flat_tokens(batch["loss_weights"]) > 0, -losses.nll_X, 0.0)
-    return Pass(hidden_BTD, scaled_XD, unembed_VD, log_probs_X)
+    return Pass(scaled_XD, unembed_VD, log_probs_X)
+
+
+def critic_values(graph: Any, critic: build.Params, batch: dict[str, Array]) -> Array:
+    """What a critic, a decoder with a `head`, expects at every token, [B, T]."""
+    hidden_BTD = build.bind(graph, critic)(batch["tokens"], batch["positions"], batch["segment_ids"])
+    return head_scores(critic["head"], hidden_BTD)
 
 
 def pack_answers(answers: Sequence[Answer], length: int, pad_id: int) -> Batch:
@@ -96,7 +101,7 @@ class RolloutEngine:
 
     `start`: the decoder that the policy began as, unrolled; a copy of it is kept beside the policy, for the divergence
     from it. Policies are given in the layout of `compute.layers`, placed on a mesh, with what may stand beside the
-    decoder's parameters: a value head, adapters.
+    decoder's parameters: a critic, adapters.
     """
 
     def __init__(self, config: Config, tokenizer: Tokenizer, start: build.Params):
@@ -124,7 +129,7 @@ class RolloutEngine:
 
     def rows(self, params: build.Params, answers: Sequence[Answer]) -> Batch:
         """The answers packed, with `log_probs` under the policy, `reference` under its start, and `values` where it has
-        a head; each [B, T], 0 where the weight is. Answers are a multiple of a microbatch.
+        a critic; each [B, T], 0 where the weight is. Answers are a multiple of a microbatch.
         """
         batch = pack_answers(answers, self._config.train.sequence_length, self._tokenizer.pad_id)
         placed = self._beside(params)
@@ -159,14 +164,14 @@ class _Placed(NamedTuple):
 
 
 def make_score(config: Config) -> Callable[[build.Params, dict[str, Array]], dict[str, Array]]:
-    """A function of parameters and a batch: `log_probs` of what was written and, where there is a head, `values`."""
+    """A function of parameters and a batch: `log_probs` of what was written and, with a critic, `values`."""
     graph = build.abstract_model(config.model, config.compute)[0]
 
     def score(params: build.Params, batch: dict[str, Array]) -> dict[str, Array]:
         made = policy_pass(graph, params, batch, config.rl.temperature)
         found = {"log_probs": made.log_probs_X.reshape(batch["targets"].shape)}
-        if "head" in params:
-            found["values"] = head_scores(params["head"], made.hidden_BTD) * batch["loss_weights"]
+        if "critic" in params:
+            found["values"] = critic_values(graph, params["critic"], batch) * batch["loss_weights"]
         return found
 
     return score

@@ -1,28 +1,32 @@
-"""PPO (arXiv 1707.06347) with a value head beside the decoder, and a price for leaving the model it started from.
+"""PPO (arXiv 1707.06347) with a critic beside the policy, and a price for leaving the model it started from.
 
 Shapes: B rows, T places of a row, X = B T tokens.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
-from smallcoder_jax import losses
+from smallcoder_jax import loading, losses
 from smallcoder_jax.config import Config
 from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.loading import LoadedModel
 from smallcoder_jax.mesh import flat_tokens
 from smallcoder_jax.models import build
-from smallcoder_jax.models.heads import head_scores
+from smallcoder_jax.models.heads import init_head
 from smallcoder_jax.ops.entropy import entropies
 from smallcoder_jax.rl.experience import ppo_rows
-from smallcoder_jax.rl.rollouts import policy_pass
+from smallcoder_jax.rl.rollouts import critic_values, policy_pass
 from smallcoder_jax.stages import policy
+from smallcoder_jax.stages.start import check_shape, need_start
 from smallcoder_jax.train.step import Batch, LossFn
-from smallcoder_jax.train.task import Task
+from smallcoder_jax.train.task import Start, Task
 
 REPORTED = ("ratio", "clipped", "kl", "value_loss", "entropy")
 
@@ -43,7 +47,7 @@ def make_loss(config: Config) -> LossFn:
             weights_X,
             clip=rl.clip,
         )
-        values_X = flat_tokens(head_scores(params["head"], made.hidden_BTD))
+        values_X = flat_tokens(critic_values(graph, params["critic"], batch))
         old_X, returns_X = flat_tokens(batch["values"]), flat_tokens(batch["returns"])
         value, _ = losses.clipped_value(values_X, old_X, returns_X, weights_X, clip=rl.value_clip)
         entropy = jnp.sum(entropies(made.scaled_XD, made.unembed_VD) * weights_X)
@@ -56,7 +60,24 @@ def make_loss(config: Config) -> LossFn:
 def make_task(config: Config, loaded: LoadedModel | None, progress: Progress) -> Task:
     """See `policy.make_task`."""
     del progress  # prompts take seconds
-    return policy.make_task(config, loaded, loss_fn=make_loss(config), learn=ppo_rows, reported=REPORTED)
+    loaded = need_start(config, loaded)
+    task = policy.make_task(config, loaded, loss_fn=make_loss(config), learn=ppo_rows, reported=REPORTED)
+    start = Start({**loaded.params, "critic": first_critic(config, loaded)}, loaded.origin)
+    return dataclasses.replace(task, start=start)
+
+
+def first_critic(config: Config, loaded: LoadedModel) -> build.Params:
+    """A decoder with a head, unrolled: the reward model, which knows what an answer will be worth before the policy
+    does (so do Ouyang et al., arXiv 2203.02155); where answers are checked, the model that the policy begins as.
+
+    Raises UserError where the reward model has another shape than the policy.
+    """
+    if not config.rl.reward_model:
+        head = init_head(config.model.width, jax.random.fold_in(jax.random.key(config.train.seed), 2))
+        return {**loaded.params, "head": head}
+    judge = loading.load(Path(config.rl.reward_model))
+    check_shape(config.rl.reward_model, judge.model, config.model)
+    return {**judge.params, "head": judge.head}
 
 
 def measure(config: Config, loaded: LoadedModel, progress: Progress) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def init_state(
 
 
 def trained_params(config: Config, start: build.Params | None = None) -> build.Params:
-    """The parameters of `init_state`: the decoder's and, of some stages, a head; or adapters alone."""
+    """The parameters of `init_state`: the decoder's and, of some stages, a head or a critic; or adapters alone."""
     key = jax.random.key(config.train.seed)
     if config.lora.rank:
         _, shapes = build.abstract_model(config.model, dataclasses.replace(config.compute, layers="unroll"))
@@ -56,6 +56,9 @@ def trained_params(config: Config, start: build.Params | None = None) -> build.P
     params = start or build.init_params(config.model, config.compute, jax.random.fold_in(key, 0))
     if config.stage.has_head and "head" not in params:
         params = {**params, "head": init_head(config.model.width, jax.random.fold_in(key, 2))}
+    if config.stage.has_critic and "critic" not in params:
+        critic = build.init_params(config.model, config.compute, jax.random.fold_in(key, 4))
+        params = {**params, "critic": {**critic, "head": init_head(config.model.width, jax.random.fold_in(key, 2))}}
     return params
 
 

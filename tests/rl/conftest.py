@@ -18,7 +18,7 @@ from tests.rl.tiny import rl_config
 
 
 class World:
-    """A policy with a value head, its engine, and questions of different lengths."""
+    """A policy with a critic, its engine, and questions of different lengths."""
 
     def __init__(self, config: Config):
         self.config = config
@@ -40,8 +40,9 @@ class World:
     def policy(self, seed: int = 2) -> Any:
         """Parameters that differ from the start, placed as those of a training state."""
         params = build.init_params(self.config.model, self.config.compute, jax.random.key(seed))
-        placed = jax.device_put(params, params_sharding(self.mesh, params))
-        return {**placed, "head": init_head(self.config.model.width, jax.random.key(seed))}
+        critic = build.init_params(self.config.model, self.config.compute, jax.random.key(seed + 100))
+        params["critic"] = {**critic, "head": init_head(self.config.model.width, jax.random.key(seed))}
+        return jax.device_put(params, params_sharding(self.mesh, params))
 
 
 @pytest.fixture(scope="session")

@@ -43,7 +43,7 @@ def test_log_probabilities_are_those_that_the_generator_reports(layers: str) -> 
     answers = world.engine.answer(policy, world.questions[:8], samples=1, seed=3)
     rows = world.engine.rows(policy, answers)
     options = SamplingOptions(max_tokens=8, temperature=1.0, top_k=0, top_p=1.0, seed=3)
-    decoder = {key: value for key, value in policy.items() if key != "head"}
+    decoder = {key: value for key, value in policy.items() if key != "critic"}
     generator = Generator(config.model, config.compute, build.to_unrolled(decoder), world.tokenizer)
     reported = generator.generate([question.ids for question in world.questions[:8]], options)
     for row, (answer, completion) in enumerate(zip(answers, reported, strict=True)):
@@ -53,7 +53,7 @@ def test_log_probabilities_are_those_that_the_generator_reports(layers: str) -> 
         np.testing.assert_allclose(rows["log_probs"][row, written], completion.logprobs, atol=1e-4)
         assert not rows["log_probs"][row, ~written].any()
         assert not rows["values"][row, ~written].any()
-    of_start = world.engine.rows({**world.placed_start, "head": policy["head"]}, answers)
+    of_start = world.engine.rows({**world.placed_start, "critic": policy["critic"]}, answers)
     np.testing.assert_array_equal(of_start["log_probs"], of_start["reference"])
     np.testing.assert_array_equal(of_start["reference"], rows["reference"])
     assert np.abs(rows["log_probs"] - rows["reference"]).max() > 0.01
@@ -71,8 +71,10 @@ def test_values_and_temperature_are_those_of_the_written_out_forward_pass(world:
     log_probs = np.asarray(jax.nn.log_softmax(scores))
     chosen = np.take_along_axis(log_probs, rows["targets"][..., None], axis=2)[..., 0]
     np.testing.assert_allclose(rows["log_probs"], chosen * rows["loss_weights"], atol=1e-4)
-    head = jax.tree.map(jnp.asarray, jax.device_get(policy["head"]))
-    values = np.asarray(head_scores(head, hidden)) * rows["loss_weights"]
+    critic = jax.tree.map(jnp.asarray, jax.device_get(policy["critic"]))
+    other: Any = build.bind(graph, critic)
+    hidden = other(*(jnp.asarray(rows[name]) for name in ("tokens", "positions", "segment_ids")))
+    values = np.asarray(head_scores(critic["head"], hidden)) * rows["loss_weights"]
     np.testing.assert_allclose(rows["values"], values, atol=1e-4)
     assert np.abs(values).max() > 0.1
 

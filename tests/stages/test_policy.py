@@ -140,9 +140,34 @@ def test_ppo_trains_values_beside_the_decoder(tmp_path: Path) -> None:
     trainer, _, steps = run(config, tmp_path)
     first = steps[0]
     assert steps[-1]["value_loss"] < 0.5 * first["value_loss"]
-    assert trainer.state.params["head"]["bias"][0] != 0
+    assert trainer.state.params["critic"]["head"]["bias"][0] != 0
     assert first["entropy"] == pytest.approx(np.log(256), abs=0.3)
     assert set(build.decoder_params(trainer.state.params)) < set(trainer.state.params)
+
+
+@pytest.mark.parametrize("layers", ["unroll", "scan"])
+def test_a_critic_begins_as_the_reward_model(layers: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    config = config_of("ppo", 1, reward_model="judge")
+    config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, layers=layers))
+    judge = dataclasses.replace(
+        loaded_of(config),
+        params=build.init_params(config.model, FLOAT32, jax.random.key(7)),
+        head=init_head(config.model.width, jax.random.key(8)),
+    )
+    monkeypatch.setattr(ppo.loading, "load", lambda path: judge)
+    loaded = loaded_of(config)
+    with RunFolder(tmp_path).locked(), io.StringIO() as output:
+        task = ppo.make_task(config, loaded, Progress(output))
+        trainer = Trainer(config, RunFolder(tmp_path), task, Terminal(output, total_steps=1, log_every=1))
+        params = trainer.state.params
+        expected = {**build.to_layout(judge.params, config.compute), "head": judge.head}
+        assert max_difference(params["critic"], expected) == 0.0
+        assert max_difference(build.decoder_params(params), build.to_layout(loaded.params, config.compute)) == 0.0
+        assert trainer.run().step == 1
+    wider = dataclasses.replace(config.model, mlp_width=64)
+    monkeypatch.setattr(ppo.loading, "load", lambda path: dataclasses.replace(judge, model=wider))
+    with pytest.raises(UserError, match=r"model in judge has another shape.*mlp_width: 64 there, 48 here"):
+        ppo.make_task(config, loaded, Progress(io.StringIO()))
 
 
 @pytest.mark.slow
