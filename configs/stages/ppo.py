@@ -24,8 +24,8 @@ def get_config(variant: str = "small") -> ConfigDict:
     config.optimizer.update(name="adamw", learning_rate=1e-6, warmup_steps=100, clip_norm=0.5, schedule="linear")
     config.eval.update(batches=4, every=100)
     if variant == "nano":
-        # So few answers teach something where values say which of their tokens were to blame (docs/LOG.md). The critic's
-        # gradient must not be what fills clip_norm; and values have to move by more than 0.2 in an iteration.
+        # The critic's gradient must not be what fills clip_norm, and its values have to move by more than 0.2 in an
+        # iteration; without a discount the first tokens of an answer have their share of its reward (docs/LOG.md).
         config.rl.update(
             prompt_count=2000,
             questions=16,

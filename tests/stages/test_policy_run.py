@@ -18,6 +18,7 @@ from smallcoder_jax.config import (
     DataConfig,
     EvalConfig,
     LogConfig,
+    PreferencesConfig,
     RLConfig,
     StageConfig,
     TokenizerConfig,
@@ -82,7 +83,10 @@ def test_ppo_wants_a_reward_model_that_is_one(root: Path, tmp_path: Path) -> Non
     with pytest.raises(UserError, match="has no scalar head"):
         run.train(judged, tmp_path / "one")
     assert run.train(config, tmp_path / "two").step == 2
-    assert load(tmp_path / "two").head is not None
-    # A run with a head judges: here the values of the policy that was trained.
-    judged = dataclasses.replace(config, rl=dataclasses.replace(config.rl, reward_model=str(tmp_path / "two")))
+    assert load(tmp_path / "two").head is None  # what a critic expects is no judgement
+    assert verify(tmp_path / "two", run.reevaluate).status == "verified"
+    reward = config_of(root, "reward", preferences=PreferencesConfig(count=200))
+    reward = dataclasses.replace(reward, stage=StageConfig(name="reward", start=str(root / "start")))
+    assert run.train(reward, tmp_path / "judge").step == 2
+    judged = dataclasses.replace(config, rl=dataclasses.replace(config.rl, reward_model=str(tmp_path / "judge")))
     assert run.train(judged, tmp_path / "three").step == 2
