@@ -24,7 +24,7 @@ def get_config(variant: str = "small") -> ConfigDict:
     config.eval.update(batches=0, every=250)
     if variant == "nano":
         config.preferences.count = 400
-        config.train.update(steps=80, batch_size=4, sequence_length=384)
+        config.train.update(steps=80, batch_size=4, sequence_length=384, microbatch_size=2)
         config.optimizer.update(learning_rate=2e-5, warmup_steps=6, weight_decay=0.0)
         config.eval.update(every=80, batches=0, batch_size=16)
         config.checkpoint.update(every=80)

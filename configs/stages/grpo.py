@@ -34,7 +34,7 @@ def get_config(variant: str = "small") -> ConfigDict:
             temperature=1.3,
             eval_answers=3,
         )
-        config.train.update(steps=48, sequence_length=240)
+        config.train.update(steps=48, sequence_length=240, microbatch_size=4)
         config.optimizer.update(learning_rate=1.5e-4, warmup_steps=4, weight_decay=0.0)
         config.eval.update(every=48, batches=0, batch_size=32)
         config.checkpoint.update(every=24)

@@ -39,7 +39,7 @@ def get_config(variant: str = "small") -> ConfigDict:
             entropy_weight=0.0,
             gamma=1.0,
         )
-        config.train.update(steps=48, batch_size=32, sequence_length=192)
+        config.train.update(steps=48, batch_size=32, sequence_length=192, microbatch_size=4)
         config.optimizer.update(learning_rate=2e-4, warmup_steps=4, weight_decay=0.0)
         config.eval.update(every=48, batches=0, batch_size=32)
         config.checkpoint.update(every=24)

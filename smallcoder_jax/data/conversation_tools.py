@@ -151,8 +151,11 @@ def documentation() -> dict[str, tuple[str, frozenset[str]]]:
     """By full name, in alphabetical order: the line that `search` returns, and its words."""
     found = {}
     for module in DOCUMENTED:
-        for name, value in list(vars(importlib.import_module(module)).items()):
+        names = dict(vars(importlib.import_module(module)))
+        for name, value in names.items():
             if name.startswith("_") or not callable(value):
+                continue
+            if f"__{name}__" in names:  # a hook, as sys.excepthook: another program's, or of what runs this one
                 continue
             if (getattr(value, "__module__", None) or module).split(".")[0].lstrip("_") not in _owners(module):
                 continue

@@ -20,7 +20,7 @@ from smallcoder_jax.tokenizers.chat import Conversation, Message
 from smallcoder_jax.tokenizers.chat_wire import from_wire, to_wire
 
 VALIDATION_SHARE = 0.1
-FORMAT = 1  # raised when the same seed and index begin to give another conversation
+FORMAT = 2  # raised when the same seed and index begin to give another conversation
 _SYSTEM = ("", "You are a coding assistant.", "You help people with Python.", "Answer briefly.")
 _MOST_TOOLS = 3  # on offer in one conversation
 

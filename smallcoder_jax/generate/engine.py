@@ -141,11 +141,11 @@ class Generator:
         that the device never waits for the host.
         """
         size = min(_power_of_two(len(rows)), batch_size)
-        width = min(_bucket(max(len(row.prompt.ids) for row in rows) - 1), self.model.context)
+        width = min(bucket(max(len(row.prompt.ids) for row in rows) - 1), self.model.context)
         shape = {"model": self.model, "compute": self._compute, "place": self._place}
         settings, vocabulary = settings_of(options, size, self._place), self._vocabulary
         packed = _pack_rows(rows, size, width, self.tokenizer.pad_id, self._place)
-        state = step.prefill(self._params, packed, **shape, length=width + _bucket(options.max_tokens))
+        state = step.prefill(self._params, packed, **shape, length=width + bucket(options.max_tokens))
         state, produced = step.decode(self._params, state, packed.last_B, settings, vocabulary, **shape)
         for _ in range(options.max_tokens - 1):
             state, following = step.decode(self._params, state, produced.tokens_B, settings, vocabulary, **shape)
@@ -240,7 +240,7 @@ def _power_of_two(number: int) -> int:
     return 1 << max(number - 1, 0).bit_length()
 
 
-def _bucket(number: int) -> int:
+def bucket(number: int) -> int:
     """The next of 16, 24, 32, 48, 64, 96...: few shapes to compile, and at most half of one is padding."""
     power = _power_of_two(number)
     return max(16, power * 3 // 4 if number <= power * 3 // 4 else power)

@@ -142,26 +142,30 @@ class Experience:
     def close(self) -> None:
         """Nothing runs in the background."""
 
-    def evaluation(self, questions: Sequence[Question], limit: int, rows: int) -> Iterator[Batch]:
+    def evaluation(
+        self, questions: Sequence[Question], limit: int, rows: int, *, beside_start: bool = True
+    ) -> Iterator[Batch]:
         """Columns [rows, 1] of the first `limit` batches of `rows` questions (0: all): means of `statistics` over
         `rl.eval_answers` answers of the policy to each, drawn with the same random numbers in every evaluation; `gain`,
-        what these are worth more than as many answers of the start; `counted`, 1 where there is a question."""
+        what these are worth more than as many answers of the start, 0 where they are not compared with it
+        (`beside_start`); `counted`, 1 where there is a question."""
         asked = list(questions[: limit * rows] if limit else questions)
         each, missing = self._config.rl.eval_answers, -len(asked) % rows
         answers = self._held_out(self._params, asked)
         rewards = self._reward(answers)
-        answers += answers[:each] * missing
-        scored = self._engine.rows(self._params, answers)
-        if len(asked) not in self._start_rewards:
+        policy = {name: part for name, part in self._params.items() if name != "critic"}  # no value is asked for
+        scored = self._engine.rows(policy, answers)
+        columns = statistics(scored, answers, rewards)
+        if beside_start and len(asked) not in self._start_rewards:
             is_start = np.array_equal(scored["log_probs"], scored["reference"])
-            theirs = rewards if is_start else self._reward(self._held_out(self._engine.start(self._params), asked))
+            theirs = rewards if is_start else self._reward(self._held_out(self._engine.start(policy), asked))
             self._start_rewards[len(asked)] = theirs
-        padded = np.pad([rewards, rewards - self._start_rewards[len(asked)]], ((0, 0), (0, each * missing)))
-        columns = statistics(scored, answers, padded[0]) | {"gain": padded[1]}
+        columns["gain"] = (rewards - self._start_rewards[len(asked)] if beside_start else 0.0 * rewards)[:, None]
+        columns["counted"] = np.ones_like(columns["reward"])
         found = {name: column.reshape(-1, each).mean(axis=1)[:, None] for name, column in columns.items()}
-        found["counted"] = (np.arange(len(asked) + missing) < len(asked)).astype(np.float32)[:, None]
+        padded = {name: np.pad(column, ((0, missing), (0, 0))) for name, column in found.items()}
         for start in range(0, len(asked), rows):
-            yield {name: column[start : start + rows] for name, column in found.items()}
+            yield {name: column[start : start + rows] for name, column in padded.items()}
 
     def _held_out(self, params: Any, asked: Sequence[Question]) -> list[Answer]:
         rl, seed = self._config.rl, self._config.train.seed

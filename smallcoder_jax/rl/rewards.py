@@ -23,6 +23,7 @@ from jax import Array
 from smallcoder_jax.errors import UserError
 from smallcoder_jax.evaluate import sandbox
 from smallcoder_jax.evaluate.tool_calls import call_levels
+from smallcoder_jax.generate.engine import bucket
 from smallcoder_jax.loading import LoadedModel
 from smallcoder_jax.models import build
 from smallcoder_jax.models.heads import scores_at
@@ -76,13 +77,15 @@ class RewardModel:
                 f"an answer with its prompt has {longest} tokens, but the model of rl.reward_model has a context of "
                 f"{self._context}; lower train.sequence_length or rl.answer_tokens"
             )
-        length = min(1 << (longest - 1).bit_length(), self._context)  # few shapes to compile
-        scores = []
+        scores_N = np.zeros(len(ids), np.float32)
+        by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         for start in range(0, len(ids), self._rows):
-            scores.append(self._batch(ids[start : start + self._rows], length))
-        return np.concatenate(scores)
+            chosen = by_length[start : start + self._rows]
+            scores_N[chosen] = self._batch([ids[i] for i in chosen])
+        return scores_N
 
-    def _batch(self, ids: list[tuple[int, ...]], length: int) -> np.ndarray:
+    def _batch(self, ids: list[tuple[int, ...]]) -> np.ndarray:
+        length = min(bucket(max(map(len, ids))), self._context)
         tokens_BT = np.full((self._rows, length), self._pad_id, np.int32)
         segment_ids_BT = np.zeros((self._rows, length), np.int32)
         for row, one in enumerate(ids):

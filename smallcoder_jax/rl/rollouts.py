@@ -84,6 +84,15 @@ def pack_answers(answers: Sequence[Answer], length: int, pad_id: int) -> Batch:
     return batch
 
 
+def row_length(longest: int, most: int) -> int:
+    """The quarter, half, three quarters or whole of a row of `most` that holds `longest` tokens: four shapes to
+    compile. Of 128s where `most` is, as kernels want it."""
+    quarter = -(-most // 4)
+    if most % 128 == 0:
+        quarter += -quarter % 128
+    return min(-(-longest // quarter) * quarter, most)
+
+
 def fitting(questions: Sequence[Question], config: Config) -> list[Question]:
     """The questions that leave room for an answer, each once. Raises UserError where there are none."""
     room = config.train.sequence_length - config.rl.answer_tokens
@@ -129,18 +138,27 @@ class RolloutEngine:
 
     def rows(self, params: build.Params, answers: Sequence[Answer]) -> Batch:
         """The answers packed, with `log_probs` under the policy, `reference` under its start, and `values` where it has
-        a critic; each [B, T], 0 where the weight is. Answers are a multiple of a microbatch.
+        a critic; each [B, T], 0 where the weight is.
+
+        Answers of similar length are worked out together, in rows no longer than they need.
         """
         batch = pack_answers(answers, self._config.train.sequence_length, self._tokenizer.pad_id)
-        placed = self._beside(params)
-        found = [], []
-        for start in range(0, len(answers), self._config.train.microbatch_rows):
-            rows = slice(start, start + self._config.train.microbatch_rows)
-            part = place_batch(batch_sharding(placed.mesh), {name: array[rows] for name, array in batch.items()})
-            for scores, model in zip(found, (params, placed.start), strict=True):
-                scores.append(jax.device_get(placed.score(model, part)))
-        of_policy, of_start = ({name: np.concatenate([p[name] for p in parts]) for name in parts[0]} for parts in found)
-        return {**batch, **of_policy, "reference": of_start["log_probs"]}
+        placed, size = self._beside(params), self._config.train.microbatch_rows
+        scores = {name: np.zeros_like(batch["loss_weights"]) for name in ("log_probs", "reference", "values")}
+        lengths = np.count_nonzero(batch["segment_ids"], axis=1)
+        order = np.argsort(lengths, kind="stable")
+        for start in range(0, len(answers), size):
+            chosen = order[start : start + size]
+            length = row_length(lengths[chosen[-1]], self._config.train.sequence_length)
+            filled = np.resize(chosen, size)  # the last microbatch may want rows
+            part = {name: array[filled, :length] for name, array in batch.items()}
+            part = place_batch(batch_sharding(placed.mesh), part)
+            found, of_start = jax.device_get((placed.score(params, part), placed.score(placed.start, part)))
+            for name, array in {**found, "reference": of_start["log_probs"]}.items():
+                scores[name][chosen, :length] = array[: len(chosen)]
+        if "critic" not in params:
+            del scores["values"]
+        return {**batch, **scores}
 
     def start(self, params: build.Params) -> build.Params:
         """The decoder that the policy began as, placed as `params` are."""

@@ -6,6 +6,7 @@ Shapes: B rows.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
@@ -79,8 +80,10 @@ def make_task(
     engine = RolloutEngine(config, tokenizer, loaded.params)
     experience = Experience(config, engine, asked["train"], reward, learn)
 
-    def validation_batches(limit: int, rows: Sequence[int]) -> Iterator[dict[str, np.ndarray]]:
-        return experience.evaluation(asked["validation"], limit, len(rows))
+    def validation_batches(
+        limit: int, rows: Sequence[int], *, beside_start: bool = True
+    ) -> Iterator[dict[str, np.ndarray]]:
+        return experience.evaluation(asked["validation"], limit, len(rows), beside_start=beside_start)
 
     digest = hashlib.sha256(repr([[question.ids for question in asked[side]] for side in asked]).encode())
     return Task(
@@ -88,6 +91,7 @@ def make_task(
         summarise=summarise,
         train_batches=lambda rows: experience,
         validation_batches=validation_batches,
+        loss_batches=functools.partial(validation_batches, beside_start=False),
         identity={
             "prompts": digest.hexdigest(),
             "tokenizer": tokenizer.hash,
@@ -127,7 +131,7 @@ def measure(config: Config, loaded: LoadedModel) -> dict[str, Any]:
     params = build.to_layout(loaded.params, config.compute)
     experience.see(jax.device_put(params, params_sharding(mesh, params)))
     total: dict[str, float] = dict.fromkeys(("weight", "gain_square", *_MEASURES), 0.0)
-    for batch in experience.evaluation(asked, config.eval.batches, eval_rows(config)):
+    for batch in experience.evaluation(asked, config.eval.batches, eval_rows(config), beside_start=start is not None):
         _, weight, sums = evaluation_sums(jax.device_put(batch))
         for name, value in {"weight": weight, **sums}.items():
             total[name] += float(value)
@@ -159,4 +163,4 @@ def _make_reward(config: Config, tokenizer: Tokenizer) -> tuple[Reward, str]:
         sandbox.check_isolation()
         return CheckedReward(tokenizer), f"checked, version {VERSION}"
     loaded = loading.load(Path(config.rl.reward_model))
-    return RewardModel(loaded, tokenizer, config.train.batch_size), loaded.origin["hash"]
+    return RewardModel(loaded, tokenizer, config.train.microbatch_rows), loaded.origin["hash"]

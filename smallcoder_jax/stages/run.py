@@ -105,7 +105,8 @@ def reevaluate(config: Config, step_folder: Path, meta: dict[str, Any]) -> float
     if task.see is not None:
         task.see({**frozen, **params})
     total = EvalMetrics.empty()
-    for rows in task.validation_batches(config.eval.batches, range(eval_rows(config))):
+    batches = task.loss_batches or task.validation_batches
+    for rows in batches(config.eval.batches, range(eval_rows(config))):
         sums = step(params, place_batch(batch_sharding(program.mesh), rows), frozen)
         total = total.merge(EvalMetrics.from_model_output(**jax.device_get(sums)))
     return task.summarise(total.compute())["loss"]

@@ -47,6 +47,8 @@ class Task:
     start: Start | None = None
     frozen: build.Params = dataclasses.field(default_factory=dict)  # not trained, joined to the others for the loss
     prompts: Mapping[str, Sequence[int]] | None = None  # for samples, by what is shown; None: those of the config
+    # As validation_batches, with what the loss needs alone, where the rest takes long to work out.
+    loss_batches: Callable[[int, Sequence[int]], Iterable[dict[str, np.ndarray]]] | None = None
     # Data that depends on the model: shown all parameters before each batch is drawn and before each evaluation.
     see: Callable[[build.Params], None] | None = None
 

@@ -181,6 +181,18 @@ def test_a_test_run_and_a_traceback() -> None:
     assert long == "x" * 1200 + "\n[100 more characters]"
 
 
+def test_documentation_does_not_depend_on_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training run sets one, pytest another: the conversations of a seed would be others beside them."""
+    conversation_tools.documentation.cache_clear()
+    found = conversation_tools.documentation()
+    assert "sys.exit" in found
+    assert "sys.unraisablehook" not in found
+    conversation_tools.documentation.cache_clear()
+    for name in ("unraisablehook", "displayhook"):
+        monkeypatch.setattr(sys, name, lambda found: None)
+    assert conversation_tools.documentation() == found
+
+
 def test_analysis_and_search() -> None:
     code = "import os.path, re\nfrom a import b\ndef f(a, *, b=1):\n    if a and b: return g(os.x(1))\n"
     code += "    return [i for i in a]"

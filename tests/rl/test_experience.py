@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -196,6 +197,20 @@ def test_a_gain_is_the_mean_of_what_answers_earn_more_than_those_of_the_start(wo
     for batch in stream.evaluation(world.questions, 0, 8):
         np.testing.assert_array_equal(batch["gain"], 0.0)
         np.testing.assert_allclose(batch["start_kl"], 0.0, atol=1e-6)
+
+
+def test_an_evaluation_for_the_loss_alone_draws_no_answers_of_the_start(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = experience(world)
+    with monkeypatch.context() as patch:
+        patch.setattr(world.engine, "start", lambda params: pytest.fail("the start was asked for"))
+        alone = list(stream.evaluation(world.questions, 0, 8, beside_start=False))
+    beside = list(stream.evaluation(world.questions, 0, 8))
+    for one, other in zip(alone, beside, strict=True):
+        assert not one.pop("gain").any()
+        assert other.pop("gain").any()
+        jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
 def test_too_few_questions_are_refused() -> None:

@@ -42,7 +42,7 @@ def tools_config(root: Path, stage: Any = "sft", **train: Any) -> Config:
         config,
         model=tiny_model(vocab_size=500, width=32, mlp_width=64, layers=1, heads=2, kv_heads=1, context=LENGTH),
         tokenizer=TokenizerConfig(),
-        dialogs=DialogConfig(count=60, seed=1),
+        dialogs=DialogConfig(count=60, seed=2),
         train=dataclasses.replace(config.train, batch_size=8, **{"sequence_length": LENGTH, **train}),
     )
 
