@@ -29,8 +29,8 @@ def get_config(variant: str = "small") -> ConfigDict:
     config.optimizer.update(learning_rate=5e-4)
     if variant == "nano":
         config.model.update(width=128, mlp_width=352, layers=2, heads=2, kv_heads=1)
-        config.train.update(steps=240)
+        config.train.update(steps=200)
         config.data.max_documents = 0
-        config.eval.update(every=120)
-        config.checkpoint.update(every=120)
+        config.eval.update(every=200)
+        config.checkpoint.update(every=100)
     return config
