@@ -9,7 +9,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -19,12 +18,12 @@ from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.loading import LoadedModel
 from smallcoder_jax.mesh import flat_tokens
 from smallcoder_jax.models import build
-from smallcoder_jax.models.heads import init_head
 from smallcoder_jax.ops.entropy import entropies
 from smallcoder_jax.rl.experience import ppo_rows
 from smallcoder_jax.rl.rollouts import critic_values, policy_pass
 from smallcoder_jax.stages import policy
 from smallcoder_jax.stages.start import check_shape, need_start
+from smallcoder_jax.train.state import first_head
 from smallcoder_jax.train.step import Batch, LossFn
 from smallcoder_jax.train.task import Start, Task
 
@@ -73,8 +72,7 @@ def first_critic(config: Config, loaded: LoadedModel) -> build.Params:
     Raises UserError where the reward model has another shape than the policy.
     """
     if not config.rl.reward_model:
-        head = init_head(config.model.width, jax.random.fold_in(jax.random.key(config.train.seed), 2))
-        return {**loaded.params, "head": head}
+        return {**loaded.params, "head": first_head(config)}
     judge = loading.load(Path(config.rl.reward_model))
     check_shape(config.rl.reward_model, judge.model, config.model)
     return {**judge.params, "head": judge.head}

@@ -55,11 +55,16 @@ def trained_params(config: Config, start: build.Params | None = None) -> build.P
         return {"lora": build.to_layout(adapters, config.compute)}
     params = start or build.init_params(config.model, config.compute, jax.random.fold_in(key, 0))
     if config.stage.has_head and "head" not in params:
-        params = {**params, "head": init_head(config.model.width, jax.random.fold_in(key, 2))}
+        params = {**params, "head": first_head(config)}
     if config.stage.has_critic and "critic" not in params:
         critic = build.init_params(config.model, config.compute, jax.random.fold_in(key, 4))
-        params = {**params, "critic": {**critic, "head": init_head(config.model.width, jax.random.fold_in(key, 2))}}
+        params = {**params, "critic": {**critic, "head": first_head(config)}}
     return params
+
+
+def first_head(config: Config) -> build.Params:
+    """The head that a model, or a critic, has before it has learned anything."""
+    return init_head(config.model.width, jax.random.fold_in(jax.random.key(config.train.seed), 2))
 
 
 def state_sharding(mesh: Mesh, state: TrainState) -> TrainState:

@@ -170,6 +170,24 @@ def test_a_critic_begins_as_the_reward_model(layers: Any, monkeypatch: pytest.Mo
         ppo.make_task(config, loaded, Progress(io.StringIO()))
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_split_parameters_learn_the_same(optimizer: Any, tmp_path: Path) -> None:
+    """Those of the critic as well, by either optimizer: of its matrices Muon is the one."""
+    config = config_of("ppo", 2)
+    changed = dataclasses.replace(config.optimizer, name=optimizer, muon_learning_rate=0.01)
+    config = dataclasses.replace(config, optimizer=changed)
+    found = {}
+    for name, mesh in {"whole": MeshConfig(), "split": MeshConfig(data=2, fsdp=4)}.items():
+        trainer, _, _ = run(dataclasses.replace(config, mesh=mesh), tmp_path / name)
+        found[name] = trainer.state.params
+    kernel = found["split"]["critic"]["blocks"][0]["mlp"]["down"]["kernel"]
+    assert kernel.addressable_shards[0].data.size == kernel.size // 4
+    assert max_difference(found["whole"], found["split"]) < 1e-5
+    first = build.init_params(config.model, FLOAT32, jax.random.key(9))
+    moved = np.abs(jax.device_get(kernel) - jax.device_get(first["blocks"][0]["mlp"]["down"]["kernel"])).max()
+    assert moved > 1e-3
+
+
 @pytest.mark.slow
 def test_an_entropy_bonus_keeps_the_policy_undecided(tmp_path: Path) -> None:
     kept, lost = (
