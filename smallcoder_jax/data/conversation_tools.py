@@ -155,7 +155,9 @@ def documentation() -> dict[str, tuple[str, frozenset[str]]]:
         for name, value in names.items():
             if name.startswith("_") or not callable(value):
                 continue
-            if f"__{name}__" in names:  # a hook, as sys.excepthook: another program's, or of what runs this one
+            # Hooks are there twice (sys.__excepthook__): another may be in their place, of what runs this program. Some
+            # of operator's functions are left out with them.
+            if f"__{name}__" in names:
                 continue
             if (getattr(value, "__module__", None) or module).split(".")[0].lstrip("_") not in _owners(module):
                 continue
