@@ -155,12 +155,14 @@ class Experience:
         rewards = self._reward(answers)
         policy = {name: part for name, part in self._params.items() if name != "critic"}  # no value is asked for
         scored = self._engine.rows(policy, answers)
-        columns = statistics(scored, answers, rewards)
-        if beside_start and len(asked) not in self._start_rewards:
-            is_start = np.array_equal(scored["log_probs"], scored["reference"])
-            theirs = rewards if is_start else self._reward(self._held_out(self._engine.start(policy), asked))
-            self._start_rewards[len(asked)] = theirs
-        columns["gain"] = (rewards - self._start_rewards[len(asked)] if beside_start else 0.0 * rewards)[:, None]
+        theirs = rewards
+        if beside_start:
+            if len(asked) not in self._start_rewards:
+                is_start = np.array_equal(scored["log_probs"], scored["reference"])
+                drawn = rewards if is_start else self._reward(self._held_out(self._engine.start(policy), asked))
+                self._start_rewards[len(asked)] = drawn
+            theirs = self._start_rewards[len(asked)]
+        columns = statistics(scored, answers, rewards) | {"gain": (rewards - theirs)[:, None]}
         columns["counted"] = np.ones_like(columns["reward"])
         found = {name: column.reshape(-1, each).mean(axis=1)[:, None] for name, column in columns.items()}
         padded = {name: np.pad(column, ((0, missing), (0, 0))) for name, column in found.items()}
