@@ -173,6 +173,7 @@ class RLConfig:
     kl_target: float = 0.0  # nats per answer to which the coefficient is adapted; 0: it is fixed
     gamma: float = 0.99  # ppo: discount per token
     gae_lambda: float = 0.95  # ppo
+    value_warmup: int = 0  # ppo: iterations at the start from which values alone are learned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -476,7 +477,7 @@ def _rl_checks(config: Config) -> list[tuple[bool, str]]:
     rl, train = config.rl, config.train
     counts = ("prompt_count", "questions", "group_size", "answer_tokens", "eval_answers", "inner_epochs")
     positive = ("temperature", "clip", "value_clip")
-    weights = ("value_weight", "entropy_weight", "kl_coefficient", "kl_target")
+    weights = ("value_weight", "entropy_weight", "kl_coefficient", "kl_target", "value_warmup")
     shares = ("gamma", "gae_lambda")
     return [
         *((getattr(rl, name) >= 1, f"rl.{name}={getattr(rl, name)} must be at least 1") for name in counts),

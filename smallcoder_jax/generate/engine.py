@@ -1,6 +1,6 @@
 """Prompts in, completions out: batching, the run-ahead loop and the host's side of stopping.
 
-Shapes: B rows, P prompt columns, V vocabulary.
+Shapes: U different prompts, B rows, P prompt columns, V vocabulary.
 """
 
 from __future__ import annotations
@@ -80,8 +80,8 @@ class Generator:
         """Completions of every prompt, `options.num_samples` of the first, then of the second, and so on.
 
         Text gets a BOS in front; ids are taken as they are. `batch_size` rows are decoded at a time, those of similar
-        length together. The same seed, prompt and sample number give the same text in any batch. Raises UserError on a
-        prompt that does not fit.
+        length together, and a prompt of several is read once. The same seed, prompt and sample number give the same
+        text in any batch. Raises UserError on a prompt that does not fit.
         """
         if batch_size < 1:
             raise UserError(f"{batch_size=} must be at least 1")
@@ -221,18 +221,22 @@ def _vocabulary_of(
 
 
 def _pack_rows(rows: list[_Row], size: int, width: int, pad_id: int, place: jax.sharding.Sharding) -> step.Prompts:
-    """Prompts without their last tokens, on the right of `width` columns, and unused rows up to `size`."""
-    tokens_BP = np.full((size, width), pad_id, np.int32)
-    segment_ids_BP = np.zeros((size, width), np.int32)
-    last_B = np.full(size, pad_id, np.int32)
+    """The different prompts without their last tokens, on the right of `width` columns; rows up to `size`, the last of
+    them unused."""
+    places = {ids: i for i, ids in enumerate(dict.fromkeys(row.prompt.ids for row in rows))}
+    shape = (min(_power_of_two(len(places)), size), width)
+    tokens_UP, segment_ids_UP = np.full(shape, pad_id, np.int32), np.zeros(shape, np.int32)
+    for ids, i in places.items():
+        start = width - (len(ids) - 1)
+        tokens_UP[i, start:], segment_ids_UP[i, start:] = ids[:-1], 1
+    prompt_of_B, last_B = np.zeros(size, np.int32), np.full(size, pad_id, np.int32)
     unused_B = np.arange(size) >= len(rows)
     seeds_B, prompt_hashes_B, samples_B = np.zeros((3, size), np.uint32)
     for i, row in enumerate(rows):
-        ids = np.asarray(row.prompt.ids, np.int32)
-        start = width - (len(ids) - 1)
-        tokens_BP[i, start:], segment_ids_BP[i, start:], last_B[i] = ids[:-1], 1, ids[-1]
-        seeds_B[i], prompt_hashes_B[i], samples_B[i] = row.seed, zlib.crc32(ids.tobytes()), row.sample
-    columns = (tokens_BP, segment_ids_BP, last_B, unused_B, seeds_B, prompt_hashes_B, samples_B)
+        ids = row.prompt.ids
+        prompt_of_B[i], last_B[i], seeds_B[i], samples_B[i] = places[ids], ids[-1], row.seed, row.sample
+        prompt_hashes_B[i] = zlib.crc32(np.asarray(ids, np.int32).tobytes())
+    columns = (tokens_UP, segment_ids_UP, prompt_of_B, last_B, unused_B, seeds_B, prompt_hashes_B, samples_B)
     return step.Prompts(*jax.device_put(columns, place))
 
 

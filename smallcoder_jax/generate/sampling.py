@@ -118,12 +118,20 @@ def probabilities(scores_BV: Array, settings: Settings) -> Array:
     """
     temperature_B = jnp.where(settings.temperature_B > 0, settings.temperature_B, 1.0)
     scaled_BV = (scores_BV - scores_BV.max(axis=1, keepdims=True)) / temperature_B[:, None]
-    top_k_B = jnp.where(settings.top_k_B > 0, settings.top_k_B, scores_BV.shape[1]).astype(jnp.float32)
-    scaled_BV = jnp.where(best(scaled_BV, jnp.ones_like(scaled_BV), top_k_B), scaled_BV, -jnp.inf)
-    in_top_p_BV = (
-        best(scaled_BV, jax.nn.softmax(scaled_BV, axis=1), settings.top_p_B) | (settings.top_p_B >= 1)[:, None]
-    )
-    return jax.nn.softmax(jnp.where(in_top_p_BV, scaled_BV, -jnp.inf), axis=1)
+    has_top_k_B, has_top_p_B = settings.top_k_B > 0, settings.top_p_B < 1
+
+    def cut_to_top_k(scaled_BV: Array) -> Array:
+        needed_B = jnp.where(has_top_k_B, settings.top_k_B, scores_BV.shape[1]).astype(jnp.float32)
+        return jnp.where(best(scaled_BV, jnp.ones_like(scaled_BV), needed_B), scaled_BV, -jnp.inf)
+
+    def cut_to_top_p(scaled_BV: Array) -> Array:
+        in_top_p_BV = best(scaled_BV, jax.nn.softmax(scaled_BV, axis=1), settings.top_p_B)
+        return jnp.where(in_top_p_BV | ~has_top_p_B[:, None], scaled_BV, -jnp.inf)
+
+    # What no row asks for costs nothing.
+    scaled_BV = jax.lax.cond(has_top_k_B.any(), cut_to_top_k, lambda scaled_BV: scaled_BV, scaled_BV)
+    scaled_BV = jax.lax.cond(has_top_p_B.any(), cut_to_top_p, lambda scaled_BV: scaled_BV, scaled_BV)
+    return jax.nn.softmax(scaled_BV, axis=1)
 
 
 def choose(logits_BV: Array, seen_BV: Array, suppressed_V: Array, settings: Settings, keys_B: Array) -> Array:

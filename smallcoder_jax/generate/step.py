@@ -3,7 +3,7 @@
 Parameters, sampling settings and the tokenizer's special ids are arguments, so new values of them compile nothing.
 `place` is where everything but the parameters lives: their device, or every device of their mesh.
 
-Shapes: B rows, P prompt columns, V vocabulary.
+Shapes: U different prompts, B rows, P prompt columns, V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ from smallcoder_jax.models.cache import Cache, init_cache
 
 
 class Prompts(NamedTuple):
-    """Prompts without their last tokens, padded on the left: the first decode step reads the last ones.
+    """Different prompts without their last tokens, padded on the left, and the rows that go on from them: the first
+    decode step reads the last ones.
 
     A row's random numbers come from its seed, a number made of its prompt, and which sample of it the row is: not
     from where in a batch it stands. `unused_B` marks rows that only fill up the batch.
     """
 
-    tokens_BP: Array  # int32
-    segment_ids_BP: Array  # int32: 1, and 0 on padding
+    tokens_UP: Array  # int32
+    segment_ids_UP: Array  # int32: 1, and 0 on padding
+    prompt_of_B: Array  # int32: a row's place among the prompts
     last_B: Array  # int32
     unused_B: Array  # bool
     seeds_B: Array  # uint32
@@ -73,20 +75,21 @@ def prefill(
     place: jax.sharding.Sharding,
     length: int,
 ) -> State:
-    """Reads the prompts into a new cache of `length` columns."""
+    """Reads the prompts into a new cache of `length` columns, each once, however many rows go on from it."""
     decoder = bind(abstract_model(model, compute)[0], params)
-    rows = prompts.tokens_BP.shape[0]
-    positions_BP = jnp.maximum(jnp.cumsum(prompts.segment_ids_BP, axis=1) - 1, 0)
-    cache = init_cache(model, compute, rows, length)
-    _, cache = decoder.extend(prompts.tokens_BP, positions_BP, prompts.segment_ids_BP, cache)
-    row_B = jnp.arange(rows, dtype=jnp.int32)
-    seen_BV = jnp.zeros((rows, model.vocab_size), bool)
-    seen_BV = seen_BV.at[row_B[:, None], prompts.tokens_BP].max(prompts.segment_ids_BP > 0)
+    count, of_B = prompts.tokens_UP.shape[0], prompts.prompt_of_B
+    positions_UP = jnp.maximum(jnp.cumsum(prompts.segment_ids_UP, axis=1) - 1, 0)
+    cache = init_cache(model, compute, count, length)
+    _, cache = decoder.extend(prompts.tokens_UP, positions_UP, prompts.segment_ids_UP, cache)
+    prompt_U = jnp.arange(count, dtype=jnp.int32)
+    seen_UV = jnp.zeros((count, model.vocab_size), bool)
+    seen_UV = seen_UV.at[prompt_U[:, None], prompts.tokens_UP].max(prompts.segment_ids_UP > 0)
+    row_B = jnp.arange(of_B.shape[0], dtype=jnp.int32)
     state = State(
-        cache=cache,
-        positions_B=prompts.segment_ids_BP.sum(axis=1),
+        cache=jax.tree.map(lambda of_prompts: of_prompts[of_B] if of_prompts.ndim else of_prompts, cache),
+        positions_B=prompts.segment_ids_UP.sum(axis=1)[of_B],
         ended_B=prompts.unused_B,
-        seen_BV=seen_BV.at[row_B, prompts.last_B].set(True),
+        seen_BV=seen_UV[of_B].at[row_B, prompts.last_B].set(True),
         keys_B=jax.vmap(_row_key)(prompts.seeds_B, prompts.prompt_hashes_B, prompts.samples_B),
         count=jnp.zeros((), jnp.int32),
     )

@@ -15,10 +15,11 @@ from jaxtyping import Float
 from smallcoder_jax.config import ModelConfig
 from smallcoder_jax.layers.linear import Linear
 from smallcoder_jax.ops.attention import attention
+from smallcoder_jax.ops.rope import rotate
 
 
 class Keys(NamedTuple):
-    """Unrotated keys and values with where they stand: [B, S, K, H] twice, [B, S] twice."""
+    """Keys and values with where they stand: [B, S, K, H] twice, [B, S] twice. Those of a cache are `rotated`."""
 
     k_BSKH: Array
     v_BSKH: Array
@@ -44,10 +45,16 @@ class Attention(nnx.Module):
         shape = (*x_BTD.shape[:2], self.model.kv_heads, self.model.head_size)
         return self.key(x_BTD).reshape(shape), self.value(x_BTD).reshape(shape)
 
+    def rotated(self, x_BTNH: Float[Array, "B T N H"], positions_BT: Array) -> Float[Array, "B T N H"]:
+        """Queries or keys by their positions; as they are where positions are learned."""
+        return rotate(x_BTNH, positions_BT, self.model.rope_theta) if self.model.positions == "rope" else x_BTNH
+
     def __call__(
         self, x_BTD: Float[Array, "B T D"], positions_BT: Array, segment_ids_BT: Array, keys: Keys, *, cached: bool
     ) -> Float[Array, "B T D"]:
         q_BTNH = self.query(x_BTD).reshape(*x_BTD.shape[:2], self.model.heads, self.model.head_size)
+        if cached:
+            q_BTNH = self.rotated(q_BTNH, positions_BT)
         o_BTNH = attention(
             q_BTNH,
             keys.k_BSKH,
@@ -56,7 +63,7 @@ class Attention(nnx.Module):
             kv_positions_BS=keys.positions_BS,
             q_segment_ids_BT=segment_ids_BT,
             kv_segment_ids_BS=keys.segment_ids_BS,
-            rope_theta=self.model.rope_theta if self.model.positions == "rope" else None,
+            rope_theta=self.model.rope_theta if self.model.positions == "rope" and not cached else None,
             window=self.model.window or None,
             # What the config chooses is for packed rows; the keys of a cache are the reference's work.
             implementation="xla" if cached else self.implementation,

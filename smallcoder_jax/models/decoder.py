@@ -79,10 +79,14 @@ class Block(nnx.Module):
         key: Array | None = None,
         extend_keys: Callable[[Array, Array], Keys] | None = None,
     ) -> Float[Array, "B T D"]:
-        """`extend_keys` turns this block's new keys and values into all that the queries may see (a cache)."""
+        """`extend_keys` turns this block's new keys, rotated once and for all, and values into all that the queries may
+        see (a cache)."""
         normed_BTD = self.attention_norm(x_BTD)
         k_BTKH, v_BTKH = self.attention.project_keys(normed_BTD)
-        keys = extend_keys(k_BTKH, v_BTKH) if extend_keys else Keys(k_BTKH, v_BTKH, positions_BT, segment_ids_BT)
+        if extend_keys:
+            keys = extend_keys(self.attention.rotated(k_BTKH, positions_BT), v_BTKH)
+        else:
+            keys = Keys(k_BTKH, v_BTKH, positions_BT, segment_ids_BT)
         attended_BTD = self.attention(normed_BTD, positions_BT, segment_ids_BT, keys, cached=extend_keys is not None)
         x_BTD = split_activations(x_BTD + dropout(attended_BTD, self.dropout, _fold(key, 0)))
         return split_activations(x_BTD + dropout(self.mlp(self.mlp_norm(x_BTD)), self.dropout, _fold(key, 1)))

@@ -185,6 +185,8 @@ class Experience:
         known = statistics(rows, answers, rewards_N)
         known["kl_coefficient"] = np.full_like(known["reward"], self._kl_coefficient)
         rows = self._learn(rl, rows, rewards_N, self._kl_coefficient)
+        if self._iteration <= rl.value_warmup:
+            rows["advantages"] = np.zeros_like(rows["advantages"])
         self._kl_coefficient = next_coefficient(rl, self._kl_coefficient, float(known["start_kl"].mean()))
         return {**rows, **{name: np.full_like(column, column.mean()) for name, column in known.items()}}
 

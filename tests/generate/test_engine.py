@@ -85,6 +85,23 @@ def test_a_batch_of_unequal_prompts_gives_what_each_gives_alone(tiny, options):
     assert len(set(alone)) == len(alone)
 
 
+def test_a_prompt_of_several_completions_is_read_once(tiny, monkeypatch):
+    options = dataclasses.replace(SAMPLED, num_samples=3)
+    generator = tiny.generator()
+    alone = [completion for prompt in ("a", "import sys") for completion in generator.generate([prompt], options)]
+    read, prefill = [], step.prefill
+    monkeypatch.setattr(
+        step, "prefill", lambda params, prompts, **shape: read.append(prompts) or prefill(params, prompts, **shape)
+    )
+    together = generator.generate(["a", "import sys"], options)
+    assert [c.token_ids for c in together] == [c.token_ids for c in alone]
+    assert len({c.token_ids for c in together}) == 6
+    (prompts,) = read
+    assert prompts.tokens_UP.shape == (2, 16)
+    assert prompts.prompt_of_B.tolist() == [0, 0, 0, 1, 1, 1, 0, 0]
+    assert prompts.unused_B.tolist() == [False] * 6 + [True] * 2
+
+
 def test_the_cache_takes_several_tokens_at_once(tiny):
     ids = np.random.default_rng(0).integers(0, 240, size=(2, 20)).astype(np.int32)
     padding = np.array([0, 4])

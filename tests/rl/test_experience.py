@@ -44,6 +44,18 @@ def test_every_answer_is_once_in_every_inner_epoch_and_then_come_new_ones(world:
         assert all(array.ndim == 2 for array in batch.values())
 
 
+def test_at_first_only_values_are_learned_where_that_is_asked_for(world: World) -> None:
+    """Two iterations of four batches: in the first no answer is better than another, its returns are as they were."""
+    config = dataclasses.replace(world.config, rl=dataclasses.replace(world.config.rl, value_warmup=1))
+    warming = Experience(config, world.engine, world.questions, length_reward, ppo_rows)
+    warming.see(world.policy())
+    for place, (batch, usual) in enumerate(itertools.islice(zip(warming, experience(world), strict=True), 8)):
+        np.testing.assert_array_equal(batch["returns"], usual["returns"])
+        expected = np.zeros_like(usual["advantages"]) if place < 4 else usual["advantages"]
+        np.testing.assert_array_equal(batch["advantages"], expected)
+        assert usual["advantages"].any()
+
+
 def test_questions_are_asked_once_in_every_epoch_over_them(world: World) -> None:
     """20 questions, 8 in an iteration: 5 iterations are two epochs."""
     asked: list[Question] = []
