@@ -24,23 +24,25 @@ def get_config(variant: str = "small") -> ConfigDict:
     config.optimizer.update(name="adamw", learning_rate=1e-6, warmup_steps=100, clip_norm=0.5, schedule="linear")
     config.eval.update(batches=4, every=100)
     if variant == "nano":
-        # The critic's gradient must not be what fills clip_norm, and its values have to move by more than 0.2 in an
-        # iteration; without a discount the first tokens of an answer have their share of its reward (docs/LOG.md).
+        # The critic's gradient must not be what fills clip_norm, its values have to move by more than 0.2 in an
+        # iteration, and before they know anything they mislead; without a discount the first tokens of an answer have
+        # their share of its reward; new answers teach more than old ones once more (docs/LOG.md).
         config.rl.update(
             prompt_count=2000,
             questions=16,
             group_size=4,
-            inner_epochs=2,
+            inner_epochs=1,
             answer_tokens=64,
             temperature=1.0,
             eval_answers=3,
             value_weight=0.02,
             value_clip=100.0,
+            value_warmup=2,
             entropy_weight=0.0,
             gamma=1.0,
         )
-        config.train.update(steps=48, batch_size=32, sequence_length=192, microbatch_size=4)
-        config.optimizer.update(learning_rate=2e-4, warmup_steps=4, weight_decay=0.0)
+        config.train.update(steps=48, batch_size=32, sequence_length=192, microbatch_size=4, log_every=4)
+        config.optimizer.update(learning_rate=2.5e-4, warmup_steps=4, weight_decay=0.0)
         config.eval.update(every=48, batches=0, batch_size=32)
         config.checkpoint.update(every=24)
     return config

@@ -33,7 +33,8 @@ OTHER_MEASURES = {
 
 
 def draw_training(history: Mapping[str, Any], folder: RunFolder) -> Path:
-    """Draws the six panels of a run: loss, bits per byte, accuracy, learning rate, gradient norm, throughput.
+    """Draws the six panels of a run: loss, bits per byte, accuracy, learning rate, gradient norm, throughput; of a
+    policy, reward and divergence in place of bits and accuracy.
 
     Args:
       history: lists as in `metrics_history.json`: `steps` with `loss, accuracy, ...`, `eval_steps` with `eval_loss,
@@ -74,8 +75,11 @@ def _render(history: Mapping[str, Any], name: str) -> bytes:
     if other is None or evaluation.get("bits_per_byte")[0].size:
         _draw_bits_per_byte(panels[0, 1], evaluation, history.get("references", {}))
     else:
-        _draw_measure(panels[0, 1], evaluation.get(other), *OTHER_MEASURES[other])
-    _draw_accuracy(panels[0, 2], train, evaluation)
+        _draw_measure(panels[0, 1], train, evaluation, other, *OTHER_MEASURES[other])
+    if evaluation.get("start_kl")[0].size:
+        _draw_measure(panels[0, 2], train, evaluation, "start_kl", "Divergence from the start", "nats per answer")
+    else:
+        _draw_accuracy(panels[0, 2], train, evaluation)
     _draw_learning_rate(panels[1, 0], train)
     _draw_gradient_norm(panels[1, 1], train)
     _draw_throughput(panels[1, 2], train)
@@ -225,9 +229,13 @@ def _draw_bits_per_byte(axes: Axes, evaluation: _Curves, references: Mapping[str
         _legend(axes)
 
 
-def _draw_measure(axes: Axes, curve: tuple[np.ndarray, np.ndarray], title: str, unit: str) -> None:
-    _panel(axes, f"{title}, validation", unit)
-    _points(axes, curve, ORANGE, f"this model  {curve[1][-1]:.3f}")
+def _draw_measure(axes: Axes, train: _Curves, evaluation: _Curves, name: str, title: str, unit: str) -> None:
+    """A measure of the task's own, which training may not log."""
+    _panel(axes, title, unit)
+    curve, checks = train.get(name), evaluation.get(name)
+    if curve[0].size:
+        _raw_and_smooth(axes, curve, BLUE, f"training  {curve[1][-1]:.3f}")
+    _points(axes, checks, ORANGE, f"validation  {checks[1][-1]:.3f}")
     _legend(axes)
 
 

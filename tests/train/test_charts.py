@@ -109,9 +109,10 @@ assert matplotlib.rcParams.copy() == before
     ("measures", "titles"),
     [
         ({"bits_per_byte": [5.0, 1.6], "perplexity": [8.0, 3.0]}, ["Bits per byte, validation", "Next-token accuracy"]),
-        ({"perplexity": [8.0, 3.0]}, ["Perplexity, validation", "Next-token accuracy"]),
-        ({"margin": [0.0, 1.0]}, ["Margin, validation", "Better answer above"]),
-        ({"reward": [0.1, 0.4]}, ["Mean reward, validation", "Next-token accuracy"]),
+        ({"perplexity": [8.0, 3.0]}, ["Perplexity", "Next-token accuracy"]),
+        ({"margin": [0.0, 1.0]}, ["Margin", "Better answer above"]),
+        ({"reward": [0.1, 0.4]}, ["Mean reward", "Next-token accuracy"]),
+        ({"reward": [0.1, 0.4], "start_kl": [0.0, 2.0]}, ["Mean reward", "Divergence from the start"]),
         ({}, ["Bits per byte, validation", "Next-token accuracy"]),
     ],
 )
