@@ -32,10 +32,10 @@ def get_config(variant: str = "small") -> ConfigDict:
             inner_epochs=1,
             answer_tokens=96,
             temperature=1.3,
-            eval_answers=3,
+            eval_answers=2,
         )
-        config.train.update(steps=40, batch_size=32, sequence_length=240, microbatch_size=4, log_every=4)
-        config.optimizer.update(learning_rate=2.5e-4, warmup_steps=4, weight_decay=0.0)
-        config.eval.update(every=40, batches=0, batch_size=32)
-        config.checkpoint.update(every=20)
+        config.train.update(steps=32, batch_size=32, sequence_length=240, microbatch_size=4, log_every=4)
+        config.optimizer.update(learning_rate=2e-4, warmup_steps=4, weight_decay=0.0)
+        config.eval.update(every=32, batches=0, batch_size=32)
+        config.checkpoint.update(every=16)
     return config
