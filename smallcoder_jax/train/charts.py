@@ -70,13 +70,14 @@ def _render(history: Mapping[str, Any], name: str) -> bytes:
     canvas = FigureCanvasAgg(figure)
     panels = figure.subplots(2, 3)
     train, evaluation = _Curves(history, ""), _Curves(history, "eval_")
-    _draw_loss(panels[0, 0], train, evaluation)
+    policy = evaluation.get("start_kl")[0].size > 0
+    _draw_loss(panels[0, 0], train, evaluation, policy)
     other = next((name for name in OTHER_MEASURES if evaluation.get(name)[0].size), None)
     if other is None or evaluation.get("bits_per_byte")[0].size:
         _draw_bits_per_byte(panels[0, 1], evaluation, history.get("references", {}))
     else:
         _draw_measure(panels[0, 1], train, evaluation, other, *OTHER_MEASURES[other])
-    if evaluation.get("start_kl")[0].size:
+    if policy:
         _draw_measure(panels[0, 2], train, evaluation, "start_kl", "Divergence from the start", "nats per answer")
     else:
         _draw_accuracy(panels[0, 2], train, evaluation)
@@ -196,9 +197,10 @@ def _focus(axes: Axes, steps: np.ndarray, values: np.ndarray) -> None:
         axes.set_ylim(low - 0.06 * (high - low), high + 0.3 * (high - low))
 
 
-def _draw_loss(axes: Axes, train: _Curves, evaluation: _Curves) -> None:
-    _panel(axes, "Loss", "nats per token")
-    curve, checks = train.get("loss"), evaluation.get("loss")
+def _draw_loss(axes: Axes, train: _Curves, evaluation: _Curves, policy: bool) -> None:
+    """Of a policy only training's: its evaluations have less their reward for a loss, which has a panel of its own."""
+    _panel(axes, "Loss", "objective per token" if policy else "nats per token")
+    curve, checks = train.get("loss"), (np.empty(0), np.empty(0)) if policy else evaluation.get("loss")
     if not curve[0].size and not checks[0].size:
         return _empty(axes, "no finite loss yet")
     if curve[0].size:
