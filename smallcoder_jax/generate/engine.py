@@ -80,8 +80,8 @@ class Generator:
         """Completions of every prompt, `options.num_samples` of the first, then of the second, and so on.
 
         Text gets a BOS in front; ids are taken as they are. `batch_size` rows are decoded at a time, those of similar
-        length together, and a prompt of several is read once. The same seed, prompt and sample number give the same
-        text in any batch. Raises UserError on a prompt that does not fit.
+        length together; a prompt that several of them share is read once. The same seed, prompt and sample number give
+        the same text in any batch. Raises UserError on a prompt that does not fit.
         """
         if batch_size < 1:
             raise UserError(f"{batch_size=} must be at least 1")
