@@ -24,7 +24,7 @@ def get_config(variant: str = "small") -> ConfigDict:
     config.optimizer.update(name="adamw", learning_rate=1e-6, warmup_steps=100, clip_norm=0.5, schedule="linear")
     config.eval.update(batches=4, every=100)
     if variant == "nano":
-        # At lower temperatures rewards did not rise; new answers teach more than old ones once more (docs/LOG.md).
+        # At lower temperatures rewards did not rise, and with fewer answers, gone through twice, little (docs/LOG.md).
         config.rl.update(
             prompt_count=2000,
             questions=8,

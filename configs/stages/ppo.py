@@ -26,7 +26,7 @@ def get_config(variant: str = "small") -> ConfigDict:
     if variant == "nano":
         # The critic's gradient must not be what fills clip_norm, its values have to move by more than 0.2 in an
         # iteration, and before they know anything they mislead; without a discount the first tokens of an answer have
-        # their share of its reward; new answers teach more than old ones once more (docs/LOG.md).
+        # their share of its reward (docs/LOG.md).
         config.rl.update(
             prompt_count=2000,
             questions=16,
