@@ -8,10 +8,14 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 
 from smallcoder_jax.config import ComputeConfig, Config, EvalConfig, ModelConfig, OptimizerConfig, TrainConfig
 
 FLOAT32 = ComputeConfig(dtype="float32")
+# For tests that compile a function of their own around their arrays. Elsewhere a captured array fails the test
+# (conftest.py): on a device a captured mask costs minutes of compiling.
+CAPTURES = pytest.mark.filterwarnings("ignore:A large amount of constants")
 
 
 def tiny_model(**changes: Any) -> ModelConfig:

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from smallcoder_jax import losses
 from smallcoder_jax.mesh import AXES, TOKENS, on_mesh
 from smallcoder_jax.ops import divergence
+from tests.helpers import CAPTURES
 
 GENERATOR = np.random.default_rng(0)
 
@@ -75,6 +76,7 @@ def test_the_gradient_of_a_divergence_is_that_of_its_definition(models, chunk: i
     assert not of_teacher.any()
 
 
+@CAPTURES
 @pytest.mark.parametrize("count", [0, 6])
 def test_a_divergence_on_a_mesh(models, count: int) -> None:
     mesh = Mesh(np.asarray(jax.devices()).reshape(2, 2, 2, 1), AXES)

@@ -2,6 +2,10 @@
 
     python -m tools.attention_jax < JOB        (what `tools.bench_kernels` runs)
 
+Whatever an attention needs beside q, k and v is an argument of the programs that are compiled, never a constant in
+them: XLA computes with constants while it compiles, and keeps the results. The mask of a row of 8192 is hundreds of
+megabytes, and minutes.
+
 Shapes: B batch, T tokens, S keys, N query heads, K key heads, H head size, h = H / 2.
 """
 
@@ -20,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.tree_util import Partial
 
 from smallcoder_jax.errors import UserError, run_cli
 from smallcoder_jax.kernels import flash_hopper, flash_tpu
@@ -43,7 +48,7 @@ class Case(NamedTuple):
     sin_BTh: Array
 
 
-Attend = Callable[[Array, Array, Array], Array]
+Attend = Partial  # a function of q, k and v; the arrays that it holds are its leaves
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,22 +82,44 @@ def rotated(x_BTNH: Array, case: Case) -> Array:
 def xla(shape: Shape, case: Case) -> Attend:
     """The reference."""
 
-    def attend(q: Array, k: Array, v: Array) -> Array:
-        queries = Queries(rotated(q, case), case.positions_BT, case.segment_ids_BT)
-        return attend_xla(queries, Keys(rotated(k, case), v, case.positions_BT, case.segment_ids_BT), None)
+    return Partial(_xla, case)
 
-    return attend
+
+def _xla(case: Case, q: Array, k: Array, v: Array) -> Array:
+    queries = Queries(rotated(q, case), case.positions_BT, case.segment_ids_BT)
+    return attend_xla(queries, Keys(rotated(k, case), v, case.positions_BT, case.segment_ids_BT), None)
+
+
+@jax.jit
+def _forward(attend: Attend, q: Array, k: Array, v: Array) -> Array:
+    return attend(q, k, v)
+
+
+@jax.jit
+def _pull(attend: Attend, q: Array, k: Array, v: Array) -> Any:
+    return jax.vjp(attend, q, k, v)[1]
+
+
+@jax.jit
+def _backward(pull: Any, do: Array) -> tuple[Array, ...]:
+    return pull(do)
+
+
+@jax.jit
+def _both(attend: Attend, q: Array, k: Array, v: Array, do: Array) -> tuple[Array, ...]:
+    """The output is not among the results, but its gradient's residuals are."""
+    return jax.vjp(attend, q, k, v)[1](do)
+
+
+@jax.jit
+def _everything(attend: Attend, q: Array, k: Array, v: Array, do: Array) -> tuple[Array, ...]:
+    o, pull = jax.vjp(attend, q, k, v)
+    return o, *pull(do)
 
 
 def run(attend: Attend, case: Case) -> tuple[Array, ...]:
     """Output and the gradients of q, k and v."""
-
-    @jax.jit
-    def everything(q: Array, k: Array, v: Array, do: Array) -> tuple[Array, ...]:
-        o, pull = jax.vjp(attend, q, k, v)
-        return o, *pull(do)
-
-    return everything(*case[:4])
+    return _everything(attend, *case[:4])
 
 
 def truth(shape: Shape, case: Case) -> tuple[np.ndarray, ...]:
@@ -103,7 +130,7 @@ def truth(shape: Shape, case: Case) -> tuple[np.ndarray, ...]:
 
 def errors(attend: Attend, case: Case, want: tuple[np.ndarray, ...], backward: bool = True) -> dict[str, float]:
     """Relative errors of the output and, with `backward`, of the three gradients."""
-    got = run(attend, case) if backward else (jax.jit(attend)(*case[:3]),)
+    got = run(attend, case) if backward else (_forward(attend, *case[:3]),)
     floats = (np.asarray(x.astype(jnp.float32)) for x in got)
     return {name: packed_rows.relative_error(a, b) for name, a, b in zip(GRADIENTS, floats, want, strict=False)}
 
@@ -112,15 +139,11 @@ def times(attend: Attend, case: Case, backward: bool = True) -> dict[str, float]
     """Seconds of the forward pass, of the backward pass by itself, and of both in one program."""
     q, k, v, do = case[:4]
     timed = functools.partial(packed_rows.seconds_per_call, wait=jax.block_until_ready)
-    forward = jax.jit(attend)
-    found = {"forward": timed(lambda: forward(q, k, v))}
+    found = {"forward": timed(lambda: _forward(attend, q, k, v))}
     if backward:
-        pull = jax.jit(lambda q, k, v: jax.vjp(attend, q, k, v)[1])(q, k, v)
-        back = jax.jit(lambda pull, do: pull(do))
-        both = jax.jit(lambda q, k, v, do: jax.vjp(attend, q, k, v)[1](do))
-        found["backward"] = timed(lambda: back(pull, do))
-        # The output is not among the results of `both`, but its gradient's residuals are.
-        found["both"] = timed(lambda: both(q, k, v, do))
+        pull = _pull(attend, q, k, v)
+        found["backward"] = timed(lambda: _backward(pull, do))
+        found["both"] = timed(lambda: _both(attend, q, k, v, do))
     return found
 
 
@@ -155,10 +178,8 @@ class Kernel(NamedTuple):
     interpret: Any
 
     def attend(self, case: Case, tiles: Any, interpret: bool) -> Attend:
-        return functools.partial(
-            self.flash_attention, segment_ids_BT=case.segment_ids_BT, rotation=(case.cos_BTh, case.sin_BTh),
-            window=None, tiles=tiles, **({"interpret": self.interpret} if interpret else {}),
-        )  # fmt: skip
+        chosen = _with_tiles(self.flash_attention, tiles, self.interpret if interpret else None)
+        return Partial(chosen, segment_ids_BT=case.segment_ids_BT, rotation=(case.cos_BTh, case.sin_BTh))
 
     def contender(self, interpret: bool) -> Contender:
         def tiles(shape: Shape) -> Any:
@@ -175,6 +196,13 @@ class Kernel(NamedTuple):
             return self.attend(case, tiles(shape), interpret)
 
         return Contender(f"ours, {self.name}", (), why_not, make)
+
+
+@functools.cache
+def _with_tiles(flash_attention: Callable[..., Array], tiles: Any, interpret: Any) -> Callable[..., Array]:
+    """One function for all rows of a shape, so that it is compiled once for them."""
+    options = {} if interpret is None else {"interpret": interpret}
+    return functools.partial(flash_attention, window=None, tiles=tiles, **options)
 
 
 # Public only in newer versions of jax.
@@ -198,13 +226,13 @@ def cudnn(shape: Shape, case: Case) -> Attend:
     if shape.mean is not None:
         same_BTS = case.segment_ids_BT[:, :, None] == case.segment_ids_BT[:, None, :]
         mask = same_BTS[:, None]
+    return Partial(_cudnn, case, mask)
 
-    def attend(q: Array, k: Array, v: Array) -> Array:
-        return jax.nn.dot_product_attention(
-            rotated(q, case), rotated(k, case), v, mask=mask, is_causal=True, implementation="cudnn"
-        )
 
-    return attend
+def _cudnn(case: Case, mask: Array | None, q: Array, k: Array, v: Array) -> Array:
+    return jax.nn.dot_product_attention(
+        rotated(q, case), rotated(k, case), v, mask=mask, is_causal=True, implementation="cudnn"
+    )
 
 
 def cudnn_offsets_why_not(shape: Shape) -> str | None:
@@ -221,13 +249,13 @@ def cudnn_offsets(shape: Shape, case: Case) -> Attend:
     starts = jnp.asarray([row + [-1] * (most + 1 - len(row)) for row in borders], jnp.int32)
     lengths = jnp.asarray([[*np.diff(row).tolist(), *[-1] * (most + 1 - len(row))] for row in borders], jnp.int32)
 
-    def attend(q: Array, k: Array, v: Array) -> Array:
+    def attend(case: Case, lengths: Array, starts: Array, q: Array, k: Array, v: Array) -> Array:
         return attention.dot_product_attention(
             rotated(q, case), rotated(k, case), v, q_seqlen=lengths, kv_seqlen=lengths, q_offsets=starts,
             kv_offsets=starts, scale=shape.size**-0.5, mask_type=attention.MaskType.PADDING_CAUSAL,
         )  # fmt: skip
 
-    return attend
+    return Partial(attend, case, lengths, starts)
 
 
 def splash_contender(interpret: bool) -> Contender:
@@ -252,18 +280,18 @@ def splash_contender(interpret: bool) -> Contender:
             mask, block_sizes=blocks, head_shards=1, q_seq_shards=1, interpret=interpret
         )
 
-        def one_row(q_KGTH: Array, k_KTH: Array, v_KTH: Array, segments_T: Array) -> Array:
+        def one_row(one_key_head: Any, q_KGTH: Array, k_KTH: Array, v_KTH: Array, segments_T: Array) -> Array:
             ids = kernel.SegmentIds(segments_T, segments_T)
             return jax.vmap(lambda q, k, v: one_key_head(q, k, v, segment_ids=ids))(q_KGTH, k_KTH, v_KTH)
 
-        def attend(q: Array, k: Array, v: Array) -> Array:
+        def attend(case: Case, one_key_head: Any, q: Array, k: Array, v: Array) -> Array:
             q = rotated(q, case) * jnp.asarray(shape.size**-0.5, q.dtype)  # it does not scale
             q_BNTH, k_BKTH, v_BKTH = (x.swapaxes(1, 2) for x in (q, rotated(k, case), v))
             q_BKGTH = q_BNTH.reshape(shape.rows, shape.kv_heads, group, shape.length, shape.size)
-            o_BKGTH = jax.vmap(one_row)(q_BKGTH, k_BKTH, v_BKTH, case.segment_ids_BT)
-            return o_BKGTH.reshape(q_BNTH.shape).swapaxes(1, 2)
+            rows = jax.vmap(functools.partial(one_row, one_key_head))
+            return rows(q_BKGTH, k_BKTH, v_BKTH, case.segment_ids_BT).reshape(q_BNTH.shape).swapaxes(1, 2)
 
-        return attend
+        return Partial(attend, case, one_key_head)
 
     return Contender("jax splash attention", ALL, why_not, make)
 
@@ -279,12 +307,12 @@ def mgpu(shape: Shape, case: Case) -> Attend:
     attention: Any = importlib.import_module("jax.experimental.pallas.ops.gpu.attention_mgpu")
     config = attention.TuningConfig(block_q=64, block_kv=128, max_concurrent_steps=2, causal=True)
 
-    def attend(q: Array, k: Array, v: Array) -> Array:
+    def attend(case: Case, q: Array, k: Array, v: Array) -> Array:
         scaled = rotated(q, case) * jnp.asarray(shape.size**-0.5, q.dtype)  # it does not scale
         half = (x.astype(jnp.float16) for x in (scaled, rotated(k, case), v))
         return attention.attention(*half, config).astype(q.dtype)
 
-    return attend
+    return Partial(attend, case)
 
 
 def tokamax_contender(interpret: bool) -> Contender:
@@ -300,12 +328,13 @@ def tokamax_contender(interpret: bool) -> Contender:
         attention: Any = importlib.import_module("tokamax._src.ops.attention.api")
         base: Any = importlib.import_module("tokamax._src.ops.attention.base")
         index_BT = jnp.arange(shape.length, dtype=jnp.int32)[None]
-        mask = base.Mask(k_start=(index_BT - case.positions_BT)[:, None], is_causal=True)
+        starts = (index_BT - case.positions_BT)[:, None]
 
-        def attend(q: Array, k: Array, v: Array) -> Array:
+        def attend(case: Case, starts: Array, q: Array, k: Array, v: Array) -> Array:
+            mask = base.Mask(k_start=starts, is_causal=True)
             return attention.IMPLEMENTATIONS[implementation](rotated(q, case), rotated(k, case), v, mask=mask)
 
-        return attend
+        return Partial(attend, case, starts)
 
     return Contender("tokamax", ("backward",), why_not, make)
 

@@ -20,6 +20,7 @@ from smallcoder_jax.models import build
 from smallcoder_jax.models import cache as kv_cache
 from smallcoder_jax.tokenizers.base import EOS, IM_END
 from smallcoder_jax.tokenizers.bytes import ByteTokenizer
+from tests.helpers import CAPTURES
 
 COMPUTE = ComputeConfig(dtype="float32")
 GREEDY = SamplingOptions(max_tokens=12, temperature=0.0)
@@ -102,6 +103,7 @@ def test_a_prompt_of_several_completions_is_read_once(tiny, monkeypatch):
     assert prompts.unused_B.tolist() == [False] * 6 + [True] * 2
 
 
+@CAPTURES
 def test_the_cache_takes_several_tokens_at_once(tiny):
     ids = np.random.default_rng(0).integers(0, 240, size=(2, 20)).astype(np.int32)
     padding = np.array([0, 4])

@@ -21,9 +21,11 @@ from smallcoder_jax.kernels import flash_hopper
 from smallcoder_jax.kernels.tiles import HopperTiles
 from smallcoder_jax.models import build
 from smallcoder_jax.ops import attention as attention_door
-from tests.helpers import packed_batch, tiny_model
+from tests.helpers import CAPTURES, packed_batch, tiny_model
 from tests.kernels.cases import KINDS, Case, draw, relative_error, rotation, truth
 from tests.kernels.interpreter import INTERPRET
+
+pytestmark = CAPTURES
 
 TOLERANCE = 2e-2
 GROUPS, SIZES, REST = (1, 3, 4, 8), (64, 80, 128), list(itertools.product((256, 300), (None, 90)))

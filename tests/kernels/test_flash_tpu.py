@@ -17,8 +17,10 @@ from smallcoder_jax.kernels.tiles import TpuTiles
 from smallcoder_jax.mesh import HEADS, make_mesh, on_mesh
 from smallcoder_jax.models import build
 from smallcoder_jax.ops import attention as attention_door
-from tests.helpers import max_difference, packed_batch, tiny_model
+from tests.helpers import CAPTURES, max_difference, packed_batch, tiny_model
 from tests.kernels.cases import KINDS, Case, draw, relative_error, rotation, truth
+
+pytestmark = CAPTURES
 
 TOLERANCE = {"float32": 2e-5, "bfloat16": 2e-2}
 GROUPS, SIZES = (1, 3, 4, 8), (64, 80, 128)

@@ -14,7 +14,9 @@ from smallcoder_jax.configfile import load_config
 from smallcoder_jax.mesh import spec_of
 from smallcoder_jax.models import build
 from smallcoder_jax.models.cache import init_cache
-from tests.helpers import FLOAT32, max_difference, packed_batch, tiny_model
+from tests.helpers import CAPTURES, FLOAT32, max_difference, packed_batch, tiny_model
+
+pytestmark = CAPTURES
 
 SHAPES = {
     "smallcoder": tiny_model(),

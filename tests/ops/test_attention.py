@@ -8,6 +8,9 @@ import pytest
 from smallcoder_jax.errors import UserError
 from smallcoder_jax.ops.attention import attention, choose
 from smallcoder_jax.ops.rope import rotate
+from tests.helpers import CAPTURES
+
+pytestmark = CAPTURES
 
 
 def written_out(q, k, v, positions, segments, theta, window):

@@ -14,7 +14,9 @@ from smallcoder_jax.config import MeshConfig
 from smallcoder_jax.mesh import batch_sharding, flat_tokens, make_mesh, on_mesh, replicated, spec_of
 from smallcoder_jax.ops import cross_entropy
 from smallcoder_jax.ops.cross_entropy import choose, chunked_losses, token_losses, whole_losses
-from tests.helpers import tiny_model
+from tests.helpers import CAPTURES, tiny_model
+
+pytestmark = CAPTURES
 
 
 def case(dtype, seed=0, tokens=33, width=16, vocabulary=50):

@@ -19,7 +19,7 @@ from smallcoder_jax.errors import UserError
 from smallcoder_jax.models import build
 from smallcoder_jax.stages import dpo, run
 from smallcoder_jax.stages import pairs as preference_pairs
-from tests.helpers import FLOAT32
+from tests.helpers import CAPTURES, FLOAT32
 from tests.stages.pairs import LENGTH, assert_resumes, config_of, make_root
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -35,6 +35,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_root(tmp_path_factory.mktemp("dpo"))
 
 
+@CAPTURES
 def test_the_log_probability_of_an_answer_is_the_sum_over_its_tokens(root: Path) -> None:
     config = config_of(root, "dpo")
     loaded = loading.load(root / "start")
@@ -77,6 +78,7 @@ def test_it_continues_bit_for_bit(root: Path, tmp_path: Path) -> None:
     assert_resumes(root, config_of(root, "dpo"), tmp_path)
 
 
+@CAPTURES
 def test_the_reference_goes_with_its_pair(root: Path) -> None:
     config = config_of(root, "dpo")
     loaded = loading.load(root / "start")

@@ -20,7 +20,7 @@ from smallcoder_jax.models import build
 from smallcoder_jax.models.heads import head_scores, init_head, scores_at
 from smallcoder_jax.stages import pairs as preference_pairs
 from smallcoder_jax.stages import reward, run
-from tests.helpers import FLOAT32
+from tests.helpers import CAPTURES, FLOAT32
 from tests.stages.pairs import assert_resumes, config_of, make_root, write_rule
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -32,6 +32,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_root(tmp_path_factory.mktemp("reward"))
 
 
+@CAPTURES
 def test_a_reward_does_not_move_with_padding_nor_with_its_neighbours(root: Path) -> None:
     config = config_of(root, "reward")
     loaded = loading.load(root / "start")
@@ -91,6 +92,7 @@ def test_other_pairs_are_another_run(root: Path, tmp_path: Path) -> None:
         run.train(other, tmp_path / "run")
 
 
+@CAPTURES
 def test_the_loss_of_a_batch_is_that_of_its_pairs(root: Path) -> None:
     """Padding pairs count nothing, and the sums by criterion add up."""
     config = config_of(root, "reward")

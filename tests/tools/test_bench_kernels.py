@@ -6,6 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.tree_util import Partial
 
 from smallcoder_jax.errors import CheckFailed, UserError
 from tools import attention_jax, attention_torch, bench_kernels, packed_rows
@@ -49,7 +50,10 @@ def test_both_truths_are_the_same() -> None:
 
 def scaled(factor: float) -> attention_jax.Contender:
     def make(shape: Shape, case: attention_jax.Case) -> attention_jax.Attend:
-        return lambda q, k, v: attention_jax.xla(shape, case)(q, k, v) * jnp.asarray(factor, q.dtype)
+        def attend(inner: attention_jax.Attend, q: Any, k: Any, v: Any) -> Any:
+            return inner(q, k, v) * jnp.asarray(factor, q.dtype)
+
+        return Partial(attend, attention_jax.xla(shape, case))
 
     return attention_jax.Contender("scaled", (), lambda shape: None, make)
 

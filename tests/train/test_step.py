@@ -22,7 +22,7 @@ from smallcoder_jax.stages import language
 from smallcoder_jax.train.program import compile_step, make_program
 from smallcoder_jax.train.state import TrainState, init_state, state_sharding
 from smallcoder_jax.train.step import make_eval_step, make_train_step
-from tests.helpers import FLOAT32, max_difference, packed_batch, tiny_config, tiny_model
+from tests.helpers import CAPTURES, FLOAT32, max_difference, packed_batch, tiny_config, tiny_model
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -107,6 +107,7 @@ def reference() -> tuple[TrainState, list[dict[str, float]]]:
         return take_steps(set_up(config_for()), 2)
 
 
+@CAPTURES
 def test_the_step_is_the_gradient_of_the_mean_over_weights(reference: tuple[Any, list[dict[str, float]]]) -> None:
     config = config_for()
     loss_fn = language.make_loss(config)
