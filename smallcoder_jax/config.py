@@ -46,6 +46,9 @@ class ComputeConfig:
     """How the model is computed; none of it changes what is computed beyond rounding."""
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of activations and matrix products; parameters are float32
+    # Products of float32 arrays in training and evaluation: exact, or of inputs rounded to bfloat16 with float32 sums
+    # (mixed), twice as fast on CPUs made for it; auto is mixed there, exact elsewhere. Decoding is always exact.
+    matmul: Literal["exact", "mixed", "auto"] = "exact"
     attention: Literal["auto", "xla", "cudnn", "pallas_tpu", "pallas_gpu"] = "auto"
     layers: Literal["scan", "unroll"] = "unroll"  # scan compiles faster, unroll runs faster
     remat: Literal["none", "dots", "full"] = "none"  # recomputed backward: nothing, elementwise, all
@@ -419,6 +422,11 @@ def validate(config: Config) -> None:
                 f"guard.{name}={getattr(config.guard, name)} must be 0 (off) or a positive number",
             )
             for name in ("spike_sigma", "step_seconds", "data_seconds", "save_seconds", "stop_seconds")
+        ),
+        (
+            config.compute.matmul != "mixed" or config.compute.dtype == "float32",
+            f"{config.compute.matmul=} is of float32 products, and with {config.compute.dtype=} there are none; set "
+            "compute.dtype to float32, or leave compute.matmul at auto",
         ),
         *_teaching_checks(config),
         *_rl_checks(config),

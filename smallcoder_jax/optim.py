@@ -13,6 +13,7 @@ from jax import Array
 from smallcoder_jax.config import OptimizerConfig
 from smallcoder_jax.errors import UserError
 from smallcoder_jax.mesh import path_name
+from smallcoder_jax.ops.precision import product
 
 # Newton-Schulz coefficients of Muon (Jordan et al., 2024, kellerjordan.github.io/posts/muon).
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -172,8 +173,9 @@ def orthogonalize(matrix: Array) -> Array:
     x = jnp.swapaxes(matrix, -1, -2) if tall else matrix
     x = x / (jnp.sqrt(jnp.sum(jnp.square(x), axis=(-1, -2), keepdims=True)) + 1e-7)
     for _ in range(NEWTON_SCHULZ_STEPS):
-        gram = x @ jnp.swapaxes(x, -1, -2)
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
+        gram = product("...ij,...kj->...ik", x, x, x.dtype)
+        polynomial = b * gram + c * product("...ij,...jk->...ik", gram, gram, x.dtype)
+        x = a * x + product("...ij,...jk->...ik", polynomial, x, x.dtype)
     return jnp.swapaxes(x, -1, -2) if tall else x
 
 

@@ -212,10 +212,10 @@ def measure_peak(dtype: str) -> float:
     import jax
     import jax.numpy as jnp
 
-    from smallcoder_jax.ops.precision import matmul_precision
+    from smallcoder_jax.ops.precision import product
 
     matrix = jax.random.normal(jax.random.key(0), (PEAK_SIZE, PEAK_SIZE), jnp.dtype(dtype))
-    multiply = jax.jit(lambda a: jnp.matmul(a, a, precision=matmul_precision(dtype))).lower(matrix).compile()
+    multiply = jax.jit(lambda a: product("ij,jk->ik", a, a, a.dtype)).lower(matrix).compile()
     best = float("inf")
     for _ in range(PEAK_TRIES):
         start = time.perf_counter()

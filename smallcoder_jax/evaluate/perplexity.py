@@ -16,6 +16,7 @@ from smallcoder_jax import losses
 from smallcoder_jax.config import ComputeConfig, ModelConfig
 from smallcoder_jax.errors import UserError
 from smallcoder_jax.models import build
+from smallcoder_jax.ops import precision
 from smallcoder_jax.train.metrics import EvalMetrics, language_summary
 
 
@@ -30,7 +31,6 @@ def evaluate(
     """
     graph, _ = build.abstract_model(model, compute)
 
-    @jax.jit
     def sums_of(params: build.Params, batch: dict[str, Array]) -> dict[str, Array]:
         decoder = build.bind(graph, params)
         hidden_BTD = decoder(batch["tokens"], batch["positions"], batch["segment_ids"])
@@ -43,9 +43,10 @@ def evaluate(
         )
         return {**sums, "weight": weight, "bytes": jnp.sum(batch["bytes"])}
 
+    compiled = jax.jit(precision.multiplying(precision.choose(compute, jax.default_backend()).kind, sums_of))
     total = EvalMetrics.empty()
     for batch in batches:
-        total = total.merge(EvalMetrics.from_model_output(**jax.device_get(sums_of(params, dict(batch)))))
+        total = total.merge(EvalMetrics.from_model_output(**jax.device_get(compiled(params, dict(batch)))))
     sums = total.compute()
     if not sums.get("weight") or not sums["bytes"]:
         raise UserError("there is no held-out text to evaluate on; prepare more data or raise data.validation_fraction")

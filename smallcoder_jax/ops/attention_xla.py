@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from smallcoder_jax.ops.precision import matmul_precision
+from smallcoder_jax.ops.precision import product
 
 # Queries are worked through in blocks, and keys that come after a block are not touched. In long rows a loop over the
 # blocks of a span keeps the scores of one block only. (Without a loop, the CPU compiler merges what the backward pass
@@ -132,7 +132,7 @@ def _scores(queries: Queries, kv: Keys, window: int | None) -> tuple[Array, Arra
 
 
 def _product(subscripts: str, a: Array, b: Array) -> Array:
-    return jnp.einsum(subscripts, a, b, precision=matmul_precision(a.dtype), preferred_element_type=jnp.float32)
+    return product(subscripts, a, b, jnp.float32)
 
 
 def _group(x_BTNH: Array, kv_heads: int) -> Array:

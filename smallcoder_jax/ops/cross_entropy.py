@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float, Int
 
 from smallcoder_jax.mesh import TOKEN_AXES
 from smallcoder_jax.ops.chunks import in_chunks, on_own_tokens
-from smallcoder_jax.ops.precision import matmul_precision
+from smallcoder_jax.ops.precision import product
 
 # All logits at once are less work: none are made twice. The limit is a quarter of the smallest accelerators' 16 GiB.
 WHOLE_BYTES = 4 * 2**30
@@ -60,12 +60,7 @@ def choose(tokens: int, vocabulary: int, dtype: DTypeLike, axes: Mapping[str, in
 
 def logits(hidden_XD: Array, unembed_VD: Array) -> Array:
     """hidden @ unembed^T in the dtype of `hidden_XD`: [X, V]."""
-    return jax.lax.dot_general(
-        hidden_XD,
-        unembed_VD.astype(hidden_XD.dtype),
-        (((hidden_XD.ndim - 1,), (1,)), ((), ())),
-        precision=matmul_precision(hidden_XD.dtype),
-    )
+    return product("...d,vd->...v", hidden_XD, unembed_VD, hidden_XD.dtype)
 
 
 def token_losses(
@@ -177,9 +172,5 @@ def unembedding_products(
     d_logits_XV: Array, hidden_XD: Array, unembed_VD: Array, unembed_dtype: DTypeLike
 ) -> tuple[Array, Array]:
     """The gradients of the hidden states, in their dtype, and of the unembedding, in `unembed_dtype`."""
-    precision = matmul_precision(hidden_XD.dtype)
-    d_hidden_XD = jnp.einsum("xv,vd->xd", d_logits_XV, unembed_VD.astype(hidden_XD.dtype), precision=precision)
-    d_unembed_VD = jnp.einsum(
-        "xv,xd->vd", d_logits_XV, hidden_XD, precision=precision, preferred_element_type=unembed_dtype
-    )
-    return d_hidden_XD, d_unembed_VD
+    d_hidden_XD = product("xv,vd->xd", d_logits_XV, unembed_VD, hidden_XD.dtype)
+    return d_hidden_XD, product("xv,xd->vd", d_logits_XV, hidden_XD, unembed_dtype)

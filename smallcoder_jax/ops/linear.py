@@ -6,11 +6,10 @@ Shapes: B batch, T tokens, I inputs, O outputs.
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from smallcoder_jax.ops.precision import matmul_precision
+from smallcoder_jax.ops.precision import product
 
 
 @jax.custom_vjp
@@ -24,17 +23,13 @@ def linear(x_BTI: Float[Array, "B T I"], kernel_IO: Float[Array, "I O"]) -> Floa
 
 
 def _forward(x_BTI: Array, kernel_IO: Array) -> tuple[Array, tuple[Array, Array]]:
-    precision = matmul_precision(x_BTI.dtype)
-    y_BTO = jnp.einsum("bti,io->bto", x_BTI, kernel_IO.astype(x_BTI.dtype), precision=precision)
-    return y_BTO, (x_BTI, kernel_IO)
+    return product("bti,io->bto", x_BTI, kernel_IO, x_BTI.dtype), (x_BTI, kernel_IO)
 
 
 def _backward(residuals: tuple[Array, Array], dy_BTO: Array) -> tuple[Array, Array]:
     x_BTI, kernel_IO = residuals
-    precision = matmul_precision(x_BTI.dtype)
-    dx_BTI = jnp.einsum("bto,io->bti", dy_BTO, kernel_IO.astype(x_BTI.dtype), precision=precision)
-    d_kernel_IO = jnp.einsum("bti,bto->io", x_BTI, dy_BTO, precision=precision, preferred_element_type=kernel_IO.dtype)
-    return dx_BTI, d_kernel_IO
+    dx_BTI = product("bto,io->bti", dy_BTO, kernel_IO, x_BTI.dtype)
+    return dx_BTI, product("bti,bto->io", x_BTI, dy_BTO, kernel_IO.dtype)
 
 
 linear.defvjp(_forward, _backward)

@@ -27,6 +27,7 @@ from smallcoder_jax.generate.sampling import SamplingOptions
 from smallcoder_jax.mesh import batch_sharding, flat_tokens, on_mesh, params_sharding, place_batch
 from smallcoder_jax.models import build
 from smallcoder_jax.models.heads import head_scores
+from smallcoder_jax.ops import precision
 from smallcoder_jax.ops.cross_entropy import token_losses
 from smallcoder_jax.tokenizers.base import Tokenizer
 
@@ -169,7 +170,9 @@ class RolloutEngine:
         mesh = jax.tree.leaves(params)[0].sharding.mesh
         if self._placed is None or self._placed.mesh != mesh:
             start = jax.device_put(self._start, params_sharding(mesh, self._start))
-            self._placed = _Placed(mesh, start, jax.jit(on_mesh(mesh, make_score(self._config))))
+            matmul = precision.choose(self._config.compute, mesh.devices.flat[0].platform)
+            score = precision.multiplying(matmul.kind, make_score(self._config))
+            self._placed = _Placed(mesh, start, jax.jit(on_mesh(mesh, score)))
         return self._placed
 
 

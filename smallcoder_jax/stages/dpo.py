@@ -23,6 +23,7 @@ from smallcoder_jax.loading import LoadedModel
 from smallcoder_jax.mesh import flat_tokens
 from smallcoder_jax.models import build
 from smallcoder_jax.models.decoder import Decoder
+from smallcoder_jax.ops import precision
 from smallcoder_jax.ops.cross_entropy import token_losses
 from smallcoder_jax.stages import pairs as preference_pairs
 from smallcoder_jax.stages.start import load_start, need_start
@@ -64,9 +65,13 @@ def reference_log_probs(config: Config, loaded: LoadedModel, pairs: preference_p
     """By side: the log-probabilities [P, 2] of all pairs' answers under the model that a run begins with."""
     compute = dataclasses.replace(config.compute, layers="unroll", remat="none")
     graph, _ = build.abstract_model(config.model, compute)
-    log_probs = jax.jit(
-        lambda params, batch: preference_pairs.by_pair(answer_log_probs(build.bind(graph, params), batch, None))
-    )
+
+    def by_pair(params: build.Params, batch: Batch) -> tuple[Array, Array]:
+        return preference_pairs.by_pair(answer_log_probs(build.bind(graph, params), batch, None))
+
+    # As in the training steps, so that a run begins with a margin of 0.
+    matmul = precision.choose(config.compute, jax.default_backend())
+    log_probs = jax.jit(precision.multiplying(matmul.kind, by_pair))
     rows = eval_rows(config)
     order = {"rows": range(rows), "seed": 0, "num_epochs": 1}
     found: dict[str, dict[str, np.ndarray]] = {}

@@ -26,6 +26,7 @@ from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.errors import UserError
 from smallcoder_jax.loading import LoadedModel
 from smallcoder_jax.models.decoder import Decoder
+from smallcoder_jax.ops import precision
 from smallcoder_jax.stages.start import one_process, start_of
 from smallcoder_jax.tokenizers.base import Tokenizer
 from smallcoder_jax.train.metrics import ratio
@@ -174,7 +175,8 @@ def measure(
 ) -> dict[str, float]:
     """`summary` over all held-out pairs."""
     rows = eval_rows(config)
-    sums_of = jax.jit(lambda params, batch: loss_fn(params, batch, None)[1:])
+    matmul = precision.choose(config.compute, jax.default_backend())
+    sums_of = jax.jit(precision.multiplying(matmul.kind, lambda params, batch: loss_fn(params, batch, None)[1:]))
     total: dict[str, float] = {}
     order = {"rows": range(rows), "seed": 0, "num_epochs": 1}
     for batch in batches_of(config, pairs, "validation", columns, tokenizer, rows, **order):

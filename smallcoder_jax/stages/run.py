@@ -98,6 +98,7 @@ def reevaluate(config: Config, step_folder: Path, meta: dict[str, Any]) -> float
     frozen = jax.device_put(task.frozen, program.frozen_shardings)
     step = make_eval_step(
         task.loss_fn,
+        matmul=program.matmul.kind,
         mesh=program.mesh,
         shardings=program.shardings.params,
         frozen_shardings=program.frozen_shardings,

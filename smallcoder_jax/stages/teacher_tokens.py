@@ -30,6 +30,7 @@ from smallcoder_jax.errors import UserError
 from smallcoder_jax.loading import LoadedModel
 from smallcoder_jax.mesh import batch_sharding, make_mesh, on_mesh, params_sharding, place_batch
 from smallcoder_jax.models import build
+from smallcoder_jax.ops import precision
 from smallcoder_jax.ops.divergence import top_tokens
 
 Batch = dict[str, np.ndarray]
@@ -64,7 +65,8 @@ def scorer(config: Config, teacher: LoadedModel) -> Score:
         found = top_tokens(hidden_XE, decoder.unembedding(), distill.top_k, distill.temperature)
         return jax.tree.map(lambda x_XK: x_XK.reshape(*hidden_BTE.shape[:2], -1), found)
 
-    compiled = jax.jit(on_mesh(mesh, score))
+    matmul = precision.choose(config.compute, mesh.devices.flat[0].platform)
+    compiled = jax.jit(on_mesh(mesh, precision.multiplying(matmul.kind, score)))
 
     def of_batch(batch: Mapping[str, np.ndarray]) -> Batch:
         inputs = {name: batch[name] for name in ("tokens", "positions", "segment_ids")}

@@ -25,6 +25,7 @@ from smallcoder_jax.generate.engine import Generator
 from smallcoder_jax.generate.sampling import SamplingOptions
 from smallcoder_jax.mesh import batch_sharding, check_rows, on_mesh, path_name, place_batch, process_rows
 from smallcoder_jax.models import build
+from smallcoder_jax.ops.precision import multiplying
 from smallcoder_jax.runtime import give_back_memory
 from smallcoder_jax.train.checkpoint import Checkpointer
 from smallcoder_jax.train.meter import Meter
@@ -93,7 +94,7 @@ class Trainer:
         self.mesh, self.train_step = program.mesh, program.step
         self.abstract, self.shardings = program.state, program.shardings
         self.frozen = jax.device_put(task.frozen, program.frozen_shardings)
-        self.attention, self.cross_entropy = program.attention, program.cross_entropy
+        self.attention, self.cross_entropy, self.matmul = program.attention, program.cross_entropy, program.matmul
         check_rows(self.mesh.shape, eval_rows(config), "eval.batch_size")
         self.checkpointer = Checkpointer(folder.checkpoints, config.checkpoint.keep, faults)
         self.tokens_seen, self.train_seconds, self.best_loss = 0, 0.0, float("inf")
@@ -104,14 +105,19 @@ class Trainer:
         self.state = self._restore_or_init(program.optimizer)
         self.step = int(self.state.step)
         self.eval_step = make_eval_step(
-            task.loss_fn, mesh=self.mesh, shardings=self.shardings.params, frozen_shardings=program.frozen_shardings
+            task.loss_fn,
+            matmul=self.matmul.kind,
+            mesh=self.mesh,
+            shardings=self.shardings.params,
+            frozen_shardings=program.frozen_shardings,
         )
 
         def mean_loss(params: Any, batch: dict[str, jax.Array], frozen: Any) -> jax.Array:
             loss_sum, weight_sum, _ = task.loss_fn({**frozen, **params}, batch, None)
             return loss_sum / jnp.maximum(weight_sum, 1.0)
 
-        self.gradient = jax.jit(on_mesh(self.mesh, jax.grad(mean_loss)))  # per token, as in the training step
+        gradient = multiplying(self.matmul.kind, jax.grad(mean_loss))  # per token, as in the training step
+        self.gradient = jax.jit(on_mesh(self.mesh, gradient))
         self.vote = StopVote(self.mesh)
         self.log = self._open_log() if is_first() else SilentLog()
 
@@ -128,6 +134,7 @@ class Trainer:
                 "tokenizer_folder": str(task.tokenizer_folder.resolve()),
                 "attention": {"implementation": self.attention.implementation, "reason": self.attention.reason},
                 "cross_entropy": self.cross_entropy._asdict(),
+                "matmul": self.matmul._asdict(),
             },
         )
         log = MetricsLog(
@@ -415,6 +422,7 @@ class Trainer:
                     f"{config.model.kv_heads} x {config.model.head_size}, MLP {config.model.mlp_width}, "
                     f"vocabulary {config.model.vocab_size}",
                     "compute": f"{config.compute.dtype}, layers {config.compute.layers}, remat {config.compute.remat}",
+                    "products": f"{self.matmul.kind} ({self.matmul.reason})",
                     "attention": f"{choice.implementation} ({choice.reason})",
                     "cross-entropy": f"{'all tokens at once' if chunk is None else f'{chunk} tokens at a time'} "
                     f"({self.cross_entropy.reason})",

@@ -14,7 +14,7 @@ from smallcoder_jax import optim
 from smallcoder_jax.config import Config
 from smallcoder_jax.mesh import batch_sharding, check_length, make_mesh, params_sharding
 from smallcoder_jax.models import build, lora
-from smallcoder_jax.ops import attention, cross_entropy
+from smallcoder_jax.ops import attention, cross_entropy, precision
 from smallcoder_jax.train.state import TrainState, init_state, state_sharding
 from smallcoder_jax.train.step import LossFn, make_train_step
 
@@ -31,6 +31,7 @@ class Program(NamedTuple):
     step: Any
     attention: attention.Choice
     cross_entropy: cross_entropy.Choice
+    matmul: precision.Choice
 
 
 def make_program(
@@ -57,6 +58,7 @@ def make_program(
         _, decoder = build.abstract_model(model, config.compute)
         frozen = lora.beside(config.lora, decoder) if config.lora.rank else {}
     frozen_shardings = params_sharding(mesh, frozen)
+    matmul = precision.choose(config.compute, device.platform)
 
     def placed(shapes: Any, shardings: Any) -> Any:
         return jax.tree.map(
@@ -80,6 +82,7 @@ def make_program(
             else config.optimizer.learning_rate,
             microbatches=train.batch_size // train.microbatch_rows,
             guarding=config.guard,
+            matmul=matmul.kind,
             mesh=mesh,
             shardings=shardings,
             frozen_shardings=frozen_shardings,
@@ -98,6 +101,7 @@ def make_program(
         cross_entropy=cross_entropy.choose(
             train.microbatch_rows * length, model.vocab_size, config.compute.dtype, mesh.shape
         ),
+        matmul=matmul,
     )
 
 

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from smallcoder_jax.config import GuardConfig
 from smallcoder_jax.mesh import batch_sharding, on_mesh, replicated
+from smallcoder_jax.ops import precision
 from smallcoder_jax.train import guard
 from smallcoder_jax.train.state import TrainState
 
@@ -34,6 +35,7 @@ def make_train_step(
     peak: float,
     microbatches: int,
     guarding: GuardConfig,
+    matmul: precision.Kind,
     mesh: Mesh,
     shardings: TrainState,
     frozen_shardings: Any,
@@ -79,7 +81,7 @@ def make_train_step(
         return TrainState(state.step + 1, params, optimizer_state, state.key, guarded), metrics
 
     return jax.jit(
-        on_mesh(mesh, step),
+        on_mesh(mesh, precision.multiplying(matmul, step)),
         in_shardings=(shardings, batch_sharding(mesh), frozen_shardings),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
@@ -106,7 +108,7 @@ def _accumulate(gradient_of: Any, params: Any, batch: Batch, microbatches: int) 
 
 
 def make_eval_step(
-    loss_fn: LossFn, *, mesh: Mesh, shardings: Any, frozen_shardings: Any
+    loss_fn: LossFn, *, matmul: precision.Kind, mesh: Mesh, shardings: Any, frozen_shardings: Any
 ) -> Callable[[Any, Batch, Any], dict[str, Array]]:
     """The jitted evaluation step: (params, batch, frozen parameters) -> the loss's sums and `weight`."""
 
@@ -115,7 +117,7 @@ def make_eval_step(
         return {**sums, "weight": weight}
 
     return jax.jit(
-        on_mesh(mesh, step),
+        on_mesh(mesh, precision.multiplying(matmul, step)),
         in_shardings=(shardings, batch_sharding(mesh), frozen_shardings),
         out_shardings=replicated(mesh),
     )

@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from smallcoder_jax.config import Config, to_dict
 from smallcoder_jax.data.prefetch import BatchIterator
 from smallcoder_jax.models import build
+from smallcoder_jax.ops import precision
 from smallcoder_jax.tokenizers.base import Tokenizer
 from smallcoder_jax.train.step import LossFn
 
@@ -65,7 +67,11 @@ def run_identity(config: Config, task: Task) -> dict[str, Any]:
             key: plain["train"][key] for key in ("batch_size", "sequence_length", "microbatch_size", "z_loss", "seed")
         },
         **({"lora": plain["lora"]} if config.lora.rank else {}),
-        "compute": {key: plain["compute"][key] for key in ("dtype", "layers")},
+        "compute": {
+            **{key: plain["compute"][key] for key in ("dtype", "layers")},
+            # What was resolved: a run may not go on with other products on another machine.
+            **({"matmul": "mixed"} if precision.choose(config.compute, jax.default_backend()).kind == "mixed" else {}),
+        },
         "guard": {key: plain["guard"][key] for key in ("spike_sigma", "spike_window")},
         # A schedule that decays is another schedule when the number of steps differs.
         "steps": config.train.steps if config.optimizer.schedule != "constant" else "any",

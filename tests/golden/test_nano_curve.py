@@ -118,6 +118,7 @@ def losses(config: Config, stream: Iterable[dict[str, np.ndarray]]) -> Iterator[
         reported=("accuracy",),
         peak=config.optimizer.learning_rate,
         microbatches=1,
+        matmul="exact",
         guarding=config.guard,
         mesh=mesh,
         shardings=shardings,

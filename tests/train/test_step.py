@@ -83,6 +83,7 @@ def set_up(config: Config, mesh_config: MeshConfig = MESHES["one"][0], devices: 
         reported=("accuracy",),
         peak=config.optimizer.learning_rate,
         microbatches=config.train.batch_size // config.train.microbatch_rows,
+        matmul="exact",
         guarding=config.guard,
         mesh=mesh,
         shardings=shardings,
@@ -185,7 +186,7 @@ def test_evaluation_on_a_mesh_sums_over_all_rows() -> None:
         mesh = make_mesh(mesh_config, config.model, 8, jax.devices()[:devices])
         setup = set_up(config, mesh_config, devices)
         step = make_eval_step(
-            language.make_loss(config), mesh=mesh, shardings=setup.shardings.params, frozen_shardings={}
+            language.make_loss(config), matmul="exact", mesh=mesh, shardings=setup.shardings.params, frozen_shardings={}
         )
         sums = step(setup.state.params, jax.device_put(batch, batch_sharding(mesh)), {})
         found.append({name: float(value) for name, value in sums.items()})
