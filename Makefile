@@ -23,19 +23,32 @@ $(BIN)/python:
 	  { echo "Python 3.11 or newer is needed, $$($(PYTHON) --version) was found; make PYTHON=python3.12 ... names another"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.quickstart: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet -e '.[tensorboard,parity]'
+# What trains. Not compiled: most of it is never imported.
+$(VENV)/.core: pyproject.toml | $(BIN)/python
+	@echo "installing JAX and what training needs into $(VENV): half a minute"
+	$(BIN)/python -m pip install --quiet --no-compile -e .
 	@touch $@
+
+$(VENV)/.stages: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e '.[tensorboard,parity]'
+	@touch $@ $(VENV)/.core $(VENV)/.parity
 
 $(VENV)/.test: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -e '.[test]'
-	@touch $@ $(VENV)/.quickstart
+	@touch $@ $(VENV)/.core $(VENV)/.parity $(VENV)/.stages
 
-quickstart: $(VENV)/.quickstart
-	$(BIN)/python -m tools.quickstart --workdir=$(RUN)
+# torch and transformers, which check the export, are installed while the model trains. What is there is not touched.
+quickstart: $(VENV)/.core
+	@rm -f $(VENV)/.parity.failed; test -f $(VENV)/.parity || { \
+	  $(BIN)/python -m pip freeze --exclude-editable > $(VENV)/core.txt; \
+	  ( $(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['parity'], sep='\n')" \
+	      > $(VENV)/parity.txt \
+	    && nice $(BIN)/python -m pip install --quiet --no-compile -c $(VENV)/core.txt -r $(VENV)/parity.txt > $(VENV)/parity.log 2>&1 \
+	    && touch $(VENV)/.parity || mv $(VENV)/parity.log $(VENV)/.parity.failed ) & \
+	}; $(BIN)/python -m tools.quickstart --workdir=$(RUN) --checker=$(VENV)/.parity
 
 # Every stage on nano, without a network; started again, it continues.
-pipeline: $(VENV)/.quickstart
+pipeline: $(VENV)/.stages
 	$(BIN)/python -m tools.run_stages --variant=nano --workdir=runs/pipeline
 
 lint: $(VENV)/.test

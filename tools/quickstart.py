@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from smallcoder_jax.configfile import load_config, split_overrides
-from smallcoder_jax.errors import EXIT_INTERRUPTED, CheckFailed, run_cli
+from smallcoder_jax.errors import EXIT_INTERRUPTED, CheckFailed, UserError, run_cli
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "nano.py"
 PROMPT = "def read_lines(path):\n    with open("
@@ -23,8 +23,10 @@ PROMPT = "def read_lines(path):\n    with open("
 def main(argv: list[str] | None = None) -> int:
     arguments, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(prog="python -m tools.quickstart", description=__doc__)
-    parser.add_argument("--workdir", default="runs/quickstart", help="the run folder")
-    workdir = Path(parser.parse_args(arguments).workdir)
+    parser.add_argument("--workdir", type=Path, default="runs/quickstart", help="the run folder")
+    parser.add_argument("--checker", type=Path, help="file that appears when torch and transformers are installed")
+    options = parser.parse_args(arguments)
+    workdir = options.workdir
     config = load_config(str(CONFIG), overrides)
     start = time.monotonic()
     import smallcoder_jax
@@ -40,6 +42,8 @@ def main(argv: list[str] | None = None) -> int:
     result = evaluate_run(workdir, config)
     references = result["references"]
     print("\nexporting, and checking the export in transformers ...", flush=True)
+    if options.checker:
+        wait_for(options.checker)
     export.main([f"--checkpoint={workdir}"])
     model = smallcoder_jax.load(workdir / "export")
     completion = model.generate(PROMPT, max_tokens=48, temperature=0.0)[0]
@@ -62,6 +66,21 @@ def main(argv: list[str] | None = None) -> int:
             f"{result['bits_per_byte']:.3f} bits per byte is not below xz -9e file by file, {references['xz -9e']:.3f}"
         )
     return 0
+
+
+def wait_for(stamp: Path) -> None:
+    """Returns when `stamp` exists. Raises UserError with the end of `stamp`.failed where that appears instead."""
+    failed = stamp.with_name(stamp.name + ".failed")
+    if not stamp.exists():
+        print("waiting for torch and transformers to be installed ...", flush=True)
+    while not stamp.exists():
+        if failed.exists():
+            end = failed.read_text(errors="replace").strip().splitlines()[-5:]
+            raise UserError(
+                "torch and transformers, which check the export, could not be installed (BUILD.md says how to do it by "
+                "hand); the model is trained, and the same command goes on from here:\n  " + "\n  ".join(end)
+            )
+        time.sleep(0.2)
 
 
 if __name__ == "__main__":

@@ -374,6 +374,8 @@ class Trainer:
             for prompt, completion in zip(prompts, completions, strict=True)
         ]
         self.log.samples(self.step, samples)
+        if samples:
+            self.terminal.sample(samples[0]["input"], samples[0]["output"])
 
     def _save(self, best: bool) -> None:
         meta = {

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import TextIO
 
 ETA_WINDOW = 100  # steps that the estimated time of arrival is measured over
+SAMPLE_LINES, SAMPLE_WIDTH = 8, 100  # of a text that the model writes while it is trained
 
 
 def human_count(count: float) -> str:
@@ -77,6 +78,11 @@ def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> st
     return "\n".join(lines)
 
 
+def printable(text: str) -> str:
+    """Text of unknown origin as a terminal may show it: control characters but line ends and tabs as their escapes."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+
+
 def _is_numeric(cell: str) -> bool:
     """Whether a cell reads as a quantity ('1,234', '12.5%', '3.1 MiB', '-'), so that its column aligns right."""
     return cell in ("", "-") or cell.lstrip("+-")[:1].isdigit()
@@ -101,6 +107,12 @@ class Terminal:
         """Prints a line of its own: notices, evaluations, saved checkpoints."""
         self._clear()
         print(text, file=self._stream, flush=True)
+
+    def sample(self, prompt: str, text: str) -> None:
+        """Prints what the model made of a prompt, at most SAMPLE_LINES lines of it."""
+        lines = printable(prompt + text).rstrip("\n").split("\n")
+        more = ["..."] if len(lines) > SAMPLE_LINES else []
+        self.note("\n".join(f"    | {line[:SAMPLE_WIDTH]}".rstrip() for line in [*lines[:SAMPLE_LINES], *more]))
 
     def start_table(self, title: str, sections: Mapping[str, Mapping[str, object]]) -> None:
         """Prints what is about to run: section (parameters, memory, mesh, kernels, data) -> name -> value."""

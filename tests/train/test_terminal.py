@@ -161,6 +161,20 @@ def test_plain_output_has_one_line_per_log_every() -> None:
     assert "\r" not in stream.getvalue()
 
 
+def test_a_sample_is_shown_as_the_model_wrote_it_and_cannot_steer_the_terminal() -> None:
+    stream = FakeTty()
+    shown = Terminal(stream, total_steps=10, log_every=1)
+    shown.progress(1, {"loss": 1.0})
+    shown.sample("def f(x):\n", "    return x\x1b[2Jé\r\n\tfoo\x9b")
+    assert stream.screen()[-4:] == ["    | def f(x):", "    |     return x\\x1b[2Jé\\r", "    | \tfoo\\x9b", ""]
+    stream = io.StringIO()
+    Terminal(stream, total_steps=10, log_every=1).sample("", "x" * 500 + "\n" + "line\n" * 50)
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == terminal.SAMPLE_LINES + 1
+    assert lines[0] == "    | " + "x" * terminal.SAMPLE_WIDTH
+    assert lines[-1] == "    | ..."
+
+
 def test_start_and_end_tables() -> None:
     stream = io.StringIO()
     shown = Terminal(stream, total_steps=1, log_every=1)
