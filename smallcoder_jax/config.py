@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Mapping
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -201,6 +202,20 @@ class LogConfig:
     histograms_every: int = 0  # steps between histograms of weights and gradients; 0: none
     charts_every: int = 500  # steps between PNG charts; also once at the end; 0: only at the end
     wandb: Literal["off", "offline", "online"] = "off"
+    profile_steps: str = ""  # FIRST:STOP, a trace of steps FIRST to STOP - 1 in the run's folder profile/; "": none
+
+    @property
+    def profiled_steps(self) -> tuple[int, int] | None:
+        """First and stop of `profile_steps`. Raises UserError where it is neither empty nor FIRST:STOP."""
+        if not self.profile_steps:
+            return None
+        found = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", self.profile_steps)
+        if not found or not 0 < int(found[1]) < int(found[2]):
+            raise UserError(
+                f"log.profile_steps={self.profile_steps!r}: expected FIRST:STOP with 1 <= FIRST < STOP, such as "
+                "20:23 for the steps 20, 21 and 22"
+            )
+        return int(found[1]), int(found[2])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -459,6 +474,8 @@ def validate(config: Config) -> None:
             f"tokenizer.kind='bytes' has 256 entries, but {model.vocab_size=}",
         ),
     ]
+    first_step = (config.log.profiled_steps or (0, 0))[0]
+    checks.append((first_step <= train.steps, f"{config.log.profile_steps=} begins after {train.steps=}"))
     for holds, message in checks:
         if not holds:
             raise UserError(f"config: {message}")

@@ -148,6 +148,11 @@ SIZES = ("vocab_size", "width", "mlp_width", "layers", "heads", "kv_heads", "hea
         ("--config.eval.sample_tokens=-1", "eval.sample_tokens=-1 must be"),
         ("--config.eval.sample_tokens=1024", "eval.sample_tokens=1024 must be below model.context=1024"),
         ("--config.eval.sample_temperature=-0.1", "eval.sample_temperature=-0.1 must be"),
+        *(
+            (f"--config.log.profile_steps={steps}", "expected FIRST:STOP with 1 <= FIRST < STOP")
+            for steps in ("20", "20:", ":3", "3:3", "0:2", "5:2", "a:b", "1:2:3")
+        ),
+        ("--config.log.profile_steps=701:703", "profile_steps='701:703' begins after train.steps=700"),
         ("--config.eval.sample_temperature=1e999", "eval.sample_temperature=inf must be"),
     ],
 )

@@ -30,6 +30,7 @@ from smallcoder_jax.runtime import give_back_memory
 from smallcoder_jax.train.checkpoint import Checkpointer
 from smallcoder_jax.train.meter import Meter
 from smallcoder_jax.train.metrics import EvalMetrics, MetricsLog, SilentLog
+from smallcoder_jax.train.profile import StepProfile
 from smallcoder_jax.train.program import make_program
 from smallcoder_jax.train.run_folder import (
     RunFolder,
@@ -218,6 +219,7 @@ class Trainer:
         depth, guard = 0 if self.task.see else self.config.data.prefetch, self.config.guard
         prefetcher = DevicePrefetcher(batches, batch_sharding(self.mesh), depth, self.faults)
         drawn = self.watchdog.each("a batch (guard.data_seconds)", guard.data_seconds, prefetcher)
+        profile = StepProfile(self.config.log, self.folder.profile)
         try:
             batch, data_state, waited = self._draw(drawn)
             self.faults.reach("compile")
@@ -231,8 +233,11 @@ class Trainer:
                 while True:
                     if "nan" in self.faults.reach("step", self.step + 1):
                         batch = poisoned(batch)
-                    self.state, metrics = compiled(self.state, batch, self.frozen)
+                    with profile.step(self.step + 1):
+                        self.state, metrics = compiled(self.state, batch, self.frozen)
                     self.step += 1
+                    if profile.after(self.step, metrics):
+                        self.terminal.note(f"step {self.step}: a trace is in {self.folder.profile} (BUILD.md)")
                     before, self.data_state = self.data_state, data_state
                     if pending is not None:
                         self._report(meter, pending)
@@ -247,6 +252,7 @@ class Trainer:
                         meter.resume()
                     batch, data_state, waited = self._draw(drawn)
         finally:
+            profile.close()
             prefetcher.close()
 
     @property

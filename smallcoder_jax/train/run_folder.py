@@ -83,6 +83,10 @@ class RunFolder:
         return self.path / "text_samples.json"
 
     @property
+    def profile(self) -> Path:
+        return self.path / "profile"
+
+    @property
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
 

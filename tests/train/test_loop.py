@@ -200,3 +200,23 @@ def test_another_run_is_refused_and_the_difference_named(
     shutil.copytree(root / "run", tmp_path / "run", symlinks=True)
     with pytest.raises(UserError, match=rf"holds another run(.|\n)*{named}"):
         run.train(changed(config_of(root), section, **value), tmp_path / "run")
+
+
+def test_the_steps_that_are_asked_for_are_traced_and_no_others(root: Path, tmp_path: Path) -> None:
+    config = changed(config_of(root), "train", steps=5)
+    config = changed(config, "log", profile_steps="2:4")
+    with trainer_in(tmp_path, config) as trainer:
+        trainer.run()
+    assert "step 3: a trace is in" in (tmp_path / "terminal").read_text()
+    (trace,) = (tmp_path / "profile").rglob("*.xplane.pb")
+    planes = jax.profiler.ProfileData.from_file(str(trace)).planes
+    events = [event for plane in planes for line in plane.lines for event in line.events]
+    assert [dict(event.stats)["step_num"] for event in events if event.name == "train"] == [2, 3]
+    assert any(event.name.startswith("dot") for event in events)  # operations of the step
+
+
+def test_a_run_that_ends_in_the_middle_of_a_trace_writes_it(root: Path, tmp_path: Path) -> None:
+    config = changed(config_of(root), "log", profile_steps="2:9")
+    with trainer_in(tmp_path, config) as trainer:
+        trainer.run()
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
