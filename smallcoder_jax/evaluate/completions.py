@@ -1,0 +1,97 @@
+"""Whether what a model writes is Python: greedy completions of held-out files, parsed and looked at for repetition."""
+
+from __future__ import annotations
+
+import ast
+import codeop
+import collections
+import dataclasses
+import warnings
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from smallcoder_jax.generate.engine import Generator
+from smallcoder_jax.generate.sampling import SamplingOptions
+
+FEWEST_LINES, MOST_CHARACTERS = 5, 1200  # of a prefix
+TRIES = 8  # places that are tried in a file before it is passed over
+REPEATED = 3  # so often the same line is a model that repeats itself
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """A completion and what is said of it: `parses`, prefix and completion without the last line, which may be cut off;
+    `repeats`, a line that is not blank three times or more, its indentation aside.
+    """
+
+    prefix: str
+    text: str
+    parses: bool
+    repeats: bool
+
+    @property
+    def good(self) -> bool:
+        return self.parses and not self.repeats
+
+
+def complete(
+    generator: Generator, texts: Iterable[str], *, count: int = 50, max_tokens: int = 60, seed: int = 0
+) -> list[Written]:
+    """Greedy completions of `count` prefixes, drawn from as many of `texts`; fewer where fewer have a place to cut."""
+    prefixes = cut(texts, count, seed)
+    options = SamplingOptions(max_tokens=max_tokens, temperature=0.0, truncate_prompt=True)
+    written = generator.generate(prefixes, options, batch_size=32) if prefixes else []
+    return [judge(prefix, completion.text) for prefix, completion in zip(prefixes, written, strict=True)]
+
+
+def cut(texts: Iterable[str], count: int, seed: int) -> list[str]:
+    """Beginnings of texts that are Python, up to the end of a line after which they are Python as well."""
+    generator = np.random.default_rng(seed)
+    found: list[str] = []
+    for text in texts:
+        if len(found) == count:
+            break
+        lines = text[:MOST_CHARACTERS].splitlines(keepends=True)[:-1]
+        if len(lines) < FEWEST_LINES or not parses(text):
+            continue
+        for stop in generator.integers(FEWEST_LINES, len(lines) + 1, TRIES):
+            prefix = "".join(lines[:stop])
+            if _tree(prefix) and prefix.strip():
+                found.append(prefix)
+                break
+    return found
+
+
+def judge(prefix: str, text: str) -> Written:
+    whole = prefix + text
+    lines = [line.strip() for line in text.splitlines()]
+    most = max(collections.Counter(line for line in lines if line).values(), default=0)
+    return Written(prefix, text, parses(whole[: whole.rfind("\n") + 1]), most >= REPEATED)
+
+
+def parses(text: str) -> bool:
+    """Whether `text` is Python, or the beginning of it that only wants more lines. Nothing is executed."""
+    if _tree(text):
+        return True
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            return codeop.compile_command(text, symbol="exec") is None
+        except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError):
+            return False
+
+
+def share(written: Sequence[Written]) -> float:
+    """Of `written`, those that are good; 0 where there are none."""
+    return sum(one.good for one in written) / len(written) if written else 0.0
+
+
+def _tree(text: str) -> bool:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            ast.parse(text)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return False
+    return True

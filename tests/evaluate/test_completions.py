@@ -1,0 +1,51 @@
+"""What counts as Python that a model wrote, and where held-out files are cut."""
+
+import ast
+
+import pytest
+
+from smallcoder_jax.evaluate import completions
+from smallcoder_jax.evaluate.completions import cut, judge, parses, share
+
+PREFIX = "import os\n\n\ndef first(x):\n    y = x + 1\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "good", "why"),
+    [
+        ("    return y\n\n\ndef second(", True, "the last line is cut off"),
+        ("    if y:\n        retur", True, "a block that only wants its body"),
+        ('    """A text that goes\n    on and on\n    for', True, "a string that only wants its end"),
+        ("    z = (1,\n         2,\n         3", True, "a bracket that only wants its end"),
+        ("    return y)\n    x = 1\n", False, "a bracket too many"),
+        ("  return y\n    return z\n", False, "an indentation that was never begun"),
+        ("    return return\n    x\n", False, "no statement"),
+        ("    y = 1\n    y = 1\n    y = 1\n    retur", False, "the same line three times"),
+        ("    y = 1\n    z = 2\n    y = 1\n\n\n\n\n", True, "blank lines and a line said twice"),
+        ("", True, "nothing"),
+    ],
+)
+def test_what_is_good(text: str, good: bool, why: str) -> None:
+    assert judge(PREFIX, text).good is good, why
+
+
+def test_what_cannot_be_read_is_no_python_and_no_crash() -> None:
+    assert not parses("x = '\0'\n")
+    assert not parses("(" * 100_000 + "\n)" * 3 + "]\n")
+    assert share([]) == 0.0
+    assert share([judge(PREFIX, ""), judge(PREFIX, "    a b\n")]) == 0.5
+
+
+def test_files_are_cut_where_both_they_and_their_beginning_are_python() -> None:
+    body = "".join(f"    value_{i} = call(\n        {i},\n    )\n" for i in range(40))
+    texts = ["not python at all (\n" * 9, "x = 1\n", *(f"def f{i}():\n{body}" for i in range(60))]
+    prefixes = cut(texts, 50, seed=0)
+    assert len(prefixes) == 50
+    assert len(set(prefixes)) == 50
+    for prefix in prefixes:
+        ast.parse(prefix)
+        assert prefix.endswith("\n")
+        assert prefix.count("\n") >= completions.FEWEST_LINES
+        assert len(prefix) <= completions.MOST_CHARACTERS
+    assert prefixes == cut(texts, 50, seed=0)
+    assert prefixes != cut(texts, 50, seed=1)
