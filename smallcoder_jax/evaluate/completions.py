@@ -14,8 +14,9 @@ import numpy as np
 from smallcoder_jax.generate.engine import Generator
 from smallcoder_jax.generate.sampling import SamplingOptions
 
-FEWEST_LINES, MOST_CHARACTERS = 5, 1200  # of a prefix
-TRIES = 8  # places that are tried in a file before it is passed over
+FEWEST_LINES = 5  # of a prefix
+PROMPT_CHARACTERS = 1200  # of a prefix's end, which are what the model is shown
+ROUNDS = 20  # through all texts, while prefixes are wanted
 REPEATED = 3  # so often the same line is a model that repeats itself
 
 
@@ -38,29 +39,37 @@ class Written:
 def complete(
     generator: Generator, texts: Iterable[str], *, count: int = 50, max_tokens: int = 60, seed: int = 0
 ) -> list[Written]:
-    """Greedy completions of `count` prefixes, drawn from as many of `texts`; fewer where fewer have a place to cut."""
+    """Greedy completions of `count` prefixes of `texts`; fewer where there are not so many places to cut."""
     prefixes = cut(texts, count, seed)
     options = SamplingOptions(max_tokens=max_tokens, temperature=0.0, truncate_prompt=True)
-    written = generator.generate(prefixes, options, batch_size=32) if prefixes else []
+    written = generator.generate([_end_of(prefix) for prefix in prefixes], options, batch_size=32) if prefixes else []
     return [judge(prefix, completion.text) for prefix, completion in zip(prefixes, written, strict=True)]
 
 
 def cut(texts: Iterable[str], count: int, seed: int) -> list[str]:
-    """Beginnings of texts that are Python, up to the end of a line after which they are Python as well."""
+    """Beginnings of texts that are Python, up to the end of a line after which they are Python as well: of each text
+    one, then of each a second, until there are enough.
+    """
     generator = np.random.default_rng(seed)
-    found: list[str] = []
-    for text in texts:
-        if len(found) == count:
-            break
-        lines = text[:MOST_CHARACTERS].splitlines(keepends=True)[:-1]
-        if len(lines) < FEWEST_LINES or not parses(text):
-            continue
-        for stop in generator.integers(FEWEST_LINES, len(lines) + 1, TRIES):
-            prefix = "".join(lines[:stop])
+    pages = [text.splitlines(keepends=True) for text in texts if _tree(text)]
+    pages = [lines for lines in pages if len(lines) > FEWEST_LINES]
+    found: dict[str, None] = {}
+    for _ in range(ROUNDS):
+        for lines in pages:
+            if len(found) == count:
+                return list(found)
+            prefix = "".join(lines[: generator.integers(FEWEST_LINES, len(lines))])
             if _tree(prefix) and prefix.strip():
-                found.append(prefix)
-                break
-    return found
+                found[prefix] = None
+    return list(found)
+
+
+def _end_of(prefix: str) -> str:
+    """Whole lines from the end of a prefix."""
+    if len(prefix) <= PROMPT_CHARACTERS:
+        return prefix
+    end = prefix[-PROMPT_CHARACTERS:]
+    return end[end.find("\n", 0, -1) + 1 :]
 
 
 def judge(prefix: str, text: str) -> Written:

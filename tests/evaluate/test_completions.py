@@ -1,6 +1,8 @@
 """What counts as Python that a model wrote, and where held-out files are cut."""
 
 import ast
+import types
+from typing import Any
 
 import pytest
 
@@ -36,6 +38,23 @@ def test_what_cannot_be_read_is_no_python_and_no_crash() -> None:
     assert share([judge(PREFIX, ""), judge(PREFIX, "    a b\n")]) == 0.5
 
 
+def test_the_model_is_shown_whole_lines_of_the_end() -> None:
+    class Shown:
+        def generate(self, prompts: list[str], options: Any, batch_size: int) -> list[Any]:
+            self.prompts = prompts
+            return [types.SimpleNamespace(text="    pass\n") for _ in prompts]
+
+    text = "def f():\n" + "".join(f"    name_{i} = {i}\n" for i in range(500))
+    shown = Shown()
+    written = completions.complete(shown, [text], count=8)  # type: ignore[arg-type]
+    assert len(written) == 8
+    assert all(one.good for one in written)
+    for prompt, one in zip(shown.prompts, written, strict=True):
+        assert one.prefix.endswith(prompt)
+        assert prompt.startswith(("    name_", "def f()"))
+        assert len(prompt) <= completions.PROMPT_CHARACTERS
+
+
 def test_files_are_cut_where_both_they_and_their_beginning_are_python() -> None:
     body = "".join(f"    value_{i} = call(\n        {i},\n    )\n" for i in range(40))
     texts = ["not python at all (\n" * 9, "x = 1\n", *(f"def f{i}():\n{body}" for i in range(60))]
@@ -46,6 +65,7 @@ def test_files_are_cut_where_both_they_and_their_beginning_are_python() -> None:
         ast.parse(prefix)
         assert prefix.endswith("\n")
         assert prefix.count("\n") >= completions.FEWEST_LINES
-        assert len(prefix) <= completions.MOST_CHARACTERS
+    assert len(cut(texts[:3], 50, seed=0)) > 2  # several of one file, where there are few
+    assert cut(texts[:2], 50, seed=0) == []
     assert prefixes == cut(texts, 50, seed=0)
     assert prefixes != cut(texts, 50, seed=1)
