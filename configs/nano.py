@@ -1,4 +1,4 @@
-"""nano: 4,000,000 parameters for a laptop CPU; what `make quickstart` trains.
+"""nano: 4,000,000 parameters for a laptop CPU; what `make pipeline` takes through all stages.
 
 Command:   python -m smallcoder_jax.main --config=configs/nano.py --workdir=runs/nano
 Hardware:  two CPU cores.
@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
         head_size=64,
         context=1024,
     )
-    config.compute.update(dtype="float32", matmul="auto")  # activations of a CPU: bfloat16 ones are slower
+    config.compute.dtype = "float32"  # a CPU multiplies float32 as fast as bfloat16
     config.data.update(sources="stdlib", fim_rate=0.1)
     # Many small steps: at this size a step is worth more than the tokens in it. Microbatches stay in the cache.
     config.train.update(steps=700, batch_size=4, sequence_length=512, microbatch_size=2, log_every=20)

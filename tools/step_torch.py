@@ -34,9 +34,11 @@ def check_llama(config: Config, name: str) -> None:
 
 
 def measure_torch(
-    name: str, config: Config, steps: int, documents: int | None, *, attention: str, compile: bool
+    name: str, config: Config, steps: int, documents: int | None, *, attention: str, compile: bool, autocast: bool
 ) -> dict[str, Any]:
-    """Runs steps of contender `name`. Raises UserError where it is not installed."""
+    """Runs steps of contender `name`, in bfloat16 where the config or `autocast` says so. Raises UserError where it is
+    not installed.
+    """
     torch, model, loss_of = BUILDERS[name](config, attention)
     torch.set_num_threads(cores())
     train, settings = config.train, config.optimizer
@@ -61,7 +63,7 @@ def measure_torch(
         {key: torch.from_numpy(batch[key].astype(np.int64)).to(device) for key in ("tokens", "targets", "positions")}
         for batch in random_batches(config, documents)
     ]
-    rows, half = train.microbatch_rows, config.compute.dtype == "bfloat16"
+    rows, half = train.microbatch_rows, autocast or config.compute.dtype == "bfloat16"
 
     def run(number: int) -> float:
         total = 0.0
@@ -80,7 +82,14 @@ def measure_torch(
     step_seconds, loss = timed(run, steps)
     accelerator = device.type == "cuda"
     return {
-        "software": ", ".join([*VERSIONS[name](), f"torch {torch.__version__}", *(["compiled"] if compile else [])]),
+        "software": ", ".join(
+            [
+                *VERSIONS[name](),
+                f"torch {torch.__version__}",
+                *(["compiled"] if compile else []),
+                *(["autocast"] if autocast else []),
+            ]
+        ),
         "device": torch.cuda.get_device_name() if accelerator else "cpu",
         "devices": 1,
         "accelerator": accelerator,

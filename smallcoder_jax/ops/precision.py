@@ -17,6 +17,7 @@ from smallcoder_jax.config import ComputeConfig
 CPUINFO = Path("/proc/cpuinfo")
 FAST_BFLOAT16 = ("avx512_bf16", "amx_bf16")  # flags of processors that multiply bfloat16 in hardware
 Kind = Literal["exact", "mixed"]
+_SETTINGS: Any = jax.config  # whose flags no type checker knows
 
 
 class Choice(NamedTuple):
@@ -75,7 +76,7 @@ def product(subscripts: str, a: Array, b: Array, out: DTypeLike) -> Array:
     """
     if a.dtype != jnp.float32:
         return jnp.einsum(subscripts, a, b.astype(a.dtype), preferred_element_type=out)
-    if jax.config.jax_default_matmul_precision == "bfloat16":
+    if _SETTINGS.jax_default_matmul_precision == "bfloat16":
         # Written out: XLA's CPU backend does not round by itself, whatever precision it is asked for.
         return jnp.einsum(subscripts, a.astype(jnp.bfloat16), b.astype(jnp.bfloat16), preferred_element_type=out)
     return jnp.einsum(subscripts, a, b.astype(a.dtype), precision=jax.lax.Precision.HIGHEST, preferred_element_type=out)

@@ -20,6 +20,7 @@ def result(step_seconds: list[float], memory: int, **changes: Any) -> dict[str, 
         "device": "cpu",
         "devices": 1,
         "accelerator": False,
+        "products": "exact",
         "step_seconds": step_seconds,
         "compile_seconds": 1.0,
         "loss": 4.6,
@@ -79,9 +80,10 @@ def test_ours_takes_steps_and_says_what_they_cost(config: Config, monkeypatch: p
     assert found["loss"] == pytest.approx(np.log(config.model.vocab_size), rel=0.1)
 
 
-@pytest.mark.parametrize("attention", ["causal", "sdpa"])
-def test_torch_runs_the_same_shape(config: Config, attention: str) -> None:
-    found = step_torch.measure_torch("torch", config, 2, 8, attention=attention, compile=False)
+@pytest.mark.parametrize(("attention", "autocast"), [("causal", False), ("sdpa", False), ("causal", True)])
+def test_torch_runs_the_same_shape(config: Config, attention: str, autocast: bool) -> None:
+    found = step_torch.measure_torch("torch", config, 2, 8, attention=attention, compile=False, autocast=autocast)
+    assert found["software"].endswith("autocast") == autocast
     assert len(found["step_seconds"]) == 2
     assert found["loss"] == pytest.approx(np.log(config.model.vocab_size), rel=0.1)
     assert "torch" in found["software"]
@@ -111,7 +113,7 @@ def test_a_trainer_that_is_not_installed_is_named_with_its_command(
 ) -> None:
     monkeypatch.setitem(sys.modules, "litgpt", None)
     with pytest.raises(UserError, match="pip install 'litgpt'"):
-        step_torch.measure_torch("litgpt", config, 1, None, attention="causal", compile=False)
+        step_torch.measure_torch("litgpt", config, 1, None, attention="causal", compile=False, autocast=False)
 
 
 def test_median_over_rounds_and_ratios(config: Config) -> None:
@@ -123,8 +125,7 @@ def test_median_over_rounds_and_ratios(config: Config) -> None:
     tokens = 16 * 32
     assert report["contenders"]["ours"]["tokens_per_second"] == tokens
     assert report["contenders"]["ours"]["mfu"] == pytest.approx(tokens * 1e6 / 2e12)
-    assert report["speed_ratio"] == 2.0
-    assert report["memory_ratio"] == pytest.approx(100 / 210)
+    assert report["ratios"] == {"torch": {"speed": 2.0, "memory": pytest.approx(100 / 210), "wanted": 1.2}}
     report |= {"optimizer": "adamw", "documents": None}
     text = bench_step.table(report)
     assert "2.00" in text
@@ -134,18 +135,30 @@ def test_median_over_rounds_and_ratios(config: Config) -> None:
 
 
 def checked(**changes: Any) -> None:
-    report = {"name": "x", "documents": None, "device": "cpu", "memory_of": "process"}
+    report = {"name": "x", "documents": None, "device": "cpu", "memory_of": "process", "ratios": {}}
     bench_step.check(report | changes)
 
 
 @pytest.mark.parametrize(
-    ("ratio", "memory", "memory_of", "words"),
-    [(1.19, 0.5, "process", "1.19 times"), (1.3, 1.01, "process", "1.01 times"), (1.29, 0.5, "device", "1.29 times")],
+    ("ours", "name", "wanted"),
+    [
+        ({}, "torch", 1.2),
+        ({"products": "mixed"}, "torch", 1.6),
+        ({"products": "mixed"}, "torch autocast", 1.25),
+        ({"accelerator": True}, "torch", 1.3),
+    ],
 )
-def test_check_fails_on_either(ratio: float, memory: float, memory_of: str, words: str) -> None:
-    checked(speed_ratio=1.31, memory_ratio=1.0, memory_of=memory_of)
-    with pytest.raises(CheckFailed, match=words):
-        checked(speed_ratio=ratio, memory_ratio=memory, memory_of=memory_of)
+def test_check_fails_on_either(ours: dict[str, Any], name: str, wanted: float) -> None:
+    assert bench_step.wanted_ratio(name, result([1.0], 1, **ours)) == wanted
+
+    def ratio(speed: float, memory: float) -> None:
+        checked(ratios={name: {"speed": speed, "memory": memory, "wanted": wanted}})
+
+    ratio(wanted, 1.0)
+    with pytest.raises(CheckFailed, match=rf"{wanted - 0.01:.2f} times the tokens per second of {name}"):
+        ratio(wanted - 0.01, 0.5)
+    with pytest.raises(CheckFailed, match=f"1.01 times the memory of {name}"):
+        ratio(wanted + 1.0, 1.01)
 
 
 def test_check_fails_below_what_is_promised_of_an_h200() -> None:
@@ -176,15 +189,36 @@ def test_contenders_take_turns_with_adamw(monkeypatch: pytest.MonkeyPatch, capsy
     calls = []
 
     def run(job: dict[str, Any], python: str) -> dict[str, Any]:
-        calls.append((job["name"], job["config"]["optimizer"]["name"], job["steps"], job["documents"], python))
+        calls.append((job["name"], job["autocast"], job["config"]["optimizer"]["name"], job["documents"], python))
         return result([1.0] if job["name"] == "ours" else [1.1], 10)
 
     monkeypatch.setattr(bench_step, "run_contender", run)
     with pytest.raises(CheckFailed, match=r"1\.10 times"):
         bench_step.main([f"--config={NANO}", "--against=torch", "--steps=5", "--check", "--torch-python=other"])
     turns = [("ours", sys.executable), ("torch", "other"), ("torch", "other"), ("ours", sys.executable)]
-    assert calls == [(name, "adamw", 5, 128, python) for name, python in turns]
+    assert calls == [(name, False, "adamw", 128, python) for name, python in turns]
     assert "adamw (the config says muon)" in capsys.readouterr().out
+
+
+def test_autocast_is_a_contender_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = []
+
+    def run(job: dict[str, Any], python: str) -> dict[str, Any]:
+        calls.append((job["name"], job["autocast"]))
+        seconds = {("ours", False): 1.0, ("torch", False): 3.0, ("torch", True): 2.0}[calls[-1]]
+        return result([seconds], 10, products="mixed")
+
+    monkeypatch.setattr(bench_step, "run_contender", run)
+    bench_step.main([f"--config={NANO}", "--against=torch", "--autocast", "--rounds=1", "--check"])
+    assert calls == [("ours", False), ("torch", False), ("torch", True)]
+    shown = capsys.readouterr().out
+    assert "ours / torch autocast" in shown
+    assert "float32, mixed products" in shown
+    for flags in (["--autocast"], ["--against=torch", "--autocast", "--config.compute.dtype=bfloat16"]):
+        with pytest.raises(UserError, match="--autocast is of --against"):
+            bench_step.main([f"--config={NANO}", *flags])
 
 
 def test_bad_input_is_refused_before_anything_runs(config: Config) -> None:
