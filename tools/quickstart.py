@@ -1,7 +1,8 @@
 """From nothing to a checked model that completes code, on a CPU, in minutes. `make quickstart` runs it.
 
-Trains configs/nano.py on the source of the running Python, evaluates it on all held-out files beside gzip and xz,
-exports it, checks the export in transformers and completes a function. Started again, it continues where it was.
+Trains configs/pico.py on the source of the running Python, evaluates it on all held-out files beside gzip and xz, has
+it complete beginnings of them, exports it and checks the export in transformers. Started again, it continues where it
+was.
 
 Exit code 3 when the model needs more bits per byte than `xz -9e` file by file, or when the export does not agree.
 """
@@ -12,11 +13,16 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from smallcoder_jax.config import Config
 from smallcoder_jax.configfile import load_config, split_overrides
 from smallcoder_jax.errors import EXIT_INTERRUPTED, CheckFailed, UserError, run_cli
 
-CONFIG = Path(__file__).resolve().parents[1] / "configs" / "nano.py"
+if TYPE_CHECKING:
+    from smallcoder_jax.evaluate.completions import Written
+
+CONFIG = Path(__file__).resolve().parents[1] / "configs" / "pico.py"
 PROMPT = "def read_lines(path):\n    with open("
 
 
@@ -31,6 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     start = time.monotonic()
     import smallcoder_jax
     from smallcoder_jax.config import parameter_count
+    from smallcoder_jax.evaluate.completions import share
     from smallcoder_jax.stages.run import evaluate_run
     from smallcoder_jax.train.terminal import format_table, human_count, human_time
     from tools import export
@@ -41,17 +48,20 @@ def main(argv: list[str] | None = None) -> int:
     print("\nevaluating on every held-out file ...", flush=True)
     result = evaluate_run(workdir, config)
     references = result["references"]
+    model = smallcoder_jax.load(workdir)
+    completion = model.generate(PROMPT, max_tokens=48, temperature=0.0)[0]
+    print("\ncompleting beginnings of held-out files ...", flush=True)
+    written = complete_held_out(workdir, config)
     print("\nexporting, and checking the export in transformers ...", flush=True)
     if options.checker:
         wait_for(options.checker)
     export.main([f"--checkpoint={workdir}"])
-    model = smallcoder_jax.load(workdir / "export")
-    completion = model.generate(PROMPT, max_tokens=48, temperature=0.0)[0]
     rows = [
         ["parameters", f"{parameter_count(config.model):,}"],
         ["tokens seen", human_count(run.tokens_seen)],
         ["bits per byte, this model, file by file", f"{result['bits_per_byte']:.3f}"],
         *[[f"bits per byte, {name}", f"{value:.3f}"] for name, value in references.items()],
+        [f"greedy completions that are Python and do not repeat a line, of {len(written)}", f"{share(written):.0%}"],
         ["export", "transformers agrees: logits, token ids, greedy text"],
         ["time", human_time(time.monotonic() - start)],
     ]
@@ -59,13 +69,28 @@ def main(argv: list[str] | None = None) -> int:
     print(f"\nprompt:\n\n{PROMPT}\n\nprompt and completion, greedy:\n\n{PROMPT}{completion.text}\n")
     print(f"report      {workdir / 'report.html'}\ncharts      {workdir / 'charts' / 'training_latest.png'}")
     print(f"complete    python -m tools.generate --checkpoint {workdir} --interactive")
-    print("your code   python -m smallcoder_jax.main --config=configs/nano.py --workdir=runs/mine "
+    print("your code   python -m smallcoder_jax.main --config=configs/pico.py --workdir=runs/mine "
           "--config.data.sources=dir:/path/to/code")  # fmt: skip
     if result["bits_per_byte"] >= references["xz -9e"]:
         raise CheckFailed(
             f"{result['bits_per_byte']:.3f} bits per byte is not below xz -9e file by file, {references['xz -9e']:.3f}"
         )
     return 0
+
+
+def complete_held_out(workdir: Path, config: Config) -> list[Written]:
+    """Greedy completions of the beginnings of held-out files (`evaluate.completions`)."""
+    from smallcoder_jax import loading
+    from smallcoder_jax.data.prepare import prepare
+    from smallcoder_jax.data.progress import Progress
+    from smallcoder_jax.evaluate.bits_per_byte import held_out_texts
+    from smallcoder_jax.evaluate.completions import complete
+    from smallcoder_jax.generate.engine import Generator
+
+    prepared, loaded = prepare(config, Progress(sys.stderr)), loading.load(workdir)
+    texts = held_out_texts(prepared.manifest, prepared.tokens_folder, prepared.tokenizer)
+    generator = Generator(loaded.model, loaded.compute, loaded.params, loaded.tokenizer)
+    return complete(generator, [text.decode("utf-8", "replace") for text in texts])
 
 
 def wait_for(stamp: Path) -> None:

@@ -139,7 +139,12 @@ def test_ppo_trains_values_beside_the_decoder(tmp_path: Path) -> None:
     config = config_of("ppo", 6 * STEPS_OF_ITERATION, entropy_weight=0.0)
     trainer, _, steps = run(config, tmp_path)
     first = steps[0]
-    assert steps[-1]["value_loss"] < 0.5 * first["value_loss"]
+    # Of whole iterations: one batch differs from the next by more than processors round.
+    earlier, later = (
+        np.mean([line["value_loss"] for line in part])
+        for part in (steps[:STEPS_OF_ITERATION], steps[-STEPS_OF_ITERATION:])
+    )
+    assert later < 0.5 * earlier
     assert trainer.state.params["critic"]["head"]["bias"][0] != 0
     assert first["entropy"] == pytest.approx(np.log(256), abs=0.3)
     assert set(build.decoder_params(trainer.state.params)) < set(trainer.state.params)
