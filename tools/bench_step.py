@@ -18,6 +18,8 @@ Memory is the largest resident set of the process, libraries and compilation inc
 allocator handed out. MFU counts the attention that causality and documents leave; on a CPU, which has no agreed peak,
 it is a share of the rate of one large matrix product measured in the same run.
 
+--profile shows where our step's time goes, operation by operation (tools/op_profile.py).
+
 --check ends with exit code 3 below 1.2 times PyTorch's tokens per second (1.3 on a GPU; 1.6 where our products are
 mixed, and 1.25 beside autocast), or above its memory, or, for Medium-LC on an H200, below what is promised of it in
 tokens per second.
@@ -33,8 +35,9 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -43,6 +46,7 @@ from smallcoder_jax.config import Config, from_config_dict, parameter_count, to_
 from smallcoder_jax.configfile import load_config, split_overrides
 from smallcoder_jax.errors import EXIT_USER_ERROR, CheckFailed, UserError, run_cli
 from smallcoder_jax.train.terminal import format_table, human_bytes, human_time
+from tools import op_profile
 from tools.step_timing import BATCHES, cores, random_batches, resident_set, timed, visible_share
 from tools.step_torch import BUILDERS, CAUSAL, check_llama, measure_torch
 
@@ -52,6 +56,7 @@ DOCUMENTS_PER_ROW = 4  # unless --documents says how long they are
 # Tokens per second promised of an H200, and aimed at, by config and mean length of documents (None: one a row).
 H200 = "NVIDIA H200"
 H200_TOKENS = {("smallcoder-medium-lc", None): (160_000, 178_000), ("smallcoder-medium-lc", 2048): (230_000, 290_000)}
+PROFILED_STEPS = 3
 PEAK_SIZE, PEAK_TRIES = 2048, 8  # of the matrix product that stands for a CPU's peak
 # glibc's large pages, for both: on a CPU, the memory of a step is taken anew for every step, page by page.
 LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
@@ -82,9 +87,10 @@ def main(argv: list[str] | None = None) -> int | None:
             job = {"name": name.removesuffix(AUTOCAST), "steps": options.steps, "documents": documents}
             python = sys.executable if name == "ours" else options.torch_python
             job |= {"attention": options.their_attention, "compile": options.compile, "config": to_dict(config)}
-            job |= {"autocast": name.endswith(AUTOCAST)}
+            job |= {"autocast": name.endswith(AUTOCAST), "profile": options.profile and number == 0}
             rounds[name].append(run_contender(job, python))
     report = summarise(rounds, config)
+    report["profile"] = rounds["ours"][0]["profile"]
     report["documents"] = documents
     report["optimizer"] = "adamw" if configured == "adamw" else f"adamw (the config says {configured})"
     print(json.dumps(report, indent=1) if options.json else table(report))
@@ -108,6 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=_positive, default=2, help="processes per contender; default: %(default)s")
     parser.add_argument("--compile", action="store_true", help="theirs with torch.compile")
     parser.add_argument("--autocast", action="store_true", help="theirs in bfloat16 as well, beside a float32 config")
+    parser.add_argument("--profile", action="store_true", help="show the dearest operations of our step")
     parser.add_argument("--check", action="store_true", help="fail where ours is below what is promised")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     return parser
@@ -157,7 +164,7 @@ def contend() -> None:
     def measure() -> None:
         name, steps, documents = job["name"], job["steps"], job["documents"]
         if name == "ours":
-            result = measure_ours(config, steps, documents)
+            result = measure_ours(config, steps, documents, profile=job["profile"])
         else:
             options = {name: job[name] for name in ("attention", "compile", "autocast")}
             result = measure_torch(name, config, steps, documents, **options)
@@ -166,8 +173,8 @@ def contend() -> None:
     run_cli(measure)
 
 
-def measure_ours(config: Config, steps: int, documents: int | None) -> Result:
-    """Runs the project's training step."""
+def measure_ours(config: Config, steps: int, documents: int | None, *, profile: bool) -> Result:
+    """Runs the project's training step; with `profile` a few more of them, which are traced."""
     import jax
 
     from smallcoder_jax.mesh import batch_sharding
@@ -194,6 +201,7 @@ def measure_ours(config: Config, steps: int, documents: int | None) -> Result:
         return float(metrics["loss"])
 
     step_seconds, loss = timed(run, steps)
+    operations = traced(run, compiled.as_text()) if profile else []
     device = mesh.devices.flat[0]
     on_device = device.memory_stats() or {}
     memory = on_device.get("peak_bytes_in_use") or resident_set()  # before the peak is measured, which takes more
@@ -205,6 +213,7 @@ def measure_ours(config: Config, steps: int, documents: int | None) -> Result:
         "devices": mesh.devices.size,
         "accelerator": device.platform != "cpu",
         "products": program.matmul.kind,
+        "profile": [dataclasses.asdict(row) for row in operations],
         "step_seconds": step_seconds,
         "compile_seconds": compile_seconds,
         "loss": loss,
@@ -214,6 +223,19 @@ def measure_ours(config: Config, steps: int, documents: int | None) -> Result:
         "peak_flops": known_peak * mesh.devices.size if known_peak else measure_peak(config.compute.dtype),
         "peak_measured": known_peak is None,
     }
+
+
+def traced(run: Callable[[int], float], program: str) -> list[op_profile.Row]:
+    """The operations of a few steps."""
+    import jax
+
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            start = time.perf_counter()
+            for number in range(PROFILED_STEPS):
+                run(number)
+            seconds = time.perf_counter() - start
+        return op_profile.rows_of(Path(folder), program, seconds, PROFILED_STEPS)
 
 
 def measure_peak(dtype: str) -> float:
@@ -325,6 +347,8 @@ def table(report: Result) -> str:
         (f"ours / {name}", f"{ratio['speed']:.2f}", "", "", f"{ratio['memory']:.2f}")
         for name, ratio in report["ratios"].items()
     ]
+    if report["profile"]:
+        lines += ["", op_profile.table([op_profile.Row(**row) for row in report["profile"]])]
     headers = ["", "tokens/s", "MFU", "step, median", f"memory of the {report['memory_of']}"]
     return "\n".join([*lines, "", format_table(headers, rows)])
 

@@ -9,7 +9,7 @@ import pytest
 from smallcoder_jax.config import Config, TrainConfig
 from smallcoder_jax.errors import CheckFailed, UserError
 from tests.helpers import tiny_config
-from tools import bench_step, step_timing, step_torch
+from tools import bench_step, op_profile, step_timing, step_torch
 
 NANO = str(Path(bench_step.__file__).resolve().parents[1] / "configs" / "nano.py")
 
@@ -21,6 +21,7 @@ def result(step_seconds: list[float], memory: int, **changes: Any) -> dict[str, 
         "devices": 1,
         "accelerator": False,
         "products": "exact",
+        "profile": [],
         "step_seconds": step_seconds,
         "compile_seconds": 1.0,
         "loss": 4.6,
@@ -73,7 +74,7 @@ def test_documents_that_do_not_fit_are_refused(config: Config, text: str) -> Non
 @pytest.mark.usefixtures("standard_promotion")
 def test_ours_takes_steps_and_says_what_they_cost(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_step, "PEAK_SIZE", 64)
-    found = bench_step.measure_ours(config, 3, None)
+    found = bench_step.measure_ours(config, 3, None, profile=False)
     assert len(found["step_seconds"]) == 3
     assert found["peak_measured"]
     assert found["memory"] > found["compiled_memory"] > 0
@@ -126,7 +127,7 @@ def test_median_over_rounds_and_ratios(config: Config) -> None:
     assert report["contenders"]["ours"]["tokens_per_second"] == tokens
     assert report["contenders"]["ours"]["mfu"] == pytest.approx(tokens * 1e6 / 2e12)
     assert report["ratios"] == {"torch": {"speed": 2.0, "memory": pytest.approx(100 / 210), "wanted": 1.2}}
-    report |= {"optimizer": "adamw", "documents": None}
+    report |= {"optimizer": "adamw", "documents": None, "profile": []}
     text = bench_step.table(report)
     assert "2.00" in text
     assert "0.48" in text
@@ -219,6 +220,22 @@ def test_autocast_is_a_contender_of_its_own(
     for flags in (["--autocast"], ["--against=torch", "--autocast", "--config.compute.dtype=bfloat16"]):
         with pytest.raises(UserError, match="--autocast is of --against"):
             bench_step.main([f"--config={NANO}", *flags])
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_the_shares_of_a_profile_add_up_to_the_step(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_step, "PEAK_SIZE", 64)
+    found = bench_step.measure_ours(config, 3, None, profile=True)
+    rows = [op_profile.Row(**row) for row in found["profile"]]
+    assert len(rows) > 10
+    assert rows[-1].name == "(idle)"
+    assert all(row.seconds >= 0 for row in rows)
+    model, tokens = config.model, config.train.batch_size * config.train.sequence_length
+    dense = 6.0 * tokens * (bench_step.parameter_count(model) - model.width * (2 * model.layers + 1))
+    attention = sum(row.flops for row in rows) - dense
+    assert 0 < attention < 0.2 * dense  # every product was found, in fusions and loops, as often as it ran
+    shown = op_profile.table(rows)
+    assert shown.splitlines()[-1].split()[:3] == ["one", "step", "100%"]
 
 
 def test_bad_input_is_refused_before_anything_runs(config: Config) -> None:
