@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
     config.compute.update(dtype="float32", matmul="auto")  # bfloat16 activations are slower on a CPU
     config.data.update(sources="stdlib", fim_rate=0.1)
     # Many small steps: at this size a step is worth more than the tokens in it.
-    config.train.update(steps=1950, batch_size=3, sequence_length=384, log_every=50)
+    config.train.update(steps=2200, batch_size=3, sequence_length=384, log_every=50)
     config.optimizer.update(
         name="muon",
         learning_rate=0.01,  # of the embedding and the norms
@@ -41,8 +41,8 @@ def get_config() -> ConfigDict:
         final_ratio=0.0,
     )
     # Often, so that what it writes is seen to get better.
-    config.eval.update(every=325, batches=4, batch_size=16, sample_tokens=48, sample_temperature=0.0)
+    config.eval.update(every=400, batches=4, batch_size=16, sample_tokens=48, sample_temperature=0.0)
     config.eval.sample_prompts = ("def read_lines(path):\n    with open(",)
-    config.checkpoint.update(every=325, keep=2)
+    config.checkpoint.update(every=400, keep=2)
     config.log.update(charts_every=0)
     return config
