@@ -1,12 +1,19 @@
-"""The quick start waits for what checks the export, which is installed while it trains."""
+"""The quick start waits for what checks the export, which is installed while it trains, and checks it once."""
 
+import dataclasses
 import threading
 from pathlib import Path
 
+import jax
 import pytest
 
 from smallcoder_jax.errors import UserError
-from tools.quickstart import wait_for
+from smallcoder_jax.export import huggingface
+from smallcoder_jax.loading import load
+from smallcoder_jax.models import build
+from smallcoder_jax.tokenizers.bytes import ByteTokenizer
+from tests.helpers import FLOAT32, tiny_model
+from tools.quickstart import is_checked, wait_for
 
 
 def test_it_goes_on_when_the_checker_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -25,3 +32,30 @@ def test_it_says_why_the_checker_could_not_be_installed(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="No matching distribution found for torch") as caught:
         wait_for(tmp_path / ".parity")
     assert "the same command goes on from here" in str(caught.value)
+
+
+def test_only_an_export_of_these_weights_that_was_checked_is_left_as_it_is(tmp_path: Path) -> None:
+    model = tiny_model(vocab_size=256)
+    params = build.init_params(model, FLOAT32, jax.random.key(0))
+    card = {
+        "name": "x",
+        "training": {},
+        "evaluation": {},
+        "data": {"dummy": False, "fingerprint": "", "sources": [], "licenses": {}},
+    }
+
+    def export(name: str, **checks: object) -> Path:
+        folder = tmp_path / name
+        huggingface.write_export(
+            folder, model=model, params=params, tokenizer=ByteTokenizer(), card=card,
+            check=(lambda _: {"tolerance": 1e-4, "lengths": [1], "texts": 1, "greedy_tokens": 1}) if checks else None,
+        )  # fmt: skip
+        return folder
+
+    checked = export("checked", parity=True)
+    exported = load(checked)
+    assert is_checked(checked, exported)
+    assert not is_checked(export("unchecked"), exported)
+    assert not is_checked(tmp_path / "none", exported)
+    trained_on = jax.tree.map(lambda x: x + 1e-6, exported.params)
+    assert not is_checked(checked, dataclasses.replace(exported, params=trained_on))
