@@ -54,15 +54,14 @@ def processor_flags() -> frozenset[str]:
 
 
 def multiplying(kind: Kind, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, traced so that the products in it are of that kind. Around derivatives, not inside of them: their
-    backward passes are traced last.
+    """`function`, traced so that the products in it are of that kind, whatever JAX_DEFAULT_MATMUL_PRECISION says.
+    Around derivatives, not inside of them: their backward passes are traced last.
     """
-    if kind == "exact":
-        return function
 
     @functools.wraps(function)
     def traced(*arguments: Any) -> Any:
-        with jax.default_matmul_precision("bfloat16"):
+        # A setting of jax, because it is part of what jax keeps traced functions by.
+        with jax.default_matmul_precision("bfloat16" if kind == "mixed" else None):
             return function(*arguments)
 
     return traced

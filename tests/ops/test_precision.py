@@ -71,6 +71,24 @@ def test_a_mixed_product_rounds_inputs_and_nothing_else() -> None:
     assert np.abs(np.asarray(found) - np.asarray(exact)).max() > 1e-3
 
 
+def test_a_function_that_was_traced_for_one_kind_is_traced_again_for_the_other() -> None:
+    """Also where jax is told another default from outside."""
+    a, b = draw(17, 64), draw(64, 23)
+
+    def looped(a: jax.Array, b: jax.Array) -> jax.Array:
+        return jax.lax.map(lambda row: precision.product("j,jk->k", row, b, row.dtype), a)
+
+    def of(kind: precision.Kind) -> np.ndarray:
+        return np.asarray(jax.jit(precision.multiplying(kind, looped))(a, b))
+
+    exact, mixed = of("exact"), of("mixed")
+    with jax.default_matmul_precision("bfloat16"):
+        np.testing.assert_array_equal(of("exact"), exact)
+    np.testing.assert_array_equal(of("exact"), exact)
+    np.testing.assert_array_equal(of("mixed"), mixed)
+    assert np.abs(exact - mixed).max() > 1e-3
+
+
 def test_gradients_are_made_by_the_same_products_as_what_they_are_of() -> None:
     """The backward pass is traced after the function has returned."""
     x, kernel, dy = draw(2, 9, 16), draw(16, 12), draw(2, 9, 12)
