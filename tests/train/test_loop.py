@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import shutil
 import signal
@@ -79,6 +80,18 @@ def test_checkpoints_that_came_without_their_run_json_are_of_a_run_too(root: Pat
             run.train(other, tmp_path)
     assert not (tmp_path / "run.json").exists()
     assert run.train(config, tmp_path).step == 2  # and the refusals have let go of the folder
+
+
+def test_a_run_does_not_go_on_with_other_products(root: Path, tmp_path: Path) -> None:
+    """Nor on another machine, where `auto` is something else."""
+    config = changed(changed(config_of(root), "compute", matmul="mixed"), "checkpoint", every=2)
+    with trainer_in(tmp_path, config) as trainer:
+        trainer.run()
+    assert "products          mixed (asked for)" in (tmp_path / "terminal").read_text()
+    assert json.loads((tmp_path / "run.json").read_text())["matmul"] == {"kind": "mixed", "reason": "asked for"}
+    with pytest.raises(UserError, match=r"compute\.matmul: the run has 'mixed'"):
+        run.train(changed(config, "compute", matmul="exact"), tmp_path)
+    assert run.train(config, tmp_path).step == 2
 
 
 def test_a_run_json_without_an_identity_is_refused(root: Path, tmp_path: Path) -> None:
