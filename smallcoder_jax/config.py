@@ -204,19 +204,6 @@ class LogConfig:
     wandb: Literal["off", "offline", "online"] = "off"
     profile_steps: str = ""  # FIRST:STOP, a trace of steps FIRST to STOP - 1 in the run's folder profile/; "": none
 
-    @property
-    def profiled_steps(self) -> tuple[int, int] | None:
-        """First and stop of `profile_steps`. Raises UserError where it is neither empty nor FIRST:STOP."""
-        if not self.profile_steps:
-            return None
-        found = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", self.profile_steps)
-        if not found or not 0 < int(found[1]) < int(found[2]):
-            raise UserError(
-                f"log.profile_steps={self.profile_steps!r}: expected FIRST:STOP with 1 <= FIRST < STOP, such as "
-                "20:23 for the steps 20, 21 and 22"
-            )
-        return int(found[1]), int(found[2])
-
 
 @dataclasses.dataclass(frozen=True)
 class StageConfig:
@@ -474,11 +461,24 @@ def validate(config: Config) -> None:
             f"tokenizer.kind='bytes' has 256 entries, but {model.vocab_size=}",
         ),
     ]
-    first_step = (config.log.profiled_steps or (0, 0))[0]
+    first_step = (profiled_steps(config.log.profile_steps) or (0, 0))[0]
     checks.append((first_step <= train.steps, f"{config.log.profile_steps=} begins after {train.steps=}"))
     for holds, message in checks:
         if not holds:
             raise UserError(f"config: {message}")
+
+
+def profiled_steps(text: str) -> tuple[int, int] | None:
+    """First and stop of `log.profile_steps`; None for none. Raises UserError where it is not FIRST:STOP."""
+    if not text:
+        return None
+    found = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text)
+    if not found or not 0 < int(found[1]) < int(found[2]):
+        raise UserError(
+            f"log.profile_steps={text!r}: expected FIRST:STOP with 1 <= FIRST < STOP, such as 20:23 for the steps 20, "
+            "21 and 22"
+        )
+    return int(found[1]), int(found[2])
 
 
 def _teaching_checks(config: Config) -> list[tuple[bool, str]]:

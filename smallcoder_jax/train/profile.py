@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from clu import profiler
 
-from smallcoder_jax.config import LogConfig
+from smallcoder_jax.config import LogConfig, profiled_steps
 
 NOT_TRACED = contextlib.nullcontext()
 
@@ -21,7 +21,7 @@ class StepProfile:
     """
 
     def __init__(self, log: LogConfig, folder: Path):
-        self._first, self._stop = log.profiled_steps or (0, 0)
+        self._first, self._stop = profiled_steps(log.profile_steps) or (0, 0)
         self._folder, self._running = folder, False
 
     def step(self, number: int) -> contextlib.AbstractContextManager[Any]:
