@@ -18,6 +18,7 @@ from smallcoder_jax.config import Config, MeshConfig
 from smallcoder_jax.kernels.flash_tpu import VMEM_MIB
 from smallcoder_jax.ops import attention
 from smallcoder_jax.preflight.target import target_of
+from tests.helpers import CAPTURES
 from tests.lowering import splash
 from tests.lowering.cycles import kernel_vmem, outside_kernels
 from tests.lowering.preflights import CONFIGS, check, check_preset, preflight
@@ -81,6 +82,7 @@ def test_the_step_with_rows_split_along_their_length_compiles() -> None:
     check_step("v5e", in_a_loop("tiny", 2), MeshConfig(data=1, fsdp=2, context=2))
 
 
+@CAPTURES  # splash's masks
 @pytest.mark.parametrize("chip", list(CHIPS))
 def test_less_is_left_to_xla_than_with_its_rope_and_splash_attention(
     chip: str, monkeypatch: pytest.MonkeyPatch
