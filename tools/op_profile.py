@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -159,7 +158,6 @@ class Costs:
         shapes = (f"{kind}[{','.join(map(str, shape))}]" for kind, shape in results[:2])
         return " ".join([re.sub(r"(\.[0-9]+)+$", "", name), *shapes, *(["..."] if len(results) > 2 else [])])
 
-    @functools.cache  # noqa: B019, one program at a time
     def flops(self, name: str) -> float:
         one = self._instructions[name]
         if one.opcode == "dot":

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from smallcoder_jax.loading import LoadedModel
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "pico.py"
+WAIT_SECONDS = 1800  # for an installation that was begun before the training
 PROMPT = "def read_lines(path):\n    with open("
 
 
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     from smallcoder_jax.config import parameter_count
     from smallcoder_jax.evaluate.completions import share
     from smallcoder_jax.stages.run import evaluate_run
-    from smallcoder_jax.train.terminal import format_table, human_count, human_time
+    from smallcoder_jax.train.terminal import format_table, human_count, human_time, printable
     from tools import export
 
     run = smallcoder_jax.train(config, workdir)
@@ -54,7 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     model = smallcoder_jax.load(workdir)
     completion = model.generate(PROMPT, max_tokens=48, temperature=0.0)[0]
     print("\ncompleting beginnings of held-out files ...", flush=True)
-    written = complete_held_out(workdir, config)
+    written = complete_held_out(config, model)
     if is_checked(workdir / "export", model):
         print(f"\n{workdir / 'export'} was exported and checked in transformers before", flush=True)
     else:
@@ -72,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         ["time", human_time(time.monotonic() - start)],
     ]
     print("\n" + format_table(["quick start", ""], rows))
-    print(f"\nprompt:\n\n{PROMPT}\n\nprompt and completion, greedy:\n\n{PROMPT}{completion.text}\n")
+    print(f"\nprompt:\n\n{PROMPT}\n\nprompt and completion, greedy:\n\n{PROMPT}{printable(completion.text)}\n")
     print(f"report      {workdir / 'report.html'}\ncharts      {workdir / 'charts' / 'training_latest.png'}")
     print(f"complete    python -m tools.generate --checkpoint {workdir} --interactive")
     print("your code   python -m smallcoder_jax.main --config=configs/pico.py --workdir=runs/mine "
@@ -84,18 +85,17 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def complete_held_out(workdir: Path, config: Config) -> list[Written]:
+def complete_held_out(config: Config, model: LoadedModel) -> list[Written]:
     """Greedy completions of the beginnings of held-out files (`evaluate.completions`)."""
-    from smallcoder_jax import loading
     from smallcoder_jax.data.prepare import prepare
     from smallcoder_jax.data.progress import Progress
     from smallcoder_jax.evaluate.bits_per_byte import held_out_texts
     from smallcoder_jax.evaluate.completions import complete
     from smallcoder_jax.generate.engine import Generator
 
-    prepared, loaded = prepare(config, Progress(sys.stderr)), loading.load(workdir)
+    prepared = prepare(config, Progress(sys.stderr))
     texts = held_out_texts(prepared.manifest, prepared.tokens_folder, prepared.tokenizer)
-    generator = Generator(loaded.model, loaded.compute, loaded.params, loaded.tokenizer)
+    generator = Generator(model.model, model.compute, model.params, model.tokenizer)
     return complete(generator, [text.decode("utf-8", "replace") for text in texts])
 
 
@@ -108,16 +108,26 @@ def is_checked(folder: Path, model: LoadedModel) -> bool:
 
     if not (folder / "config.json").is_file() or "parity" not in huggingface.read_record(folder).card:
         return False
-    pairs = zip(*(jax.tree.leaves(one.params) for one in (loading.load(folder), model)), strict=True)
-    return all(np.array_equal(a, b) for a, b in pairs)
+    exported = loading.load(folder).params
+    if jax.tree.structure(exported) != jax.tree.structure(model.params):
+        return False
+    return all(jax.tree.leaves(jax.tree.map(np.array_equal, exported, model.params)))
 
 
 def wait_for(stamp: Path) -> None:
-    """Returns when `stamp` exists. Raises UserError with the end of `stamp`.failed where that appears instead."""
+    """Returns when `stamp` exists. Raises UserError with the end of `stamp`.failed where that appears instead, or where
+    neither does for WAIT_SECONDS.
+    """
     failed = stamp.with_name(stamp.name + ".failed")
     if not stamp.exists():
         print("waiting for torch and transformers to be installed ...", flush=True)
+    last = time.monotonic() + WAIT_SECONDS
     while not stamp.exists():
+        if time.monotonic() > last:
+            raise UserError(
+                f"after {WAIT_SECONDS} seconds torch and transformers are still not installed; see {stamp.parent}, or "
+                "install them by hand (BUILD.md), and type the same command again"
+            )
         if failed.exists():
             end = failed.read_text(errors="replace").strip().splitlines()[-5:]
             raise UserError(

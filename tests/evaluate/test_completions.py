@@ -2,7 +2,7 @@
 
 import ast
 import types
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -46,7 +46,7 @@ def test_the_model_is_shown_whole_lines_of_the_end() -> None:
 
     text = "def f():\n" + "".join(f"    name_{i} = {i}\n" for i in range(500))
     shown = Shown()
-    written = completions.complete(shown, [text], count=8)  # type: ignore[arg-type]
+    written = completions.complete(cast(Any, shown), [text], count=8)
     assert len(written) == 8
     assert all(one.good for one in written)
     for prompt, one in zip(shown.prompts, written, strict=True):

@@ -13,6 +13,7 @@ from smallcoder_jax.loading import load
 from smallcoder_jax.models import build
 from smallcoder_jax.tokenizers.bytes import ByteTokenizer
 from tests.helpers import FLOAT32, tiny_model
+from tools import quickstart
 from tools.quickstart import is_checked, wait_for
 
 
@@ -32,6 +33,12 @@ def test_it_says_why_the_checker_could_not_be_installed(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="No matching distribution found for torch") as caught:
         wait_for(tmp_path / ".parity")
     assert "the same command goes on from here" in str(caught.value)
+
+
+def test_it_does_not_wait_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quickstart, "WAIT_SECONDS", 0)
+    with pytest.raises(UserError, match="after 0 seconds torch and transformers are still not installed"):
+        wait_for(tmp_path / ".parity")
 
 
 def test_only_an_export_of_these_weights_that_was_checked_is_left_as_it_is(tmp_path: Path) -> None:
@@ -57,5 +64,8 @@ def test_only_an_export_of_these_weights_that_was_checked_is_left_as_it_is(tmp_p
     assert is_checked(checked, exported)
     assert not is_checked(export("unchecked"), exported)
     assert not is_checked(tmp_path / "none", exported)
+    other = dataclasses.replace(model, layers=1)
+    smaller = build.init_params(other, FLOAT32, jax.random.key(0))
+    assert not is_checked(checked, dataclasses.replace(exported, model=other, params=smaller))
     trained_on = jax.tree.map(lambda x: x + 1e-6, exported.params)
     assert not is_checked(checked, dataclasses.replace(exported, params=trained_on))
