@@ -40,7 +40,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from smallcoder_jax.config import Config, from_config_dict, parameter_count, to_dict
 from smallcoder_jax.configfile import load_config, split_overrides
@@ -49,6 +49,9 @@ from smallcoder_jax.train.terminal import format_table, human_bytes, human_time
 from tools import op_profile
 from tools.step_timing import BATCHES, cores, random_batches, resident_set, timed, visible_share
 from tools.step_torch import BUILDERS, CAUSAL, check_llama, measure_torch
+
+if TYPE_CHECKING:
+    from smallcoder_jax.ops.precision import Kind
 
 WANTED_RATIO, WANTED_GPU_RATIO, WANTED_MIXED_RATIO, WANTED_AUTOCAST_RATIO = 1.2, 1.3, 1.6, 1.25
 AUTOCAST = " autocast"  # at the end of a contender's name
@@ -220,7 +223,7 @@ def measure_ours(config: Config, steps: int, documents: int | None, *, profile: 
         "memory": memory,
         "compiled_memory": memory_bytes(compiled),
         "flops_per_token": without + (whole - without) * visible_share(config, documents),
-        "peak_flops": known_peak * mesh.devices.size if known_peak else measure_peak(config.compute.dtype),
+        "peak_flops": known_peak * mesh.devices.size if known_peak else measure_peak(config.compute.dtype, program.matmul.kind),
         "peak_measured": known_peak is None,
     }
 
@@ -238,15 +241,15 @@ def traced(run: Callable[[int], float], program: str) -> list[op_profile.Row]:
         return op_profile.rows_of(Path(folder), program, seconds, PROFILED_STEPS)
 
 
-def measure_peak(dtype: str) -> float:
-    """FLOP/s of the fastest of several large matrix products on one device."""
+def measure_peak(dtype: str, kind: Kind) -> float:
+    """FLOP/s of the fastest of several large matrix products of a kind on one device."""
     import jax
     import jax.numpy as jnp
 
-    from smallcoder_jax.ops.precision import product
+    from smallcoder_jax.ops.precision import multiplying, product
 
     matrix = jax.random.normal(jax.random.key(0), (PEAK_SIZE, PEAK_SIZE), jnp.dtype(dtype))
-    multiply = jax.jit(lambda a: product("ij,jk->ik", a, a, a.dtype)).lower(matrix).compile()
+    multiply = jax.jit(multiplying(kind, lambda a: product("ij,jk->ik", a, a, a.dtype))).lower(matrix).compile()
     best = float("inf")
     for _ in range(PEAK_TRIES):
         start = time.perf_counter()

@@ -9,7 +9,7 @@ import jax
 from jax import Array
 from jaxtyping import Float
 
-from smallcoder_jax.ops.precision import product
+from smallcoder_jax.ops.precision import factor, product
 
 
 @jax.custom_vjp
@@ -23,12 +23,12 @@ def linear(x_BTI: Float[Array, "B T I"], kernel_IO: Float[Array, "I O"]) -> Floa
 
 
 def _forward(x_BTI: Array, kernel_IO: Array) -> tuple[Array, tuple[Array, Array]]:
-    return product("bti,io->bto", x_BTI, kernel_IO, x_BTI.dtype), (x_BTI, kernel_IO)
+    return product("bti,io->bto", x_BTI, kernel_IO, x_BTI.dtype), (factor(x_BTI), kernel_IO)
 
 
 def _backward(residuals: tuple[Array, Array], dy_BTO: Array) -> tuple[Array, Array]:
     x_BTI, kernel_IO = residuals
-    dx_BTI = product("bto,io->bti", dy_BTO, kernel_IO, x_BTI.dtype)
+    dx_BTI = product("bto,io->bti", dy_BTO, kernel_IO, dy_BTO.dtype)
     return dx_BTI, product("bti,bto->io", x_BTI, dy_BTO, kernel_IO.dtype)
 
 

@@ -73,9 +73,28 @@ def product(subscripts: str, a: Array, b: Array, out: DTypeLike) -> Array:
     float32 means float32, without TF32 on GPUs or bfloat16 passes on TPUs, but inside of `multiplying("mixed")`;
     bfloat16 takes the hardware's own path.
     """
+    if _is_mixed():
+        return _mixed(subscripts, a, b, out)
     if a.dtype != jnp.float32:
         return jnp.einsum(subscripts, a, b.astype(a.dtype), preferred_element_type=out)
-    if _SETTINGS.jax_default_matmul_precision == "bfloat16":
-        # Written out: XLA's CPU backend does not round by itself, whatever precision it is asked for.
-        return jnp.einsum(subscripts, a.astype(jnp.bfloat16), b.astype(jnp.bfloat16), preferred_element_type=out)
     return jnp.einsum(subscripts, a, b.astype(a.dtype), precision=jax.lax.Precision.HIGHEST, preferred_element_type=out)
+
+
+def factor(x: Array) -> Array:
+    """`x` as products take it: rounded inside of `multiplying("mixed")`. For backward passes, which then keep half."""
+    return x.astype(jnp.bfloat16) if _is_mixed() else x
+
+
+def _is_mixed() -> bool:
+    return _SETTINGS.jax_default_matmul_precision == "bfloat16"
+
+
+def _mixed(subscripts: str, a: Array, b: Array, out: DTypeLike) -> Array:
+    """The rounding is written out: XLA's CPU backend does not round by itself, whatever precision it is asked for."""
+    a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
+    left, right, result = subscripts.replace("->", ",").split(",")
+    if left[-1] in result:
+        # Contracted over its last axis the left side has a bfloat16 kernel there; over an earlier one it is multiplied
+        # in float32, at a third of the rate. A second contracted axis has the compiler transpose it first.
+        a, b, subscripts = a[None], b[None], f"z{left},z{right}->{result}"
+    return jnp.einsum(subscripts, a, b, preferred_element_type=out)

@@ -71,6 +71,48 @@ def test_a_mixed_product_rounds_inputs_and_nothing_else() -> None:
     assert np.abs(np.asarray(found) - np.asarray(exact)).max() > 1e-3
 
 
+@pytest.mark.parametrize(
+    ("subscripts", "a", "b"),
+    [
+        ("xv,xd->vd", (63, 96), (63, 31)),
+        ("bkxs,bkxh->bskh", (2, 3, 17, 24), (2, 3, 17, 16)),
+        ("bti,bto->io", (2, 17, 24), (2, 17, 16)),
+        ("...ij,...kj->...ik", (3, 16, 24), (3, 16, 24)),
+    ],
+)
+def test_mixed_products_over_any_axis(subscripts: str, a: tuple[int, ...], b: tuple[int, ...]) -> None:
+    """Those over a first axis are written another way; transposed, they are the same."""
+    one, other = draw(*a), draw(*b)
+    wanted = np.einsum(subscripts, rounded(one), rounded(other))
+
+    def multiply(one: jax.Array, other: jax.Array) -> tuple[jax.Array, jax.Array]:
+        found = precision.product(subscripts, one, other, jnp.float32)
+        return found, found.T
+
+    found, transposed = jax.jit(precision.multiplying("mixed", multiply))(one, other)
+    assert found.dtype == jnp.float32
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(transposed, wanted.T, rtol=1e-5, atol=1e-5)
+
+
+def test_a_mixed_layer_keeps_its_input_rounded() -> None:
+    """At half the size, and with the gradients of the exact one but for the rounding."""
+    x, kernel = draw(2, 17, 24), draw(24, 16)
+
+    def residuals(kind: precision.Kind) -> tuple[list[str], jax.Array, jax.Array]:
+        y, backward = jax.vjp(precision.multiplying(kind, linear), x, kernel)
+        gradients = precision.multiplying(kind, backward)(jnp.ones_like(y))
+        return sorted(str(leaf.dtype) for leaf in jax.tree.leaves(backward)), *gradients
+
+    kept, dx, dkernel = residuals("mixed")
+    assert kept == ["bfloat16", "float32"]
+    assert dx.dtype == dkernel.dtype == jnp.float32
+    exact_kept, exact_dx, exact_dkernel = residuals("exact")
+    assert exact_kept == ["float32", "float32"]
+    np.testing.assert_allclose(dx, exact_dx, atol=0.1)
+    np.testing.assert_allclose(dkernel, exact_dkernel, atol=0.1)
+
+
 def test_a_function_that_was_traced_for_one_kind_is_traced_again_for_the_other() -> None:
     """Also where jax is told another default from outside."""
     a, b = draw(17, 64), draw(64, 23)
