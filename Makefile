@@ -11,7 +11,7 @@ WORKERS ?= 2
 .PHONY: quickstart pipeline test test-slow test-lowering lint bench clean help
 
 help:
-	@echo "make quickstart   install, train pico on the standard library's source, evaluate, export, check, complete"
+	@echo "make quickstart   install, train nano on the standard library's source, evaluate, export, check, complete"
 	@echo "make pipeline     all stages on nano: tokenizer, language, code, tools, reward, dpo, ppo, grpo, distill, export"
 	@echo "make test         install what tests need; lint, type check, tests"
 	@echo "make test-slow    the tests that take minutes"

@@ -130,7 +130,7 @@ SIZES = ("vocab_size", "width", "mlp_width", "layers", "heads", "kv_heads", "hea
         ("--config.train=3", "a section with"),
         ("--config.train.steps.x=3", "a value, not a section"),
         ("--config.optimizer.name=adamv", "expected one of 'adamw', 'muon'"),
-        ("--config.model.heads=5", "multiple of"),
+        ("--config.model.kv_heads=2", "multiple of"),
         ("--config.train.sequence_length=9999", "model.context"),
         ("--config.train.batch_size=0", "positive multiple"),
         ("--config.log.tensorboard=2", "expected bool"),
@@ -146,13 +146,13 @@ SIZES = ("vocab_size", "width", "mlp_width", "layers", "heads", "kv_heads", "hea
         ("--config.eval.every=-1", "eval.every=-1 must not be negative"),
         ("--config.eval.batches=-1", "eval.batches=-1 must not be negative"),
         ("--config.eval.sample_tokens=-1", "eval.sample_tokens=-1 must be"),
-        ("--config.eval.sample_tokens=1024", "eval.sample_tokens=1024 must be below model.context=1024"),
+        ("--config.eval.sample_tokens=512", "eval.sample_tokens=512 must be below model.context=512"),
         ("--config.eval.sample_temperature=-0.1", "eval.sample_temperature=-0.1 must be"),
         *(
             (f"--config.log.profile_steps={steps}", "expected FIRST:STOP with 1 <= FIRST < STOP")
             for steps in ("20", "20:", ":3", "3:3", "0:2", "5:2", "a:b", "1:2:3")
         ),
-        ("--config.log.profile_steps=701:703", "profile_steps='701:703' begins after train.steps=700"),
+        ("--config.log.profile_steps=2201:2203", "profile_steps='2201:2203' begins after train.steps=2200"),
         ("--config.eval.sample_temperature=1e999", "eval.sample_temperature=inf must be"),
     ],
 )
@@ -164,7 +164,7 @@ def test_mistakes_are_named(override: str, message: str) -> None:
 def test_samples_fit_only_where_some_are_drawn() -> None:
     nano = str(ROOT / "configs/nano.py")
     short = ["--config.model.context=8", "--config.train.sequence_length=8"]
-    with pytest.raises(UserError, match="sample_tokens=64 must be below"):
+    with pytest.raises(UserError, match="sample_tokens=48 must be below"):
         load_config(nano, short)
     for override in ("sample_tokens=0", "sample_tokens=7", "sample_prompts=()"):
         assert load_config(nano, [*short, f"--config.eval.{override}"]).model.context == 8

@@ -258,7 +258,7 @@ def test_a_run_is_not_evaluated_on_other_data_or_longer_rows(
 
 def test_stages_take_a_variant_behind_a_colon(capsys: pytest.CaptureFixture[str]) -> None:
     config = load_config("configs/stages/code.py:nano", ["--config.stage.start=runs/language"])
-    assert (config.name, config.model.width, config.stage.start) == ("smallcoder-nano-code", 256, "runs/language")
+    assert (config.name, config.model.width, config.stage.start) == ("smallcoder-nano-code", 192, "runs/language")
     assert load_config("configs/stages/tools.py", []).name == "smallcoder-small-tools"
     with pytest.raises(UserError, match=r"nana\.py' does not exist; did you mean '.*nano\.py'"):
         load_config("configs/stages/code.py:nana", [])

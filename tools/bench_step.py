@@ -210,6 +210,7 @@ def measure_ours(config: Config, steps: int, documents: int | None, *, profile: 
     memory = on_device.get("peak_bytes_in_use") or resident_set()  # before the peak is measured, which takes more
     without, whole = (flops_per_token(config.model, length) for length in (0, train.sequence_length))
     known_peak = peak_flops(device.device_kind)
+    measured = 0.0 if known_peak else measure_peak(config.compute.dtype, program.matmul.kind)
     return {
         "software": f"smallcoder_jax, jax {jax.__version__}",
         "device": device.device_kind,
@@ -223,7 +224,7 @@ def measure_ours(config: Config, steps: int, documents: int | None, *, profile: 
         "memory": memory,
         "compiled_memory": memory_bytes(compiled),
         "flops_per_token": without + (whole - without) * visible_share(config, documents),
-        "peak_flops": known_peak * mesh.devices.size if known_peak else measure_peak(config.compute.dtype, program.matmul.kind),
+        "peak_flops": known_peak * mesh.devices.size if known_peak else measured,
         "peak_measured": known_peak is None,
     }
 

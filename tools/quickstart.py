@@ -1,6 +1,6 @@
 """From nothing to a checked model that completes code, on a CPU, in minutes. `make quickstart` runs it.
 
-Trains configs/pico.py on the source of the running Python, evaluates it on all held-out files beside gzip and xz, has
+Trains configs/nano.py on the source of the running Python, evaluates it on all held-out files beside gzip and xz, has
 it complete beginnings of them, exports it and checks the export in transformers. Started again, it continues where it
 was.
 
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f"\nprompt:\n\n{PROMPT}\n\nprompt and completion, greedy:\n\n{PROMPT}{printable(completion.text)}\n")
     print(f"report      {workdir / 'report.html'}\ncharts      {workdir / 'charts' / 'training_latest.png'}")
     print(f"complete    python -m tools.generate --checkpoint {workdir} --interactive")
-    print("your code   python -m smallcoder_jax.main --config=configs/pico.py --workdir=runs/mine "
+    print("your code   python -m smallcoder_jax.main --config=configs/nano.py --workdir=runs/mine "
           "--config.data.sources=dir:/path/to/code")  # fmt: skip
     if result["bits_per_byte"] >= references["xz -9e"]:
         raise CheckFailed(

@@ -8,12 +8,12 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 
-from smallcoder_jax.config import Config, parameter_count
+from smallcoder_jax.config import Config, OptimizerConfig, parameter_count
 from smallcoder_jax.errors import UserError
 from tools.step_timing import cores, random_batches, resident_set, timed
 
@@ -48,16 +48,7 @@ def measure_torch(
     count = sum(parameter.numel() for parameter in parameters)
     if count != parameter_count(config.model):
         raise UserError(f"{name}'s model has {count:,} parameters, ours {parameter_count(config.model):,}")
-    optimizer = torch.optim.AdamW(
-        [
-            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
-            {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
-        ],
-        lr=settings.learning_rate,
-        betas=(settings.b1, settings.b2),
-        eps=settings.eps,
-        fused=True,
-    )
+    optimizer = adamw(torch, parameters, settings, settings.learning_rate)
     forward = torch.compile(model) if compile else model
     batches = [
         {key: torch.from_numpy(batch[key].astype(np.int64)).to(device) for key in ("tokens", "targets", "positions")}
@@ -97,6 +88,21 @@ def measure_torch(
         "loss": loss,
         "memory": torch.cuda.max_memory_allocated() if accelerator else resident_set(),
     }
+
+
+def adamw(torch: Any, parameters: Iterable[Any], settings: OptimizerConfig, learning_rate: float) -> Any:
+    """Fused AdamW; vectors do not decay."""
+    parameters = list(parameters)
+    return torch.optim.AdamW(
+        [
+            {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
+            {"params": [p for p in parameters if p.ndim == 1], "weight_decay": 0.0},
+        ],
+        lr=learning_rate,
+        betas=(settings.b1, settings.b2),
+        eps=settings.eps,
+        fused=True,
+    )
 
 
 def build_transformers(config: Config, attention: str) -> tuple[Any, Any, Loss]:

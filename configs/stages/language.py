@@ -24,8 +24,8 @@ def get_config(variant: str = "small") -> ConfigDict:
     config.optimizer.update(learning_rate=1e-4, warmup_steps=2000)
     if variant == "nano":
         config.data.update(sources="prose!nofim", max_documents=1500)
-        config.train.update(steps=110, batch_size=4, microbatch_size=2)
+        config.train.update(steps=200, batch_size=3, sequence_length=384, microbatch_size=0)
         config.optimizer.update(learning_rate=0.01, warmup_steps=20)
-        config.eval.update(every=110)
-        config.checkpoint.update(every=55)
+        config.eval.update(every=200)
+        config.checkpoint.update(every=100)
     return config

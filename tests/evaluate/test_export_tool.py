@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -11,6 +12,8 @@ import pytest
 import smallcoder_jax
 from smallcoder_jax.errors import CheckFailed, UserError
 from smallcoder_jax.export import parity
+from smallcoder_jax.stages import run
+from tests.evaluate.conftest import small_config
 from tools import export
 
 
@@ -36,6 +39,20 @@ def test_run_to_export_to_export(trained: Path, tmp_path: Path, capsys: pytest.C
     assert "| unknown | 80 |" in card
     assert f"| dir:{trained / 'code'} |" in card
     assert "with the model it was made from" in card
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("standard_promotion")
+def test_a_model_of_mixed_products_agrees(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    config = small_config(trained)
+    config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, matmul="mixed"))
+    run.train(config, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["matmul"]["kind"] == "mixed"
+    capsys.readouterr()
+    export.main(["--checkpoint", str(tmp_path / "run"), "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert report["passed"]
+    assert report["largest_difference"] < 1e-4
 
 
 def test_step_dtype_and_no_check(trained: Path, tmp_path: Path) -> None:

@@ -197,7 +197,7 @@ def test_contenders_take_turns_with_adamw(monkeypatch: pytest.MonkeyPatch, capsy
     with pytest.raises(CheckFailed, match=r"1\.10 times"):
         bench_step.main([f"--config={NANO}", "--against=torch", "--steps=5", "--check", "--torch-python=other"])
     turns = [("ours", sys.executable), ("torch", "other"), ("torch", "other"), ("ours", sys.executable)]
-    assert calls == [(name, False, "adamw", 128, python) for name, python in turns]
+    assert calls == [(name, False, "adamw", 96, python) for name, python in turns]
     assert "adamw (the config says muon)" in capsys.readouterr().out
 
 
