@@ -1,4 +1,4 @@
-"""nano: 1,967,808 parameters for a laptop CPU; what `make quickstart` trains, and `make pipeline` takes through all stages.
+"""nano: 1,967,808 parameters for a laptop CPU; what `make quickstart` and `make pipeline` train.
 
 Command:   python -m smallcoder_jax.main --config=configs/nano.py --workdir=runs/nano
 Hardware:  two CPU cores.
