@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from smallcoder_jax.evaluate.completions import Written
     from smallcoder_jax.loading import LoadedModel
 
-CONFIG = Path(__file__).resolve().parents[1] / "configs" / "pico.py"
+CONFIG = Path(__file__).resolve().parents[1] / "configs" / "nano.py"
 WAIT_SECONDS = 1800  # for an installation that was begun before the training
 PROMPT = "def read_lines(path):\n    with open("
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from smallcoder_jax.configfile import load_config
 from smallcoder_jax.errors import UserError
 from smallcoder_jax.export import huggingface
 from smallcoder_jax.loading import load
@@ -15,6 +16,12 @@ from smallcoder_jax.tokenizers.bytes import ByteTokenizer
 from tests.helpers import FLOAT32, tiny_model
 from tools import quickstart
 from tools.quickstart import is_checked, wait_for
+
+
+def test_it_trains_the_model_that_the_documents_say() -> None:
+    config = load_config(str(quickstart.CONFIG), [])
+    assert config.name == "smallcoder-nano"
+    assert (config.data.sources, config.compute.matmul) == ("stdlib", "auto")
 
 
 def test_it_goes_on_when_the_checker_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
