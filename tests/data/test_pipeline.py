@@ -294,7 +294,9 @@ def test_resumes_at_every_batch(prepared, packer):
     assert max(len(json.dumps(state)) for state in states) < 200
 
 
-@pytest.mark.parametrize("packer", ["concat", "best_fit", "document"])
+@pytest.mark.parametrize(
+    "packer", ["concat", *(pytest.param(name, marks=pytest.mark.slow) for name in ("best_fit", "document"))]
+)
 def test_resumes_with_workers(prepared, packer):
     iterator = iterate(prepared, packing=packer, workers=2)
     states, batches = [iterator.get_state()], []

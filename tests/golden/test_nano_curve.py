@@ -138,7 +138,7 @@ def golden_run(matmul: precision.Kind) -> dict[str, float]:
 
 
 @pytest.mark.usefixtures("standard_promotion")
-@pytest.mark.parametrize("matmul", ["exact", "mixed"])
+@pytest.mark.parametrize("matmul", ["exact", pytest.param("mixed", marks=pytest.mark.slow)])
 def test_the_loss_curve_does_not_move(matmul: precision.Kind) -> None:
     found = golden_run(matmul)
     assert found["1"] == pytest.approx(math.log(MODEL.vocab_size), rel=TOLERANCE)
@@ -152,6 +152,7 @@ def test_the_two_kinds_of_products_have_curves_of_their_own() -> None:
     assert recorded["mixed"]["10"] == pytest.approx(recorded["exact"]["10"], rel=TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("standard_promotion")
 def test_loss_curve_does_not_move_when_the_kernel_is_switched(monkeypatch: pytest.MonkeyPatch) -> None:
     interpreted = functools.partial(flash_tpu.flash_attention, interpret=True)

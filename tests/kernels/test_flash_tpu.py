@@ -173,6 +173,7 @@ def test_on_a_mesh_each_device_works_on_its_rows_and_heads(monkeypatch: pytest.M
     np.testing.assert_allclose(o, want, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_where_rows_are_split_each_device_has_its_queries_see_the_keys_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
     interpreted(monkeypatch)
     case = draw(512, 4, 2, 64, jnp.dtype("float32"), 7)

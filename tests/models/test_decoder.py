@@ -142,7 +142,7 @@ def test_cache_equals_the_whole_forward_pass(name):
     assert int(cache["written"]) == 32
 
 
-@pytest.mark.parametrize("variant", ["nano", "tiny", "medium"])
+@pytest.mark.parametrize("variant", ["nano", "tiny", pytest.param("medium", marks=pytest.mark.slow)])
 def test_loss_at_initialisation_is_that_of_guessing(variant):
     config = load_config(f"configs/{variant}.py", [])
     # Full width, vocabulary and shape of a block; depth shortened so that CI can run it. Depth changes nothing here:

@@ -88,6 +88,7 @@ def test_the_largest_microbatch_fits_and_is_near_the_limit(ample: Report) -> Non
     assert at_the_largest.memory.peak > 0.9 * 2.0**28
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_gets_the_nearest_microbatch_that_does() -> None:
     whole = report_of(of_rows(64), 2.0**40)
     assert whole.memory.peak is not None

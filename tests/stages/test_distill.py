@@ -91,6 +91,7 @@ def teacher_files(root: Path) -> dict[str, float]:
     }
 
 
+@pytest.mark.slow
 def test_kept_tokens_of_the_whole_vocabulary_teach_what_the_teacher_does(root: Path, tmp_path: Path) -> None:
     runs = {}
     for name, top_k in (("beside", 0), ("kept", 256)):
@@ -105,11 +106,13 @@ def test_kept_tokens_of_the_whole_vocabulary_teach_what_the_teacher_does(root: P
     assert run.reevaluate(config, step_folder, meta) == pytest.approx(runs["kept"][0]["loss"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_resume_with_kept_tokens_is_exact(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(teacher_tokens, "FILE_BYTES", 3 * 16 * LENGTH * 8 * 8)  # three batches a file
     assert_resumes(root, config_with(root, top_k=8), tmp_path)
 
 
+@pytest.mark.slow
 def test_kept_tokens_are_made_once_and_added_to(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(teacher_tokens, "FILE_BYTES", 2 * 16 * LENGTH * 4 * 8)  # two batches a file
     config = config_with(root, top_k=4)
@@ -136,6 +139,7 @@ def test_kept_tokens_are_made_once_and_added_to(root: Path, tmp_path: Path, monk
     assert len(trained("another", 3, distill=distill)) == 5
 
 
+@pytest.mark.slow
 def test_damaged_kept_tokens_are_named(root: Path, tmp_path: Path) -> None:
     config = config_with(root, top_k=5)
     before = set(teacher_files(root))

@@ -74,6 +74,7 @@ def test_it_learns_a_rule_from_where_it_started(root: Path, tmp_path: Path) -> N
     assert found["loss"] < 0.3
 
 
+@pytest.mark.slow
 def test_it_continues_bit_for_bit(root: Path, tmp_path: Path) -> None:
     assert_resumes(root, config_of(root, "dpo"), tmp_path)
 

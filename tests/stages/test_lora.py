@@ -99,7 +99,7 @@ def tune(root: Path, layers: str) -> Path:
     return folder
 
 
-@pytest.fixture(params=["unroll", "scan"])
+@pytest.fixture(params=["unroll", pytest.param("scan", marks=pytest.mark.slow)])
 def tuned(request: pytest.FixtureRequest, root: Path, simple_data: None, standard_promotion: None) -> Path:
     del simple_data, standard_promotion  # what training needs
     return tune(root, request.param)

@@ -89,7 +89,7 @@ def run(config: Config, path: Path) -> tuple[Trainer, Outcome, list[dict[str, fl
     return trainer, outcome, [line for line in lines if "ratio" in line]
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [pytest.param("ppo", marks=pytest.mark.slow), "grpo"])
 def test_the_reward_rises_and_the_policy_stays_near_its_start(stage: str, tmp_path: Path) -> None:
     price = {"ppo": 0.05, "grpo": 0.3}[stage]  # of a token in the reward; of the mean over tokens in the loss
     _, outcome, steps = run(config_of(stage, 12 * STEPS_OF_ITERATION, kl_coefficient=price), tmp_path)
@@ -118,7 +118,7 @@ def test_the_ratio_is_one_until_the_policy_has_learned(stage: str, tmp_path: Pat
     assert steps[STEPS_OF_ITERATION]["start_kl"] > 1e-3
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [pytest.param("ppo", marks=pytest.mark.slow), "grpo"])
 def test_a_run_continues_in_the_middle_of_an_inner_epoch_to_the_bit(stage: str, tmp_path: Path) -> None:
     end, middle = 2 * STEPS_OF_ITERATION + 1, STEPS_OF_ITERATION + 1
     straight, outcome, steps = run(config_of(stage, end, kl_target=0.1), tmp_path / "straight")
@@ -150,7 +150,7 @@ def test_ppo_trains_values_beside_the_decoder(tmp_path: Path) -> None:
     assert set(build.decoder_params(trainer.state.params)) < set(trainer.state.params)
 
 
-@pytest.mark.parametrize("layers", ["unroll", "scan"])
+@pytest.mark.parametrize("layers", ["unroll", pytest.param("scan", marks=pytest.mark.slow)])
 def test_a_critic_begins_as_the_reward_model(layers: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     config = config_of("ppo", 1, reward_model="judge")
     config = dataclasses.replace(config, compute=dataclasses.replace(config.compute, layers=layers))
@@ -175,7 +175,7 @@ def test_a_critic_begins_as_the_reward_model(layers: Any, monkeypatch: pytest.Mo
         ppo.make_task(config, loaded, Progress(io.StringIO()))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", [pytest.param("adamw", marks=pytest.mark.slow), "muon"])
 def test_split_parameters_learn_the_same(optimizer: Any, tmp_path: Path) -> None:
     """Those of the critic as well, by either optimizer: of its matrices Muon is the one."""
     config = config_of("ppo", 2)

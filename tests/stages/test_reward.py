@@ -79,6 +79,7 @@ def test_it_learns_a_rule_and_says_so_by_criterion(root: Path, tmp_path: Path) -
     assert float(log[1].split(",")[log[0].split(",").index("accuracy")]) < 0.8
 
 
+@pytest.mark.slow
 def test_it_continues_bit_for_bit(root: Path, tmp_path: Path) -> None:
     assert_resumes(root, config_of(root, "reward"), tmp_path)
 

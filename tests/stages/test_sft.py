@@ -115,6 +115,7 @@ def test_another_start_is_another_run(root: Path, tmp_path: Path) -> None:
         run.train(other, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_resume_is_exact(root: Path, tmp_path: Path) -> None:
     assert_resumes(root, tools_config(root), tmp_path)
 

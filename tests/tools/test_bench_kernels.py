@@ -15,6 +15,7 @@ from tools.packed_rows import Shape
 SHAPE = Shape(2, 96, 24, 4, 2, 16)
 
 
+@pytest.mark.slow
 def test_a_dry_run_checks_numerics_in_both_processes(capsys: pytest.CaptureFixture[str]) -> None:
     quick = ["pallas_tpu", "XLA", "splash", "cuDNN", "SDPA", "Flex", "flash-attn"]
     assert bench_kernels.main(["--dry-run", "--check", "--json", "--contenders", *quick]) is None

@@ -228,6 +228,7 @@ def test_the_steps_that_are_asked_for_are_traced_and_no_others(root: Path, tmp_p
     assert any(event.name.startswith("dot") for event in events)  # operations of the step
 
 
+@pytest.mark.slow
 def test_a_run_that_ends_in_the_middle_of_a_trace_writes_it(root: Path, tmp_path: Path) -> None:
     config = changed(config_of(root), "log", profile_steps="2:9")
     with trainer_in(tmp_path, config) as trainer:
