@@ -22,8 +22,8 @@ def get_config(variant: str = "small") -> ConfigDict:
     config.name += "-code"
     config.optimizer.update(learning_rate=1e-5, warmup_steps=1000)
     if variant == "nano":
-        config.train.update(steps=1300)
+        config.train.update(steps=1500)
         config.optimizer.update(learning_rate=0.008, muon_learning_rate=0.03, warmup_steps=20)
-        config.eval.update(every=1300)
-        config.checkpoint.update(every=650)
+        config.eval.update(every=1500)
+        config.checkpoint.update(every=750)
     return config

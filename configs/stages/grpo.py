@@ -35,7 +35,7 @@ def get_config(variant: str = "small") -> ConfigDict:
             eval_answers=2,
         )
         config.train.update(steps=32, batch_size=32, sequence_length=240, microbatch_size=4, log_every=4)
-        config.optimizer.update(learning_rate=2e-4, warmup_steps=4, weight_decay=0.0)
+        config.optimizer.update(learning_rate=1.7e-4, warmup_steps=4, weight_decay=0.0)
         config.eval.update(every=32, batches=0, batch_size=32)
         config.checkpoint.update(every=16)
     return config

@@ -42,7 +42,7 @@ def get_config(variant: str = "small") -> ConfigDict:
             gamma=1.0,
         )
         config.train.update(steps=48, batch_size=32, sequence_length=192, microbatch_size=4, log_every=4)
-        config.optimizer.update(learning_rate=2e-4, warmup_steps=4, weight_decay=0.0)
+        config.optimizer.update(learning_rate=1.3e-4, warmup_steps=4, weight_decay=0.0)
         config.eval.update(every=48, batches=0, batch_size=32)
         config.checkpoint.update(every=24)
     return config

@@ -24,8 +24,8 @@ def get_config(variant: str = "small") -> ConfigDict:
     config.eval.update(batches=0, every=250, sample_tokens=0)
     if variant == "nano":
         config.preferences.count = 3000
-        config.train.update(steps=200, batch_size=4, sequence_length=384, microbatch_size=2)
+        config.train.update(steps=280, batch_size=4, sequence_length=384, microbatch_size=2)
         config.optimizer.update(name="muon", learning_rate=2e-3, muon_learning_rate=0.01, warmup_steps=10)
-        config.eval.update(every=200, batches=0, batch_size=16)
-        config.checkpoint.update(every=100)
+        config.eval.update(every=280, batches=0, batch_size=16)
+        config.checkpoint.update(every=140)
     return config
