@@ -1,7 +1,8 @@
 """Where a program's time goes: the operations of a trace, with what each computes and moves (`bench_step --profile`).
 
 A moment of the trace belongs to the operations that run in it, in equal parts: of those that contain one another the
-innermost, on CPUs several threads at once. What belongs to none is idle. So the shares add up to the time that was
+innermost, on CPUs several threads at once. What belongs to none is idle, or a product that XLA's CPU backend leaves to
+Eigen, whose threads are in no trace. So the shares add up to the time that was
 measured, on one core or many, a CPU, a GPU or a TPU.
 
 FLOPs are those of matrix products, also inside of fusions; bytes are those of operands and results, each once. Both are

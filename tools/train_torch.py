@@ -25,7 +25,8 @@ import numpy as np
 from smallcoder_jax.config import Config
 from smallcoder_jax.configfile import load_config, split_overrides
 from smallcoder_jax.errors import EXIT_INTERRUPTED, UserError, run_cli
-from tools.step_torch import CAUSAL, adamw, build_transformers, check_llama
+from tools.step_timing import cores
+from tools.step_torch import CAUSAL, adamw, build_transformers, check_llama, modules
 
 WARMUP = 0.05  # of the time
 LEARNING_RATE = 3e-3
@@ -52,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE, help="theirs; default: %(default)s")
     options = parser.parse_args(arguments)
     config = load_config(options.config, overrides)
-    check_llama(config, "torch")
+    check(config, options.learning_rate)
     if config.train.microbatch_size not in (0, config.train.batch_size):
         raise UserError(f"train.microbatch_size={config.train.microbatch_size}: theirs has none; expected 0")
     if options.workdir.exists():
@@ -62,6 +63,22 @@ def main(argv: list[str] | None = None) -> int:
         return EXIT_INTERRUPTED
     print("\n" + table(rows))
     return 0
+
+
+def check(config: Config, learning_rate: float) -> None:
+    """Raises UserError for what cannot be compared, before anything is trained."""
+    check_llama(config, "torch")
+    modules("torch", "smallcoder_jax[parity]", "torch", "transformers")
+    if not 0 < learning_rate < 1:
+        raise UserError(f"--learning-rate={learning_rate}: expected a number above 0 and below 1")
+    if config.stage.name != "pretrain" or config.stage.start:
+        raise UserError("stage: theirs begins with drawn parameters and predicts text; give a config without a stage")
+    if config.compute.dtype != "float32":
+        raise UserError(f"compute.dtype={config.compute.dtype}: expected float32, which theirs has without autocast")
+    import jax
+
+    if jax.default_backend() != "cpu":
+        raise UserError(f"ours would run on {jax.default_backend()}, theirs on the CPU; set JAX_PLATFORMS=cpu")
 
 
 def compare(config: Config, workdir: Path, learning_rate: float) -> list[Row] | None:
@@ -98,6 +115,7 @@ def train(
     from smallcoder_jax.stages.language import make_loss
 
     torch, model, _ = build_transformers(config, CAUSAL)
+    torch.set_num_threads(cores())
     model.train()
     optimizer = adamw(torch, model.parameters(), config.optimizer, learning_rate)
     batches = documents.make_task(config, prepared, None, make_loss(config)).train_batches(
@@ -115,7 +133,8 @@ def train(
         nll = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
         loss = (nll * weights.flatten()).sum() / weights.sum()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
+        if config.optimizer.clip_norm > 0:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         steps += 1
