@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from smallcoder_jax.base.files import read_json, read_json_object
 from smallcoder_jax.config import ComputeConfig, ModelConfig, from_config_dict
 from smallcoder_jax.errors import UserError
 from smallcoder_jax.export.huggingface import read_export
@@ -22,7 +22,7 @@ from smallcoder_jax.runtime import configure_jax
 from smallcoder_jax.tokenizers.base import KIND_FILE, Tokenizer
 from smallcoder_jax.tokenizers.load import load_tokenizer, open_tokenizer
 from smallcoder_jax.train import checkpoint
-from smallcoder_jax.train.run_folder import RunFolder, read_json
+from smallcoder_jax.train.run_folder import RunFolder
 from smallcoder_jax.train.state import trained_params
 
 
@@ -119,7 +119,7 @@ def _base(path: Path, facts: Mapping[str, Any]) -> build.Params:
 def _from_export(path: Path) -> LoadedModel:
     model, params, tokenizer_folder = read_export(path)
     compute = ComputeConfig(dtype="float32", layers="unroll")
-    info = json.loads((path / "config.json").read_text())
+    info = read_json_object(path / "config.json", "the settings of an export")
     tokenizer = _exported_tokenizer(tokenizer_folder)
     return LoadedModel(model, compute, params, tokenizer, tokenizer_folder, info, origin(path))
 

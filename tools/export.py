@@ -87,7 +87,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run_card(path: Path, loaded: LoadedModel) -> dict[str, Any]:
     """The model card's content for a step of the run in `path`."""
-    from smallcoder_jax.train.run_folder import RunFolder, read_json
+    from smallcoder_jax.base.files import read_json
+    from smallcoder_jax.train.run_folder import RunFolder
 
     config = from_config_dict(loaded.info["config"])
     history = RunFolder(path).metrics_history_json

@@ -40,10 +40,11 @@ def main(argv: list[str] | None = None) -> int:
     config = load_config(str(CONFIG), overrides)
     start = time.monotonic()
     import smallcoder_jax
+    from smallcoder_jax.base.display import printable
     from smallcoder_jax.config import parameter_count
     from smallcoder_jax.evaluate.completions import share
     from smallcoder_jax.stages.run import evaluate_run
-    from smallcoder_jax.train.terminal import format_table, human_count, human_time, printable
+    from smallcoder_jax.train.terminal import format_table, human_count, human_time
     from tools import export
 
     run = smallcoder_jax.train(config, workdir)

@@ -31,6 +31,7 @@ from typing import Any
 
 from launch.platforms import settings_of
 from launch.presets import PRESETS, Preset, find_preset, preset_overrides
+from smallcoder_jax.base.files import finite, read_json, utc_now, write_json
 from smallcoder_jax.config import Config, nearest, parameter_count, to_dict
 from smallcoder_jax.configfile import load_config, split_overrides
 from smallcoder_jax.errors import (
@@ -41,7 +42,7 @@ from smallcoder_jax.errors import (
     UserError,
     run_cli,
 )
-from smallcoder_jax.train.run_folder import RunFolder, finite, read_json, utc_now, write_json_atomic
+from smallcoder_jax.train.run_folder import RunFolder
 from smallcoder_jax.train.terminal import format_table, human_time
 
 VARIANTS = ("tiny", "small", "medium", "tiny_lc", "small_lc", "medium_lc")
@@ -312,7 +313,7 @@ class Summary:
 
     def _write(self) -> None:
         content = {"results": self.results, **self.facts, "timestamp": utc_now()}
-        write_json_atomic(self.workdir / "training_summary.json", content)
+        write_json(self.workdir / "training_summary.json", content)
 
     def verify(self, child: Child) -> None:
         """Verifies every run in the workdir, where there is one, and records the verdicts."""

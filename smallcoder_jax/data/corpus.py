@@ -14,11 +14,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from smallcoder_jax.base.files import read_json_object, write_json
 from smallcoder_jax.config import DataConfig
 from smallcoder_jax.data.collect import SourceReport, collect_source
 from smallcoder_jax.data.documents import Document
 from smallcoder_jax.data.progress import Progress
-from smallcoder_jax.data.shards import SPLITS, write_json
+from smallcoder_jax.data.shards import SPLITS
 from smallcoder_jax.data.sources import SourceSpec, source_identity
 from smallcoder_jax.data.storage import new_folder, short_key
 from smallcoder_jax.errors import UserError
@@ -67,11 +68,9 @@ def ensure_corpus(specs: Sequence[SourceSpec], data: DataConfig, final: Path, pr
 
 def read_accounting(folder: Path) -> dict[str, Any]:
     """What was read, kept and dropped, per source. Raises UserError where `folder` is no corpus."""
-    path = folder / ACCOUNTING
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}. Delete {folder} and prepare the data again") from error
+    return read_json_object(
+        folder / ACCOUNTING, f"the accounting of a corpus. Delete {folder} and prepare the data again"
+    )
 
 
 def read_split(folder: Path, split: str, source: str | None = None) -> Iterator[Document]:

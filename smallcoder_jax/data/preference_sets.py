@@ -13,6 +13,7 @@ import platform
 from collections.abc import Sequence
 from pathlib import Path
 
+from smallcoder_jax.base.files import write_json
 from smallcoder_jax.config import PreferencesConfig
 from smallcoder_jax.data import conversations, preference_calls, preference_code
 from smallcoder_jax.data.conversations import VALIDATION_SHARE, side_of
@@ -25,7 +26,6 @@ from smallcoder_jax.data.preferences import (
     separate,
     write_preferences,
 )
-from smallcoder_jax.data.shards import write_json
 from smallcoder_jax.data.storage import new_folder, short_key
 from smallcoder_jax.errors import UserError
 

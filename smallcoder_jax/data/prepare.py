@@ -6,7 +6,6 @@ All three live under `data.dir`, in folders named by a hash of what decides thei
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from smallcoder_jax.base.files import read_json_object, write_json
 from smallcoder_jax.config import Config
 from smallcoder_jax.data import shards
 from smallcoder_jax.data.corpus import corpus_key, ensure_corpus, read_accounting, read_split, training_texts
@@ -133,11 +133,11 @@ def _ensure_tokenizer(config: Config, places: _Places, progress: Progress | None
         with new_folder(folder) as temporary:
             made = given or _train(places.corpus, vocab_size, settings.train_bytes, progress)
             made.save(temporary)
-            shards.write_json(temporary / _HASH_FILE, {"hash": made.hash})
-    try:
-        prepared_hash = json.loads((folder / _HASH_FILE).read_text(encoding="utf-8"))["hash"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{folder / _HASH_FILE} cannot be read: {error}. Delete {folder} and prepare again") from error
+            write_json(temporary / _HASH_FILE, {"hash": made.hash})
+    what = f"the hash of the tokenizer. Delete {folder} and prepare again"
+    prepared_hash = read_json_object(folder / _HASH_FILE, what).get("hash")
+    if not isinstance(prepared_hash, str):
+        raise UserError(f"{folder / _HASH_FILE} holds no hash; expected {what}")
     stored = load_tokenizer(folder)
     for tokenizer in (given or stored, stored):
         check_tokenizer(tokenizer, vocab_size, prepared_hash, (folder, places.tokens))

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+from smallcoder_jax.base.files import read_json, write_json
 from smallcoder_jax.errors import UserError
 
 FORMAT = 1
@@ -116,12 +115,7 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a folder of shards. Raises UserError where it is missing, damaged or of another format."""
     path = folder / MANIFEST
     again = f"Prepare the data again: delete {folder} and run the same command"
-    try:
-        plain = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: {folder} is no finished folder of token shards. {again}") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}. {again}") from error
+    plain = read_json(path, f"the manifest of a finished folder of token shards. {again}")
     if not isinstance(plain, dict) or plain.get("format") != FORMAT:
         found = plain.get("format") if isinstance(plain, dict) else type(plain).__name__
         raise UserError(f"{path} has format {found!r}; this version reads format {FORMAT}. {again}")
@@ -160,17 +154,6 @@ def compute_fingerprint(folder: Path, manifest: Manifest) -> str:
             for ids in read_records(folder, getattr(source, name).files, manifest.dtype):
                 digest.record(ids.tobytes())
     return digest.hexdigest()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON so that the file is either whole or not there."""
-    temporary = path.with_name(path.name + ".partial")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, sort_keys=True, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _write_split(

@@ -18,10 +18,10 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from smallcoder_jax.base.files import read_json_object, write_json
 from smallcoder_jax.data.conversation_tools import Execute
 from smallcoder_jax.data.conversations import FORMAT, Draft, Record, complete, draw
 from smallcoder_jax.data.progress import Progress
-from smallcoder_jax.data.shards import write_json
 from smallcoder_jax.data.storage import new_folder, short_key
 from smallcoder_jax.errors import UserError
 
@@ -94,10 +94,10 @@ def write_dialogs(folder: Path, records: Iterable[Record | None], what: str, pro
 def open_dialogs(folder: Path) -> Dialogs:
     """What `write_dialogs` stored. Raises UserError where it is not that any more."""
     try:
-        facts = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
+        facts = read_json_object(folder / _FACTS, "what was made of the conversations")
         dialogs = Dialogs(folder, facts["fingerprint"], facts["counts"])
         sound = dialogs.fingerprint == _fingerprint(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except (UserError, OSError, KeyError) as error:
         raise UserError(f"the conversations in {folder} cannot be read: {error}. Delete the folder") from error
     if not sound:
         raise UserError(f"the conversations in {folder} were changed since they were made. Delete the folder")

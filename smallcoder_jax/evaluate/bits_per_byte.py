@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import lzma
 import math
 import os
@@ -12,6 +11,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from smallcoder_jax.base.files import read_json_object, write_json
 from smallcoder_jax.data import shards
 from smallcoder_jax.data.prepare import Prepared
 from smallcoder_jax.errors import UserError
@@ -63,7 +63,8 @@ def held_out_references(prepared: Prepared) -> dict[str, float]:
     """
     cache = prepared.tokens_folder / CACHE
     if cache.exists():
-        kept = json.loads(cache.read_text(encoding="utf-8"))
+        what = f"compressors' bits per byte. Delete {cache}, and they are worked out again"
+        kept = read_json_object(cache, what)
         if kept["fingerprint"] == prepared.manifest.fingerprint:
             return kept["bits_per_byte"]
     found = compressor_bits_per_byte(held_out_texts(prepared.manifest, prepared.tokens_folder, prepared.tokenizer))
@@ -71,7 +72,7 @@ def held_out_references(prepared: Prepared) -> dict[str, float]:
     references |= {f"{name}, all in one": sizes["all_in_one"] for name, sizes in found.items()}
     # Prepared data that several people share may be read-only: then this is worked out at every start.
     if os.access(prepared.tokens_folder, os.W_OK):
-        shards.write_json(cache, {"fingerprint": prepared.manifest.fingerprint, "bits_per_byte": references})
+        write_json(cache, {"fingerprint": prepared.manifest.fingerprint, "bits_per_byte": references})
     return references
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Literal
 
 import jax
 
+from smallcoder_jax.base.files import read_json_object
 from smallcoder_jax.config import Config, eval_rows, from_config_dict
 from smallcoder_jax.data import pipeline, shards
 from smallcoder_jax.errors import UserError
@@ -116,7 +116,7 @@ def _verify_run(folder: RunFolder, reevaluate: Reevaluate, batches: int | None) 
     # The checkpoint's own configuration: config.json beside it is not under its checksums.
     config = from_config_dict(meta["config"])
     tokenizer = _verify_facts(folder, meta, step)
-    files = len(json.loads((target / checkpoint.MANIFEST).read_text(encoding="utf-8"))["files"])
+    files = len(read_json_object(target / checkpoint.MANIFEST, "the checksums of a checkpoint")["files"])
     if "fingerprint" not in meta["identity"]["data"]:
         return _verify_loss(folder, reevaluate(config, target, meta), step, files)
     tokens = _verify_tokens(folder, config, meta, step)

@@ -19,6 +19,7 @@ from typing import Any
 
 import jinja2
 
+from smallcoder_jax.base.display import markdown
 from smallcoder_jax.config import Config, ModelConfig, evaluated_on, parameter_count
 from smallcoder_jax.data.shards import Manifest
 
@@ -54,10 +55,7 @@ def _cell(value: Any) -> str:
         return f"{value:.6g}"
     if value is None:
         return "not known"
-    text = " ".join(str(value).split())
-    for character in "\\|<`*[":
-        text = text.replace(character, "\\" + character)
-    return text
+    return markdown(str(value))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,6 @@ Equal input gives equal bytes. Nothing is pickled and nothing needs remote code.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -25,12 +24,12 @@ import safetensors
 import safetensors.numpy
 
 from smallcoder_jax import config as config_module
+from smallcoder_jax.base.files import read_json_object, write_json
 from smallcoder_jax.config import ModelConfig
 from smallcoder_jax.errors import UserError
 from smallcoder_jax.export import card as model_card
 from smallcoder_jax.export import names
 from smallcoder_jax.export import tokenizer as export_tokenizer
-from smallcoder_jax.export.tokenizer import write_json
 from smallcoder_jax.models import build
 from smallcoder_jax.tokenizers import base, chat
 
@@ -349,15 +348,7 @@ def _read_weights(folder: Path, model: ModelConfig) -> build.Params:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist; expected an exported model's folder") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); export or download the model again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds {type(content).__name__}; expected an object")
-    return content
+    return read_json_object(path, "an exported model's folder; export or download the model again")
 
 
 def _one_of(folder: Path, settings: Mapping[str, Any], key: str, known: list[str]) -> str:

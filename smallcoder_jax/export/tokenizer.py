@@ -6,14 +6,15 @@ entries are written with real spaces and no rewriting of the text, so that the i
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import sentencepiece
 
+from smallcoder_jax.base.files import write_json
 from smallcoder_jax.errors import UserError
 from smallcoder_jax.tokenizers import base, chat
+from smallcoder_jax.tokenizers.load import read_kind
 from smallcoder_jax.tokenizers.sentencepiece import MODEL_FILE, SPACE
 
 TOKENIZER_JSON, TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
@@ -26,7 +27,7 @@ def write_tokenizer(folder: Path, tokenizer: base.Tokenizer, *, context: int) ->
     UserError where the tokenizer cannot be expressed.
     """
     tokenizer.save(folder)
-    kind = _read_kind(folder)
+    kind = read_kind(folder)
     if kind == "hf":
         if not (folder / TOKENIZER_JSON).is_file():
             raise UserError(
@@ -69,17 +70,7 @@ def write_tokenizer(folder: Path, tokenizer: base.Tokenizer, *, context: int) ->
 
 def is_published(folder: Path) -> bool:
     """Whether the tokenizer that `write_tokenizer` wrote is a published one: its pieces have names of their own."""
-    return _read_kind(folder) == "hf"
-
-
-def write_json(path: Path, content: Any) -> None:
-    """In the order of `content`, which reading it again keeps: the same content gives the same bytes."""
-    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    path.write_text(text, encoding="utf-8", newline="\n")
-
-
-def _read_kind(folder: Path) -> str:
-    return json.loads((folder / base.KIND_FILE).read_text(encoding="utf-8"))["kind"]
+    return read_kind(folder) == "hf"
 
 
 def _from_sentencepiece(path: Path) -> dict[str, Any]:

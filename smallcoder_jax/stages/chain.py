@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from smallcoder_jax import loading
+from smallcoder_jax.base.files import read_json, write_json
 from smallcoder_jax.config import Config, nearest, to_dict
 from smallcoder_jax.configfile import load_config
 from smallcoder_jax.data.progress import Progress
@@ -25,7 +26,7 @@ from smallcoder_jax.stages import run, sft
 from smallcoder_jax.tokenizers import chat
 from smallcoder_jax.train.log_files import read_csv
 from smallcoder_jax.train.report import write_stages_report
-from smallcoder_jax.train.run_folder import RunFolder, read_json, write_json_atomic
+from smallcoder_jax.train.run_folder import RunFolder
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 # Each goes on from the last of these before it; the others leave the model as it is.
@@ -178,7 +179,7 @@ def run_stage(each: Planned, workdir: Path) -> Done | None:
     if measures is None:
         return None
     done = Done(each.stage, time.monotonic() - began, measures)
-    write_json_atomic(ledger, {**entries, each.stage: {"key": key, **dataclasses.asdict(done)}})
+    write_json(ledger, {**entries, each.stage: {"key": key, **dataclasses.asdict(done)}})
     return done
 
 

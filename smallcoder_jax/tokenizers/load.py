@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from smallcoder_jax.base.files import read_json_object
 from smallcoder_jax.errors import UserError
 from smallcoder_jax.tokenizers.base import KIND_FILE, Tokenizer
 from smallcoder_jax.tokenizers.bytes import ByteTokenizer
@@ -18,16 +18,21 @@ KINDS = ("sentencepiece", "bytes", "hf")
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer that was saved in `folder`. Raises UserError where there is none or it cannot be read."""
     path = folder / KIND_FILE
-    try:
-        kind = json.loads(path.read_text(encoding="utf-8"))["kind"]
-    except FileNotFoundError:
+    if not path.exists():
         raise UserError(
             f"{folder} is no tokenizer's folder: {path.name} does not exist. Name one that tools.train_tokenizer or "
             "tools.prepare_data has written"
-        ) from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read: {error}. Write the tokenizer again") from error
-    return open_tokenizer(kind, str(folder))
+        )
+    return open_tokenizer(read_kind(folder), str(folder))
+
+
+def read_kind(folder: Path) -> str:
+    """The kind of the tokenizer that was saved in `folder`. Raises UserError where that cannot be read."""
+    path = folder / KIND_FILE
+    kind = read_json_object(path, "the kind of a tokenizer. Write the tokenizer again").get("kind")
+    if not isinstance(kind, str):
+        raise UserError(f"{path} names no kind; expected one of {', '.join(KINDS)}. Write the tokenizer again")
+    return kind
 
 
 def open_tokenizer(kind: str, path: str) -> Tokenizer:

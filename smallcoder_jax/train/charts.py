@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from smallcoder_jax.train.run_folder import RunFolder, write_bytes_atomic
+from smallcoder_jax.base.files import write_bytes
+from smallcoder_jax.train.run_folder import RunFolder
 from smallcoder_jax.train.terminal import human_count
 
 if TYPE_CHECKING:
@@ -48,8 +49,8 @@ def draw_training(history: Mapping[str, Any], folder: RunFolder) -> Path:
     content = _render(history, folder.path.name)
     steps = history.get("steps", [])
     path = folder.charts / f"training_step_{steps[-1] if steps else 0:06d}.png"
-    write_bytes_atomic(path, content)
-    write_bytes_atomic(folder.latest_chart, content)
+    write_bytes(path, content)
+    write_bytes(folder.latest_chart, content)
     return path
 
 

@@ -15,7 +15,6 @@ Of several processes each writes its part of the arrays, and process 0 everythin
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import threading
@@ -28,10 +27,10 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from smallcoder_jax import distributed
+from smallcoder_jax.base.files import read_json, write_json
 from smallcoder_jax.errors import UserError
 from smallcoder_jax.faults import NONE, Faults, flip_bit
 from smallcoder_jax.mesh import path_name
-from smallcoder_jax.train.run_folder import read_json
 from smallcoder_jax.train.state import TrainState
 
 MANIFEST = "manifest.json"
@@ -83,8 +82,8 @@ class Checkpointer:
         try:
             if first:
                 target.mkdir(parents=True, exist_ok=True)
-                _write_json(target / "meta.json", {**meta, "step": step, "leaves": leaves_of(state.params)})
-                _write_json(target / "data.json", data_state)
+                write_json(target / "meta.json", {**meta, "step": step, "leaves": leaves_of(state.params)})
+                write_json(target / "data.json", data_state)
             self.faults.reach("save")
             response = ocp.save_checkpointables_async(_orbax_path(target), {"params": state.params, "rest": rest})
         except OSError as error:
@@ -95,7 +94,7 @@ class Checkpointer:
                 response.result()  # of all processes: Orbax waits for the slowest before it ends on any
                 self.faults.reach("manifest")
                 if first:
-                    _write_json(target / MANIFEST, {"format": 1, "files": checksums(target)})
+                    write_json(target / MANIFEST, {"format": 1, "files": checksums(target)})
                     if best:
                         self._mark_best(step)
                     self._prune()
@@ -254,8 +253,8 @@ def verify_step(step_folder: Path) -> list[str]:
     if not manifest.exists():
         return [f"{manifest}: missing, so the save was never finished"]
     try:
-        recorded = json.loads(manifest.read_text())["files"]
-    except (ValueError, KeyError, TypeError) as error:
+        recorded = read_json(manifest, "the checksums of a checkpoint")["files"]
+    except (UserError, KeyError, TypeError) as error:
         return [f"{manifest}: unreadable ({error})"]
     if not isinstance(recorded, dict):
         return [f"{manifest}: unreadable ('files' is a {type(recorded).__name__}, not an object)"]
@@ -307,13 +306,3 @@ def _check_leaves(saved: dict[str, list[Any]], wanted: dict[str, list[Any]], tar
 def _orbax_path(step_folder: Path) -> str:
     """Where Orbax's part of a step is; it takes absolute paths only."""
     return str(step_folder.resolve() / "state")
-
-
-def _write_json(path: Path, value: Any) -> None:
-    """Written beside and renamed, so that the file is whole or absent."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w") as file:
-        json.dump(value, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

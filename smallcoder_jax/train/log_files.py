@@ -14,14 +14,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from smallcoder_jax.base.files import finite, read_json, write_bytes, write_json
 from smallcoder_jax.errors import UserError
-from smallcoder_jax.train.run_folder import (
-    RunFolder,
-    finite,
-    read_json,
-    write_bytes_atomic,
-    write_json_atomic,
-)
+from smallcoder_jax.train.run_folder import RunFolder
 
 TRAINING_COLUMNS = (
     "step",
@@ -44,7 +39,7 @@ class JsonLines:
     """A file of one JSON object per step: written anew with `rows`, then appended to and flushed line by line."""
 
     def __init__(self, path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-        write_bytes_atomic(path, "".join(map(_json_line, rows)).encode())
+        write_bytes(path, "".join(map(_json_line, rows)).encode())
         self._file = path.open("a", encoding="utf-8")
 
     def append(self, row: Mapping[str, Any]) -> None:
@@ -105,7 +100,7 @@ class CsvLog:
 
     def _rewrite(self, rows: Iterable[Mapping[str, Any]]) -> None:
         header = ",".join(self._columns) + "\n"
-        write_bytes_atomic(self._path, (header + _csv_lines(self._columns, rows)).encode())
+        write_bytes(self._path, (header + _csv_lines(self._columns, rows)).encode())
         self._file = self._path.open("a", newline="", encoding="utf-8")
 
 
@@ -146,12 +141,12 @@ class Samples:
         self._path = path
         recorded = read_json(path, "a list of text samples") if resume_step > 0 and path.exists() else []
         self.rows: list[dict[str, Any]] = [row for row in recorded if row["step"] <= resume_step]
-        write_json_atomic(path, self.rows)
+        write_json(path, self.rows)
 
     def append(self, step: int, samples: Iterable[Mapping[str, Any]]) -> None:
         """Adds samples of {input, output, accuracy}; nothing else of a sample is kept."""
         self.rows += [{"step": step, **{key: sample.get(key) for key in SAMPLE_KEYS}} for sample in samples]
-        write_json_atomic(self._path, self.rows)
+        write_json(self._path, self.rows)
 
 
 class LogFiles:
@@ -202,7 +197,7 @@ class LogFiles:
         return {**train, **evaluation, "references": self.references}
 
     def write_history(self) -> None:
-        write_json_atomic(self._history_path, self.history())
+        write_json(self._history_path, self.history())
 
     def close(self) -> None:
         self.write_history()

@@ -12,7 +12,8 @@ from typing import Any
 
 import jinja2
 
-from smallcoder_jax.train.run_folder import RunFolder, read_json, utc_now, write_bytes_atomic
+from smallcoder_jax.base.files import read_json, utc_now, write_bytes
+from smallcoder_jax.train.run_folder import RunFolder
 from smallcoder_jax.train.terminal import human_count, human_time
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -65,7 +66,7 @@ def write_report(folder: RunFolder, accounting: Mapping[str, Any], results: Mapp
         identity=tables(run.get("identity", {})),
         commands=_commands(folder, run),
     )
-    write_bytes_atomic(folder.report_html, page.encode())
+    write_bytes(folder.report_html, page.encode())
     return folder.report_html
 
 
@@ -80,7 +81,7 @@ def write_stages_report(path: Path, name: str, results: Mapping[str, Any], folde
         for stage, folder in folders.items()
     ]
     page = _template("stages.html").render(name=name, written_at=utc_now(), results=tables(results), stages=stages)
-    write_bytes_atomic(path, page.encode())
+    write_bytes(path, page.encode())
 
 
 def _template(name: str) -> jinja2.Template:

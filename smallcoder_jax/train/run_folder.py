@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import fcntl
-import json
-import math
 import os
 import platform
 import secrets
@@ -25,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from smallcoder_jax import config as config_module
+from smallcoder_jax.base.files import finite, read_json_object, utc_now, write_json
 from smallcoder_jax.errors import UserError
 
 VERSIONED_PACKAGES = (
@@ -171,12 +169,12 @@ class RunFolder:
         arrays: dict[str, Any] = dict(batch)
         with path.open("wb") as file:
             np.savez_compressed(file, **arrays)
-        write_json_atomic(path.with_suffix(".json"), {"step": step, **facts})
+        write_json(path.with_suffix(".json"), {"step": step, **facts})
         return path
 
     def write_config(self, config: config_module.Config) -> None:
         """Writes the resolved configuration to `config.json`."""
-        write_json_atomic(self.config_json, config_module.to_dict(config))
+        write_json(self.config_json, config_module.to_dict(config))
 
     def write_run_json(self, identity: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
         """Writes `run.json`: identity, versions, command, git revision, platform, device, and `extra`.
@@ -190,61 +188,16 @@ class RunFolder:
         start = {"at": utc_now(), **{key: environment[key] for key in ("command", "git", "device", "versions")}}
         content = {**earlier, "identity": dict(identity), **environment, **extra}
         content["starts"] = [*earlier.get("starts", []), start]
-        write_json_atomic(self.run_json, content)
+        write_json(self.run_json, content)
 
     def update_run_json(self, **values: Any) -> None:
         """Sets top-level entries of `run.json`, keeping the rest; makes the file if there is none."""
         content = self.read_run_json() if self.run_json.exists() else {}
-        write_json_atomic(self.run_json, {**content, **values})
+        write_json(self.run_json, {**content, **values})
 
     def read_run_json(self) -> dict[str, Any]:
         """The content of `run.json`. Raises UserError if it is missing or damaged."""
-        what = "the identity of a run; is this a run folder?"
-        content = read_json(self.run_json, what)
-        if not isinstance(content, dict):
-            raise UserError(f"{self.run_json} holds a {type(content).__name__}, not a JSON object; expected {what}")
-        return content
-
-
-def read_json(path: Path, what: str) -> Any:
-    """The content of a JSON file; `what` says what was expected in it. Raises UserError if missing or damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist; expected {what}") from error
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path} cannot be read ({error}); expected {what}") from error
-
-
-def write_json_atomic(path: Path, value: Any) -> None:
-    """Writes `value` so that a reader sees the old file or the new one, never a part. Non-finite floats: null."""
-    write_bytes_atomic(path, (json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def write_bytes_atomic(path: Path, content: bytes) -> None:
-    """Writes through a neighbouring file that is synced and renamed; makes the folder. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    neighbour = path.with_name(f".{path.name}.partial")
-    with neighbour.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    neighbour.replace(path)
-
-
-def finite(value: Any) -> Any:
-    """`value` in plain JSON types: NaN and infinities, which JSON has not, become None; paths and the like, text."""
-    if value is None or isinstance(value, str | bool | int):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    if hasattr(value, "tolist"):  # numpy scalars and arrays
-        return finite(value.tolist())
-    return str(value)
+        return read_json_object(self.run_json, "the identity of a run; is this a run folder?")
 
 
 def compare_identity(recorded: Any, current: Any) -> list[str]:
@@ -340,12 +293,7 @@ def write_training_info(
         "trained_at": utc_now(),
         "config": config_module.to_dict(config),
     }
-    write_json_atomic(folder.training_info_json, content)
-
-
-def utc_now() -> str:
-    """The time in UTC, ISO 8601, to the second."""
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    write_json(folder.training_info_json, content)
 
 
 def describe_environment() -> dict[str, Any]:

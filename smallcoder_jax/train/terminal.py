@@ -12,6 +12,8 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import TextIO
 
+from smallcoder_jax.base.display import printable
+
 ETA_WINDOW = 100  # steps that the estimated time of arrival is measured over
 SAMPLE_LINES, SAMPLE_WIDTH = 8, 100  # of a text that the model writes while it is trained
 
@@ -76,11 +78,6 @@ def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> st
         lines.append("  ".join("-" * width for width in widths))
     lines += [line(row) for row in cells]
     return "\n".join(lines)
-
-
-def printable(text: str) -> str:
-    """Text of unknown origin as a terminal may show it: control characters but line ends and tabs as their escapes."""
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
 def _is_numeric(cell: str) -> bool:

@@ -293,7 +293,7 @@ def test_missing_and_damaged_files(exported: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="a pickle can run any code and is never opened"):
         huggingface.read_export(folder)
     (folder / "config.json").write_text("[]")
-    with pytest.raises(UserError, match=r"config\.json holds list; expected an object"):
+    with pytest.raises(UserError, match=r"config\.json holds a list, not a JSON object"):
         huggingface.read_export(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json cannot be read"):

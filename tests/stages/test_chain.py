@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 
+from smallcoder_jax.base.files import read_json
 from smallcoder_jax.config import Config
 from smallcoder_jax.errors import CheckFailed, UserError
 from smallcoder_jax.stages import chain
 from smallcoder_jax.stages.chain import Change, Done, Measure, Planned
 from smallcoder_jax.stages.run import Run
-from smallcoder_jax.train.run_folder import read_json
 from tools import run_stages
 
 WORKDIR = Path("work")

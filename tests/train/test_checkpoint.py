@@ -240,7 +240,7 @@ def test_a_full_disk_is_one_message_and_the_earlier_step_stays(
 ) -> None:
     checkpointer = save(tmp_path, 1)
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    write_json = checkpoint._write_json
+    write_json = checkpoint.write_json
 
     class Response:
         def result(self) -> None:
@@ -252,7 +252,7 @@ def test_a_full_disk_is_one_message_and_the_earlier_step_stays(
         write_json(path, value)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "_write_json", write)
+        patch.setattr(checkpoint, "write_json", write)
         if where == "orbax":
             patch.setattr(checkpoint.ocp, "save_checkpointables_async", lambda *_: Response())
 

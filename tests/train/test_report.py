@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from smallcoder_jax.base.files import write_json
 from smallcoder_jax.config import Config, EvalConfig, TrainConfig
 from smallcoder_jax.errors import UserError
 from smallcoder_jax.stages.run import _results
 from smallcoder_jax.train import charts, report, run_folder
 from smallcoder_jax.train.loop import Outcome
-from smallcoder_jax.train.run_folder import RunFolder, write_json_atomic
+from smallcoder_jax.train.run_folder import RunFolder
 
 ATTACK = "<script>alert('x')</script>&amp;"
 
@@ -46,7 +47,7 @@ def folder(tmp_path: Path) -> RunFolder:
     folder.write_run_json({"data": {"fingerprint": "ab12"}}, {})
     charts.draw_training({"steps": [1, 2], "loss": [3.0, 2.0]}, folder)
     samples = [{"step": step, "input": "def f():\n", "output": ATTACK, "accuracy": None} for step in (10, 20)]
-    write_json_atomic(folder.text_samples_json, [*samples, {"step": 20, "input": "x", "output": "y", "accuracy": 0.25}])
+    write_json(folder.text_samples_json, [*samples, {"step": 20, "input": "x", "output": "y", "accuracy": 0.25}])
     return folder
 
 

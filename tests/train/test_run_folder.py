@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from smallcoder_jax import config as config_module
+from smallcoder_jax.base.files import write_json
 from smallcoder_jax.errors import UserError
 from smallcoder_jax.train import run_folder
-from smallcoder_jax.train.run_folder import RunFolder, check_allowed, compare_identity, split_allowed, write_json_atomic
+from smallcoder_jax.train.run_folder import RunFolder, check_allowed, compare_identity, split_allowed
 
 
 def test_looking_creates_nothing(tmp_path: Path) -> None:
@@ -69,20 +70,20 @@ def test_a_folder_that_cannot_be_made_is_one_message(tmp_path: Path) -> None:
 
 def test_json_has_no_nan_and_takes_numpy(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "a.json"
-    write_json_atomic(path, {"a": math.nan, "b": [np.float32(1.5), math.inf], "c": np.arange(2), "d": (1, True, None)})
+    write_json(path, {"a": math.nan, "b": [np.float32(1.5), math.inf], "c": np.arange(2), "d": (1, True, None)})
     assert json.loads(path.read_text()) == {"a": None, "b": [1.5, None], "c": [0, 1], "d": [1, True, None]}
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.json"
-    write_json_atomic(path, {"version": 1})
+    write_json(path, {"version": 1})
 
     def full_disk(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(run_folder.os, "fsync", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        write_json_atomic(path, {"version": 2})
+        write_json(path, {"version": 2})
     assert json.loads(path.read_text()) == {"version": 1}
 
 
@@ -103,7 +104,7 @@ def test_identity_differences_are_named_by_their_path() -> None:
 
 def test_an_identity_that_went_through_json_compares_equal(tmp_path: Path) -> None:
     identity = {"sources": ("a", "b"), "layers": {0: np.int64(3)}, "weight": 0.1}
-    write_json_atomic(tmp_path / "a.json", identity)
+    write_json(tmp_path / "a.json", identity)
     assert compare_identity(json.loads((tmp_path / "a.json").read_text()), identity) == []
 
 

@@ -1,0 +1,176 @@
+"""The one door to files: reading what anybody may have put there, and writing so that no reader sees a part.
+
+Whatever a user, a download or a copy left in a folder is opened here. A FIFO, a device or a socket is never waited for,
+a size is looked at before the content, and JSON of any form is a value or a ValueError.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+import os
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from smallcoder_jax.errors import UserError
+
+MAX_RECORD_BYTES = 64 << 20  # of a JSON file, a tokenizer, a prompt: what is read whole and is no corpus
+MAX_DEPTH = 100  # of nested brackets in JSON; what this package writes has fewer than ten
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+class NotAFile(OSError):
+    """The path leads to something else than a regular file; `strerror` says what."""
+
+
+class TooLarge(OSError):
+    """The file holds more than the reader takes; `strerror` says how much that is."""
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Opens a regular file, or a link to one, for reading. Raises OSError; NotAFile for a folder, pipe or device."""
+    _check_regular(path, os.stat(path).st_mode)  # before it is opened: opening a device can do something to it
+    # Without O_NONBLOCK, a pipe that takes the file's place at this moment would be waited for.
+    file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY), "rb")
+    try:
+        _check_regular(path, os.fstat(file.fileno()).st_mode)
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+def read_regular(path: Path, limit: int) -> bytes:
+    """The content of a regular file of at most `limit` bytes. Raises OSError; TooLarge before anything is read."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        content = b"" if size > limit else file.read(limit + 1)  # a file that grows, and those of /proc, have no size
+        if size > limit or len(content) > limit:
+            raise TooLarge(None, f"larger than {limit:,} bytes", str(path))
+        return content
+
+
+def read_bytes(path: Path, what: str, limit: int = MAX_RECORD_BYTES) -> bytes:
+    """The content of a file; `what` says what was expected in it. Raises UserError where it cannot be read."""
+    try:
+        return read_regular(path, limit)
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist; expected {what}") from error
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+        raise UserError(f"{path} cannot be read ({reason(error)}); expected {what}") from error
+
+
+def read_text(path: Path, what: str, limit: int = MAX_RECORD_BYTES) -> str:
+    """The text of a UTF-8 file, without a byte order mark, with its own line ends. Raises UserError."""
+    try:
+        return read_bytes(path, what, limit).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 ({error.reason} at byte {error.start:,}); expected {what}") from error
+
+
+def read_json(path: Path, what: str, limit: int = MAX_RECORD_BYTES) -> Any:
+    """The value in a JSON file; `what` says what was expected. Raises UserError where it is missing or damaged."""
+    text = read_text(path, what, limit)
+    try:
+        return parse_json(text)
+    except ValueError as error:
+        raise UserError(f"{path} cannot be read ({error}); expected {what}") from error
+
+
+def read_json_object(path: Path, what: str, limit: int = MAX_RECORD_BYTES) -> dict[str, Any]:
+    """The object in a JSON file. Raises UserError where it is missing, damaged or another value."""
+    content = read_json(path, what, limit)
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds a {type(content).__name__}, not a JSON object; expected {what}")
+    return content
+
+
+def parse_json(text: str | bytes, *, finite_only: bool = True) -> Any:
+    """The value of a JSON text. Raises ValueError, and nothing else, for what is none: also for brackets nested deeper
+    than MAX_DEPTH and, with `finite_only`, for NaN, infinities and numbers beyond float64."""
+    constants: dict[str, Any] = {"parse_constant": _refuse_constant, "parse_float": _finite_float}
+    try:
+        value = json.loads(text, **(constants if finite_only else {}))
+    except RecursionError as error:
+        raise ValueError("brackets nested too deep") from error
+    level, depth = [value], 0
+    while level:
+        if depth > MAX_DEPTH:
+            raise ValueError(f"brackets nested deeper than {MAX_DEPTH}")
+        level = [item for outer in level for item in _items(outer)]
+        depth += 1
+    return value
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` so that a reader sees the old file or the new one, never a part. Non-finite floats: null."""
+    text = json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n"
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))  # half a surrogate pair is JSON as its escape only
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes through a neighbouring file that is synced and renamed; makes the folder. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    neighbour = path.with_name(f".{path.name}.partial")
+    with neighbour.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    neighbour.replace(path)
+
+
+def finite(value: Any) -> Any:
+    """`value` in plain JSON types: NaN and infinities, which JSON has not, become None; paths and the like, text."""
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    if hasattr(value, "tolist"):  # numpy scalars and arrays
+        return finite(value.tolist())
+    return str(value)
+
+
+def reason(error: Exception) -> str:
+    """What the system says of an error, without number and path; else the error's own words."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def utc_now() -> str:
+    """The time in UTC, ISO 8601, to the second."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _check_regular(path: Path, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        kind = next((name for matches, name in _KINDS if matches(mode)), "something else")
+        raise NotAFile(None, f"it is {kind}, not a file", str(path))
+
+
+def _items(value: Any) -> list[Any]:
+    """What stands within an object or array and may hold more."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [item for item in inner if isinstance(item, dict | list)]
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _finite_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {text[:20]} is too large")
+    return value
