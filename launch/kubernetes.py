@@ -20,7 +20,7 @@ import sys
 from typing import Any
 
 from launch.platforms import PLATFORMS, settings_of
-from smallcoder_jax.errors import NOT_TRIED_AGAIN
+from smallcoder_jax.base.errors import NOT_TRIED_AGAIN
 
 PORT = 8476
 RESOURCES = {"gpu": "nvidia.com/gpu", "tpu": "google.com/tpu"}

@@ -25,7 +25,7 @@ from types import FrameType
 from typing import NamedTuple
 
 from launch.platforms import PLATFORMS, settings_of
-from smallcoder_jax.errors import NOT_TRIED_AGAIN
+from smallcoder_jax.base.errors import NOT_TRIED_AGAIN
 
 FINAL = (0, *NOT_TRIED_AGAIN, 130)
 GRACE_SECONDS = 90.0  # after a failure: for the others to notice it (distributed.HEARTBEAT_SECONDS) and to end

@@ -9,8 +9,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import Config, nearest
-from smallcoder_jax.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,7 +28,7 @@ importlib.import_module("smallcoder_jax.train")
 def train(config: Config | ConfigDict | str | Path, workdir: str | Path) -> Run:
     """Trains, or continues, the run in `workdir`; returns its folder, last step and evaluation.
 
-    Raises smallcoder_jax.errors.UserError with what to do when config, data or workdir do not fit.
+    Raises smallcoder_jax.base.errors.UserError with what to do when config, data or workdir do not fit.
     """
     from smallcoder_jax.config import Config, from_config_dict
     from smallcoder_jax.configfile import load_config
@@ -44,7 +44,7 @@ def train(config: Config | ConfigDict | str | Path, workdir: str | Path) -> Run:
 def load(path: str | Path, *, step: int | str | None = None) -> LoadedModel:
     """The model of a run folder (its best step, or `step`) or of an exported folder, ready to generate.
 
-    Raises smallcoder_jax.errors.UserError when there is none or its checksums do not hold.
+    Raises smallcoder_jax.base.errors.UserError when there is none or its checksums do not hold.
     """
     from smallcoder_jax import loading
 

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ml_collections import ConfigDict
 
-from smallcoder_jax.errors import UserError
+from smallcoder_jax.base.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,8 +15,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import Config, from_config_dict, nearest
-from smallcoder_jax.errors import UserError
 
 PREFIX = "--config."
 

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
-from smallcoder_jax.errors import UserError, report
+from smallcoder_jax.base.errors import UserError, report
 
 AUTO: Literal["auto"] = "auto"
 HEARTBEAT_SECONDS = 30  # a longer pause of the network would end a run that is well

@@ -14,7 +14,7 @@ import threading
 from collections import Counter
 from pathlib import Path
 
-from smallcoder_jax.errors import UserError
+from smallcoder_jax.base.errors import UserError
 
 PLACES = {
     "prepare": "before data is prepared",

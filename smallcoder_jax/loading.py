@@ -11,9 +11,9 @@ from typing import Any
 
 import jax
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import read_json, read_json_object
 from smallcoder_jax.config import ComputeConfig, ModelConfig, from_config_dict
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.export.huggingface import read_export
 from smallcoder_jax.generate.engine import Completion, Generator
 from smallcoder_jax.generate.sampling import SamplingOptions

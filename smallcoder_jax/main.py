@@ -14,9 +14,9 @@ import sys
 from pathlib import Path
 
 from smallcoder_jax import distributed
+from smallcoder_jax.base.errors import EXIT_INTERRUPTED, CheckFailed, UserError, run_cli
 from smallcoder_jax.config import Config
 from smallcoder_jax.configfile import load_config, split_overrides
-from smallcoder_jax.errors import EXIT_INTERRUPTED, CheckFailed, UserError, run_cli
 from smallcoder_jax.faults import KINDS, PLACES, Faults
 
 DESCRIPTION = """Trains the model of a config file, or continues the run that the workdir holds.

@@ -14,8 +14,8 @@ from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import MeshConfig, ModelConfig
-from smallcoder_jax.errors import UserError
 
 AXES = ("data", "fsdp", "context", "tensor")
 TOKEN_AXES = ("data", "fsdp", "context")  # over which a device has tokens of its own

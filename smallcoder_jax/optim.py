@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import OptimizerConfig
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.mesh import path_name
 from smallcoder_jax.ops.precision import product
 

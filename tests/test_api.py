@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 import smallcoder_jax as sc
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import default_config
-from smallcoder_jax.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from smallcoder_jax import config as config_module
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import Config, ModelConfig, default_config, from_config_dict, to_dict
 from smallcoder_jax.configfile import load_config, read_config_file, split_overrides
-from smallcoder_jax.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from smallcoder_jax.errors import UserError
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.faults import Faults, flip_bit
 
 

@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "smallcoder_jax"
 # Rooms from the bottom up; a room imports rooms of lower levels only, or itself.
 LEVELS = [
-    ["errors", "base", "faults", "config", "configfile", "runtime", "distributed", "kernels"],
+    ["base"],
+    ["faults", "config", "configfile", "runtime", "distributed", "kernels"],
     ["mesh", "tokenizers"],
     ["ops"],
     ["layers", "losses"],
@@ -28,15 +29,8 @@ LEVELS = [
     ["main", "__init__"],
 ]
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
-# Within the lowest level: errors < base, errors < config < configfile, errors < faults, errors < distributed.
-WITHIN = {
-    ("base", "errors"),
-    ("distributed", "errors"),
-    ("faults", "errors"),
-    ("config", "errors"),
-    ("configfile", "errors"),
-    ("configfile", "config"),
-}
+# Within a level.
+WITHIN = {("configfile", "config")}
 
 
 def room_of(module: str) -> str:

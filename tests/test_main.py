@@ -13,8 +13,8 @@ import jax
 import pytest
 
 from smallcoder_jax import loading
+from smallcoder_jax.base.errors import EXIT_USER_ERROR, UserError, run_cli
 from smallcoder_jax.configfile import load_config
-from smallcoder_jax.errors import EXIT_USER_ERROR, UserError, run_cli
 from smallcoder_jax.main import main
 from smallcoder_jax.train.run_folder import RunFolder
 

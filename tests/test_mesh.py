@@ -7,8 +7,8 @@ import dataclasses
 import numpy as np
 import pytest
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import MeshConfig
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.mesh import AXES, make_mesh, place_devices
 from tests.helpers import tiny_model
 

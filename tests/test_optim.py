@@ -12,8 +12,8 @@ import numpy as np
 import optax
 import pytest
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import OptimizerConfig
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.models import build
 from smallcoder_jax.optim import make_optimizer, orthogonalize, scale_by_muon, schedule
 from tests.helpers import FLOAT32, max_difference, tiny_model

@@ -26,7 +26,7 @@ import numpy as np
 from jax import Array
 from jax.tree_util import Partial
 
-from smallcoder_jax.errors import UserError, run_cli
+from smallcoder_jax.base.errors import UserError, run_cli
 from smallcoder_jax.kernels import flash_hopper, flash_tpu
 from smallcoder_jax.kernels.tile_table import lookup
 from smallcoder_jax.kernels.tiles import HopperTiles, TpuTiles

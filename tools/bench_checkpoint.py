@@ -23,8 +23,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from smallcoder_jax.base.errors import CheckFailed, UserError, run_cli
 from smallcoder_jax.configfile import load_config, split_overrides
-from smallcoder_jax.errors import CheckFailed, UserError, run_cli
 
 SECONDS_PER_GB, SHARE = 0.3, 0.02
 

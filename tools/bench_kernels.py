@@ -27,7 +27,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from smallcoder_jax.errors import EXIT_USER_ERROR, CheckFailed, UserError, run_cli
+from smallcoder_jax.base.errors import EXIT_USER_ERROR, CheckFailed, UserError, run_cli
 from smallcoder_jax.train.terminal import format_table
 from tools.packed_rows import ALL, BOUND, Shape
 

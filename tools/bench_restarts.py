@@ -24,8 +24,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from smallcoder_jax.base.errors import CheckFailed, UserError, run_cli
 from smallcoder_jax.configfile import load_config, split_overrides
-from smallcoder_jax.errors import CheckFailed, UserError, run_cli
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -42,9 +42,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from smallcoder_jax.base.errors import EXIT_USER_ERROR, CheckFailed, UserError, run_cli
 from smallcoder_jax.config import Config, from_config_dict, parameter_count, to_dict
 from smallcoder_jax.configfile import load_config, split_overrides
-from smallcoder_jax.errors import EXIT_USER_ERROR, CheckFailed, UserError, run_cli
 from smallcoder_jax.train.terminal import format_table, human_bytes, human_time
 from tools import op_profile
 from tools.step_timing import BATCHES, cores, random_batches, resident_set, timed, visible_share

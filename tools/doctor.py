@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from smallcoder_jax import distributed
-from smallcoder_jax.errors import CheckFailed, run_cli
+from smallcoder_jax.base.errors import CheckFailed, run_cli
 
 JAX_MINIMUM = (0, 10, 2)
 CUDA_DRIVER = 580  # the first driver branch that runs CUDA 13, which jax[cuda13] brings

@@ -18,8 +18,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from smallcoder_jax.base.errors import UserError, run_cli
 from smallcoder_jax.config import from_config_dict
-from smallcoder_jax.errors import UserError, run_cli
 from smallcoder_jax.export import card as model_card
 from smallcoder_jax.export import huggingface, parity
 

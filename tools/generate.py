@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from smallcoder_jax.errors import UserError, run_cli
+from smallcoder_jax.base.errors import UserError, run_cli
 from smallcoder_jax.generate.engine import Completion, Generator
 from smallcoder_jax.generate.prompts import Prompt
 from smallcoder_jax.generate.sampling import SamplingOptions

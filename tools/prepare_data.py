@@ -11,11 +11,11 @@ import argparse
 import shlex
 import sys
 
+from smallcoder_jax.base.errors import run_cli
 from smallcoder_jax.configfile import load_config, split_overrides
 from smallcoder_jax.data.prepare import prepare
 from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.data.statistics import format_report
-from smallcoder_jax.errors import run_cli
 
 
 def main(argv: list[str] | None = None) -> None:

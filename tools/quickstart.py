@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from smallcoder_jax.base.errors import EXIT_INTERRUPTED, CheckFailed, UserError, run_cli
 from smallcoder_jax.config import Config
 from smallcoder_jax.configfile import load_config, split_overrides
-from smallcoder_jax.errors import EXIT_INTERRUPTED, CheckFailed, UserError, run_cli
 
 if TYPE_CHECKING:
     from smallcoder_jax.evaluate.completions import Written

@@ -15,8 +15,8 @@ import sys
 import time
 from pathlib import Path
 
+from smallcoder_jax.base.errors import EXIT_INTERRUPTED, CheckFailed, run_cli
 from smallcoder_jax.configfile import split_overrides
-from smallcoder_jax.errors import EXIT_INTERRUPTED, CheckFailed, run_cli
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import Config, OptimizerConfig, parameter_count
-from smallcoder_jax.errors import UserError
 from tools.step_timing import cores, random_batches, resident_set, timed
 
 LLAMA = {"norm": "rmsnorm", "positions": "rope", "mlp": "swiglu", "dropout": 0.0, "window": 0}

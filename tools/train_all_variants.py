@@ -31,10 +31,7 @@ from typing import Any
 
 from launch.platforms import settings_of
 from launch.presets import PRESETS, Preset, find_preset, preset_overrides
-from smallcoder_jax.base.files import finite, read_json, utc_now, write_json
-from smallcoder_jax.config import Config, nearest, parameter_count, to_dict
-from smallcoder_jax.configfile import load_config, split_overrides
-from smallcoder_jax.errors import (
+from smallcoder_jax.base.errors import (
     EXIT_CHECK_FAILED,
     EXIT_INTERRUPTED,
     NOT_TRIED_AGAIN,
@@ -42,6 +39,9 @@ from smallcoder_jax.errors import (
     UserError,
     run_cli,
 )
+from smallcoder_jax.base.files import finite, read_json, utc_now, write_json
+from smallcoder_jax.config import Config, nearest, parameter_count, to_dict
+from smallcoder_jax.configfile import load_config, split_overrides
 from smallcoder_jax.train.run_folder import RunFolder
 from smallcoder_jax.train.terminal import format_table, human_time
 

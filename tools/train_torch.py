@@ -22,9 +22,9 @@ from typing import Any
 
 import numpy as np
 
+from smallcoder_jax.base.errors import EXIT_INTERRUPTED, UserError, run_cli
 from smallcoder_jax.config import Config
 from smallcoder_jax.configfile import load_config, split_overrides
-from smallcoder_jax.errors import EXIT_INTERRUPTED, UserError, run_cli
 from tools.step_timing import cores
 from tools.step_torch import CAUSAL, adamw, build_transformers, check_llama, modules
 

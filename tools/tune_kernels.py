@@ -26,8 +26,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from smallcoder_jax.base.errors import CheckFailed, UserError, run_cli
 from smallcoder_jax.configfile import load_config
-from smallcoder_jax.errors import CheckFailed, UserError, run_cli
 from smallcoder_jax.kernels import tile_table
 from smallcoder_jax.kernels.tiles import HopperTiles, TpuTiles
 from smallcoder_jax.train.terminal import format_table

@@ -13,10 +13,10 @@ import sys
 
 from google.protobuf.json_format import ParseError
 
+from smallcoder_jax.base.errors import CheckFailed, UserError, run_cli
 from smallcoder_jax.configfile import load_config, split_overrides
 from smallcoder_jax.data.prepare import find_prepared
 from smallcoder_jax.data.validate import validate
-from smallcoder_jax.errors import CheckFailed, UserError, run_cli
 
 SAMPLE_SHARE = 0.05
 MAX_SHOWN = 20

@@ -14,7 +14,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from smallcoder_jax.errors import CheckFailed, UserError, run_cli
+from smallcoder_jax.base.errors import CheckFailed, UserError, run_cli
 
 
 def main(argv: list[str] | None = None) -> int | None:

@@ -17,9 +17,9 @@ from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import nearest
 from smallcoder_jax.configfile import read_config_file
-from smallcoder_jax.errors import UserError
 
 PUBLISHED = 52_002  # conversations of vicgalle/alpaca-gpt4
 HELD_OUT = 0.1

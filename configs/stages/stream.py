@@ -15,9 +15,9 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import nearest
 from smallcoder_jax.configfile import read_config_file
-from smallcoder_jax.errors import UserError
 
 PRESETS = {"test": (100, 50), "development": (1000, 200), "production": (10_000, 1000)}  # steps, and from evaluation on
 

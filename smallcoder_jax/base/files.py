@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from smallcoder_jax.errors import UserError
+from smallcoder_jax.base.errors import UserError
 
 MAX_RECORD_BYTES = 64 << 20  # of a JSON file, a tokenizer, a prompt: what is read whole and is no corpus
 MAX_DEPTH = 100  # of nested brackets in JSON; what this package writes has fewer than ten

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.data.packing import best_fit, fill_batch
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.tokenizers.chat import Encoded
 
 

@@ -13,9 +13,9 @@ import platform
 import random
 from typing import Any
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.data.conversation_requests import KINDS, Plan
 from smallcoder_jax.data.conversation_tools import TOOLS, Execute, call_tool
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.tokenizers.chat import Conversation, Message
 from smallcoder_jax.tokenizers.chat_wire import from_wire, to_wire
 

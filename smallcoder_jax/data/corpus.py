@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import read_json_object, write_json
 from smallcoder_jax.config import DataConfig
 from smallcoder_jax.data.collect import SourceReport, collect_source
@@ -22,7 +23,6 @@ from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.data.shards import SPLITS
 from smallcoder_jax.data.sources import SourceSpec, source_identity
 from smallcoder_jax.data.storage import new_folder, short_key
-from smallcoder_jax.errors import UserError
 
 FORMAT = 2  # raised when the same sources and settings begin to give another corpus
 ACCOUNTING = "accounting.json"

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.data import tables
 from smallcoder_jax.data.conversations import Record, side_of
 from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.data.sources import SourceSpec, parse_sources, source_identity
 from smallcoder_jax.data.storage import short_key
 from smallcoder_jax.data.tool_dialogs import Dialogs, open_dialogs, write_dialogs
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.tokenizers.chat import Conversation, Message
 
 FORMAT = 1  # raised when the same rows begin to give other conversations

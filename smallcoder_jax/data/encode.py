@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.data.documents import Document
 from smallcoder_jax.data.repository import group_repositories
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.tokenizers.base import FILE_SEP, REPO_NAME, Tokenizer
 
 _BATCH = 64  # texts encoded in one call

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from smallcoder_jax.errors import UserError
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.tokenizers.base import FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX, Tokenizer
 
 MIN_CHARACTERS = 10  # shorter documents have no middle worth learning

@@ -11,9 +11,9 @@ import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.data.documents import Document, Skipped
 from smallcoder_jax.data.languages import language_of
-from smallcoder_jax.errors import UserError
 
 # Installed packages are another source. The regression tests are not on every machine (some systems package them
 # apart), and where they are, they outweigh the library two to one.

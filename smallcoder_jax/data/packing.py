@@ -17,7 +17,7 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-from smallcoder_jax.errors import UserError
+from smallcoder_jax.base.errors import UserError
 
 Row = list[np.ndarray]
 _Piece = TypeVar("_Piece", bound=Sized)  # of n + 1 ids

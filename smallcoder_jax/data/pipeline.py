@@ -31,11 +31,11 @@ import numpy as np
 from absl import flags
 from array_record.python.array_record_data_source import ArrayRecordDataSource
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import DataConfig
 from smallcoder_jax.data import packing
 from smallcoder_jax.data.fim import FillInTheMiddle
 from smallcoder_jax.data.shards import Manifest, SourceEntry, Split, read_records
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.tokenizers.base import FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX, Tokenizer
 
 VERSION = 3  # raised when the same settings begin to give other batches

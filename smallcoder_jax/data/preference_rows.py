@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.data.packing import best_fit
 from smallcoder_jax.data.preferences import Answer, Preference, Prompt
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.tokenizers.base import TOOL_PIECES, Tokenizer
 from smallcoder_jax.tokenizers.chat import Conversation, Encoded, Message, ToolCall, encode
 

@@ -13,6 +13,7 @@ import platform
 from collections.abc import Sequence
 from pathlib import Path
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import write_json
 from smallcoder_jax.config import PreferencesConfig
 from smallcoder_jax.data import conversations, preference_calls, preference_code
@@ -27,7 +28,6 @@ from smallcoder_jax.data.preferences import (
     write_preferences,
 )
 from smallcoder_jax.data.storage import new_folder, short_key
-from smallcoder_jax.errors import UserError
 
 FORMAT = 1  # raised when the same settings begin to give other files
 KINDS = "code, conversations, jsonl:PATH"

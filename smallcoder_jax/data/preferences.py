@@ -12,8 +12,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.data.conversations import side_of
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.tokenizers.chat import Conversation, from_json
 from smallcoder_jax.tokenizers.chat_wire import from_wire, to_wire
 

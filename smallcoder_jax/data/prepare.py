@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import read_json_object, write_json
 from smallcoder_jax.config import Config
 from smallcoder_jax.data import shards
@@ -22,7 +23,6 @@ from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.data.sources import SourceSpec, parse_sources
 from smallcoder_jax.data.statistics import token_statistics
 from smallcoder_jax.data.storage import new_folder, short_key
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.tokenizers.base import Tokenizer
 from smallcoder_jax.tokenizers.load import check_tokenizer, load_tokenizer, open_tokenizer
 from smallcoder_jax.tokenizers.sentencepiece import train_sentencepiece

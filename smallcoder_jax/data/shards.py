@@ -16,8 +16,8 @@ from typing import Any, Literal
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import read_json, write_json
-from smallcoder_jax.errors import UserError
 
 FORMAT = 1
 MANIFEST = "manifest.json"

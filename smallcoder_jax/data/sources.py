@@ -8,11 +8,11 @@ import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import nearest
 from smallcoder_jax.data import local, tables
 from smallcoder_jax.data.documents import Document, Skipped
 from smallcoder_jax.data.prose import read_prose
-from smallcoder_jax.errors import UserError
 
 # Each kind, and the options that may follow a `?`.
 KINDS: Mapping[str, tuple[str, ...]] = {

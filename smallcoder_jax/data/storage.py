@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from smallcoder_jax.errors import UserError
+from smallcoder_jax.base.errors import UserError
 
 KEY_LENGTH = 16
 _FULL = (errno.ENOSPC, errno.EDQUOT)

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.data.documents import Document, Skipped
 from smallcoder_jax.data.languages import language_of
-from smallcoder_jax.errors import UserError
 
 TEXT_COLUMNS = ("content", "text", "code")
 _PATH_COLUMNS = ("path", "max_stars_repo_path", "file_path", "filename", "id")

@@ -18,12 +18,12 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import read_json_object, write_json
 from smallcoder_jax.data.conversation_tools import Execute
 from smallcoder_jax.data.conversations import FORMAT, Draft, Record, complete, draw
 from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.data.storage import new_folder, short_key
-from smallcoder_jax.errors import UserError
 
 SIDES: tuple[str, ...] = ("train", "validation")
 _FACTS = "dialogs.json"

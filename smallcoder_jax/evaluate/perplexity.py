@@ -13,8 +13,8 @@ import numpy as np
 from jax import Array
 
 from smallcoder_jax import losses
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import ComputeConfig, ModelConfig
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.models import build
 from smallcoder_jax.ops import precision
 from smallcoder_jax.train.metrics import EvalMetrics, language_summary

@@ -36,7 +36,7 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, Literal
 
-from smallcoder_jax.errors import UserError
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.evaluate import sandbox_launch, sandbox_worker
 from smallcoder_jax.evaluate.sandbox_seccomp import seccomp_filter
 

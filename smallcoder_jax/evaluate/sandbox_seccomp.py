@@ -11,7 +11,7 @@ import errno
 import platform
 import struct
 
-from smallcoder_jax.errors import UserError
+from smallcoder_jax.base.errors import UserError
 
 ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # AUDIT_ARCH_* of linux/audit.h
 NEWEST = 450  # calls numbered above (newer ones, and those of x32): ENOSYS, which libraries know how to do without

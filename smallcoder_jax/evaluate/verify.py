@@ -10,10 +10,10 @@ from typing import Any, Literal
 
 import jax
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import read_json_object
 from smallcoder_jax.config import Config, eval_rows, from_config_dict
 from smallcoder_jax.data import pipeline, shards
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.evaluate.perplexity import evaluate
 from smallcoder_jax.models import build
 from smallcoder_jax.tokenizers.base import Tokenizer

@@ -24,9 +24,9 @@ import safetensors
 import safetensors.numpy
 
 from smallcoder_jax import config as config_module
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import read_json_object, write_json
 from smallcoder_jax.config import ModelConfig
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.export import card as model_card
 from smallcoder_jax.export import names
 from smallcoder_jax.export import tokenizer as export_tokenizer

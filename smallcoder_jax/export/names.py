@@ -14,8 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import ComputeConfig, ModelConfig
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.models import build
 
 ParamPath = tuple[str | int, ...]

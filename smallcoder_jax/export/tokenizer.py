@@ -11,8 +11,8 @@ from typing import Any
 
 import sentencepiece
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import write_json
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.tokenizers import base, chat
 from smallcoder_jax.tokenizers.load import read_kind
 from smallcoder_jax.tokenizers.sentencepiece import MODEL_FILE, SPACE

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import ComputeConfig, ModelConfig
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.generate import prompts as prompting
 from smallcoder_jax.generate import step
 from smallcoder_jax.generate.prompts import Prompt, Room

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from smallcoder_jax.errors import UserError
+from smallcoder_jax.base.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

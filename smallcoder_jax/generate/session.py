@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, TextIO
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import nearest
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.generate.engine import Generator
 from smallcoder_jax.generate.sampling import SamplingOptions
 

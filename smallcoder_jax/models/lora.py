@@ -17,8 +17,8 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import LoraConfig
-from smallcoder_jax.errors import UserError
 
 Params = dict[Any, Any]
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import jax
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import Config, parameter_count
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.mesh import mesh_sizes, row_devices, slice_of
 from smallcoder_jax.models import build
 from smallcoder_jax.preflight import estimate

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from smallcoder_jax.errors import UserError
+from smallcoder_jax.base.errors import UserError
 
 GPU_SHARE = 0.75  # of a GPU's memory, which JAX reserves unless XLA_CLIENT_MEM_FRACTION says otherwise
 

@@ -14,8 +14,8 @@ import jax
 import numpy as np
 
 from smallcoder_jax import losses
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import Config, RLConfig
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.rl.rewards import Reward
 from smallcoder_jax.rl.rollouts import Answer, Batch, Question, RolloutEngine
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from smallcoder_jax.errors import UserError
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.evaluate import sandbox
 from smallcoder_jax.evaluate.tool_calls import call_levels
 from smallcoder_jax.generate.engine import bucket

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from smallcoder_jax import distributed
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import Config, eval_rows
 from smallcoder_jax.data import pipeline
 from smallcoder_jax.data.prepare import Prepared, prepare
 from smallcoder_jax.data.progress import Progress
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.evaluate.bits_per_byte import held_out_references
 from smallcoder_jax.evaluate.perplexity import evaluate
 from smallcoder_jax.loading import LoadedModel

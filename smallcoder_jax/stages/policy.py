@@ -20,8 +20,8 @@ from jax import Array
 from jax.sharding import Mesh
 
 from smallcoder_jax import loading
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import Config, eval_rows
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.evaluate import sandbox
 from smallcoder_jax.loading import LoadedModel
 from smallcoder_jax.mesh import make_mesh, params_sharding

@@ -14,9 +14,9 @@ from typing import Any
 import jax
 
 from smallcoder_jax import distributed, loading
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import Config, eval_rows, evaluated_on
 from smallcoder_jax.data.progress import Progress
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.faults import NONE, Faults
 from smallcoder_jax.mesh import batch_sharding, place_batch
 from smallcoder_jax.preflight.examine import Report, examine

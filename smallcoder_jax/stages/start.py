@@ -8,8 +8,8 @@ from pathlib import Path
 import jax
 
 from smallcoder_jax import loading
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import Config, ModelConfig
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.loading import LoadedModel
 from smallcoder_jax.models import build, lora
 from smallcoder_jax.tokenizers.base import Tokenizer

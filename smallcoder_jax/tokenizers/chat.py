@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from smallcoder_jax.errors import UserError
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.tokenizers.base import BOS, IM_END, IM_START, TOOL_PIECES, Tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")

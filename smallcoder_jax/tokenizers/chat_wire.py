@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from smallcoder_jax.errors import UserError
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.tokenizers.chat import ROLES, Conversation, Message, ToolCall, check, from_json, to_json
 
 

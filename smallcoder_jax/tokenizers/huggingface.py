@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from smallcoder_jax.errors import UserError
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.tokenizers import base
 from smallcoder_jax.tokenizers.vocabulary import Vocabulary
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import read_json_object
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.tokenizers.base import KIND_FILE, Tokenizer
 from smallcoder_jax.tokenizers.bytes import ByteTokenizer
 from smallcoder_jax.tokenizers.huggingface import read_hugging_face

@@ -23,7 +23,7 @@ import numpy as np
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
-from smallcoder_jax.errors import UserError
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.tokenizers import base
 from smallcoder_jax.tokenizers.vocabulary import Vocabulary
 

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import finite, read_json, write_bytes, write_json
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.train.run_folder import RunFolder
 
 TRAINING_COLUMNS = (

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from smallcoder_jax.base.errors import Diverged, UserError
 from smallcoder_jax.config import Config, eval_rows, to_dict
 from smallcoder_jax.data.prefetch import DevicePrefetcher
 from smallcoder_jax.distributed import StopVote, is_first
-from smallcoder_jax.errors import Diverged, UserError
 from smallcoder_jax.faults import NONE, Faults
 from smallcoder_jax.generate.engine import Generator
 from smallcoder_jax.generate.sampling import SamplingOptions

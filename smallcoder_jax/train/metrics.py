@@ -20,9 +20,9 @@ import clu.parameter_overview
 import numpy as np
 from flax import struct
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import finite
 from smallcoder_jax.config import LogConfig
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.train import charts
 from smallcoder_jax.train.log_files import LogFiles
 from smallcoder_jax.train.run_folder import RunFolder

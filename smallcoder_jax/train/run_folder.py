@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from smallcoder_jax import config as config_module
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import finite, read_json_object, utc_now, write_json
-from smallcoder_jax.errors import UserError
 
 VERSIONED_PACKAGES = (
     "smallcoder_jax",

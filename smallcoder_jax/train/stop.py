@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-from smallcoder_jax.errors import Interrupted
+from smallcoder_jax.base.errors import Interrupted
 
 _AGAIN_SECONDS = 0.05
 

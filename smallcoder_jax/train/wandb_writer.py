@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 import numpy as np
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import finite
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.train.run_folder import RunFolder
 
 HISTOGRAM_BINS = 64

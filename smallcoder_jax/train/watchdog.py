@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from smallcoder_jax.errors import EXIT_STALLED
+from smallcoder_jax.base.errors import EXIT_STALLED
 
 _EVERY, _MOST = 0.2, 1.0  # seconds between two looks: wanted, and counted at most
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from smallcoder_jax.base import files
-from smallcoder_jax.errors import UserError
+from smallcoder_jax.base.errors import UserError
 
 
 def make_pipe(path: Path) -> None:

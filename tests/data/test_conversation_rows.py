@@ -8,8 +8,8 @@ import json
 import numpy as np
 import pytest
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.data.conversation_rows import ConversationBatches
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.tokenizers import base, chat
 from smallcoder_jax.tokenizers.chat import Conversation, Message, ToolCall
 from smallcoder_jax.tokenizers.chat_parser import parse

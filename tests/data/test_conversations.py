@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.data import conversation_code, conversation_tools
 from smallcoder_jax.data.conversation_requests import KINDS
 from smallcoder_jax.data.conversations import Record, complete, draw, side_of
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.tokenizers.chat import check
 from smallcoder_jax.tokenizers.chat_parser import check_call
 

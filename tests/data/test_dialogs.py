@@ -10,9 +10,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.data.conversations import side_of
 from smallcoder_jax.data.dialogs import prepare_dialogs
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.tokenizers.chat import Message
 
 

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.data.fim import MIN_CHARACTERS, FillInTheMiddle
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.tokenizers.base import FILE_SEP, FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX
 from smallcoder_jax.tokenizers.bytes import ByteTokenizer
 from smallcoder_jax.tokenizers.sentencepiece import train_sentencepiece

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import DataConfig
 from smallcoder_jax.data import packing, shards
 from smallcoder_jax.data.fim import MIN_CHARACTERS
 from smallcoder_jax.data.pipeline import count_unusable, make_train_iterator, pipeline_identity, validation_batches
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.tokenizers.base import FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX
 
 PAD, BOS, EOS, PREFIX, SUFFIX, MIDDLE = range(1000, 1006)

@@ -8,10 +8,10 @@ import json
 import numpy as np
 import pytest
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.data.preference_calls import call_pairs
 from smallcoder_jax.data.preference_rows import EncodedPair, PairBatches, answer_ids, encode_pairs, fitting, prompt_ids
 from smallcoder_jax.data.preferences import Preference, Reply
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.tokenizers import base, chat
 from smallcoder_jax.tokenizers.chat import Conversation, Message, ToolCall, from_json
 from smallcoder_jax.tokenizers.chat_parser import parse

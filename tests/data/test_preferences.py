@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import DataConfig, PreferencesConfig
 from smallcoder_jax.data import preference_code
 from smallcoder_jax.data.conversations import side_of
@@ -28,7 +29,6 @@ from smallcoder_jax.data.preferences import (
     write_preferences,
 )
 from smallcoder_jax.data.sources import parse_sources
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.tokenizers.chat import Conversation, Message, ToolCall, from_json
 from smallcoder_jax.tokenizers.chat_parser import check_call
 

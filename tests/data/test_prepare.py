@@ -11,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import Config, from_config_dict, to_dict
 from smallcoder_jax.data import collect, corpus, prepare, shards
 from smallcoder_jax.data.corpus import read_accounting, read_split
 from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.data.statistics import format_report
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.tokenizers import base
 from smallcoder_jax.tokenizers.bytes import ByteTokenizer
 from tests.data.conftest import code

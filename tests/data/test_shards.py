@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.data import shards
-from smallcoder_jax.errors import UserError
 
 
 def write(folder: Path, vocab_size: int = 300, **changes: object) -> shards.Manifest:

@@ -7,9 +7,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.data.documents import Document, Skipped
 from smallcoder_jax.data.sources import parse_sources, read_source, source_identity
-from smallcoder_jax.errors import UserError
 from tests.data.conftest import code
 
 ELSEWHERE = Path("/nonexistent")  # where prepared data is kept: not among the sources

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.data.conversations import draw
 from smallcoder_jax.data.tool_dialogs import Dialogs, different, prepare_tool_dialogs
-from smallcoder_jax.errors import UserError
 
 
 def answer(name: str, arguments: dict[str, Any]) -> str:

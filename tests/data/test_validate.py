@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from smallcoder_jax.base.errors import CheckFailed, UserError
 from smallcoder_jax.data import prepare, shards
 from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.data.validate import validate
-from smallcoder_jax.errors import CheckFailed, UserError
 from tests.data.conftest import code
 from tools import prepare_data, train_tokenizer, validate_data
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.data.prepare import prepare
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.evaluate import bits_per_byte
 from tests.evaluate.conftest import small_config
 

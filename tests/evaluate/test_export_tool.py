@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import smallcoder_jax
-from smallcoder_jax.errors import CheckFailed, UserError
+from smallcoder_jax.base.errors import CheckFailed, UserError
 from smallcoder_jax.export import parity
 from smallcoder_jax.stages import run
 from tests.evaluate.conftest import small_config

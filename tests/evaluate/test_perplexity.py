@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from smallcoder_jax.errors import UserError
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.evaluate.perplexity import evaluate
 from smallcoder_jax.models import build
 from tests.helpers import FLOAT32, packed_batch, tiny_model

@@ -22,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from smallcoder_jax.errors import UserError
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.evaluate import sandbox
 from smallcoder_jax.evaluate.sandbox import Call, Limits, run_command, run_doctests, run_python, run_tests, same_value
 
@@ -614,7 +614,7 @@ def test_refused_where_namespaces_are_forbidden(tmp_path: Path) -> None:
         "import sys\nfrom smallcoder_jax.evaluate import sandbox, sandbox_launch, sandbox_seccomp\n"
         "sandbox_launch.libc.prctl(38, 1, 0, 0, 0)\n"
         "sandbox_launch.install_filter(sandbox_seccomp.seccomp_filter())\n"
-        "from smallcoder_jax.errors import run_cli\nrun_cli(lambda: sandbox.check_isolation())"
+        "from smallcoder_jax.base.errors import run_cli\nrun_cli(lambda: sandbox.check_isolation())"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2, done

@@ -182,7 +182,7 @@ def test_a_manifest_of_another_form_is_corrupt(copied: Path) -> None:
 
 
 def test_command(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from smallcoder_jax.errors import CheckFailed, UserError
+    from smallcoder_jax.base.errors import CheckFailed, UserError
 
     assert verify_models.main(["--all", "--runs", str(trained), "--json"]) is None
     (shown,) = json.loads(capsys.readouterr().out)

@@ -13,8 +13,8 @@ import pytest
 import safetensors.numpy
 
 import smallcoder_jax
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import ModelConfig
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.export import huggingface, names
 from smallcoder_jax.tokenizers.base import Tokenizer
 from smallcoder_jax.tokenizers.bytes import ByteTokenizer

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from smallcoder_jax.errors import CheckFailed, UserError
+from smallcoder_jax.base.errors import CheckFailed, UserError
 from smallcoder_jax.export import huggingface, parity
 from smallcoder_jax.tokenizers.base import Tokenizer
 from smallcoder_jax.tokenizers.bytes import ByteTokenizer

@@ -11,7 +11,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from smallcoder_jax.errors import UserError
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.export import tokenizer as export_tokenizer
 from smallcoder_jax.tokenizers import base
 from smallcoder_jax.tokenizers.bytes import ByteTokenizer

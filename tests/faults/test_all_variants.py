@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from sentencepiece import sentencepiece_model_pb2
 
+from smallcoder_jax.base.errors import EXIT_CHECK_FAILED
 from smallcoder_jax.config import parameter_count
 from smallcoder_jax.configfile import load_config
-from smallcoder_jax.errors import EXIT_CHECK_FAILED
 from smallcoder_jax.tokenizers.sentencepiece import MODEL_FILE, SentencePieceTokenizer, train_sentencepiece
 from tools.train_all_variants import VARIANTS
 

@@ -8,7 +8,7 @@ import signal
 import numpy as np
 import pytest
 
-from smallcoder_jax.errors import EXIT_DIVERGED, EXIT_INTERRUPTED, EXIT_STALLED, EXIT_USER_ERROR
+from smallcoder_jax.base.errors import EXIT_DIVERGED, EXIT_INTERRUPTED, EXIT_STALLED, EXIT_USER_ERROR
 from smallcoder_jax.loading import load
 from smallcoder_jax.train.checkpoint import verify_step
 from tests.faults.runs import STEPS, Runs

@@ -9,7 +9,7 @@ import signal
 
 import pytest
 
-from smallcoder_jax.errors import EXIT_INTERRUPTED
+from smallcoder_jax.base.errors import EXIT_INTERRUPTED
 from tests.faults.runs import STEPS, Runs
 
 ALL_AT_ONCE = ("data.workers=2", "train.microbatch_size=2", "data.packing=best_fit", "data.repository_order=True")

@@ -11,8 +11,8 @@ import jax
 import numpy as np
 import pytest
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import ComputeConfig, MeshConfig
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.generate import engine, step
 from smallcoder_jax.generate.sampling import SamplingOptions
 from smallcoder_jax.mesh import make_mesh, params_sharding

@@ -9,7 +9,7 @@ import types
 import pytest
 
 import smallcoder_jax
-from smallcoder_jax.errors import UserError
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.generate.sampling import SamplingOptions
 from tools import generate as tool
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from smallcoder_jax.errors import UserError
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.generate.prompts import Room, fill_in_middle
 from smallcoder_jax.generate.sampling import SamplingOptions
 from smallcoder_jax.tokenizers.base import BOS, FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX

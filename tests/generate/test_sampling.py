@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from smallcoder_jax.errors import UserError
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.generate.sampling import SamplingOptions, Settings, best, choose, penalise, probabilities
 
 

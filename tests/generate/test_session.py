@@ -5,7 +5,7 @@ import io
 
 import pytest
 
-from smallcoder_jax.errors import UserError
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.generate.sampling import SamplingOptions
 from smallcoder_jax.generate.session import COMMANDS, Session
 

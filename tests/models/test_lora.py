@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import ComputeConfig, LoraConfig, MeshConfig
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.mesh import make_mesh, params_sharding
 from smallcoder_jax.models import build, lora
 from tests.helpers import FLOAT32, max_difference, packed_batch, tiny_model

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from smallcoder_jax.errors import UserError
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.ops.attention import attention, choose
 from smallcoder_jax.ops.rope import rotate
 from tests.helpers import CAPTURES

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import ComputeConfig, Config
 from smallcoder_jax.configfile import load_config
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.ops import precision
 from smallcoder_jax.ops.cross_entropy import token_losses
 from smallcoder_jax.ops.linear import linear

@@ -13,8 +13,8 @@ from pathlib import Path
 import jax
 import pytest
 
+from smallcoder_jax.base.errors import EXIT_CHECK_FAILED, EXIT_USER_ERROR, UserError, run_cli
 from smallcoder_jax.config import Config, EvalConfig, MeshConfig, TrainConfig, parameter_count
-from smallcoder_jax.errors import EXIT_CHECK_FAILED, EXIT_USER_ERROR, UserError, run_cli
 from smallcoder_jax.main import main
 from smallcoder_jax.models import build
 from smallcoder_jax.ops import cross_entropy

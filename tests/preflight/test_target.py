@@ -7,7 +7,7 @@ import importlib.util
 import jax
 import pytest
 
-from smallcoder_jax.errors import UserError
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.preflight.target import CHIPS, Target, target_of
 from smallcoder_jax.train.flops import peak_flops
 

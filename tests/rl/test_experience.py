@@ -12,8 +12,8 @@ import jax
 import numpy as np
 import pytest
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import RLConfig
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.rl.experience import Experience, grpo_rows, next_coefficient, ppo_rows, statistics
 from smallcoder_jax.rl.rollouts import Answer, Question
 from tests.rl.conftest import World

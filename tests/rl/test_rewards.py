@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import ModelConfig
 from smallcoder_jax.data.conversation_code import draw_callable
 from smallcoder_jax.data.conversation_tools import TOOLS
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.loading import LoadedModel
 from smallcoder_jax.models import build
 from smallcoder_jax.models.heads import init_head

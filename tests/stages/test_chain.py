@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from smallcoder_jax.base.errors import CheckFailed, UserError
 from smallcoder_jax.base.files import read_json
 from smallcoder_jax.config import Config
-from smallcoder_jax.errors import CheckFailed, UserError
 from smallcoder_jax.stages import chain
 from smallcoder_jax.stages.chain import Change, Done, Measure, Planned
 from smallcoder_jax.stages.run import Run

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import (
     DataConfig,
     DialogConfig,
@@ -19,7 +20,6 @@ from smallcoder_jax.config import (
     TrainConfig,
     from_config_dict,
 )
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.stages.run import evaluate_run, train
 from tests.helpers import tiny_config, tiny_model
 

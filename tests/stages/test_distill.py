@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from smallcoder_jax import loading
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import Config, DistillConfig, MeshConfig, validate
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.models import build
 from smallcoder_jax.stages import distill, run, teacher_tokens
 from smallcoder_jax.train.log_files import read_csv

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from smallcoder_jax import loading
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import (
     ComputeConfig,
     Config,
@@ -29,7 +30,6 @@ from smallcoder_jax.config import (
 from smallcoder_jax.data.conversations import Record
 from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.data.tool_dialogs import Dialogs
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.evaluate.verify import verify
 from smallcoder_jax.generate.sampling import SamplingOptions
 from smallcoder_jax.rl.rollouts import Answer, Question

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import (
     CheckpointConfig,
     Config,
@@ -25,7 +26,6 @@ from smallcoder_jax.config import (
     TrainConfig,
 )
 from smallcoder_jax.data.progress import Progress
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.loading import LoadedModel
 from smallcoder_jax.models import build
 from smallcoder_jax.models.heads import init_head

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import pytest
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import (
     CheckpointConfig,
     Config,
@@ -24,7 +25,6 @@ from smallcoder_jax.config import (
     TokenizerConfig,
     TrainConfig,
 )
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.evaluate.verify import verify
 from smallcoder_jax.loading import load
 from smallcoder_jax.stages import run

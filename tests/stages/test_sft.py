@@ -16,9 +16,9 @@ import pytest
 
 import smallcoder_jax
 from smallcoder_jax import loading
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import CheckpointConfig, Config, DialogConfig, StageConfig, TokenizerConfig
 from smallcoder_jax.data.tool_dialogs import prepare_tool_dialogs
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.evaluate import verify
 from smallcoder_jax.generate.sampling import SamplingOptions
 from smallcoder_jax.stages import run, sft

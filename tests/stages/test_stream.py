@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import (
     Config,
     DataConfig,
@@ -23,7 +24,6 @@ from smallcoder_jax.config import (
 )
 from smallcoder_jax.data.collect import collect_source
 from smallcoder_jax.data.sources import parse_sources
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.stages.run import train
 from tests.helpers import tiny_config, tiny_model
 

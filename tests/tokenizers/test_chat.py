@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from smallcoder_jax.errors import UserError
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.export.tokenizer import write_tokenizer
 from smallcoder_jax.tokenizers import base, chat
 from smallcoder_jax.tokenizers.bytes import ByteTokenizer

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from smallcoder_jax.errors import UserError
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.tokenizers.chat import Conversation, Message, ToolCall
 from smallcoder_jax.tokenizers.chat_wire import from_wire, to_wire
 from tests.tokenizers.test_chat import CONVERSATIONS, random_conversation

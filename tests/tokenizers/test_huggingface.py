@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from smallcoder_jax.errors import UserError
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.tokenizers import base
 from smallcoder_jax.tokenizers.huggingface import HuggingFaceTokenizer, read_hugging_face
 from smallcoder_jax.tokenizers.load import load_tokenizer, open_tokenizer

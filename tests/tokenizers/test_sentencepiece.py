@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from smallcoder_jax.errors import UserError
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.tokenizers import base
 from smallcoder_jax.tokenizers.load import check_tokenizer, load_tokenizer
 from smallcoder_jax.tokenizers.sentencepiece import SentencePieceTokenizer, train_sentencepiece

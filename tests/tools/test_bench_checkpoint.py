@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from smallcoder_jax.errors import CheckFailed, UserError
+from smallcoder_jax.base.errors import CheckFailed, UserError
 from tools import bench_checkpoint
 
 SMALL = (

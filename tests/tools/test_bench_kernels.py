@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.tree_util import Partial
 
-from smallcoder_jax.errors import CheckFailed, UserError
+from smallcoder_jax.base.errors import CheckFailed, UserError
 from tools import attention_jax, attention_torch, bench_kernels, packed_rows
 from tools.packed_rows import Shape
 

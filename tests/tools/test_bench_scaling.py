@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import TrainConfig
-from smallcoder_jax.errors import UserError
 from tests.helpers import tiny_config
 from tools import bench_scaling
 

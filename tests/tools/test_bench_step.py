@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from smallcoder_jax.base.errors import CheckFailed, UserError
 from smallcoder_jax.config import Config, TrainConfig
-from smallcoder_jax.errors import CheckFailed, UserError
 from tests.helpers import tiny_config
 from tools import bench_step, op_profile, step_timing, step_torch
 

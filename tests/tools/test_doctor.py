@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from smallcoder_jax.errors import CheckFailed
+from smallcoder_jax.base.errors import CheckFailed
 from smallcoder_jax.preflight import target
 from tests.faults.test_processes import free_port
 from tools import doctor

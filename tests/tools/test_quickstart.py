@@ -7,8 +7,8 @@ from pathlib import Path
 import jax
 import pytest
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.configfile import load_config
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.export import huggingface
 from smallcoder_jax.loading import load
 from smallcoder_jax.models import build

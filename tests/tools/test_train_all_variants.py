@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from launch.presets import PRESETS, find_preset, preset_overrides
+from smallcoder_jax.base.errors import CheckFailed, UserError
 from smallcoder_jax.configfile import load_config
-from smallcoder_jax.errors import CheckFailed, UserError
 from tools import train_all_variants
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -209,7 +209,8 @@ def test_results_of_earlier_starts_are_kept(place: Place) -> None:
 def starting(place: Place) -> subprocess.Popen[str]:
     """The command in a process of its own."""
     program = (
-        "import sys; from tools import train_all_variants as all_variants; from smallcoder_jax.errors import run_cli\n"
+        "import sys; from tools import train_all_variants as all_variants\n"
+        "from smallcoder_jax.base.errors import run_cli\n"
         f"all_variants.TRAINER = (sys.executable, {str(place.root / 'trainer.py')!r})\n"
         f"all_variants.VERIFIER = (sys.executable, {str(place.root / 'verifier.py')!r})\n"
         "run_cli(lambda: all_variants.main(sys.argv[1:]))"

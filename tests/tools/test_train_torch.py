@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import Config, DataConfig, EvalConfig, TokenizerConfig, TrainConfig
-from smallcoder_jax.errors import UserError
 from tests.helpers import tiny_config, tiny_model
 from tools import train_torch
 

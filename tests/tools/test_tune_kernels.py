@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 import pytest
 
-from smallcoder_jax.errors import CheckFailed, UserError
+from smallcoder_jax.base.errors import CheckFailed, UserError
 from smallcoder_jax.kernels import tile_table
 from smallcoder_jax.kernels.tiles import HopperTiles, TpuTiles
 from tools import attention_jax, tune_kernels

@@ -16,8 +16,8 @@ import numpy as np
 import optax
 import pytest
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import MeshConfig
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.faults import flip_bit
 from smallcoder_jax.mesh import make_mesh
 from smallcoder_jax.models import build

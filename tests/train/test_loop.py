@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import CheckpointConfig, Config, DataConfig, EvalConfig, LogConfig, TokenizerConfig
 from smallcoder_jax.data.progress import Progress
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.ops import cross_entropy
 from smallcoder_jax.preflight.target import Target
 from smallcoder_jax.stages import pretrain, run

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import LogConfig
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.train import charts, log_files, metrics
 from smallcoder_jax.train.metrics import EvalMetrics, MetricsLog, language_summary
 from smallcoder_jax.train.run_folder import RunFolder

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import write_json
 from smallcoder_jax.config import Config, EvalConfig, TrainConfig
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.stages.run import _results
 from smallcoder_jax.train import charts, report, run_folder
 from smallcoder_jax.train.loop import Outcome

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from smallcoder_jax import config as config_module
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import write_json
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.train import run_folder
 from smallcoder_jax.train.run_folder import RunFolder, check_allowed, compare_identity, split_allowed
 

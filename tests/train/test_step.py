@@ -14,8 +14,8 @@ import optax
 import pytest
 
 from smallcoder_jax import optim
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import Config, MeshConfig, OptimizerConfig, TrainConfig
-from smallcoder_jax.errors import UserError
 from smallcoder_jax.mesh import batch_sharding, make_mesh, path_name, place_batch, process_rows, spec_of
 from smallcoder_jax.models import build
 from smallcoder_jax.stages import language

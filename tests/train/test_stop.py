@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import pytest
 
-from smallcoder_jax.errors import Interrupted
+from smallcoder_jax.base.errors import Interrupted
 from smallcoder_jax.train.stop import interruptible
 
 

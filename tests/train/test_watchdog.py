@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from smallcoder_jax.errors import EXIT_STALLED
+from smallcoder_jax.base.errors import EXIT_STALLED
 from smallcoder_jax.train.watchdog import Watchdog
 
 HANG = """

@@ -7,6 +7,8 @@ import sys
 import traceback
 from collections.abc import Callable
 
+from smallcoder_jax.base.display import printable
+
 EXIT_USER_ERROR = 2  # bad input: config, path, data, tokenizer, workdir of another run
 EXIT_CHECK_FAILED = 3  # a check that the command promises did not hold (parity, verification, validation)
 EXIT_DIVERGED = 4  # too many updates in a row were skipped: loss or gradient not finite, or a spike
@@ -43,16 +45,16 @@ def run_cli(main: Callable[[], int | None]) -> None:
 def report(error: BaseException) -> int:
     """Prints what ended a command, as one message where a user can act on it, and returns the exit code."""
     if isinstance(error, UserError):
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return EXIT_USER_ERROR
     if isinstance(error, CheckFailed):
-        print(f"check failed: {error}", file=sys.stderr)
+        print(printable(f"check failed: {error}"), file=sys.stderr)
         return EXIT_CHECK_FAILED
     if isinstance(error, Diverged):
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return EXIT_DIVERGED
     if isinstance(error, Interrupted):
-        print(error, file=sys.stderr)
+        print(printable(str(error)), file=sys.stderr)
         return EXIT_INTERRUPTED
     if isinstance(error, KeyboardInterrupt):
         return 130
