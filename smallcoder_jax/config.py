@@ -248,7 +248,7 @@ class PreferencesConfig:
     """Pairs of a better and a worse answer, for the stages `reward` and `dpo`.
 
     `sources`: some of `code` (functions of the Python documents of `data.sources`), `conversations` (generated ones
-    that call functions) and `jsonl:PATH` (prompt, chosen, rejected; a string each, or a conversation and replies).
+    that call functions) and `jsonl:PATH` (prompt, chosen, rejected; a string each, or messages).
     """
 
     sources: str = "code,conversations"

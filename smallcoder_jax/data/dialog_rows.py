@@ -11,7 +11,7 @@ from typing import Any
 
 from smallcoder_jax.base.files import parse_json
 from smallcoder_jax.data.rows import text_of
-from smallcoder_jax.tokenizers.chat import Conversation
+from smallcoder_jax.tokenizers.chat import Conversation, content_text
 from smallcoder_jax.tokenizers.chat_wire import from_wire
 
 # The first of each that is not empty in a row.
@@ -22,7 +22,8 @@ SYSTEM = ("system", "system_prompt")
 TALKS = ("messages", "conversations", "conversation")
 # A row that has one of these says something that is not read here.
 UNUSED = ("image", "images", "video", "videos", "audio", "audios", "functions", "function_call")
-WANTED = (*ASKED, *MORE, *ANSWERED, *SYSTEM, *TALKS, *UNUSED, "history", "tools")
+ASKING = (*ASKED, *MORE, *SYSTEM, *TALKS, "history", "tools")
+WANTED = (*ASKING, *ANSWERED, *UNUSED)
 EXPECTED = (
     f"one of {', '.join(TALKS[:2])}, whose items have role and content or from and value; or one of "
     f"{', '.join(ASKED)}, perhaps {', '.join((*MORE, 'history'))}, with one of {', '.join(ANSWERED)}; perhaps "
@@ -134,6 +135,8 @@ def _turn(turn: dict[str, Any]) -> dict[str, Any]:
     for key in ("weight", "train"):  # marks of turns that are to be learned, as all are
         if turn.get(key) in (1, True):
             turn.pop(key)
+    if "content" in turn:  # of all forms the same, as the turns of two answers are compared
+        turn["content"] = content_text(turn["content"], "content")
     if role == _CALLS:
         called = parse_json(text_of(turn.pop("content", None)))
         turn |= {"role": "assistant", "tool_calls": called if isinstance(called, list) else [called]}

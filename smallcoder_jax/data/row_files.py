@@ -25,7 +25,7 @@ MAX_ROW_BYTES = 16 << 20  # of a line, or of an item of an array
 MAX_ARRAY_BYTES = 256 << 20  # of a JSON array, which is read whole
 _PARQUET_ROWS = 64  # that are in memory at a time
 _KINDS: Mapping[str, tuple[str, ...]] = {
-    "jsonl": tuple(name + packed for packed in ("", ".gz", ".zst") for name in (".jsonl", ".json")),
+    "jsonl": tuple(name + packed for packed in ("", ".gz", ".zst") for name in (".jsonl", ".ndjson", ".json")),
     "parquet": (".parquet",),
 }
 _SUBFOLDER = "data"  # where data sets of the hub keep their files
