@@ -227,7 +227,7 @@ class StageConfig:
 class DialogConfig:
     """Conversations of stage sft: generated, calling functions that are really executed; or questions and answers."""
 
-    source: str = ""  # "": generated; jsonl:PATH, parquet:PATH or hf:NAME: rows with instruction, input and output
+    source: str = ""  # "": generated; jsonl:PATH, parquet:PATH or hf:NAME: rows of questions and answers, or of talks
     count: int = 20_000  # conversations, a tenth of them held out; 0: all of the source
     seed: int = 0  # of those that are generated
     packed: bool = True  # several to a row, where they fit; False: one to a row
@@ -248,7 +248,7 @@ class PreferencesConfig:
     """Pairs of a better and a worse answer, for the stages `reward` and `dpo`.
 
     `sources`: some of `code` (functions of the Python documents of `data.sources`), `conversations` (generated ones
-    that call functions) and `jsonl:PATH` (prompt, chosen, rejected; a string each, or a conversation and replies).
+    that call functions) and `jsonl:PATH` (prompt, chosen, rejected; a string each, or messages).
     """
 
     sources: str = "code,conversations"

@@ -94,12 +94,15 @@ def read_json_object(path: Path, what: str, limit: int = MAX_RECORD_BYTES) -> di
     return content
 
 
-def parse_json(text: str | bytes, *, finite_only: bool = True) -> Any:
+def parse_json(text: str | bytes, *, finite_only: bool = True, unique_keys: bool = False) -> Any:
     """The value of a JSON text. Raises ValueError, and nothing else, for what is none: also for brackets nested deeper
-    than MAX_DEPTH and, with `finite_only`, for NaN, infinities and numbers beyond float64."""
-    constants: dict[str, Any] = {"parse_constant": _refuse_constant, "parse_float": _finite_float}
+    than MAX_DEPTH; with `finite_only` for NaN, infinities and numbers beyond float64; with `unique_keys` for a key that
+    is twice in an object."""
+    hooks: dict[str, Any] = {"object_pairs_hook": _without_doubles} if unique_keys else {}
+    if finite_only:
+        hooks |= {"parse_constant": _refuse_constant, "parse_float": _finite_float}
     try:
-        value = json.loads(text, **(constants if finite_only else {}))
+        value = json.loads(text, **hooks)
     except RecursionError as error:
         raise ValueError("brackets nested too deep") from error
     level, depth = [value], 0
@@ -163,6 +166,14 @@ def _items(value: Any) -> list[Any]:
     """What stands within an object or array and may hold more."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return [item for item in inner if isinstance(item, dict | list)]
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
+    return value
 
 
 def _refuse_constant(name: str) -> Any:

@@ -1,7 +1,8 @@
 """The preferences of a config: drawn once from their sources, divided in two, and kept as files that can be read.
 
 `DIR/preferences/KEY/` holds `train.jsonl`, `validation.jsonl` (one pair a line, see `preferences.Preference`) and
-`accounting.json`: of each side, how many pairs there are by criterion.
+`accounting.json`: of each side, how many pairs there are by criterion; `left_out`, those that were there before or
+whose prompt is on the other side; `unusable`, of each file how many rows gave no pair, and the first of them.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ import collections
 import dataclasses
 import hashlib
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import write_json
 from smallcoder_jax.config import PreferencesConfig
-from smallcoder_jax.data import conversations, preference_calls, preference_code
+from smallcoder_jax.data import conversations, preference_calls, preference_code, preference_given
 from smallcoder_jax.data.conversations import VALIDATION_SHARE, side_of
 from smallcoder_jax.data.corpus import read_split
 from smallcoder_jax.data.preferences import (
@@ -27,10 +28,15 @@ from smallcoder_jax.data.preferences import (
     separate,
     write_preferences,
 )
+from smallcoder_jax.data.progress import Progress
+from smallcoder_jax.data.row_files import RowFiles, find_files
+from smallcoder_jax.data.rows import Account
+from smallcoder_jax.data.sources import parse_sources
 from smallcoder_jax.data.storage import new_folder, short_key
 
-FORMAT = 1  # raised when the same settings begin to give other files
+FORMAT = 2  # raised when the same settings begin to give other files
 KINDS = "code, conversations, jsonl:PATH"
+_DRAWN = ("code", "conversations")  # made here; all others are files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,25 +53,33 @@ def parse_preference_sources(text: str) -> list[str]:
     """The sources that `preferences.sources` names. Raises UserError for one that is not known, or there twice."""
     sources = [part.strip() for part in text.split(",")]
     for source in sources:
-        known = source in ("code", "conversations") or source.removeprefix("jsonl:") not in ("", source)
+        known = source in _DRAWN or source.removeprefix("jsonl:") not in ("", source)
         if not known or sources.count(source) > 1:
             raise UserError(f"preferences.sources={text!r}: expected some of {KINDS}, each once, separated by commas")
     return sources
 
 
-def ensure_preferences(preferences: PreferencesConfig, root: Path, corpus: Path | None) -> PreferenceSet:
+def ensure_preferences(
+    preferences: PreferencesConfig, root: Path, corpus: Path | None, progress: Progress | None = None
+) -> PreferenceSet:
     """The preferences of these settings, below `root`; drawn first where they are not there yet. `corpus` is the folder
     that the source `code` takes its documents from.
 
-    Raises UserError for a file that cannot be read, for a side without pairs, and where the disk is full.
+    Raises UserError for a file that cannot be read or has no usable row, for a side without pairs, and where the disk
+    is full.
     """
     sources = parse_preference_sources(preferences.sources)
+    files = {source: _files(source) for source in sources if source not in _DRAWN}
     formats = [FORMAT, preference_code.FORMAT, preference_calls.FORMAT, conversations.FORMAT]
-    origins = [_identity(source, corpus) for source in sources]
+    origins = [files[source].hash() if source in files else _identity(source, corpus) for source in sources]
     key = short_key([formats, origins, preferences.count, preferences.seed, platform.python_version()])
     folder = root / "preferences" / key
     if not folder.is_dir():
-        sides = _draw(sources, preferences, corpus)
+        accounts = {source: Account(f"preferences {source}", preference_given.EXPECTED) for source in files}
+        drawn = _draw(sources, preferences, corpus, files, accounts)
+        for source in files:
+            _say(progress, files[source].note, accounts[source].line())
+        sides = separate(drawn)
         for side in SIDES:
             if not sides[side]:
                 raise UserError(
@@ -75,35 +89,48 @@ def ensure_preferences(preferences: PreferencesConfig, root: Path, corpus: Path 
             for side in SIDES:
                 write_preferences(temporary / f"{side}.jsonl", sides[side])
             counts = {side: collections.Counter(pair.criteria for pair in sides[side]) for side in SIDES}
-            write_json(temporary / "accounting.json", {side: dict(sorted(counts[side].items())) for side in SIDES})
+            accounting: dict[str, object] = {side: dict(sorted(counts[side].items())) for side in SIDES}
+            accounting["left_out"] = sum(len(drawn[side]) - len(sides[side]) for side in SIDES)
+            accounting["unusable"] = {name: {"rows": a.bad, "first": a.named} for name, a in accounts.items()}
+            write_json(temporary / "accounting.json", accounting)
     train, validation = (tuple(read_preferences(folder / f"{side}.jsonl")) for side in SIDES)
     digest = hashlib.sha256(b"".join((folder / f"{side}.jsonl").read_bytes() for side in SIDES))
     return PreferenceSet(folder, train, validation, digest.hexdigest())
 
 
 def _identity(source: str, corpus: Path | None) -> str:
-    """What decides the pairs of a source, beside the preferences."""
+    """What decides the pairs of a source that is no file, beside the preferences."""
     if source == "code":
         assert corpus is not None
         return f"code|{corpus.name}"
-    if source == "conversations":
-        return source
-    path = _path(source)
-    try:
-        return f"jsonl|{hashlib.sha256(path.read_bytes()).hexdigest()}"
-    except OSError as error:
-        raise UserError(f"preferences.sources names {path}, which cannot be read: {error.strerror}") from error
+    return source
 
 
-def _path(source: str) -> Path:
-    return Path(source.removeprefix("jsonl:")).expanduser()
+def _files(source: str) -> RowFiles:
+    (spec,) = parse_sources(source)
+    options = dict(spec.options)
+    if spec.weight != 1.0 or not spec.fim or "column" in options:
+        raise UserError(f"preferences.sources: {source!r} takes split as its only option, and no weight or mark")
+    return find_files(source, spec.kind, spec.location, options.get("split"))
 
 
-def _draw(sources: Sequence[str], preferences: PreferencesConfig, corpus: Path | None) -> dict[str, list[Preference]]:
+def _say(progress: Progress | None, *lines: str) -> None:
+    for line in filter(None, lines):
+        if progress:
+            progress.note(line)
+
+
+def _draw(
+    sources: Sequence[str],
+    preferences: PreferencesConfig,
+    corpus: Path | None,
+    files: dict[str, RowFiles],
+    accounts: dict[str, Account],
+) -> dict[str, list[Preference]]:
     sides: dict[str, list[Preference]] = {side: [] for side in SIDES}
     for source in sources:
-        if source not in ("code", "conversations"):
-            for pair in read_preferences(_path(source)):
+        if source in files:
+            for pair in _given(source, files[source], accounts[source]):
                 sides[side_of(prompt_words(pair.prompt))].append(pair)
             continue
         for side in SIDES:
@@ -115,4 +142,19 @@ def _draw(sources: Sequence[str], preferences: PreferencesConfig, corpus: Path |
                 assert corpus is not None
                 documents = read_split(corpus, side)
                 sides[side] += preference_code.code_pairs(documents, count=count, seed=preferences.seed)
-    return separate(sides)
+    return sides
+
+
+def _given(source: str, files: RowFiles, account: Account) -> Iterator[Preference]:
+    """The pair of each usable row; the others are in the account. Raises UserError where there are only others."""
+    for row in files.rows(preference_given.WANTED):
+        try:
+            if row.columns is None:
+                raise ValueError(row.problem)
+            pair = preference_given.preference_of(row.columns, {"source": source, "row": row.place})
+        except (UserError, ValueError) as error:
+            account.add_bad(row, str(error))
+            continue
+        account.add_used()
+        yield pair
+    account.check()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from smallcoder_jax.base.errors import UserError
+from smallcoder_jax.base.files import open_regular, reason
 from smallcoder_jax.data.conversations import side_of
 from smallcoder_jax.tokenizers.chat import Conversation, from_json
 from smallcoder_jax.tokenizers.chat_wire import from_wire, to_wire
@@ -115,18 +116,18 @@ def write_preferences(path: Path, pairs: Iterable[Preference]) -> None:
 
 
 def read_preferences(path: Path) -> Iterator[Preference]:
-    """The pairs of a file with one JSON object a line. Raises UserError, naming file and line."""
+    """The pairs that `write_preferences` wrote. Raises UserError, naming file and line."""
     try:
-        with path.open(encoding="utf-8") as file:
+        with open_regular(path) as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     try:
-                        yield Preference.from_json(from_json(line))
+                        yield Preference.from_json(from_json(line.decode("utf-8")))
                     except (UserError, ValueError) as error:
                         raise UserError(f"{path}, line {number}: {error}") from error
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise UserError(
-            f"{path} cannot be read: {error}; give a file of preferences, one JSON object a line"
+            f"{path} cannot be read: {reason(error)}; give a file of preferences, one JSON object a line"
         ) from error
 
 

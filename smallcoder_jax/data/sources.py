@@ -20,8 +20,8 @@ KINDS: Mapping[str, tuple[str, ...]] = {
     "installed": (),
     "prose": (),
     "dir": (),
-    "jsonl": ("column",),
-    "parquet": ("column",),
+    "jsonl": ("split", "column"),
+    "parquet": ("split", "column"),
     "tfds": ("split", "column"),
     "hf": ("config", "split", "column", "streaming"),
 }

@@ -1,16 +1,16 @@
-"""Documents from rows: JSON lines, Parquet, TensorFlow Datasets and the Hugging Face hub."""
+"""Documents from rows: JSON, Parquet, TensorFlow Datasets and the Hugging Face hub."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.data.documents import Document, Skipped
 from smallcoder_jax.data.languages import language_of
+from smallcoder_jax.data.row_files import find_files
+from smallcoder_jax.data.rows import Account, Row, text_of
 
 TEXT_COLUMNS = ("content", "text", "code")
 _PATH_COLUMNS = ("path", "max_stars_repo_path", "file_path", "filename", "id")
@@ -18,6 +18,7 @@ _REPOSITORY_COLUMNS = ("repo", "repository", "repository_name", "repo_name", "ma
 _LANGUAGE_COLUMNS = ("lang", "language", "programming_language")
 _SWITCH = {"1": True, "true": True, "0": False, "false": False}
 _LICENSE_COLUMNS = ("license", "licenses", "max_stars_repo_licenses")
+_ABOUT_COLUMNS = (*_PATH_COLUMNS, *_REPOSITORY_COLUMNS, *_LANGUAGE_COLUMNS, *_LICENSE_COLUMNS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,27 +52,21 @@ KNOWN_DATASETS: Mapping[str, KnownDataset] = {
 
 
 def read_jsonl(source: str, location: str, options: Mapping[str, str]) -> Iterator[Document | Skipped]:
-    """One JSON object per line of a file, or of every `.jsonl` file of a folder. A bad line is skipped."""
-    for name, rows in jsonl_rows(source, location, options):
-        yield from _documents(source, rows, options.get("column"), name)
+    """The JSON objects of a file, or of the files of a folder: one a line, or those of one array."""
+    return _read_files(source, "jsonl", location, options)
 
 
 def read_parquet(source: str, location: str, options: Mapping[str, str]) -> Iterator[Document | Skipped]:
-    """The rows of a Parquet file, or of every `.parquet` file of a folder."""
-    for name, rows in parquet_rows(source, location, options):
-        yield from _documents(source, rows, options.get("column"), name)
+    """The rows of a Parquet file, or of the files of a folder."""
+    return _read_files(source, "parquet", location, options)
 
 
-def jsonl_rows(source: str, location: str, options: Mapping[str, str]) -> Iterator[tuple[str, Iterator[Any]]]:
-    """The name of each file, and its rows; None for a line that is not JSON."""
-    for path in _files(source, location, ".jsonl"):
-        yield path.name, _json_rows(source, path)
-
-
-def parquet_rows(source: str, location: str, options: Mapping[str, str]) -> Iterator[tuple[str, Iterator[Any]]]:
-    """The name of each file, and its rows."""
-    for path in _files(source, location, ".parquet"):
-        yield path.name, _parquet_rows(source, path)
+def _read_files(source: str, kind: str, location: str, options: Mapping[str, str]) -> Iterator[Document | Skipped]:
+    files = find_files(source, kind, location, options.get("split"))
+    for name in files.left_out:
+        yield Skipped("other_split", name)
+    columns = _Columns(source, options.get("column", ""))
+    yield from columns.documents(files.rows(columns.wanted))
 
 
 def read_tfds(source: str, location: str, options: Mapping[str, str]) -> Iterator[Document | Skipped]:
@@ -85,18 +80,19 @@ def read_tfds(source: str, location: str, options: Mapping[str, str]) -> Iterato
         rows = iter(builder.as_data_source(split))
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise UserError(_ways_out(source, error, "TFDS_DATA_DIR")) from error
-    yield from _documents(source, rows, options.get("column"), f"{location}/{split}")
+    columns = _Columns(source, options.get("column", ""))
+    yield from columns.documents(columns.checked(_numbered(f"{location}/{split}", rows)))
 
 
 def read_hugging_face(source: str, location: str, options: Mapping[str, str]) -> Iterator[Document | Skipped]:
     """A split of a data set of the Hugging Face hub. Raises UserError with the cause and three ways out."""
-    column = options.get("column", _known(location).column)
-    for name, rows in hugging_face_rows(source, location, options):
-        yield from _documents(source, rows, column, name)
+    columns = _Columns(source, options.get("column", _known(location).column))
+    yield from columns.documents(columns.checked(hugging_face_rows(source, location, options, columns.wanted)))
 
 
-def hugging_face_rows(source: str, location: str, options: Mapping[str, str]) -> Iterator[tuple[str, Iterator[Any]]]:
-    """The name of the split, and its rows, whose reading raises UserError with the cause and three ways out."""
+def hugging_face_rows(source: str, location: str, options: Mapping[str, str], wanted: Collection[str]) -> Iterator[Row]:
+    """The rows of a split, of which the `wanted` columns alone are decoded. Raises UserError with the cause and three
+    ways out."""
     known = _known(location)
     streaming = known.streaming
     if "streaming" in options:
@@ -108,24 +104,27 @@ def hugging_face_rows(source: str, location: str, options: Mapping[str, str]) ->
             )
     split, config = options.get("split", known.split), options.get("config")
     name, folder = (None, f"data/{config}") if config and known.folders else (config, None)
-    yield (
-        f"{known.name}/{split}",
-        _hub_rows(source, known.name, name, data_dir=folder, split=split, streaming=streaming),
-    )
+    rows = _hub_rows(source, known.name, name, wanted, data_dir=folder, split=split, streaming=streaming)
+    yield from _numbered(f"{known.name}/{split}", rows)
 
 
 def _known(location: str) -> KnownDataset:
     return KNOWN_DATASETS.get(location, KnownDataset(location, ""))
 
 
-def _hub_rows(source: str, path: str, name: str | None, **how: Any) -> Iterator[Any]:
+def _hub_rows(source: str, path: str, name: str | None, wanted: Collection[str], **how: Any) -> Iterator[Any]:
     try:
         import datasets
         from datasets.exceptions import DatasetsError
     except ImportError as error:
         raise UserError(f"data source {source} needs datasets ({error}): pip install 'smallcoder_jax[hub]'") from error
     try:
-        yield from datasets.load_dataset(path, name, **how)
+        rows: Any = datasets.load_dataset(path, name, **how)
+        names = rows.column_names or ()  # none: a stream that tells them with its rows
+        if any(column in wanted for column in names):
+            rows = rows.select_columns([column for column in names if column in wanted])
+        for row in rows:
+            yield {**dict.fromkeys(names), **row}  # all names, so that an error can say which there are
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise UserError(_ways_out(source, error, "HF_HOME")) from error
 
@@ -140,95 +139,74 @@ def _ways_out(source: str, error: Exception, cache: str) -> str:
     )
 
 
-def _files(source: str, location: str, extension: str) -> list[Path]:
-    path = Path(location).expanduser()
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise UserError(f"data source {source}: {path} does not exist; give a {extension} file or a folder of them")
-    files = sorted(path.glob(f"*{extension}"))
-    if not files:
-        raise UserError(f"data source {source}: the folder {path} holds no {extension} file; give one that does")
-    return files
+def _numbered(name: str, rows: Iterable[Any]) -> Iterator[Row]:
+    for number, row in enumerate(rows, 1):
+        mapping = isinstance(row, Mapping)
+        yield Row(f"{name}:{number}", row if mapping else None, "" if mapping else "no columns")
 
 
-def _parquet_rows(source: str, path: Path) -> Iterator[Any]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise UserError(f"data source {source} needs pyarrow ({error}): pip install 'smallcoder_jax[hub]'") from error
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=1024):
-                yield from batch.to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"data source {source}: {path} cannot be read as Parquet: {error}; copy it again") from error
+class _Columns:
+    """The columns of a row that a document is made of: those that `column` joins with `+`; where it is empty, the first
+    of `TEXT_COLUMNS` that the row has."""
+
+    def __init__(self, source: str, column: str):
+        self._source = source
+        self._joined = tuple(column.split("+")) if column else ()
+        self._names = self._joined or TEXT_COLUMNS
+        self.wanted = (*self._names, *_ABOUT_COLUMNS)
+        self._expected = f"column {column}" if column else f"one of the columns {', '.join(TEXT_COLUMNS)}"
+        self._expected += "; name the column with ?column=NAME"
+        self._account = Account(f"data source {source}", self._expected)
+        self._missing = set(self._joined)
+
+    def checked(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """The same rows, of a table: all have the columns of the first. Raises UserError where these are not those."""
+        for number, row in enumerate(rows):
+            columns = row.columns or ()
+            if number == 0 and not (all if self._joined else any)(name in columns for name in self._names):
+                found = ", ".join(map(str, columns)) or "none"
+                raise UserError(f"data source {self._source}: found the columns {found}; expected {self._expected}")
+            yield row
+
+    def documents(self, rows: Iterable[Row]) -> Iterator[Document | Skipped]:
+        """What becomes of every row. Raises UserError at the end, where none had what is wanted."""
+        for row in rows:
+            try:
+                text = self._text(row)
+            except ValueError as error:
+                yield Skipped("unreadable", self._account.add_bad(row, str(error)))
+                continue
+            self._account.add_used()
+            yield Skipped("binary", row.place) if "\0" in text else _document(self._source, text, row)
+        self._account.check()
+        if self._missing and self._account.used:
+            names = ", ".join(sorted(self._missing))
+            raise UserError(f"data source {self._source}: no row has the column {names}; expected {self._expected}")
+
+    def _text(self, row: Row) -> str:
+        """Raises ValueError for a row that has none of the columns, or has no text in them."""
+        if row.columns is None:
+            raise ValueError(row.problem)
+        names = [name for name in self._names if name in row.columns]
+        if not names:
+            raise ValueError(f"no column {' or '.join(self._names)}")
+        self._missing.difference_update(names)
+        texts = [text for text in (text_of(row.columns[name]) for name in names) if text]
+        return "\n\n".join(texts if self._joined else texts[:1])
 
 
-def _json_rows(source: str, path: Path) -> Iterator[Any]:
-    try:
-        with path.open("rb") as file:
-            for line in file:
-                if line.strip():
-                    try:
-                        yield json.loads(line)
-                    except (ValueError, RecursionError):  # RecursionError: brackets nested too deep
-                        yield None
-    except OSError as error:
-        raise UserError(f"data source {source}: {path} cannot be read: {error.strerror}; check its rights") from error
-
-
-def _documents(source: str, rows: Iterable[Any], column: str | None, name: str) -> Iterator[Document | Skipped]:
-    columns: tuple[str, ...] = ()
-    for number, row in enumerate(rows):
-        row_id = f"{name}:{number}"
-        if not isinstance(row, Mapping):
-            yield Skipped("unreadable", row_id)
-            continue
-        columns = columns or _text_columns(source, row, column)
-        values = [_as_text(row.get(name)) for name in columns]
-        text = None if None in values else "\n\n".join(value for value in values if value)
-        if text is None:
-            yield Skipped("unreadable", row_id)
-        elif "\0" in text:
-            yield Skipped("binary", row_id)
-        else:
-            yield _document(source, text, row, row_id)
-
-
-def _document(source: str, text: str, row: Mapping[str, Any], row_id: str) -> Document:
-    path = _first(row, _PATH_COLUMNS) or row_id
-    language = _first(row, _LANGUAGE_COLUMNS).lower() or language_of(path) or ""
-    return Document(text, source, path, _first(row, _REPOSITORY_COLUMNS), language, _first(row, _LICENSE_COLUMNS))
-
-
-def _text_columns(source: str, row: Mapping[str, Any], column: str | None) -> tuple[str, ...]:
-    wanted = tuple(column.split("+")) if column else next(((name,) for name in TEXT_COLUMNS if name in row), ())
-    if not wanted or any(name not in row for name in wanted):
-        expected = f"column {column}" if column else f"one of the columns {', '.join(TEXT_COLUMNS)}"
-        raise UserError(
-            f"data source {source}: expected {expected}, found {', '.join(map(str, row)) or 'none'}; name the column "
-            "with ?column=NAME"
-        )
-    return wanted
+def _document(source: str, text: str, row: Row) -> Document:
+    assert row.columns is not None
+    path = _first(row.columns, _PATH_COLUMNS) or row.place
+    language = _first(row.columns, _LANGUAGE_COLUMNS).lower() or language_of(path) or ""
+    repository, license_name = (_first(row.columns, names) for names in (_REPOSITORY_COLUMNS, _LICENSE_COLUMNS))
+    return Document(text, source, path, repository, language, license_name)
 
 
 def _first(row: Mapping[str, Any], names: tuple[str, ...]) -> str:
+    """The first of the columns that is not null, as text whatever it holds; lists in sorted order."""
     value = next((row[name] for name in names if row.get(name) is not None), "")
-    if isinstance(value, (list, tuple)):
-        return ", ".join(sorted(map(str, value)))
-    return str(_as_text(value) or value).encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def _as_text(value: Any) -> str | None:
-    """A string that UTF-8 can hold, or None: JSON lets half of a surrogate pair through."""
-    try:
-        if isinstance(value, bytes):
-            return value.decode("utf-8")
-        if isinstance(value, str):
-            value.encode("utf-8")
-            return value
-    except UnicodeError:
-        return None
-    return None
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "backslashreplace")
+    text = ", ".join(sorted(map(str, value))) if isinstance(value, (list, tuple)) else str(value)
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

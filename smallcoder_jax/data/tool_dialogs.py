@@ -1,7 +1,7 @@
 """Conversations kept as JSON lines under `data.dir`; and those that call functions, made once and kept there.
 
 dialogs/KEY/train.jsonl, validation.jsonl    a `conversations.Record` a line
-dialogs/KEY/dialogs.json                     counts, and a fingerprint of both files
+dialogs/KEY/dialogs.json                     counts, the first rows that were of no use, a fingerprint of both files
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from smallcoder_jax.base.files import read_json_object, write_json
 from smallcoder_jax.data.conversation_tools import Execute
 from smallcoder_jax.data.conversations import FORMAT, Draft, Record, complete, draw
 from smallcoder_jax.data.progress import Progress
+from smallcoder_jax.data.rows import Account
 from smallcoder_jax.data.storage import new_folder, short_key
 
 SIDES: tuple[str, ...] = ("train", "validation")
@@ -31,11 +32,13 @@ _FACTS = "dialogs.json"
 
 @dataclasses.dataclass(frozen=True)
 class Dialogs:
-    """Conversations by their side of the split. `counts` and `fingerprint`: of the files in `folder`."""
+    """Conversations by their side of the split. `counts` and `fingerprint`: of the files in `folder`. `unusable`: the
+    first rows that gave none, with the reason."""
 
     folder: Path
     fingerprint: str
     counts: dict[str, int]
+    unusable: tuple[str, ...] = ()
 
     def read(self, side: str) -> list[Record]:
         """The records of a side, in order. Raises UserError for a line that is none."""
@@ -63,8 +66,10 @@ def prepare_tool_dialogs(
     return open_dialogs(folder)
 
 
-def write_dialogs(folder: Path, records: Iterable[Record | None], what: str, progress: Progress | None = None) -> None:
-    """Stores the records in `folder`, which appears when it is whole. None is counted as unusable.
+def write_dialogs(
+    folder: Path, records: Iterable[Record], what: str, progress: Progress | None = None, account: Account | None = None
+) -> None:
+    """Stores the records in `folder`, which appears when it is whole; with what is in `account` once they are drawn.
 
     Raises UserError, naming `what` they are, where one side of the split stays empty.
     """
@@ -75,27 +80,30 @@ def write_dialogs(folder: Path, records: Iterable[Record | None], what: str, pro
             for side in SIDES
         }
         for record in records:
-            if record is None:
-                written["unusable"] += 1
-                continue
             line = json.dumps(record.to_json(), ensure_ascii=False) + "\n"
             files[record.side].write(line)
             written[record.side] += 1
             if progress:
                 progress.add(len(line.encode("utf-8")))
         stack.close()
+        if account:
+            account.check()
+            written.update(collections.Counter(unusable=account.bad) + account.notes)
         if not all(written[side] for side in SIDES):
             raise UserError(f"{what}: {dict(written)}; both sides of the split need some, give more conversations")
-        write_json(temporary / _FACTS, {"counts": dict(written), "fingerprint": _fingerprint(temporary)})
+        facts = {"counts": dict(written), "unusable": account.named if account else []}
+        write_json(temporary / _FACTS, {**facts, "fingerprint": _fingerprint(temporary)})
     if progress:
         progress.finish()
+        if account and account.bad:
+            progress.note(account.line())
 
 
 def open_dialogs(folder: Path) -> Dialogs:
     """What `write_dialogs` stored. Raises UserError where it is not that any more."""
     try:
         facts = read_json_object(folder / _FACTS, "what was made of the conversations")
-        dialogs = Dialogs(folder, facts["fingerprint"], facts["counts"])
+        dialogs = Dialogs(folder, facts["fingerprint"], facts["counts"], tuple(facts.get("unusable", ())))
         sound = dialogs.fingerprint == _fingerprint(folder)
     except (UserError, OSError, KeyError) as error:
         raise UserError(f"the conversations in {folder} cannot be read: {error}. Delete the folder") from error

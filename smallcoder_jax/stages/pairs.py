@@ -59,7 +59,7 @@ def prepare(config: Config, tokenizer: Tokenizer, progress: Progress) -> Pairs:
         raise UserError(f"{config.mesh.context=}: stage.name={config.stage.name} needs whole rows; set it to 1")
     needs_code = "code" in parse_preference_sources(config.preferences.sources)
     corpus = prepare_corpus(config, progress) if needs_code else None
-    found = ensure_preferences(config.preferences, Path(config.data.dir).expanduser(), corpus)
+    found = ensure_preferences(config.preferences, Path(config.data.dir).expanduser(), corpus, progress)
     progress.note(f"preferences: {len(found.train):,} to train on, {len(found.validation):,} held out; {found.folder}")
     encoded = {side: encode_pairs(getattr(found, side), tokenizer) for side in SIDES}
     sides = {side: fitting(encoded[side], config.train.sequence_length) for side in SIDES}

@@ -87,7 +87,11 @@ def make_task(config: Config, loaded: LoadedModel | None, progress: Progress) ->
             f"{config.dialogs.source or 'their calls executed'}; {too_long} too long for a row",
             "tokens": f"{human_count(counted['train'])} of the assistant to train on",
         },
-        accounting={"conversations": dialogs.counts, "tokens of the assistant": counted},
+        accounting={
+            "conversations": dialogs.counts,
+            "first unusable rows": list(dialogs.unusable),
+            "tokens of the assistant": counted,
+        },
         start=start_of(loaded),
         prompts=dict(_asked(record, tokenizer) for record in shown),
     )

@@ -23,10 +23,12 @@ from typing import Any
 import numpy as np
 
 from smallcoder_jax.base.errors import UserError
+from smallcoder_jax.base.files import parse_json
 from smallcoder_jax.tokenizers.base import BOS, IM_END, IM_START, TOOL_PIECES, Tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")
 _HEADER = "assistant\n"
+_AROUND_CALL = {"id", "type", "function"}  # keys of OpenAI's API
 _PIECES = re.compile("(" + "|".join(map(re.escape, (BOS, IM_START, IM_END, *TOOL_PIECES))) + ")")
 # Stands in the rendered template for text that was held back. Only the template's own text is searched for it.
 _HELD = re.compile("\ue000([0-9]+)\ue001")
@@ -157,24 +159,62 @@ def to_json(value: Any, where: str) -> str:
 def from_json(text: str) -> Any:
     """The value of a JSON text. Raises ValueError, saying where, for what JSON does not allow: also for NaN, for a key
     that is there twice, for half a surrogate pair and for nesting that is too deep."""
+    value = parse_json(text, unique_keys=True)
+    json.dumps(value, ensure_ascii=False).encode("utf-8")
+    return value
+
+
+def read_call(value: Any) -> tuple[ToolCall, str]:
+    """The call of a JSON object, and in words how that differs from `{"name": TEXT, "arguments": OBJECT}`; empty where
+    it does not.
+
+    Models and data sets also write `parameters`, arguments as a JSON string or none, and the form of OpenAI's API
+    around it. Raises ValueError for what is no call in any of these forms.
+    """
+    strict = isinstance(value, dict) and set(value) == {"name", "arguments"} and isinstance(value["arguments"], dict)
+    notes = []
+    if isinstance(value, dict) and isinstance(value.get("function"), dict) and value.keys() <= _AROUND_CALL:
+        value, notes = value["function"], ["is within a function"]
+    given = {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else {}
+    if set(given) not in ({"name"}, {"name", "arguments"}, {"name", "parameters"}):
+        found = f"the keys {', '.join(given) or 'none'}" if isinstance(value, dict) else type(value).__name__
+        raise ValueError(f"a call is a JSON object with the keys name and arguments; found {found}")
+    arguments = given.get("arguments", given.get("parameters", ""))
+    if isinstance(arguments, str):
+        notes.append("has its arguments as a string" if arguments else "has no arguments")
+        arguments = _arguments_of(arguments) if arguments else {}
+    if not isinstance(given["name"], str):
+        raise ValueError(f"name is {given['name']!r:.80}; it has to be a string")
+    if not isinstance(arguments, dict):
+        raise ValueError(f"the arguments are a JSON {type(arguments).__name__}; expected an object")
+    if "parameters" in given:
+        notes.append("has parameters for arguments")
+    return ToolCall(given["name"], arguments), "" if strict else " and ".join(notes) or "has keys that are null"
+
+
+def _arguments_of(text: str) -> Any:
     try:
-        value = json.loads(text, object_pairs_hook=_without_doubles, parse_constant=_refuse_constant)
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-    return value
+        return from_json(text)
+    except ValueError as error:
+        raise ValueError(f"the arguments are not valid JSON: {error}") from error
 
 
-def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
-    return value
+def content_text(value: Any, where: str) -> str:
+    """What a message says: a text, null, or a list of parts that are texts, which are joined.
 
-
-def _refuse_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON value")
+    Raises UserError, naming `where`, for anything else, such as a part that is an image.
+    """
+    if value is None or isinstance(value, str):
+        return value or ""
+    if not isinstance(value, list):
+        raise UserError(f"{where} is {value!r:.80}, of type {type(value).__name__}; expected text or a list of parts")
+    texts = []
+    for index, part in enumerate(value):
+        text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
+        if not isinstance(text, str):
+            raise UserError(f'{where}[{index}] is {part!r:.80}; expected a part {{"type": "text", "text": TEXT}}')
+        texts.append(text)
+    return "".join(texts)
 
 
 def _id_of(piece: str, tokenizer: Tokenizer) -> int:
@@ -224,14 +264,24 @@ def _parts(conversation: Conversation, reply: bool) -> Iterator[tuple[str, bool]
 def _compiled() -> Any:
     """The template in the environment that `transformers` gives it, but for its `tojson`, which holds text back."""
     import jinja2
+    import jinja2.ext
     from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(jinja2.ext.Extension):
+        """The tag that marks for transformers what the assistant writes; here it only holds its content."""
+
+        tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
     @jinja2.pass_context
     def tojson(context: jinja2.runtime.Context, value: Any) -> str:
         return context["hold_json"](value)
 
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )
     environment.filters["tojson"] = tojson
     return environment.from_string(template())

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from smallcoder_jax.tokenizers.base import EOS, IM_END, TOOL_PIECES, Tokenizer
-from smallcoder_jax.tokenizers.chat import Message, ToolCall, from_json
+from smallcoder_jax.tokenizers.chat import Message, ToolCall, from_json, read_call
 
 CALL_START, CALL_END = TOOL_PIECES[:2]
 
@@ -20,13 +20,15 @@ ErrorKind = Literal[
     "stray_piece",  # a special piece that has no place where it stands
     "stray_text",  # text between or behind calls
     "unclosed_call",  # the turn, or another call, begins or ends inside a call
-    "invalid_json",  # a call that is no JSON object with exactly `name` and `arguments`
+    "invalid_json",  # a call that is no JSON object with a name, and arguments in a form that `chat.read_call` knows
+    "loose_form",  # a call that can be read, and is not just `name` and `arguments`, an object
     "unknown_tool",  # a name that is not on offer
     "missing_argument",
     "unknown_argument",
     "wrong_type",  # also a value that is not in the schema's `enum`
 ]
-MALFORMED: tuple[ErrorKind, ...] = ("stray_piece", "stray_text", "unclosed_call", "invalid_json")
+# What a score takes as not well-formed. Whoever makes the calls may let "loose_form" pass: the call is there.
+MALFORMED: tuple[ErrorKind, ...] = ("stray_piece", "stray_text", "unclosed_call", "invalid_json", "loose_form")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,11 +131,14 @@ class MessageParser:
     def _read_call(self) -> None:
         index = self._begun - 1
         try:
-            call = _call_from_json(self._raw.decode("utf-8"))
+            call, note = read_call(from_json(self._raw.decode("utf-8")))
         except ValueError as error:  # UnicodeDecodeError is one
             self._errors.append(CallError("invalid_json", index, str(error)))
         else:
             self._calls.append(call)
+            if note:
+                text = f"the call {note}; expected the keys name and arguments, an object"
+                self._errors.append(CallError("loose_form", index, text))
             self._errors += [CallError(kind, index, text) for kind, text in check_call(call, self._tools)]
         self._raw.clear()
 
@@ -162,16 +167,6 @@ def same_value(a: Any, b: Any) -> bool:
     if isinstance(a, list) and isinstance(b, list):
         return len(a) == len(b) and all(map(same_value, a, b))
     return isinstance(a, bool) == isinstance(b, bool) and a == b
-
-
-def _call_from_json(text: str) -> ToolCall:
-    value = from_json(text)
-    if not isinstance(value, dict) or set(value) != {"name", "arguments"}:
-        found = f"the keys {', '.join(value) or 'none'}" if isinstance(value, dict) else type(value).__name__
-        raise ValueError(f"a call is a JSON object with the keys name and arguments; found {found}")
-    if not isinstance(value["name"], str) or not isinstance(value["arguments"], dict):
-        raise ValueError("name has to be a string and arguments an object")
-    return ToolCall(value["name"], value["arguments"])
 
 
 def _check_value(value: Any, schema: Mapping[str, Any], where: str) -> list[tuple[ErrorKind, str]]:

@@ -1,6 +1,9 @@
 """Conversations in the shape of OpenAI's API, which is also how they are stored: arguments are a JSON string there.
 
-Reading is strict: what does not fit is an error that says where it is, and nothing is passed over.
+Data sets write the same in other ways, which are read too: keys that are null, content as a list of text parts,
+arguments as an object, calls and responses without ids (then the responses are in the order of the calls), and
+functions on offer without the object around them. Beyond that reading is strict: what does not fit is an error that
+says where it is, and nothing is passed over.
 """
 
 from __future__ import annotations
@@ -9,7 +12,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from smallcoder_jax.base.errors import UserError
-from smallcoder_jax.tokenizers.chat import ROLES, Conversation, Message, ToolCall, check, from_json, to_json
+from smallcoder_jax.tokenizers.chat import (
+    ROLES,
+    Conversation,
+    Message,
+    ToolCall,
+    check,
+    content_text,
+    read_call,
+    to_json,
+)
 
 
 def to_wire(conversation: Conversation) -> dict[str, Any]:
@@ -38,26 +50,22 @@ def from_wire(value: Any) -> Conversation:
     Raises UserError, naming the place, for what is missing, of another type, not known, or not JSON.
     """
     fields = _fields(value, "the conversation", required={"messages": list}, optional={"tools": list})
-    tools = [
-        _fields(tool, f"tools[{index}]", required={"type": str, "function": dict})
-        for index, tool in enumerate(fields.get("tools") or [])
-    ]
-    for index, tool in enumerate(tools):
-        _fields(
-            tool["function"],
-            f"tools[{index}].function",
-            required={"name": str},
-            optional={"description": str, "parameters": dict, "strict": bool},
-        )
+    tools = tuple(_tool(tool, f"tools[{index}]") for index, tool in enumerate(fields.get("tools", [])))
+    read = [_message(item, f"messages[{index}]") for index, item in enumerate(fields["messages"])]
+    in_order = not any(ids for message, ids in read if message.role == "tool")
     messages: list[Message] = []
     waiting: list[str] = []  # the ids of the calls whose responses come next
     responses: dict[str, Message] = {}
-    for index, item in enumerate(fields["messages"]):
+    for index, (message, ids) in enumerate(read):
         where = f"messages[{index}]"
-        message, ids = _message(item, where)
         if message.role == "tool":
-            _place(ids[0], where, waiting, responses)
-            responses[ids[0]] = message
+            if not ids and not in_order:
+                raise UserError(
+                    f"{where} has no tool_call_id; expected one in each message of the role tool, or in none"
+                )
+            answers = ids[0] if ids else next((i for i in waiting if i not in responses), "")
+            _place(answers, where, waiting, responses)
+            responses[answers] = message
             if len(responses) == len(waiting):
                 messages += [responses[i] for i in waiting]
                 waiting, responses = [], {}
@@ -68,7 +76,7 @@ def from_wire(value: Any) -> Conversation:
         waiting = ids
     if responses:
         raise UserError(f"the last calls are {waiting}, but only {list(responses)} have a response; give all or none")
-    conversation = Conversation(tuple(messages), tuple(tools))
+    conversation = Conversation(tuple(messages), tools)
     check(conversation)
     return conversation
 
@@ -85,39 +93,48 @@ def calls_to_wire(calls: Sequence[ToolCall], *, first: int) -> list[dict[str, An
     ]
 
 
+def _tool(value: Any, where: str) -> dict[str, Any]:
+    if isinstance(value, dict) and "name" in value and "function" not in value:
+        value = {"type": "function", "function": {key: item for key, item in value.items() if key != "type"}}
+    tool = _fields(value, where, required={"type": str, "function": dict})
+    optional = {"description": str, "parameters": dict, "strict": bool}
+    return {**tool, "function": _fields(tool["function"], f"{where}.function", {"name": str}, optional)}
+
+
 def _message(value: Any, where: str) -> tuple[Message, list[str]]:
-    """A message, with the ids of its calls or that of the call it answers."""
-    text = (str, type(None))
-    fields = _fields(
-        value, where, required={"role": str}, optional={"content": text, "tool_calls": list, "tool_call_id": str}
-    )
-    role, content = fields["role"], fields.get("content")
+    """A message, with the ids of its calls or that of the call it answers; of a response without one, none."""
+    content: Any = (str, list)
+    optional = {"content": content, "tool_calls": list, "tool_call_id": str, "name": str}
+    fields = _fields(value, where, {"role": str}, optional)
+    role, given = fields["role"], fields.get("tool_calls", [])
     if role not in ROLES:
         raise UserError(f"{where}.role is {role!r}; expected one of {', '.join(ROLES)}")
-    if ("tool_call_id" in fields) != (role == "tool"):
-        raise UserError(f"{where}: tool_call_id belongs to messages of the role tool, and each of them needs one")
-    if content is None and not fields.get("tool_calls"):
+    for key in ("tool_call_id", "name"):  # name: that of the function
+        if key in fields and role != "tool":
+            raise UserError(f"{where} has the key {key!r}, which belongs to messages of the role tool")
+    if "content" not in fields and not given and role != "tool":
         raise UserError(f"{where} has neither content nor tool_calls")
-    calls, ids = [], [fields["tool_call_id"]] if role == "tool" else []
-    for index, item in enumerate(fields.get("tool_calls", [])):
+    calls, ids = [], [fields["tool_call_id"]] if "tool_call_id" in fields else []
+    for index, item in enumerate(given):
         call, i = _call(item, f"{where}.tool_calls[{index}]")
         if i in ids:
             raise UserError(f"{where}.tool_calls[{index}].id is {i!r}, as that of a call before it; give each its own")
         calls.append(call)
         ids.append(i)
-    return Message(role, content or "", tuple(calls)), ids
+    return Message(role, content_text(fields.get("content"), f"{where}.content"), tuple(calls)), ids
 
 
 def _call(value: Any, where: str) -> tuple[ToolCall, str]:
-    fields = _fields(value, where, required={"id": str, "type": str, "function": dict})
-    function = _fields(fields["function"], f"{where}.function", required={"name": str, "arguments": str})
+    """A call, and its id; for one without, the place of the call."""
+    given = {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
     try:
-        arguments = from_json(function["arguments"])
+        call, _ = read_call(given)
     except ValueError as error:
-        raise UserError(f"{where}.function.arguments is not valid JSON: {error}") from error
-    if not isinstance(arguments, dict):
-        raise UserError(f"{where}.function.arguments is a JSON {type(arguments).__name__}; expected an object")
-    return ToolCall(function["name"], arguments), fields["id"]
+        raise UserError(f"{where}: {error}") from error
+    i = given.get("id", where)
+    if not isinstance(i, str):
+        raise UserError(f"{where}.id is {i!r:.80}; expected a string")
+    return call, i
 
 
 def _place(i: str, where: str, waiting: list[str], responses: Mapping[str, Message]) -> None:
@@ -128,17 +145,18 @@ def _place(i: str, where: str, waiting: list[str], responses: Mapping[str, Messa
 
 
 def _fields(
-    value: Any, where: str, *, required: Mapping[str, Any], optional: Mapping[str, Any] | None = None
+    value: Any, where: str, required: Mapping[str, Any], optional: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """`value` as an object with these keys and types. A key of OpenAI's that says nothing here may not be there."""
+    """What is not null of `value`, an object with these keys and types. Any other key may not be there."""
     if not isinstance(value, dict):
         raise UserError(f"{where} is {value!r:.80}; expected an object")
+    fields = {key: item for key, item in value.items() if item is not None}
     known = {**required, **(optional or {})}
-    if missing := [key for key in required if key not in value]:
+    if missing := [key for key in required if key not in fields]:
         raise UserError(f"{where} has no {missing[0]}; expected the keys {', '.join(required)}")
-    if unknown := [key for key in value if key not in known]:
+    if unknown := [key for key in fields if key not in known]:
         raise UserError(f"{where} has the key {unknown[0]!r}; expected only {', '.join(known)}")
-    for key, item in value.items():
+    for key, item in fields.items():
         if not isinstance(item, known[key]):
             raise UserError(f"{where}.{key} is {item!r:.80}, of type {type(item).__name__}; expected another type")
-    return value
+    return fields

@@ -71,7 +71,8 @@ def make_train_step(
         metrics = {
             "loss": loss,
             **{name: sums[name] / denominator for name in reported},
-            "tokens": weight,
+            # Not the weight: that of pairs of answers is their number.
+            "tokens": jnp.sum(batch["loss_weights"] > 0, dtype=jnp.float32),
             "grad_norm": grad_norm,
             # The optimizer counts the updates that it made.
             "learning_rate": jnp.float32(peak) * share(state.step - state.guard.skipped),

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ast
 import collections
 import dataclasses
+import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from smallcoder_jax.data.corpus import corpus_key, ensure_corpus, read_split
 from smallcoder_jax.data.documents import Document
 from smallcoder_jax.data.preference_calls import call_pairs
 from smallcoder_jax.data.preference_code import code_pairs, functions_of
+from smallcoder_jax.data.preference_given import preference_of
 from smallcoder_jax.data.preference_sets import ensure_preferences, parse_preference_sources
 from smallcoder_jax.data.preferences import (
     Preference,
@@ -28,6 +31,7 @@ from smallcoder_jax.data.preferences import (
     separate,
     write_preferences,
 )
+from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.data.sources import parse_sources
 from smallcoder_jax.tokenizers.chat import Conversation, Message, ToolCall, from_json
 from smallcoder_jax.tokenizers.chat_parser import check_call
@@ -316,10 +320,131 @@ def test_sources_that_cannot_be_are_refused(tmp_path: Path) -> None:
     for text in ("", "code,", "code,code", "jsonl:", "other", "jsonl"):
         with pytest.raises(UserError, match="expected some of code, conversations, jsonl:PATH"):
             parse_preference_sources(text)
-    with pytest.raises(UserError, match=r"missing.jsonl, which cannot be read"):
+    with pytest.raises(UserError, match=r"missing.jsonl does not exist"):
         ensure_preferences(PreferencesConfig(sources=f"jsonl:{tmp_path / 'missing.jsonl'}"), tmp_path, None)
+    for options in ("@2", "!nofim", "?column=a"):
+        with pytest.raises(UserError, match="takes split as its only option, and no weight or mark"):
+            ensure_preferences(PreferencesConfig(sources=f"jsonl:{tmp_path / 'one.jsonl'}{options}"), tmp_path, None)
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(UserError, match="it is a pipe, not a file"):
+        ensure_preferences(PreferencesConfig(sources=f"jsonl:{tmp_path / 'pipe.jsonl'}"), tmp_path, None)
     one = tmp_path / "one.jsonl"
+    one.write_text('{"prompt": "p", "chosen": "c"}\n{"prompt": "p", "chosen": "c"}')
+    with pytest.raises(
+        UserError, match=r"2 of 2 rows .*columns found are prompt, chosen; expected chosen and rejected"
+    ):
+        ensure_preferences(PreferencesConfig(sources=f"jsonl:{one}"), tmp_path, None)
     one.write_text('{"prompt": "p", "chosen": "c", "rejected": "r"}\n')
     with pytest.raises(UserError, match="has no pairs for"):
         ensure_preferences(PreferencesConfig(sources=f"jsonl:{one}"), tmp_path, None)
     assert not (tmp_path / "preferences").exists() or not any((tmp_path / "preferences").iterdir())
+
+
+USER, REPLY, OTHER = (
+    {"role": role, "content": text} for role, text in (("user", "Why?"), ("assistant", "So.\n"), ("assistant", "No."))
+)
+SYSTEM = {"role": "system", "content": "Be brief."}
+ASKED = Conversation((Message("user", "Why?"),))
+BRIEF = Conversation((Message("system", "Be brief."), *ASKED.messages))
+HUMAN, GPT = {"from": "human", "value": "Why?"}, [{"from": "gpt", "value": text} for text in ("So.\n", "No.")]
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}}]}
+RESPONSE = {"role": "tool", "content": "2"}
+TALK = Preference(ASKED, Reply("So.\n"), Reply("No."), "given")
+WITH_SYSTEM = dataclasses.replace(TALK, prompt=BRIEF)
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "p\n", "chosen": " c\n", "rejected": ""}, Preference("p\n", " c\n", "", "given")),
+        (
+            {"prompt": "p", "chosen": "c", "rejected": "r", "criteria": None, "score": 1},
+            Preference("p", "c", "r", "given"),
+        ),
+        ({"chosen": "Q: why?\nA: so", "rejected": "Q: why?\nA: no"}, Preference("Q: why?\nA:", " so", " no", "given")),
+        ({"prompt": [USER], "chosen": [REPLY], "rejected": [OTHER]}, TALK),
+        ({"prompt": "Why?", "chosen": [REPLY], "rejected": [OTHER]}, TALK),
+        ({"prompt": "Why?", "chosen": [USER, REPLY], "rejected": [USER, OTHER], "messages": [USER, REPLY]}, TALK),
+        ({"prompt": [USER], "chosen": [USER, REPLY], "rejected": [USER, OTHER]}, TALK),
+        ({"chosen": [USER, REPLY], "rejected": [USER, OTHER]}, TALK),
+        ({"chosen": [{**USER, "content": [{"type": "text", "text": "Why?"}]}, REPLY], "rejected": [USER, OTHER]}, TALK),
+        ({"chosen": [SYSTEM, USER, REPLY], "rejected": [SYSTEM, USER, OTHER], "prompt": "Why?"}, WITH_SYSTEM),
+        ({"chosen": [USER, REPLY], "rejected": [USER, OTHER], "prompt": [SYSTEM, USER]}, WITH_SYSTEM),
+        ({"system": "Be brief.", "question": "Why?", "chosen": "So.\n", "rejected": "No."}, WITH_SYSTEM),
+        ({"instruction": "Why?", "input": "", "chosen": "So.\n", "rejected": "No."}, TALK),
+        ({"conversations": [HUMAN], "chosen": GPT[0], "rejected": GPT[1]}, TALK),
+        ({"conversations": [HUMAN], "system": "Be brief.", "chosen": GPT[0], "rejected": GPT[1]}, WITH_SYSTEM),
+        ({"prompt": USER, "chosen": REPLY, "rejected": "No."}, TALK),
+        ({"prompt": {"messages": [USER]}, "chosen": "So.\n", "rejected": {"content": "No.", "calls": []}}, TALK),
+        (
+            {"prompt": [USER], "chosen": [CALL, RESPONSE, REPLY], "rejected": [CALL, RESPONSE, OTHER]},
+            dataclasses.replace(
+                TALK,
+                prompt=Conversation(
+                    (*ASKED.messages, Message("assistant", "", (ToolCall("f", {"a": 1}),)), Message("tool", "2"))
+                ),
+            ),
+        ),
+        (
+            {"prompt": [USER], "chosen": [CALL], "rejected": [OTHER], "tools": '[{"name": "f"}]'},
+            Preference(
+                Conversation(ASKED.messages, ({"type": "function", "function": {"name": "f"}},)),
+                Reply("", ('{"name": "f", "arguments": {"a": 1}}',)),
+                Reply("No."),
+                "given",
+            ),
+        ),
+    ],
+)
+def test_the_forms_of_data_sets(row: dict[str, Any], expected: Preference) -> None:
+    assert preference_of(row, {}) == expected
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"text": "x"}, "no chosen and no rejected"),
+        ({"prompt": "p", "chosen": "c"}, "no rejected"),
+        ({"prompt": "p", "chosen": "c", "rejected": []}, "no rejected"),
+        ({"prompt": "p", "chosen": "c", "rejected": "c"}, "have to differ"),
+        ({"prompt": [USER], "chosen": [REPLY], "rejected": [REPLY]}, "have to differ"),
+        ({"chosen": "yes", "rejected": "no"}, "no prompt"),
+        ({"chosen": [REPLY], "rejected": [OTHER]}, "no prompt"),
+        ({"prompt": [USER], "chosen": [USER, REPLY], "rejected": [OTHER]}, "chosen has the turns user, assistant"),
+        (
+            {"prompt": "Who?", "chosen": [USER, REPLY], "rejected": [USER, OTHER]},
+            "another conversation than the prompt",
+        ),
+        ({"prompt": [USER, REPLY], "chosen": [OTHER], "rejected": [REPLY]}, "ends with a turn of the assistant"),
+        ({"prompt": "p", "chosen": "\ud800", "rejected": "r"}, "not valid Unicode"),
+        ({"prompt": "p", "chosen": "c", "rejected": "r", "images": ["x"]}, "the column images cannot be used"),
+        ({"prompt": "p", "chosen": "c", "rejected": "r", "criteria": 3}, "criteria is 3"),
+    ],
+)
+def test_what_gives_no_preference_says_why(row: dict[str, Any], reason: str) -> None:
+    with pytest.raises((UserError, ValueError), match=reason):
+        preference_of(row, {})
+
+
+def test_odd_rows_are_counted_and_named(tmp_path: Path) -> None:
+    good = [{"prompt": f"Question {i}?", "chosen": "yes", "rejected": "no"} for i in range(100)]
+    bad = [{"prompt": "p", "chosen": "c", "rejected": "c"}, {"prompt": "p"}, good[3], "[" * 100_000]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("\ufeff" + "\n".join(row if isinstance(row, str) else json.dumps(row) for row in [*good, *bad]))
+    said = io.StringIO()
+    settings = PreferencesConfig(sources=f"jsonl:{path}")
+    found = ensure_preferences(settings, tmp_path, None, Progress(said))
+    assert len(found.train) + len(found.validation) == 100
+    assert found.train[0].provenance["row"].startswith("pairs.jsonl:")
+    accounting = json.loads((found.folder / "accounting.json").read_text())
+    assert accounting["left_out"] == 1
+    unusable = accounting["unusable"][f"jsonl:{path}"]
+    assert unusable["rows"] == 3
+    assert [text.partition(" ")[0] for text in unusable["first"]] == [
+        "pairs.jsonl:101",
+        "pairs.jsonl:102",
+        "pairs.jsonl:104",
+    ]
+    assert (
+        said.getvalue() == f"preferences jsonl:{path}: 3 of 104 rows cannot be used: {'; '.join(unusable['first'])}\n"
+    )

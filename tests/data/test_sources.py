@@ -162,9 +162,16 @@ def test_jsonl_with_provenance_and_bad_lines(tmp_path: Path) -> None:
     documents, skipped = read(f"jsonl:{path}")
     assert documents == [
         Document("a = 1", f"jsonl:{path}", "x/a.py", "r", "python", "apache-2.0, mit"),
-        Document("b", f"jsonl:{path}", "rows.jsonl:1", "\\ud800", "go", ""),
+        Document("b", f"jsonl:{path}", "rows.jsonl:2", "\\ud800", "go", ""),
+        Document("", f"jsonl:{path}", "rows.jsonl:4"),
     ]
-    assert [reason for reason, _ in skipped] == ["unreadable", "unreadable", "binary", "unreadable", "unreadable"]
+    assert [reason for reason, _ in skipped] == ["unreadable", "binary", "unreadable", "unreadable"]
+    assert [place for _, place in skipped] == [
+        "rows.jsonl:3 (text that is not valid Unicode: surrogates not allowed)",
+        "rows.jsonl:5",
+        "rows.jsonl:6 (a JSON list and no object)",
+        "rows.jsonl:7 (no JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1))",
+    ]
 
 
 def test_a_line_nested_too_deep_is_a_bad_line(tmp_path: Path) -> None:
@@ -172,7 +179,7 @@ def test_a_line_nested_too_deep_is_a_bad_line(tmp_path: Path) -> None:
     path.write_text("[" * 200_000 + "\n" + json.dumps({"content": "a = 1"}) + "\n")
     documents, skipped = read(f"jsonl:{path}")
     assert [document.text for document in documents] == ["a = 1"]
-    assert skipped == [("unreadable", "rows.jsonl:0")]
+    assert skipped == [("unreadable", "rows.jsonl:1 (no JSON: brackets nested too deep)")]
 
 
 def test_columns(tmp_path: Path) -> None:
@@ -180,10 +187,10 @@ def test_columns(tmp_path: Path) -> None:
     path.write_text(json.dumps({"question": "q", "answer": "a", "text": "t"}) + "\n")
     assert read(f"jsonl:{path}")[0][0].text == "t"
     assert read(f"jsonl:{path}?column=question+answer")[0][0].text == "q\n\na"
-    with pytest.raises(UserError, match="expected column body, found question, answer, text"):
+    with pytest.raises(UserError, match="The columns found are question, answer, text; expected column body"):
         read(f"jsonl:{path}?column=body")
     path.write_text(json.dumps({"body": "b"}) + "\n")
-    with pytest.raises(UserError, match="one of the columns content, text, code, found body"):
+    with pytest.raises(UserError, match="columns found are body; expected one of the columns content, text, code"):
         read(f"jsonl:{path}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 from pathlib import Path
 
@@ -68,6 +69,14 @@ def test_it_learns_a_rule_and_says_so_by_criterion(root: Path, tmp_path: Path) -
     config = config_of(root, "reward", steps=60)
     config = dataclasses.replace(config, checkpoint=dataclasses.replace(config.checkpoint, every=60))
     trained = run.train(config, tmp_path / "run")
+    tokenizer, size = loading.load(root / "start").tokenizer, config.train.batch_size
+    pairs, order = (
+        preference_pairs.prepare(config, tokenizer, PROGRESS),
+        {"rows": range(size), "seed": config.train.seed},
+    )
+    batches = preference_pairs.batches_of(config, pairs, "train", {}, tokenizer, size, **order)
+    # What is called tokens is those of the answers, and not the number of pairs.
+    assert trained.tokens_seen == sum(int(batch["loss_weights"].sum()) for batch in itertools.islice(batches, 60))
     found = run.evaluate_run(tmp_path / "run", config, step="60")
     assert set(found) == {"loss", "accuracy", "margin", "accuracy_at", "accuracy_hash"}
     assert found["accuracy"] > 0.95

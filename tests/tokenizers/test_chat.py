@@ -194,6 +194,42 @@ def test_ids_are_those_of_the_exported_tokenizer(name: str, theirs: Any, trained
     assert chat.encode(PLAIN[name], trained, reply=True).ids.tolist() == list(expected)
 
 
+@pytest.mark.parametrize("name", PLAIN)
+def test_what_the_loss_counts_is_the_mask_of_transformers(
+    name: str, theirs: Any, trained: SentencePieceTokenizer
+) -> None:
+    found = their_chat(theirs, PLAIN[name], return_assistant_tokens_mask=True, return_dict=True)
+    encoded = chat.encode(PLAIN[name], trained)
+    assert list(found["input_ids"]) == encoded.ids.tolist()
+    assert list(found["assistant_masks"]) == encoded.counted.astype(int).tolist()
+    assert any(found["assistant_masks"]) == any(message.role == "assistant" for message in PLAIN[name].messages)
+
+
+def test_contents_and_calls_as_others_write_them(theirs: Any) -> None:
+    """A content may be null or a list of parts; a call may have `parameters`, a string or no arguments."""
+
+    def text(content: Any, response: Any, function: Any) -> str:
+        messages = [
+            {"role": "system", "content": content},
+            {"role": "user", "content": content},
+            {"role": "assistant", "content": content, "tool_calls": [{"type": "function", "function": function}]},
+            {"role": "tool", "content": response},
+            {"role": "assistant", "content": None},
+        ]
+        return theirs.apply_chat_template(messages, tools=list(TOOLS), tokenize=False)
+
+    usual = text("a\n b", "", {"name": "run", "arguments": {}})
+    assert usual.count("a\n b") == 3
+    parts = [{"type": "text", "text": "a\n"}, {"type": "text", "text": " b"}]
+    assert text(parts, [], {"name": "run"}) == usual
+    assert text(["a\n", " b"], None, {"name": "run", "arguments": "{}"}) == usual
+    assert text("a\n b", "", {"name": "run", "parameters": {"n": 1}}) == usual.replace(
+        '"arguments": {}', '"arguments": {"n": 1}'
+    )
+    with pytest.raises(Exception, match="a content part of type 'image_url': expected text"):
+        text([{"type": "image_url", "image_url": {"url": "x"}}], "", {"name": "run"})
+
+
 def test_random_conversations(theirs: Any, trained: SentencePieceTokenizer) -> None:
     rng = random.Random(7)
     same_ids = 0
@@ -202,7 +238,9 @@ def test_random_conversations(theirs: Any, trained: SentencePieceTokenizer) -> N
         assert chat.render(conversation) == their_chat(theirs, conversation, tokenize=False)
         ids = chat.encode(conversation, trained).ids.tolist()
         if not any(message.role == "assistant" and message.content[:1] == "\n" for message in conversation.messages):
-            assert ids == list(their_chat(theirs, conversation)["input_ids"])
+            found = their_chat(theirs, conversation, return_assistant_tokens_mask=True, return_dict=True)
+            assert ids == list(found["input_ids"])
+            assert chat.encode(conversation, trained).counted.tolist() == list(map(bool, found["assistant_masks"]))
             same_ids += 1
         if conversation.messages[0].role != "system" and not conversation.tools:
             assert read_back(ids, trained, conversation.tools) == list(conversation.messages)

@@ -67,11 +67,46 @@ def damaged(change: Any) -> dict[str, Any]:
     return wire
 
 
+def test_what_data_sets_write_in_other_ways() -> None:
+    """Nulls as tables have them, parts of content, calls and responses without ids, arguments as objects."""
+    nulls = {"tool_calls": None, "tool_call_id": None, "name": None}
+    messages = [
+        {**nulls, "role": "user", "content": [{"type": "text", "text": "x"}, {"type": "text", "text": "\n y"}]},
+        {
+            **nulls,
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [
+                {"type": "function", "id": None, "function": {"name": "run", "arguments": {"code": "1"}}},
+                {"name": "run", "arguments": None},
+                {"function": {"name": "run", "parameters": {"n": 1}}},
+                {"name": "run"},
+            ],
+        },
+        {**nulls, "role": "tool", "content": "1", "name": "run"},
+        {**nulls, "role": "tool", "content": None},
+        {"role": "tool"},
+        {"role": "tool", "content": []},
+        {**nulls, "role": "assistant", "content": "Done."},
+    ]
+    tools = [{"name": "run", "description": None, "parameters": {"type": "object"}}, {"type": "function", "name": "f"}]
+    calls = tuple(ToolCall("run", arguments) for arguments in ({"code": "1"}, {}, {"n": 1}, {}))
+    responses = (Message("tool", "1"), *[Message("tool")] * 3)
+    assert from_wire({"messages": messages, "tools": tools}) == Conversation(
+        (Message("user", "x\n y"), Message("assistant", "", calls), *responses, Message("assistant", "Done.")),
+        (
+            {"type": "function", "function": {"name": "run", "parameters": {"type": "object"}}},
+            {"type": "function", "function": {"name": "f"}},
+        ),
+    )
+
+
 def function(messages: list[Any]) -> dict[str, Any]:
     return messages[1]["tool_calls"][0]["function"]
 
 
-ARGUMENTS = r"messages\[1\].tool_calls\[0\].function.arguments "
+CALL = r"messages\[1\].tool_calls\[0\]: "
+IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
 
 
 @pytest.mark.parametrize(
@@ -81,16 +116,28 @@ ARGUMENTS = r"messages\[1\].tool_calls\[0\].function.arguments "
         (lambda m, w: w.update(model="x"), "the conversation has the key 'model'"),
         (lambda m, w: m.append("x"), r"messages\[7\] is 'x'; expected an object"),
         (lambda m, w: m[0].update(role="judge"), r"messages\[0\].role is 'judge'"),
-        (lambda m, w: m[0].update(content=[1]), r"messages\[0\].content is \[1\], of type list"),
+        (lambda m, w: m[0].update(content=1), r"messages\[0\].content is 1, of type int"),
+        (lambda m, w: m[0].update(content=[1]), r"messages\[0\].content\[0\] is 1; expected a part"),
+        (
+            lambda m, w: m[0].update(content=["x", IMAGE]),
+            r"messages\[0\].content\[1\] is .*image_url.*; expected a part",
+        ),
         (lambda m, w: m[0].update(content=None), r"messages\[0\] has neither content nor tool_calls"),
         (lambda m, w: m[0].update(name="x"), r"messages\[0\] has the key 'name'"),
-        (lambda m, w: function(m).update(arguments='{"a": 1'), ARGUMENTS + r"is not valid JSON: .*column 8"),
-        (lambda m, w: function(m).update(arguments='{"a": 1, "a": 2}'), ARGUMENTS + "is not valid JSON: the key 'a'"),
-        (lambda m, w: function(m).update(arguments="[]"), ARGUMENTS + "is a JSON list; expected an object"),
-        (lambda m, w: function(m).update(arguments={}), ARGUMENTS + "is {}, of type dict"),
-        (lambda m, w: function(m).pop("name"), r"messages\[1\].tool_calls\[0\].function has no name"),
+        (lambda m, w: function(m).update(arguments='{"a": 1'), CALL + r"the arguments are not valid JSON: .*column 8"),
+        (
+            lambda m, w: function(m).update(arguments='{"a": 1, "a": 2}'),
+            CALL + "the arguments are not valid JSON: the key 'a'",
+        ),
+        (lambda m, w: function(m).update(arguments="[]"), CALL + "the arguments are a JSON list; expected an object"),
+        (
+            lambda m, w: function(m).update(parameters={}),
+            CALL + "a call is .*; found the keys name, arguments, parameters",
+        ),
+        (lambda m, w: m[1]["tool_calls"][0].update(id=3), r"messages\[1\].tool_calls\[0\].id is 3; expected a string"),
+        (lambda m, w: function(m).pop("name"), CALL + "a call is .*; found the keys arguments"),
         (lambda m, w: m[1]["tool_calls"][1].update(id="call_0"), r"tool_calls\[1\].id is 'call_0', as that"),
-        (lambda m, w: m[2].pop("tool_call_id"), r"messages\[2\]: tool_call_id belongs to"),
+        (lambda m, w: m[2].pop("tool_call_id"), r"messages\[2\] has no tool_call_id"),
         (lambda m, w: m[3].update(tool_call_id="call_0"), r"messages\[3\].tool_call_id is 'call_0'; .*'call_1'"),
         (lambda m, w: m.pop(3), r"messages\[3\].role is assistant; expected the response to"),
         (lambda m, w: m.__delitem__(slice(3, None)), r"the last calls are .* only \['call_0'\]"),

@@ -1,0 +1,97 @@
+"""Rows of any source: how a value becomes text, and the account of the rows that were of no use."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from smallcoder_jax.base.display import one_line
+from smallcoder_jax.base.errors import UserError
+
+_NAMED = 3  # bad rows that are named; the others are counted
+_COLUMNS = 30  # names of columns that a message shows
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A row by its columns. `place` is the file, or the split, and the number of the line or row from 1. Where
+    `columns` is None, the row cannot be read, and `problem` says why."""
+
+    place: str
+    columns: Mapping[str, Any] | None
+    problem: str = ""
+
+
+def text_of(value: Any) -> str:
+    """A cell as text: null and NaN are empty, bytes are UTF-8, numbers and nested values are JSON.
+
+    Raises ValueError for bytes that are not UTF-8, and for half of a surrogate pair, which JSON lets through.
+    """
+    if hasattr(value, "tolist"):  # numpy, as TensorFlow Datasets has it
+        value = value.tolist()
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    try:
+        if isinstance(value, bytes):
+            return value.decode("utf-8")
+        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=_plain)
+        text.encode("utf-8")
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
+        raise ValueError(f"text that is not valid Unicode: {error.reason}") from error
+    return text
+
+
+class Account:
+    """Which rows of a source were of use. `expected`: the columns that a row needs, in words.
+
+    A few bad rows are no reason to refuse a source, and never pass in silence: they are counted, and the first three
+    are named. Rows of which none is of use are an error that names the columns found.
+    """
+
+    def __init__(self, source: str, expected: str):
+        self._source, self._expected = source, expected
+        self._columns: dict[str, None] = {}
+        self.used, self.bad = 0, 0
+        self.named: list[str] = []
+        self.notes: collections.Counter[str] = collections.Counter()  # what else the caller counts
+
+    def add_used(self) -> None:
+        self.used += 1
+
+    def add_bad(self, row: Row, problem: str) -> str:
+        """Counts a row; gives its place and problem as one line."""
+        said = one_line(f"{row.place} ({problem})")
+        self.bad += 1
+        if len(self.named) < _NAMED:
+            self.named.append(said)
+        if not self.used and len(self._columns) <= _COLUMNS:  # they are shown where none was of use
+            self._columns |= dict.fromkeys(map(str, row.columns or ()))
+        return said
+
+    def line(self) -> str:
+        """What is to be said of the bad rows; empty where there are none."""
+        if not self.bad:
+            return ""
+        more = f" and {self.bad - len(self.named):,} more" if self.bad > len(self.named) else ""
+        rows = self.bad + self.used
+        return f"{self._source}: {self.bad:,} of {rows:,} rows cannot be used: {'; '.join(self.named)}{more}"
+
+    def check(self) -> None:
+        """At the end of the source: raises UserError where it has rows and none was of use."""
+        if self.bad and not self.used:
+            names = list(self._columns)
+            found = ", ".join(names[:_COLUMNS]) + (" and more" if len(names) > _COLUMNS else "")
+            raise UserError(
+                f"{self.line()}. The columns found are {one_line(found) or 'none'}; expected {self._expected}"
+            )
+
+
+def _plain(value: Any) -> Any:
+    """For `json.dumps`: what stands in a nested value and is no JSON (bytes, numpy, times, decimals)."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
+    return value.tolist() if hasattr(value, "tolist") else str(value)
