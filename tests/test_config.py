@@ -5,12 +5,15 @@ import dataclasses
 import itertools
 import json
 from pathlib import Path
+from typing import get_type_hints
 
+import numpy as np
 import pytest
 
 from smallcoder_jax import config as config_module
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import Config, ModelConfig, default_config, from_config_dict, to_dict
+from smallcoder_jax.config.fields import RANGE, Range
 from smallcoder_jax.configfile import load_config, read_config_file, split_overrides
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,7 +23,7 @@ CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.py") if path.stem !
 def fields_of_schema() -> list[tuple[str, str]]:
     found = []
     for section in dataclasses.fields(Config):
-        default = section.default
+        default = getattr(Config(), section.name)
         if dataclasses.is_dataclass(default):
             found += [(section.name, field.name) for field in dataclasses.fields(default)]
         else:
@@ -51,7 +54,7 @@ def reads_in(source: str) -> set[tuple[str, str]]:
 def test_every_field_is_read_outside_of_validation() -> None:
     reads: set[tuple[str, str]] = set()
     for path in itertools.chain((ROOT / "smallcoder_jax").rglob("*.py"), (ROOT / "tools").rglob("*.py")):
-        if path.name != "config.py":
+        if path.parent.name != "config":
             reads |= reads_in(path.read_text())
     # Read through a property or function of the schema itself.
     reads |= {("train", "microbatch_size")} if ("train", "microbatch_rows") in reads else set()
@@ -132,19 +135,19 @@ SIZES = ("vocab_size", "width", "mlp_width", "layers", "heads", "kv_heads", "hea
         ("--config.optimizer.name=adamv", "expected one of 'adamw', 'muon'"),
         ("--config.model.kv_heads=2", "multiple of"),
         ("--config.train.sequence_length=9999", "model.context"),
-        ("--config.train.batch_size=0", "positive multiple"),
+        ("--config.train.batch_size=0", "train.batch_size=0 must be at least 1"),
         ("--config.log.tensorboard=2", "expected bool"),
         ("--config.train.steps={[]:1}", "expected int"),
         *((f"--config.model.{name}=0", f"model.{name}=0 must be at least 1") for name in SIZES),
         ("--config.model.layers=-1", "model.layers=-1 must be at least 1"),
-        ("--config.model.window=-5", "model.window=-5 must not be negative"),
-        ("--config.data.max_documents=-1", "data.max_documents=-1 must not be negative"),
+        ("--config.model.window=-5", "model.window=-5 must be at least 0; 0 is the whole document"),
+        ("--config.data.max_documents=-1", "data.max_documents=-1 must be at least 0"),
         ("--config.data.min_tokens=0", "data.min_tokens=0 must be at least 1"),
         ("--config.data.max_unusable=0", "data.max_unusable=0 must be at least 1"),
-        ("--config.train.seed=-1", "train.seed=-1 must be between 0 and 4294967295"),
-        (f"--config.train.seed={2**32}", "train.seed=4294967296 must be between"),
-        ("--config.eval.every=-1", "eval.every=-1 must not be negative"),
-        ("--config.eval.batches=-1", "eval.batches=-1 must not be negative"),
+        ("--config.train.seed=-1", "train.seed=-1 must be at least 0"),
+        (f"--config.train.seed={2**32}", "train.seed=4294967296 must be at most 4294967295"),
+        ("--config.eval.every=-1", "eval.every=-1 must be at least 0"),
+        ("--config.eval.batches=-1", "eval.batches=-1 must be at least 0"),
         ("--config.eval.sample_tokens=-1", "eval.sample_tokens=-1 must be"),
         ("--config.eval.sample_tokens=512", "eval.sample_tokens=512 must be below model.context=512"),
         ("--config.eval.sample_temperature=-0.1", "eval.sample_temperature=-0.1 must be"),
@@ -179,6 +182,70 @@ def test_a_sequence_of_strings_is_insisted_on() -> None:
 def test_sections_are_insisted_on() -> None:
     with pytest.raises(UserError, match="got list"):
         from_config_dict(json.loads("[]"))
+
+
+def numbers_of_schema() -> list[tuple[str, str, type, Range | None]]:
+    """(section, field, int or float, range) of every number in the schema."""
+    found = []
+    for name, section in vars(Config()).items():
+        if dataclasses.is_dataclass(section):
+            hints = get_type_hints(type(section))
+            found += [
+                (name, field.name, hints[field.name], field.metadata.get(RANGE))
+                for field in dataclasses.fields(section)
+                if hints[field.name] in (int, float)
+            ]
+    return found
+
+
+NUMBERS = numbers_of_schema()
+IDS = [f"{section}.{field}" for section, field, _, _ in NUMBERS]
+
+
+@pytest.mark.parametrize(("section", "field", "kind", "allowed"), NUMBERS, ids=IDS)
+def test_every_number_has_a_range_and_what_is_just_outside_of_it_is_refused(
+    section: str, field: str, kind: type, allowed: Range | None
+) -> None:
+    assert allowed is not None, "give it its range with `number`"
+
+    def refusal(value: float) -> str:
+        try:
+            from_config_dict({section: {field: value}})
+        except UserError as error:
+            return str(error)
+        return ""
+
+    def beside(value: float, direction: int) -> float:
+        return int(value) + direction if kind is int else float(np.nextafter(np.float32(value), direction * np.inf))
+
+    named = f"config: {section}.{field}="
+    for end, direction in ((allowed.low, -1), (allowed.high, 1)):
+        if np.isfinite(end):
+            assert allowed.problem(kind(end)) == ""
+            assert refusal(beside(end, direction)).startswith(named)
+    for end, direction in ((allowed.above, 1), (allowed.below, -1)):
+        if np.isfinite(end):
+            assert refusal(kind(end)).startswith(named)
+            assert allowed.problem(beside(end, direction)) == ""
+    if kind is int:
+        assert np.isfinite([allowed.low, allowed.high]).all(), "a whole number has two ends"
+    else:
+        assert max(allowed.low, allowed.above) > -np.inf, "no number of the config may be any negative one"
+        # Of the last, float32 makes an infinity; of 10**400 there is no float at all.
+        for value in (np.nan, np.inf, -np.inf, 1e39, 10**400):
+            assert f"{section}.{field}" in refusal(value)
+
+
+def test_a_share_that_float32_rounds_to_one_is_one() -> None:
+    with pytest.raises(UserError, match=r"optimizer\.b2=0\.99999999 must be below 1"):
+        from_config_dict({"optimizer": {"b2": 0.99999999}})
+    with pytest.raises(UserError, match=r"optimizer\.eps=1e-60 must be above 0"):
+        from_config_dict({"optimizer": {"eps": 1e-60}})
+
+
+def test_all_that_is_wrong_is_said_at_once() -> None:
+    with pytest.raises(UserError, match=r"config: train\.steps=0 .*\n  and: optimizer\.b1=2\.0 must be below 1"):
+        from_config_dict({"train": {"steps": 0}, "optimizer": {"b1": 2.0}})
 
 
 BEGINNING = "from smallcoder_jax.config import default_config\ndef get_config():\n    config = default_config()\n"

@@ -111,7 +111,7 @@ def test_mistakes_in_the_arguments(place: Place, capsys: pytest.CaptureFixture[s
         "unknown config key 'trian.steps'; did you mean 'train'?": place.arguments("--config.trian.steps=3"),
         "--config.train.steps=many: expected int": place.arguments("--config.train.steps=many"),
         "expected one of 'adamw', 'muon'": place.arguments("--config.optimizer.name=sgd"),
-        "must be a positive multiple of": place.arguments("--config.train.microbatch_size=3"),
+        "train.batch_size=8 must be a multiple of train.microbatch_size=3": place.arguments("--config.train.microbatch_size=3"),
         "--step belongs to --mode=evaluate": place.arguments("--step=2"),
         "does not exist; train one": place.arguments("--mode=evaluate"),
     }
