@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import itertools
 import json
+import os
 from pathlib import Path
 from typing import get_type_hints
 
@@ -15,6 +16,7 @@ from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import Config, ModelConfig, default_config, from_config_dict, to_dict
 from smallcoder_jax.config.fields import RANGE, Range
 from smallcoder_jax.configfile import load_config, read_config_file, split_overrides
+from smallcoder_jax.main import list_configs
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
@@ -243,12 +245,28 @@ def test_a_share_that_float32_rounds_to_one_is_one() -> None:
         from_config_dict({"optimizer": {"eps": 1e-60}})
 
 
+def test_a_number_that_cannot_be_written_down_is_refused() -> None:
+    with pytest.raises(
+        UserError, match=r"train\.steps=a value of type int that cannot be shown must be at most 2147483647"
+    ):
+        from_config_dict({"train": {"steps": 10**5000}})
+
+
 def test_all_that_is_wrong_is_said_at_once() -> None:
     with pytest.raises(UserError, match=r"config: train\.steps=0 .*\n  and: optimizer\.b1=2\.0 must be below 1"):
         from_config_dict({"train": {"steps": 0}, "optimizer": {"b1": 2.0}})
 
 
 BEGINNING = "from smallcoder_jax.config import default_config\ndef get_config():\n    config = default_config()\n"
+ODD = """from smallcoder_jax.config import default_config
+class Odd:
+    def __repr__(self): raise ValueError
+def get_config():
+    config = default_config().unlock()
+    with config.ignore_type():
+        config.{} = {}
+    return config
+"""
 
 
 @pytest.mark.parametrize(
@@ -260,12 +278,27 @@ BEGINNING = "from smallcoder_jax.config import default_config\ndef get_config():
         ("def get_config(:", r"SyntaxError: .*config\.py, line 1"),
         ("import no_such_module", "ModuleNotFoundError: .*no_such_module"),
         ("get_config = 3", "TypeError"),
+        ("import sys\nsys.exit(0)", r" ends the program, with sys\.exit\(0\)"),
+        ("def get_config():\n    raise SystemExit", r" ends the program, with sys\.exit\(None\)"),
+        ("class Odd(BaseException): pass\nraise Odd('no')", "Odd: no"),
+        ("raise GeneratorExit", "GeneratorExit"),
+        ("class Odd(Exception):\n    def __str__(self): 1 / 0\nraise Odd", "Odd: an error that cannot be shown"),
+        ("get_config = lambda: get_config()", "RecursionError"),
+        ("def get_config():\n    return 5", r"get_config\(\) returns int; expected a ConfigDict"),
+        (
+            "from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({1: 2})",
+            "unknown config key '1'",
+        ),
+        (BEGINNING + "    config.train = 3\n    return config", "TypeError|is a section; got 3"),
+        (ODD.format("optimizer.name", "Odd()"), "optimizer.name=a value of type Odd that cannot be shown"),
+        (ODD.format("optimizer.b1", "10**5000"), "OverflowError"),
+        (ODD.format("eval.sample_prompts", "['\\ud800']"), ".*expected text in UTF-8"),
     ],
 )
 def test_mistakes_in_a_config_file_name_it(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "config.py"
     path.write_text(text)
-    with pytest.raises(UserError, match=rf"config file '{path}': {message}"):
+    with pytest.raises(UserError, match=rf"config file '{path}'(: )?{message}"):
         load_config(str(path), [])
 
 
@@ -288,6 +321,79 @@ def test_missing_config_names_the_nearest(tmp_path: Path) -> None:
     empty.write_text("")
     with pytest.raises(UserError, match="no get_config"):
         load_config(str(empty), [])
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [("nano", "nano"), ("SmallCoder-Tiny", "tiny"), ("smallcoder-tiny-lc", "tiny_lc"), ("configs/nanno.py", "nano"),
+     ("configs/Small.py", "small"), ("stages/code.py", None), ("configs", None), ("", None), ("x" * 10_000, None),
+     ("a\0b", None), ("configs/\udcff.py", None)],
+)  # fmt: skip
+def test_a_name_is_answered_with_the_file_that_it_means(given: str, meant: str | None) -> None:
+    with pytest.raises(UserError) as refused:
+        read_config_file(given)
+    hint = f"did you mean 'configs/{meant}.py'?" if meant else "--list names those that exist"
+    assert hint in str(refused.value)
+
+
+def test_the_projects_configs_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_config("configs/nano.py", []).name == "smallcoder-nano"
+    assert load_config("configs/stages/code.py:nano", []).name == "smallcoder-nano-code"
+    assert "configs/tiny.py " in list_configs()
+    with pytest.raises(UserError, match=r"did you mean '.*configs/nano\.py'"):
+        load_config("nano", [])
+    # What is here is meant first; and a colon may be part of a name.
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "nano.py").write_text(BEGINNING + "    config.name = 'mine'\n    return config\n")
+    (tmp_path / "a:b.py").write_text((tmp_path / "configs" / "nano.py").read_text())
+    assert load_config("configs/nano.py", []).name == load_config("a:b.py", []).name == "mine"
+
+
+def test_the_config_of_a_run_is_a_config_file(tmp_path: Path) -> None:
+    recorded = tmp_path / "config.json"
+    config = load_config(str(ROOT / "configs/nano.py"), ["--config.train.steps=7"])
+    recorded.write_text(json.dumps(to_dict(config)))
+    assert load_config(str(recorded), []) == config
+    again = load_config(str(recorded), ["--config.train.steps=9", "--config.eval.sample_prompts=()"])
+    assert (again.train.steps, again.eval.sample_prompts, again.model) == (9, (), config.model)
+    with pytest.raises(UserError, match="takes no argument"):
+        load_config(f"{recorded}:nano", [])
+    for text, message in (
+        ("[" * 100_000, "nested"),
+        ("[]", "holds a list"),
+        ('{"train": {"stepz": 1}}', "unknown config key 'train.stepz'; did you mean 'steps'"),
+        ('{"train": {"steps": NaN}}', "no JSON number"),
+        ('{"train": 3}', "'train' is a section; got 3"),
+        ('{"model": {"rope_theta": 1' + "0" * 400 + "}}", "rope_theta: expected a float"),
+        ('{"eval": {"sample_prompts": ["\\ud800"]}}', "expected text in UTF-8"),
+        ("\x00", "cannot be read"),
+        ("\xff", "not UTF-8"),
+    ):
+        recorded.write_text(text, encoding="latin-1")
+        with pytest.raises(UserError, match=message) as refused:
+            load_config(str(recorded), [])
+        assert str(recorded) in str(refused.value)
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    pipe, device, huge = tmp_path / "pipe.py", tmp_path / "device.json", tmp_path / "huge.py"
+    os.mkfifo(pipe)
+    device.symlink_to("/dev/zero")
+    with huge.open("wb") as file:
+        file.truncate(1 << 40)
+    for path, message in ((pipe, "a pipe, not a file"), (device, "a device"), (huge, "larger than")):
+        with pytest.raises(UserError, match=message):
+            load_config(str(path), [])
+
+
+def test_text_that_utf8_cannot_hold_is_refused() -> None:
+    for override, message in (
+        ("data.sources=dir:/\udcff", "text in UTF-8"),
+        ("eval.sample_prompts=('\udcff',)", "tuple"),
+    ):
+        with pytest.raises(UserError, match=f"expected {message}"):
+            load_config(str(ROOT / "configs/nano.py"), [f"--config.{override}"])
 
 
 def test_unknown_keys_in_a_config_file_are_named() -> None:

@@ -111,9 +111,12 @@ def test_mistakes_in_the_arguments(place: Place, capsys: pytest.CaptureFixture[s
         "unknown config key 'trian.steps'; did you mean 'train'?": place.arguments("--config.trian.steps=3"),
         "--config.train.steps=many: expected int": place.arguments("--config.train.steps=many"),
         "expected one of 'adamw', 'muon'": place.arguments("--config.optimizer.name=sgd"),
-        "train.batch_size=8 must be a multiple of train.microbatch_size=3": place.arguments("--config.train.microbatch_size=3"),
+        "train.batch_size=8 must be a multiple of train.microbatch_size=3": place.arguments(
+            "--config.train.microbatch_size=3"
+        ),
         "--step belongs to --mode=evaluate": place.arguments("--step=2"),
         "does not exist; train one": place.arguments("--mode=evaluate"),
+        "--config is missing: ": ["--mode=evaluate", f"--workdir={place.run}"],
     }
     for expected, arguments in cases.items():
         assert expected in refusal(capsys, arguments), expected
@@ -225,6 +228,9 @@ def test_a_finished_run_evaluates(trained: Place, capsys: pytest.CaptureFixture[
     assert any("xz" in name for name in shown["references"])
     assert shown["data"]["sources"] == f"dir:{trained.code}"
     assert shown["data"]["sequence_length"] == 32
+    # By the config that it was trained with.
+    assert main(["--mode=evaluate", f"--workdir={trained.run}", "--step=2"]) == 0
+    assert json.loads(capsys.readouterr().out) == shown
     assert "no checkpoint '7'" in refusal(capsys, trained.arguments("--mode=evaluate", "--step=7"))
 
 

@@ -4,6 +4,7 @@ from smallcoder_jax.config.data import DataConfig, DialogConfig, PreferencesConf
 from smallcoder_jax.config.model import ComputeConfig, MeshConfig, ModelConfig, parameter_count
 from smallcoder_jax.config.schema import (
     Config,
+    build,
     default_config,
     eval_rows,
     evaluated_on,
@@ -43,6 +44,7 @@ __all__ = [
     "StageConfig",
     "TokenizerConfig",
     "TrainConfig",
+    "build",
     "default_config",
     "eval_rows",
     "evaluated_on",

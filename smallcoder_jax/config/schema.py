@@ -134,13 +134,22 @@ def default_config() -> Any:
 
 
 def from_config_dict(values: ConfigDict | Mapping[str, Any]) -> Config:
-    """Builds and validates the frozen config. Raises UserError on an unknown key, a wrong type or a contradiction."""
+    """Builds and validates the frozen config. Raises UserError on an unknown key, a wrong type, a number out of its
+    range or a contradiction.
+    """
+    config = build(values)
+    validate(config)
+    return config
+
+
+def build(values: ConfigDict | Mapping[str, Any]) -> Config:
+    """The config of these values, whose numbers may still be out of their range or contradict each other. Raises
+    UserError on an unknown key or a wrong type.
+    """
     plain = values.to_dict() if isinstance(values, ConfigDict) else values
     if not isinstance(plain, Mapping):
         raise UserError(f"a config is sections of keys and values; got {type(plain).__name__}")
-    config = _build(Config, plain, "")
-    validate(config)
-    return config
+    return _build(Config, plain, "")
 
 
 def nearest(name: str, known: list[str]) -> str:
@@ -182,7 +191,7 @@ def _coerce(hint: Any, value: Any, path: str) -> Any:
             raise UserError(f"{path}: expected a float, and the integer that was given is too large for one") from None
     if type(value) is not hint:
         raise UserError(f"{path}={shown(value)}: expected {hint.__name__}, got {type(value).__name__}")
-    return _text(value, path) if hint is str else value
+    return _text(value, path) if isinstance(value, str) else value
 
 
 def _text(value: str, path: str) -> str:
