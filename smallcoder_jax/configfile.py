@@ -141,7 +141,10 @@ def _set(values: ConfigDict, key: str, text: str) -> None:
     for depth, part in enumerate(parts):
         known = list(section.keys())
         if part not in known:
-            raise UserError(f"unknown config key '{key}'; {nearest(part, known)}")
+            leaves = [
+                f"{name}.{leaf}" for name in known if isinstance(section[name], ConfigDict) for leaf in section[name]
+            ]
+            raise UserError(f"unknown config key '{key}'; {nearest(part, known + leaves * (len(parts) == 1))}")
         is_section = isinstance(section[part], ConfigDict)
         if is_section != (depth < len(parts) - 1):
             inside = f"a section with {', '.join(section[part].keys())}" if is_section else "a value, not a section"

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from smallcoder_jax import distributed
+from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import EXIT_INTERRUPTED, CheckFailed, UserError, run_cli
 from smallcoder_jax.config import Config
 from smallcoder_jax.configfile import load_config, split_overrides
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="list the files in configs/, and end")
     options = parser.parse_args(arguments)
     if options.list:
-        print(list_configs())
+        say(list_configs())
         return 0
     if options.config is None and options.mode == "evaluate" and (Path(options.workdir or "") / "run.json").exists():
         options.config = str(Path(options.workdir) / "config.json")  # that of the run itself; an export has none
@@ -86,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.mode == "evaluate":
         if cluster is not None:
             raise UserError("--mode=evaluate runs in one process; leave --coordinator and its like out")
-        print(json.dumps(run.evaluate_run(workdir, config, options.step), indent=2))
+        say(json.dumps(run.evaluate_run(workdir, config, options.step), indent=2))
         return 0
     allow_changed = tuple(key.strip() for key in options.allow_changed.split(",") if key.strip())
     faults = Faults(options.inject)
@@ -118,7 +119,7 @@ def preflight(config: Config, options: argparse.Namespace) -> int:
     from smallcoder_jax.stages import run
 
     report = run.preflight(config, options.topology, options.tokens, options.price)
-    print(table(report))
+    say(table(report))
     if options.json is not None:
         try:
             Path(options.json).write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n")

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import os
+import re
 from pathlib import Path
 from typing import get_type_hints
 
@@ -409,3 +410,34 @@ def test_split_overrides_joins_values() -> None:
     assert overrides == ["--config.train.steps=3", "--config.name=x"]
     with pytest.raises(UserError, match="needs a value"):
         split_overrides(["--config.train.steps"])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "decay", "steps", "said"),
+    [
+        ("cosine", 500, 0, 100, "never reached: optimizer.warmup_steps=500 is more than train.steps=100, .* 20% of it"),
+        ("cosine", 100, 0, 100, ""),
+        ("wsd", 30, 80, 100, "warm-up reaches into the decay"),
+        ("wsd", 20, 80, 100, ""),
+    ],
+)
+def test_a_schedule_that_never_reaches_its_peak_is_said(
+    schedule: str, warmup: int, decay: int, steps: int, said: str
+) -> None:
+    values = {"schedule": schedule, "warmup_steps": warmup, "decay_steps": decay}
+    config = from_config_dict({"train": {"steps": steps}, "optimizer": values})
+    found = config.optimizer.schedule_fault(steps)
+    assert re.search(said, found) if said else found == ""
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("learning_rate=1", "'optimizer.learning_rate'"),
+        ("steps=3", "'train.steps'"),
+        ("batchsize=1", "'eval.batch_size'"),
+    ],
+)
+def test_a_key_without_its_section_is_answered_with_it(override: str, meant: str) -> None:
+    with pytest.raises(UserError, match=f"did you mean {meant}"):
+        load_config(str(ROOT / "configs/nano.py"), [f"--config.{override}"])

@@ -153,9 +153,12 @@ def build(values: ConfigDict | Mapping[str, Any]) -> Config:
 
 
 def nearest(name: str, known: list[str]) -> str:
-    """'; did you mean X?' for the known name closest to `name`, or the list of what is known."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean '{close[0]}'?" if close else "known: " + ", ".join(sorted(known))
+    """'did you mean X?' for what ends in the same word as `name`, else for the known name closest to it; or the list of
+    what is known.
+    """
+    same = [other for other in known if other.rpartition(".")[2] == name.rpartition(".")[2]]
+    close = same or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {' or '.join(map(repr, close))}?" if close else "known: " + ", ".join(sorted(known))
 
 
 def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:

@@ -55,6 +55,21 @@ class OptimizerConfig(Section):
     decay_steps: int = number(0, low=0)  # wsd: length of the last, linear part
     final_ratio: float = number(0.1, low=0, high=1)  # learning rate at the end, as a share of the peak
 
+    def schedule_fault(self, steps: int) -> str:
+        """What is odd about the schedule of so many steps, though it can be followed; "": nothing."""
+        if self.warmup_steps > steps:
+            return (
+                "the peak of the learning rate is never reached: optimizer.warmup_steps="
+                f"{self.warmup_steps} is more than train.steps={steps}, and the rate ends at "
+                f"{steps / self.warmup_steps:.0%} of it"
+            )
+        if self.schedule == "wsd" and self.warmup_steps > steps - self.decay_steps:
+            return (
+                f"warm-up reaches into the decay: optimizer.warmup_steps={self.warmup_steps} and optimizer.decay_steps="
+                f"{self.decay_steps} are together more than train.steps={steps}, and the rate jumps where warm-up ends"
+            )
+        return ""
+
 
 @dataclasses.dataclass(frozen=True)
 class GuardConfig(Section):
