@@ -45,10 +45,13 @@ def main(argv: list[str] | None = None) -> int:
     from smallcoder_jax.base.display import printable
     from smallcoder_jax.config import parameter_count
     from smallcoder_jax.evaluate.completions import share
+    from smallcoder_jax.export import parity
     from smallcoder_jax.stages.run import evaluate_run
     from smallcoder_jax.train.terminal import format_table, human_count, human_time
     from tools import export
 
+    if options.checker is None and not (workdir / "export").is_dir():
+        parity.check_installed()
     run = smallcoder_jax.train(config, workdir)
     if run.interrupted:
         return EXIT_INTERRUPTED

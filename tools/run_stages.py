@@ -31,6 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--no-check", action="store_true", help="do not fail where a stage made nothing better")
     options = parser.parse_args(arguments)
     from smallcoder_jax.data.progress import Progress
+    from smallcoder_jax.export import parity
     from smallcoder_jax.stages import chain
     from smallcoder_jax.train.terminal import format_table, human_time
 
@@ -38,6 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     workdir = options.workdir or Path("runs") / f"stages_{options.variant}"
     stages = options.stages.split(",") if options.stages else chain.STAGES
     planned = chain.plan(options.variant, stages, workdir, overrides)
+    if any(each.stage in chain.POLICY for each in planned):
+        parity.check_installed()
     if "tokenizer" in stages:
         chain.ensure_tokenizer(planned, workdir / "tokenizer", Progress(sys.stderr))
     done = []
