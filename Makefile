@@ -8,7 +8,7 @@ RUN ?= runs/quickstart
 # Processes of `make test`, of up to 6 GiB each; 0: none beside pytest's own.
 WORKERS ?= 2
 
-.PHONY: quickstart pipeline test test-slow test-lowering lint bench clean help
+.PHONY: quickstart pipeline test test-slow test-lowering lint bench clean distclean help
 
 help:
 	@echo "make quickstart   install, train nano on the standard library's source, evaluate, export, check, complete"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-slow    the tests that take minutes"
 	@echo "make test-lowering  compile training steps for TPUs and for H200s, on a machine without one"
 	@echo "make bench        data pipeline and training step, each beside PyTorch"
+	@echo "make clean        delete environments and caches; make distclean: runs/ and data/ too, when you say yes"
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -80,5 +81,13 @@ bench: $(VENV)/.test
 	$(BIN)/python -m tools.bench_data
 	$(BIN)/python -m tools.bench_step --config=configs/nano.py --against=torch
 
+# Environments and caches; models and data stay.
 clean:
-	rm -rf $(VENV) $(VENV)-tpu $(VENV)-cuda runs data
+	rm -rf $(VENV) $(VENV)-tpu $(VENV)-cuda build *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './runs/*' -not -path './data/*' -prune -exec rm -rf {} +
+
+distclean:
+	@printf 'This deletes runs/ and data/: every model and all prepared data. Type yes to go on: '; \
+	  read -r answer && test "$$answer" = yes || { echo "nothing was deleted"; exit 2; }
+	rm -rf runs data
+	$(MAKE) clean

@@ -25,6 +25,7 @@ from types import FrameType
 from typing import NamedTuple
 
 from launch.platforms import PLATFORMS, settings_of
+from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import NOT_TRIED_AGAIN
 
 FINAL = (0, *NOT_TRIED_AGAIN, 130)
@@ -81,11 +82,11 @@ class Launcher:
         for attempt in range(self.options.retries + 1):
             if attempt:
                 self._pause()
-                print(f"launch: attempt {attempt + 1}", file=sys.stderr, flush=True)
+                say(f"launch: attempt {attempt + 1}", sys.stderr)
             code = self._attempt()
             if code in FINAL or self.stopped:
                 return code
-            print(f"launch: the trainer ended with code {code}", file=sys.stderr, flush=True)
+            say(f"launch: the trainer ended with code {code}", sys.stderr)
         return code
 
     def _attempt(self) -> int:
@@ -164,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("a TPU machine runs one process with all of its chips")
     if options.dry_run:
         for command in commands(options, os.environ):
-            print(command)
+            say(str(command))
         return 0
     return Launcher(options).run()
 

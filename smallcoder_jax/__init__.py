@@ -14,6 +14,8 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from smallcoder_jax.base.environment import check_environment
+
 if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from smallcoder_jax.loading import LoadedModel
     from smallcoder_jax.stages.run import Run
 
+check_environment()
 # The first import of the subpackage `train` sets an attribute of that name: done here, before the function takes it.
 importlib.import_module("smallcoder_jax.train")
 

@@ -1,14 +1,15 @@
 """Config files and command-line overrides, with errors that name the nearest match.
 
-A config file is a Python file with `get_config() -> ConfigDict`. Those of stages take an argument, the variant, which
-is named behind a colon: `configs/stages/code.py:small`. An override is `--config.section.key=value`, read as
-the type that the key has.
+A config file is a Python file with `get_config() -> ConfigDict`, or the `config.json` of a run. Those of stages take an
+argument, the variant, which is named behind a colon: `configs/stages/code.py:small`. An override is
+`--config.section.key=value`, read as the type that the key has.
 """
 
 from __future__ import annotations
 
 import ast
 import difflib
+import os
 import runpy
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,13 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from smallcoder_jax.base.errors import UserError
-from smallcoder_jax.config import Config, from_config_dict, nearest
+from smallcoder_jax.base.files import read_bytes, read_json_object
+from smallcoder_jax.config import Config, build, from_config_dict, nearest, to_dict
+from smallcoder_jax.config.fields import shown
 
 PREFIX = "--config."
+PROJECT = Path(__file__).resolve().parents[1]  # what holds the package, and configs/ beside it
+MAX_BYTES = 1 << 20  # of a config file
 
 
 def split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -48,32 +53,86 @@ def load_config(path: str, overrides: list[str]) -> Config:
 
 
 def read_config_file(path: str) -> Any:
-    """The ConfigDict of a config file, `PATH` or `PATH:ARGUMENT`. Raises UserError where the file is missing, fails, or
-    gives no ConfigDict.
+    """All values of a config file, `PATH` or `PATH:ARGUMENT`, as a ConfigDict. Where no such file is in the working
+    directory, the project's own `configs/` are looked into, too.
+
+    Raises UserError where the file is missing or fails, or gives something else than keys and values of the schema.
     """
-    path, colon, argument = path.partition(":")
-    file = Path(path)
-    if not file.is_file():
-        known = sorted(str(p) for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
-        known = known or sorted(str(p) for p in Path("configs").glob("*.py"))
-        close = difflib.get_close_matches(path, known, n=1, cutoff=0.4)
-        hint = f"did you mean '{close[0]}'?" if close else "python -m smallcoder_jax.main --list names those that exist"
-        raise UserError(f"config file '{path}' does not exist; {hint}")
+    file, argument = _find(path)
+    named = f"config file '{file}'"
+    if file.suffix == ".json":
+        if argument is not None:
+            raise UserError(f"{named} is JSON and takes no argument; leave ':{argument}' out")
+        values = read_json_object(file, "the config of a run", MAX_BYTES)
+    else:
+        values = _run(file, argument, named)
+    try:
+        return ConfigDict(to_dict(build(values)))
+    except UserError as error:
+        raise UserError(f"{named}: {error}") from error
+
+
+def _find(path: str) -> tuple[Path, str | None]:
+    """The file of `PATH` or `PATH:ARGUMENT`, and the argument. Raises UserError where there is none."""
+    before, colon, behind = path.rpartition(":")
+    for name, argument in ((path, None), *([(before, behind)] if colon else [])):
+        for file in (Path(name), PROJECT / name):
+            if os.path.lexists(file) and not file.is_dir():
+                return file, argument
+    wanted = Path(before or path)
+    folder = wanted.parent if wanted.parent != Path() and os.path.isdir(wanted.parent) else config_folder()
+    close = difflib.get_close_matches(_key(wanted), [_key(file) for file in config_files(folder)], n=1, cutoff=0.5)
+    meant = [str(file) for file in config_files(folder) if _key(file) in close]
+    hint = f"did you mean '{meant[0]}'?" if meant else "python -m smallcoder_jax.main --list names those that exist"
+    what = "is a folder" if os.path.isdir(path) else "does not exist"
+    raise UserError(f"config file '{path}' {what}; {hint}")
+
+
+def config_folder() -> Path:
+    """The project's `configs/`: of the working directory, or else beside the package."""
+    return Path("configs") if os.path.isdir("configs") else PROJECT / "configs"
+
+
+def config_files(folder: Path) -> list[Path]:
+    """The config files that lie in a folder."""
+    return sorted(path for path in folder.glob("*.py") if path.stem != "__init__")
+
+
+def _key(path: Path) -> str:
+    """What a config is known by: 'tiny_lc' of configs/tiny_lc.py and of the name SmallCoder-Tiny-LC."""
+    return path.name.removesuffix(".py").lower().replace("-", "_").removeprefix("smallcoder_")
+
+
+def _run(file: Path, argument: str | None, named: str) -> dict[str, Any]:
+    """What `get_config` of a Python file returns. The file is the user's own program, which may do anything."""
+    read_bytes(file, "a config file: Python with get_config()", MAX_BYTES)
     try:
         get_config = runpy.run_path(str(file)).get("get_config")
-        values = get_config(*([argument] if colon else [])) if get_config else None
-    except UserError:
+        if get_config is None:
+            raise UserError(f"{named} has no get_config()")
+        values = get_config(*([] if argument is None else [argument]))
+        if isinstance(values, ConfigDict):
+            return values.to_dict()
+    except (UserError, KeyboardInterrupt):
         raise
-    except Exception as error:  # the user's own program, which may raise anything
-        raise UserError(f"config file '{path}': {type(error).__name__}: {error}") from error
-    if get_config is None:
-        raise UserError(f"config file '{path}' has no get_config()")
-    if not isinstance(values, ConfigDict):
+    except SystemExit as error:
         raise UserError(
-            f"config file '{path}': get_config() returns {type(values).__name__}; expected a ConfigDict: begin with "
-            "smallcoder_jax.config.default_config(), change it and return it"
-        )
-    return values
+            f"{named} ends the program, with sys.exit({shown(error.code)}); expected a get_config() that "
+            "returns a ConfigDict"
+        ) from error
+    except BaseException as error:
+        raise UserError(f"{named}: {type(error).__name__}: {_words(error)}") from error
+    raise UserError(
+        f"{named}: get_config() returns {type(values).__name__}; expected a ConfigDict: begin with "
+        "smallcoder_jax.config.default_config(), change it and return it"
+    )
+
+
+def _words(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:
+        return "an error that cannot be shown"
 
 
 def _set(values: ConfigDict, key: str, text: str) -> None:
@@ -82,7 +141,10 @@ def _set(values: ConfigDict, key: str, text: str) -> None:
     for depth, part in enumerate(parts):
         known = list(section.keys())
         if part not in known:
-            raise UserError(f"unknown config key '{key}'; {nearest(part, known)}")
+            leaves = [
+                f"{name}.{leaf}" for name in known if isinstance(section[name], ConfigDict) for leaf in section[name]
+            ]
+            raise UserError(f"unknown config key '{key}'; {nearest(part, known + leaves * (len(parts) == 1))}")
         is_section = isinstance(section[part], ConfigDict)
         if is_section != (depth < len(parts) - 1):
             inside = f"a section with {', '.join(section[part].keys())}" if is_section else "a value, not a section"

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
+from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import UserError, report
 
 AUTO: Literal["auto"] = "auto"
@@ -108,7 +109,7 @@ def joined(cluster: Cluster | Literal["auto"] | None) -> Iterator[None]:
             "cluster_detection_method": "deactivate",
         }
     others = f"{cluster.processes} processes at {cluster.coordinator}" if isinstance(cluster, Cluster) else "the others"
-    print(f"waiting for {others}, at most {MEETING_SECONDS} s", file=sys.stderr, flush=True)
+    say(f"waiting for {others}, at most {MEETING_SECONDS} s", sys.stderr)
     try:
         jax.distributed.initialize(  # ends with SIGABRT where they do not come
             **where,

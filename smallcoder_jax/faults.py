@@ -14,6 +14,7 @@ import threading
 from collections import Counter
 from pathlib import Path
 
+from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import UserError
 
 PLACES = {
@@ -62,7 +63,7 @@ class Faults:
         due = [fault for fault in self._waiting if (fault.place, fault.at) == (place, number)]
         for fault in due:
             self._waiting.remove(fault)
-            print(f"injected: {fault.kind}@{fault.place}:{fault.at}", file=sys.stderr, flush=True)
+            say(f"injected: {fault.kind}@{fault.place}:{fault.at}", sys.stderr)
             _strike(fault.kind)
         return {fault.kind for fault in due} & {"nan", "bitflip"}
 

@@ -60,6 +60,13 @@ def load(path: Path, *, step: int | str | None = None) -> LoadedModel:
         if step is not None:
             raise UserError(f"{path} is an exported folder: it has no steps to choose from")
         return _from_export(path)
+    step_of = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    if (step_of / "run.json").is_file() and "checkpoints" in (path.name, path.parent.name):
+        number = "STEP" if path.name == "checkpoints" else path.name
+        raise UserError(
+            f"{path} belongs to the run {step_of}; name the run, and the checkpoint apart from it: --step {number} (in "
+            f"Python: step={number!r})"
+        )
     what = "is neither a run (run.json) nor an export (model.safetensors)" if path.exists() else "does not exist"
     raise UserError(f"{path} {what}; train one with python -m smallcoder_jax.main --config=configs/nano.py")
 

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from smallcoder_jax import distributed
+from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import EXIT_INTERRUPTED, CheckFailed, UserError, run_cli
 from smallcoder_jax.config import Config
 from smallcoder_jax.configfile import load_config, split_overrides
@@ -37,7 +38,11 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", metavar="FILE", help="a config file, for example configs/nano.py")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="a config file, for example configs/nano.py, or a run's config.json; evaluate: default that of the run",
+    )
     parser.add_argument("--workdir", metavar="DIR", help="the run folder; default runs/NAME of the config")
     parser.add_argument("--mode", choices=("train", "evaluate", "preflight"), default="train")
     parser.add_argument("--step", help="evaluate: which checkpoint, 'best' or a step; default the best")
@@ -65,8 +70,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="list the files in configs/, and end")
     options = parser.parse_args(arguments)
     if options.list:
-        print(list_configs(Path("configs")))
+        say(list_configs())
         return 0
+    if options.config is None and options.mode == "evaluate" and (Path(options.workdir or "") / "run.json").exists():
+        options.config = str(Path(options.workdir) / "config.json")  # that of the run itself; an export has none
     if options.config is None:
         raise UserError("--config is missing: --config=configs/nano.py, for example; --list names all")
     config = load_config(options.config, overrides)
@@ -80,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.mode == "evaluate":
         if cluster is not None:
             raise UserError("--mode=evaluate runs in one process; leave --coordinator and its like out")
-        print(json.dumps(run.evaluate_run(workdir, config, options.step), indent=2))
+        say(json.dumps(run.evaluate_run(workdir, config, options.step), indent=2))
         return 0
     allow_changed = tuple(key.strip() for key in options.allow_changed.split(",") if key.strip())
     faults = Faults(options.inject)
@@ -112,7 +119,7 @@ def preflight(config: Config, options: argparse.Namespace) -> int:
     from smallcoder_jax.stages import run
 
     report = run.preflight(config, options.topology, options.tokens, options.price)
-    print(table(report))
+    say(table(report))
     if options.json is not None:
         try:
             Path(options.json).write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n")
@@ -124,23 +131,27 @@ def preflight(config: Config, options: argparse.Namespace) -> int:
     return 0
 
 
-def list_configs(folder: Path) -> str:
-    """A table of the config files in `folder`, variants and then stages: name, true parameter count, context and data.
+def list_configs() -> str:
+    """A table of the project's config files, variants and then stages: name, true parameter count, context and data.
     Imports no model.
     """
     from smallcoder_jax.config import from_config_dict, parameter_count
-    from smallcoder_jax.configfile import read_config_file
+    from smallcoder_jax.configfile import config_files, config_folder, read_config_file
     from smallcoder_jax.train.terminal import format_table
 
-    files = sorted(path for path in folder.glob("*.py") if path.stem != "__init__")
-    if not files:
-        raise UserError(f"no config files in '{folder}'; run this from the project's folder")
-    configs = [(path, from_config_dict(read_config_file(str(path)))) for path in files]
+    folder = config_folder()
+    configs = [(path, from_config_dict(read_config_file(str(path)))) for path in config_files(folder)]
     configs.sort(key=lambda item: (parameter_count(item[1].model), item[1].model.context))
-    stages = sorted(folder.glob("stages/*.py"))
-    configs += [(f"{path}:VARIANT", from_config_dict(read_config_file(str(path)))) for path in stages]
+    stages = config_files(folder / "stages")
+    configs += [(Path(f"{path}:VARIANT"), from_config_dict(read_config_file(str(path)))) for path in stages]
     rows = [
-        (str(path), config.name, f"{parameter_count(config.model):,}", config.model.context, config.data.sources)
+        (
+            path.relative_to(folder.parent),
+            config.name,
+            f"{parameter_count(config.model):,}",
+            config.model.context,
+            config.data.sources,
+        )
         for path, config in configs
     ]
     return format_table(["config", "name", "parameters", "context", "data"], rows)

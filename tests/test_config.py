@@ -4,14 +4,20 @@ import ast
 import dataclasses
 import itertools
 import json
+import os
+import re
 from pathlib import Path
+from typing import get_type_hints
 
+import numpy as np
 import pytest
 
 from smallcoder_jax import config as config_module
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import Config, ModelConfig, default_config, from_config_dict, to_dict
+from smallcoder_jax.config.fields import RANGE, Range
 from smallcoder_jax.configfile import load_config, read_config_file, split_overrides
+from smallcoder_jax.main import list_configs
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
@@ -20,7 +26,7 @@ CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.py") if path.stem !
 def fields_of_schema() -> list[tuple[str, str]]:
     found = []
     for section in dataclasses.fields(Config):
-        default = section.default
+        default = getattr(Config(), section.name)
         if dataclasses.is_dataclass(default):
             found += [(section.name, field.name) for field in dataclasses.fields(default)]
         else:
@@ -51,7 +57,7 @@ def reads_in(source: str) -> set[tuple[str, str]]:
 def test_every_field_is_read_outside_of_validation() -> None:
     reads: set[tuple[str, str]] = set()
     for path in itertools.chain((ROOT / "smallcoder_jax").rglob("*.py"), (ROOT / "tools").rglob("*.py")):
-        if path.name != "config.py":
+        if path.parent.name != "config":
             reads |= reads_in(path.read_text())
     # Read through a property or function of the schema itself.
     reads |= {("train", "microbatch_size")} if ("train", "microbatch_rows") in reads else set()
@@ -132,19 +138,19 @@ SIZES = ("vocab_size", "width", "mlp_width", "layers", "heads", "kv_heads", "hea
         ("--config.optimizer.name=adamv", "expected one of 'adamw', 'muon'"),
         ("--config.model.kv_heads=2", "multiple of"),
         ("--config.train.sequence_length=9999", "model.context"),
-        ("--config.train.batch_size=0", "positive multiple"),
+        ("--config.train.batch_size=0", "train.batch_size=0 must be at least 1"),
         ("--config.log.tensorboard=2", "expected bool"),
         ("--config.train.steps={[]:1}", "expected int"),
         *((f"--config.model.{name}=0", f"model.{name}=0 must be at least 1") for name in SIZES),
         ("--config.model.layers=-1", "model.layers=-1 must be at least 1"),
-        ("--config.model.window=-5", "model.window=-5 must not be negative"),
-        ("--config.data.max_documents=-1", "data.max_documents=-1 must not be negative"),
+        ("--config.model.window=-5", "model.window=-5 must be at least 0; 0 is the whole document"),
+        ("--config.data.max_documents=-1", "data.max_documents=-1 must be at least 0"),
         ("--config.data.min_tokens=0", "data.min_tokens=0 must be at least 1"),
         ("--config.data.max_unusable=0", "data.max_unusable=0 must be at least 1"),
-        ("--config.train.seed=-1", "train.seed=-1 must be between 0 and 4294967295"),
-        (f"--config.train.seed={2**32}", "train.seed=4294967296 must be between"),
-        ("--config.eval.every=-1", "eval.every=-1 must not be negative"),
-        ("--config.eval.batches=-1", "eval.batches=-1 must not be negative"),
+        ("--config.train.seed=-1", "train.seed=-1 must be at least 0"),
+        (f"--config.train.seed={2**32}", "train.seed=4294967296 must be at most 4294967295"),
+        ("--config.eval.every=-1", "eval.every=-1 must be at least 0"),
+        ("--config.eval.batches=-1", "eval.batches=-1 must be at least 0"),
         ("--config.eval.sample_tokens=-1", "eval.sample_tokens=-1 must be"),
         ("--config.eval.sample_tokens=512", "eval.sample_tokens=512 must be below model.context=512"),
         ("--config.eval.sample_temperature=-0.1", "eval.sample_temperature=-0.1 must be"),
@@ -181,7 +187,87 @@ def test_sections_are_insisted_on() -> None:
         from_config_dict(json.loads("[]"))
 
 
+def numbers_of_schema() -> list[tuple[str, str, type, Range | None]]:
+    """(section, field, int or float, range) of every number in the schema."""
+    found = []
+    for name, section in vars(Config()).items():
+        if dataclasses.is_dataclass(section):
+            hints = get_type_hints(type(section))
+            found += [
+                (name, field.name, hints[field.name], field.metadata.get(RANGE))
+                for field in dataclasses.fields(section)
+                if hints[field.name] in (int, float)
+            ]
+    return found
+
+
+NUMBERS = numbers_of_schema()
+IDS = [f"{section}.{field}" for section, field, _, _ in NUMBERS]
+
+
+@pytest.mark.parametrize(("section", "field", "kind", "allowed"), NUMBERS, ids=IDS)
+def test_every_number_has_a_range_and_what_is_just_outside_of_it_is_refused(
+    section: str, field: str, kind: type, allowed: Range | None
+) -> None:
+    assert allowed is not None, "give it its range with `number`"
+
+    def refusal(value: float) -> str:
+        try:
+            from_config_dict({section: {field: value}})
+        except UserError as error:
+            return str(error)
+        return ""
+
+    def beside(value: float, direction: int) -> float:
+        return int(value) + direction if kind is int else float(np.nextafter(np.float32(value), direction * np.inf))
+
+    named = f"config: {section}.{field}="
+    for end, direction in ((allowed.low, -1), (allowed.high, 1)):
+        if np.isfinite(end):
+            assert allowed.problem(kind(end)) == ""
+            assert refusal(beside(end, direction)).startswith(named)
+    for end, direction in ((allowed.above, 1), (allowed.below, -1)):
+        if np.isfinite(end):
+            assert refusal(kind(end)).startswith(named)
+            assert allowed.problem(beside(end, direction)) == ""
+    if kind is int:
+        assert np.isfinite([allowed.low, allowed.high]).all(), "a whole number has two ends"
+    else:
+        assert max(allowed.low, allowed.above) > -np.inf, "no number of the config may be any negative one"
+        # Of the last, float32 makes an infinity; of 10**400 there is no float at all.
+        for value in (np.nan, np.inf, -np.inf, 1e39, 10**400):
+            assert f"{section}.{field}" in refusal(value)
+
+
+def test_a_share_that_float32_rounds_to_one_is_one() -> None:
+    with pytest.raises(UserError, match=r"optimizer\.b2=0\.99999999 must be below 1"):
+        from_config_dict({"optimizer": {"b2": 0.99999999}})
+    with pytest.raises(UserError, match=r"optimizer\.eps=1e-60 must be above 0"):
+        from_config_dict({"optimizer": {"eps": 1e-60}})
+
+
+def test_a_number_that_cannot_be_written_down_is_refused() -> None:
+    with pytest.raises(
+        UserError, match=r"train\.steps=a value of type int that cannot be shown must be at most 2147483647"
+    ):
+        from_config_dict({"train": {"steps": 10**5000}})
+
+
+def test_all_that_is_wrong_is_said_at_once() -> None:
+    with pytest.raises(UserError, match=r"config: train\.steps=0 .*\n  and: optimizer\.b1=2\.0 must be below 1"):
+        from_config_dict({"train": {"steps": 0}, "optimizer": {"b1": 2.0}})
+
+
 BEGINNING = "from smallcoder_jax.config import default_config\ndef get_config():\n    config = default_config()\n"
+ODD = """from smallcoder_jax.config import default_config
+class Odd:
+    def __repr__(self): raise ValueError
+def get_config():
+    config = default_config().unlock()
+    with config.ignore_type():
+        config.{} = {}
+    return config
+"""
 
 
 @pytest.mark.parametrize(
@@ -193,12 +279,27 @@ BEGINNING = "from smallcoder_jax.config import default_config\ndef get_config():
         ("def get_config(:", r"SyntaxError: .*config\.py, line 1"),
         ("import no_such_module", "ModuleNotFoundError: .*no_such_module"),
         ("get_config = 3", "TypeError"),
+        ("import sys\nsys.exit(0)", r" ends the program, with sys\.exit\(0\)"),
+        ("def get_config():\n    raise SystemExit", r" ends the program, with sys\.exit\(None\)"),
+        ("class Odd(BaseException): pass\nraise Odd('no')", "Odd: no"),
+        ("raise GeneratorExit", "GeneratorExit"),
+        ("class Odd(Exception):\n    def __str__(self): 1 / 0\nraise Odd", "Odd: an error that cannot be shown"),
+        ("get_config = lambda: get_config()", "RecursionError"),
+        ("def get_config():\n    return 5", r"get_config\(\) returns int; expected a ConfigDict"),
+        (
+            "from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({1: 2})",
+            "unknown config key '1'",
+        ),
+        (BEGINNING + "    config.train = 3\n    return config", "TypeError|is a section; got 3"),
+        (ODD.format("optimizer.name", "Odd()"), "optimizer.name=a value of type Odd that cannot be shown"),
+        (ODD.format("optimizer.b1", "10**5000"), "OverflowError"),
+        (ODD.format("eval.sample_prompts", "['\\ud800']"), ".*expected text in UTF-8"),
     ],
 )
 def test_mistakes_in_a_config_file_name_it(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "config.py"
     path.write_text(text)
-    with pytest.raises(UserError, match=rf"config file '{path}': {message}"):
+    with pytest.raises(UserError, match=rf"config file '{path}'(: )?{message}"):
         load_config(str(path), [])
 
 
@@ -223,6 +324,79 @@ def test_missing_config_names_the_nearest(tmp_path: Path) -> None:
         load_config(str(empty), [])
 
 
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [("nano", "nano"), ("SmallCoder-Tiny", "tiny"), ("smallcoder-tiny-lc", "tiny_lc"), ("configs/nanno.py", "nano"),
+     ("configs/Small.py", "small"), ("stages/code.py", None), ("configs", None), ("", None), ("x" * 10_000, None),
+     ("a\0b", None), ("configs/\udcff.py", None)],
+)  # fmt: skip
+def test_a_name_is_answered_with_the_file_that_it_means(given: str, meant: str | None) -> None:
+    with pytest.raises(UserError) as refused:
+        read_config_file(given)
+    hint = f"did you mean 'configs/{meant}.py'?" if meant else "--list names those that exist"
+    assert hint in str(refused.value)
+
+
+def test_the_projects_configs_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_config("configs/nano.py", []).name == "smallcoder-nano"
+    assert load_config("configs/stages/code.py:nano", []).name == "smallcoder-nano-code"
+    assert "configs/tiny.py " in list_configs()
+    with pytest.raises(UserError, match=r"did you mean '.*configs/nano\.py'"):
+        load_config("nano", [])
+    # What is here is meant first; and a colon may be part of a name.
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "nano.py").write_text(BEGINNING + "    config.name = 'mine'\n    return config\n")
+    (tmp_path / "a:b.py").write_text((tmp_path / "configs" / "nano.py").read_text())
+    assert load_config("configs/nano.py", []).name == load_config("a:b.py", []).name == "mine"
+
+
+def test_the_config_of_a_run_is_a_config_file(tmp_path: Path) -> None:
+    recorded = tmp_path / "config.json"
+    config = load_config(str(ROOT / "configs/nano.py"), ["--config.train.steps=7"])
+    recorded.write_text(json.dumps(to_dict(config)))
+    assert load_config(str(recorded), []) == config
+    again = load_config(str(recorded), ["--config.train.steps=9", "--config.eval.sample_prompts=()"])
+    assert (again.train.steps, again.eval.sample_prompts, again.model) == (9, (), config.model)
+    with pytest.raises(UserError, match="takes no argument"):
+        load_config(f"{recorded}:nano", [])
+    for text, message in (
+        ("[" * 100_000, "nested"),
+        ("[]", "holds a list"),
+        ('{"train": {"stepz": 1}}', "unknown config key 'train.stepz'; did you mean 'steps'"),
+        ('{"train": {"steps": NaN}}', "no JSON number"),
+        ('{"train": 3}', "'train' is a section; got 3"),
+        ('{"model": {"rope_theta": 1' + "0" * 400 + "}}", "rope_theta: expected a float"),
+        ('{"eval": {"sample_prompts": ["\\ud800"]}}', "expected text in UTF-8"),
+        ("\x00", "cannot be read"),
+        ("\xff", "not UTF-8"),
+    ):
+        recorded.write_text(text, encoding="latin-1")
+        with pytest.raises(UserError, match=message) as refused:
+            load_config(str(recorded), [])
+        assert str(recorded) in str(refused.value)
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    pipe, device, huge = tmp_path / "pipe.py", tmp_path / "device.json", tmp_path / "huge.py"
+    os.mkfifo(pipe)
+    device.symlink_to("/dev/zero")
+    with huge.open("wb") as file:
+        file.truncate(1 << 40)
+    for path, message in ((pipe, "a pipe, not a file"), (device, "a device"), (huge, "larger than")):
+        with pytest.raises(UserError, match=message):
+            load_config(str(path), [])
+
+
+def test_text_that_utf8_cannot_hold_is_refused() -> None:
+    for override, message in (
+        ("data.sources=dir:/\udcff", "text in UTF-8"),
+        ("eval.sample_prompts=('\udcff',)", "tuple"),
+    ):
+        with pytest.raises(UserError, match=f"expected {message}"):
+            load_config(str(ROOT / "configs/nano.py"), [f"--config.{override}"])
+
+
 def test_unknown_keys_in_a_config_file_are_named() -> None:
     values = to_dict(Config())
     values["data"]["source"] = "stdlib"
@@ -236,3 +410,34 @@ def test_split_overrides_joins_values() -> None:
     assert overrides == ["--config.train.steps=3", "--config.name=x"]
     with pytest.raises(UserError, match="needs a value"):
         split_overrides(["--config.train.steps"])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "warmup", "decay", "steps", "said"),
+    [
+        ("cosine", 500, 0, 100, "never reached: optimizer.warmup_steps=500 is more than train.steps=100, .* 20% of it"),
+        ("cosine", 100, 0, 100, ""),
+        ("wsd", 30, 80, 100, "warm-up reaches into the decay"),
+        ("wsd", 20, 80, 100, ""),
+    ],
+)
+def test_a_schedule_that_never_reaches_its_peak_is_said(
+    schedule: str, warmup: int, decay: int, steps: int, said: str
+) -> None:
+    values = {"schedule": schedule, "warmup_steps": warmup, "decay_steps": decay}
+    config = from_config_dict({"train": {"steps": steps}, "optimizer": values})
+    found = config.optimizer.schedule_fault(steps)
+    assert re.search(said, found) if said else found == ""
+
+
+@pytest.mark.parametrize(
+    ("override", "meant"),
+    [
+        ("learning_rate=1", "'optimizer.learning_rate'"),
+        ("steps=3", "'train.steps'"),
+        ("batchsize=1", "'eval.batch_size'"),
+    ],
+)
+def test_a_key_without_its_section_is_answered_with_it(override: str, meant: str) -> None:
+    with pytest.raises(UserError, match=f"did you mean {meant}"):
+        load_config(str(ROOT / "configs/nano.py"), [f"--config.{override}"])

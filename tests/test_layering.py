@@ -102,6 +102,23 @@ def test_there_is_one_loop_and_one_gradient() -> None:
         assert "optimizer.update" not in sources[f"stages/{stage}.py"]
 
 
+def test_every_command_shows_text_through_the_one_function_that_makes_it_visible() -> None:
+    # What another program reads is printed as it is: shell and JSON. The sandbox's own files import nothing.
+    as_it_is = {
+        "smallcoder_jax/base/display.py",
+        "launch/platforms.py",
+        "launch/kubernetes.py",
+        "tools/attention_torch.py",
+    }
+    printing = {
+        path.relative_to(ROOT).as_posix()
+        for path in [*FILES, *(ROOT / "tools").glob("*.py"), *(ROOT / "launch").glob("*.py")]
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    }
+    assert printing == as_it_is
+
+
 def test_a_higher_room_would_be_noticed(tmp_path: Path) -> None:
     probe = tmp_path / "probe.py"
     probe.write_text("from smallcoder_jax.train import loop\nimport smallcoder_jax.stages.run\n")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,10 @@ import pytest
 from smallcoder_jax import loading
 from smallcoder_jax.base.errors import EXIT_USER_ERROR, UserError, run_cli
 from smallcoder_jax.configfile import load_config
+from smallcoder_jax.data.shards import Manifest, SourceEntry, Split
 from smallcoder_jax.main import main
+from smallcoder_jax.stages import documents
+from smallcoder_jax.stages.run import next_commands
 from smallcoder_jax.train.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -111,9 +115,12 @@ def test_mistakes_in_the_arguments(place: Place, capsys: pytest.CaptureFixture[s
         "unknown config key 'trian.steps'; did you mean 'train'?": place.arguments("--config.trian.steps=3"),
         "--config.train.steps=many: expected int": place.arguments("--config.train.steps=many"),
         "expected one of 'adamw', 'muon'": place.arguments("--config.optimizer.name=sgd"),
-        "must be a positive multiple of": place.arguments("--config.train.microbatch_size=3"),
+        "train.batch_size=8 must be a multiple of train.microbatch_size=3": place.arguments(
+            "--config.train.microbatch_size=3"
+        ),
         "--step belongs to --mode=evaluate": place.arguments("--step=2"),
         "does not exist; train one": place.arguments("--mode=evaluate"),
+        "--config is missing: ": ["--mode=evaluate", f"--workdir={place.run}"],
     }
     for expected, arguments in cases.items():
         assert expected in refusal(capsys, arguments), expected
@@ -168,7 +175,11 @@ def test_a_tokenizer_that_changed_since_the_data_was_prepared(
     assert f"delete {recorded.parent} and {tokens}; then" in said
     shutil.rmtree(recorded.parent)
     shutil.rmtree(tokens)
-    assert main([*trained.arguments(f"--config.data.dir={data}"), f"--workdir={tmp_path / 'again'}"]) == 0
+    capsys.readouterr()
+    assert main([*trained.arguments(f"--config.data.dir={data}"), f"--workdir={tmp_path / 'a b'}"]) == 0
+    said = capsys.readouterr().err
+    assert "warning: the peak of the learning rate is never reached: optimizer.warmup_steps=500 is more than" in said
+    assert f"--run '{tmp_path / 'a b'}'\n" in said
 
 
 def test_a_batch_that_does_not_divide_over_the_mesh(trained: Place, capsys: pytest.CaptureFixture[str]) -> None:
@@ -225,6 +236,12 @@ def test_a_finished_run_evaluates(trained: Place, capsys: pytest.CaptureFixture[
     assert any("xz" in name for name in shown["references"])
     assert shown["data"]["sources"] == f"dir:{trained.code}"
     assert shown["data"]["sequence_length"] == 32
+    (line,) = [json.loads(line) for line in (trained.run / "evaluations.jsonl").read_text().splitlines()]
+    assert {name: value for name, value in line.items() if name != "at"} == shown
+    assert shown["step"] == 2
+    # By the config that it was trained with.
+    assert main(["--mode=evaluate", f"--workdir={trained.run}", "--step=2"]) == 0
+    assert json.loads(capsys.readouterr().out) == shown
     assert "no checkpoint '7'" in refusal(capsys, trained.arguments("--mode=evaluate", "--step=7"))
 
 
@@ -268,3 +285,42 @@ def test_stages_take_a_variant_behind_a_colon(capsys: pytest.CaptureFixture[str]
     said = capsys.readouterr().out
     assert "configs/stages/grpo.py:VARIANT" in said
     assert "2,079,705,088" in said
+
+
+def test_a_checkpoint_is_named_by_its_run_and_step(trained: Place) -> None:
+    for path, step in ((trained.run / "checkpoints" / "2", "2"), (trained.run / "checkpoints", "STEP")):
+        with pytest.raises(UserError, match=rf"belongs to the run {trained.run}; .*--step {step} "):
+            loading.load(path)
+
+
+def test_the_end_advises_nothing_that_would_be_refused() -> None:
+    nano = load_config("configs/nano.py", [])
+    reward = dataclasses.replace(nano, stage=dataclasses.replace(nano.stage, name="reward"))
+    windowed = dataclasses.replace(nano, model=dataclasses.replace(nano.model, window=8))
+    commands = [next_commands(config, Path("runs/a b;c")) for config in (nano, reward, windowed)]
+    assert [sum("tools.export" in command for command in each) for each in commands] == [1, 0, 0]
+    assert all(shlex.split(command)[4] == "runs/a b;c" for each in commands for command in each)
+
+
+def entry(spec: str, weight: float, documents: int, tokens: int) -> SourceEntry:
+    split = Split(**{field.name: 0 for field in dataclasses.fields(Split)})
+    return SourceEntry(spec, weight, True, dataclasses.replace(split, documents=documents, tokens=tokens), split)
+
+
+def test_epochs_are_counted_for_each_source() -> None:
+    nano = load_config("configs/nano.py", ["--config.train.steps=100", "--config.train.batch_size=10"])
+    small, large = entry("jsonl:rows", 3.0, 10, 1000), entry("stdlib", 1.0, 1000, 480_000)
+    manifest = Manifest("", "", "uint16", 256, "", False, (small, large), {})
+    planned = documents.epochs(
+        nano, manifest
+    )  # 100 x 10 x 384 = 384,000 tokens, three quarters of them of the small one
+    assert planned == {"jsonl:rows": pytest.approx(288.0), "stdlib": pytest.approx(0.2)}
+    assert documents._epochs_in_words(planned) == "288 of jsonl:rows, 0.20 of stdlib"
+    (warning,) = documents._repetition(planned)
+    assert "epochs planned: 288 of jsonl:rows; " in warning
+    assert documents._repetition({"stdlib": 4.0}) == ()
+    # A document a row: 1000 rows, of which a document of the small source, a fifth as long, takes 3 x 4.8 shares.
+    rows = dataclasses.replace(nano, data=dataclasses.replace(nano.data, packing="document"))
+    planned = documents.epochs(rows, manifest)
+    assert planned["jsonl:rows"] * 10 + planned["stdlib"] * 1000 == pytest.approx(1000)
+    assert planned["jsonl:rows"] * 10 == pytest.approx(1000 * 3 * 4.8 / (3 * 4.8 + 1))

@@ -26,6 +26,7 @@ import numpy as np
 from jax import Array
 from jax.tree_util import Partial
 
+from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import UserError, run_cli
 from smallcoder_jax.kernels import flash_hopper, flash_tpu
 from smallcoder_jax.kernels.tile_table import lookup
@@ -360,7 +361,7 @@ def main() -> None:
         raise UserError(
             "kernels are timed on a GPU or a TPU, and jax found a CPU; --dry-run checks this program on one"
         )
-    print(json.dumps({"device": device.device_kind, "software": f"jax {jax.__version__}"}), flush=True)
+    say(json.dumps({"device": device.device_kind, "software": f"jax {jax.__version__}"}))
     for fields in job["shapes"]:
         shape = Shape(**fields)
         case = make_case(shape)
@@ -371,7 +372,7 @@ def main() -> None:
             except Exception as error:  # a kernel that fails at one shape is a cell of the table; the others still run
                 result = {"why_not": packed_rows.failure(error)}
             line = {"contender": contender.name, "masks": contender.masks, "shape": fields, **result}
-            print(json.dumps(line), flush=True)
+            say(json.dumps(line))
 
 
 if __name__ == "__main__":

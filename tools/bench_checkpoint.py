@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import CheckFailed, UserError, run_cli
 from smallcoder_jax.configfile import load_config, split_overrides
 
@@ -46,10 +47,10 @@ def main(argv: list[str] | None = None) -> int | None:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         found = measure(config, Path(folder), options.saves)
     if options.json:
-        print(json.dumps(found, indent=2))
+        say(json.dumps(found, indent=2))
     else:
         width = max(map(len, found))
-        print("\n".join(f"{name:<{width}}  {value:.4g}" for name, value in found.items()))
+        say("\n".join(f"{name:<{width}}  {value:.4g}" for name, value in found.items()))
     if options.check and (found["held up, s/GB"] >= SECONDS_PER_GB or found["held up, share of training"] >= SHARE):
         raise CheckFailed(f"a save holds training up for longer than {SECONDS_PER_GB} s/GB or {SHARE:.0%} of it")
     return None

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import CheckFailed, UserError, run_cli
 from smallcoder_jax.config import Config, DataConfig, ModelConfig, TokenizerConfig
 from smallcoder_jax.data import packing, shards
@@ -67,7 +68,7 @@ def main(argv: list[str] | None = None) -> int | None:
         "mean_document_tokens": round(tokens / documents, 1),
         "rows": rows,
     }
-    print(json.dumps(result, indent=1) if options.json else _table(result))
+    say(json.dumps(result, indent=1) if options.json else _table(result))
     slow = [row for row in rows if row["pipeline"] == "grain" and row["tokens_per_second"] < WANTED]
     if options.check and slow:
         raise CheckFailed(

@@ -27,6 +27,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import EXIT_USER_ERROR, CheckFailed, UserError, run_cli
 from smallcoder_jax.train.terminal import format_table
 from tools.packed_rows import ALL, BOUND, Shape
@@ -67,7 +68,7 @@ def main(argv: list[str] | None = None) -> int | None:
         for line in lines_of(module, python, job):
             if "contender" in line:
                 results.append(line)
-                print(progress(line), file=sys.stderr, flush=True)
+                say(progress(line), sys.stderr)
             else:
                 software.append(line)
     report: Result = {
@@ -77,7 +78,7 @@ def main(argv: list[str] | None = None) -> int | None:
     }
     found = targets(report)
     report["targets"] = [{**target._asdict(), "missed": target.missed} for target in found]
-    print(json.dumps(report, indent=1) if options.json else table(report, found))
+    say(json.dumps(report, indent=1) if options.json else table(report, found))
     if options.check:
         check(report, found)
     return None

@@ -24,6 +24,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import CheckFailed, UserError, run_cli
 from smallcoder_jax.configfile import load_config, split_overrides
 
@@ -47,10 +48,10 @@ def main(argv: list[str] | None = None) -> int | None:
         given = [f"--config={options.config}", f"--workdir={folder}/run", *overrides]
         found = measure(given, every, options.kills, Path(folder) / "xla")
     if options.json:
-        print(json.dumps(found, indent=2))
+        say(json.dumps(found, indent=2))
     else:
         width = max(map(len, found))
-        print("\n".join(f"{name:<{width}}  {value:.4g}" for name, value in found.items()))
+        say("\n".join(f"{name:<{width}}  {value:.4g}" for name, value in found.items()))
     if options.check and found["steps lost, most"] >= 2 * every:
         raise CheckFailed(f"a kill lost {found['steps lost, most']:.0f} steps; checkpoint.every is {every}")
 

@@ -21,6 +21,7 @@ import statistics
 import sys
 from typing import Any
 
+from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import UserError, run_cli
 from smallcoder_jax.config import Config, MeshConfig, to_dict
 from smallcoder_jax.configfile import load_config, split_overrides
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> int | None:
     config = load_config(options.config, overrides)
     warn_of_company()
     found = [measure(config, options.axis, count, options.rows, options.steps) for count in options.devices]
-    print(json.dumps(found, indent=1) if options.json else table(found, config, options.axis))
+    say(json.dumps(found, indent=1) if options.json else table(found, config, options.axis))
 
 
 def measure(config: Config, axis: str, devices: int, rows: int, steps: int) -> dict[str, Any]:

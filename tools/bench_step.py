@@ -42,6 +42,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import EXIT_USER_ERROR, CheckFailed, UserError, run_cli
 from smallcoder_jax.config import Config, from_config_dict, parameter_count, to_dict
 from smallcoder_jax.configfile import load_config, split_overrides
@@ -96,7 +97,7 @@ def main(argv: list[str] | None = None) -> int | None:
     report["profile"] = rounds["ours"][0]["profile"]
     report["documents"] = documents
     report["optimizer"] = "adamw" if configured == "adamw" else f"adamw (the config says {configured})"
-    print(json.dumps(report, indent=1) if options.json else table(report))
+    say(json.dumps(report, indent=1) if options.json else table(report))
     if options.check:
         check(report)
 
@@ -171,7 +172,7 @@ def contend() -> None:
         else:
             options = {name: job[name] for name in ("attention", "compile", "autocast")}
             result = measure_torch(name, config, steps, documents, **options)
-        print(json.dumps(result))
+        say(json.dumps(result))
 
     run_cli(measure)
 
@@ -384,10 +385,10 @@ def warn_of_company() -> None:
     """Says on stderr when other programs take the cores: PyTorch's threads then wait for one another, and ours less."""
     busy = os.getloadavg()[0]
     if busy > cores() / 4:
-        print(
+        say(
             f"warning: the load average is {busy:.1f} on {cores()} cores; figures taken beside other programs are not "
             "to be relied on",
-            file=sys.stderr,
+            sys.stderr,
         )
 
 

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from smallcoder_jax import distributed
+from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import CheckFailed, run_cli
 
 JAX_MINIMUM = (0, 10, 2)
@@ -278,7 +279,7 @@ def examine(options: argparse.Namespace, cluster: Any) -> list[Finding]:
         found = found if isinstance(found, list) else [found]
         where = f"{socket.gethostname()} {jax.process_index()}: " if jax.process_count() > 1 else ""
         for finding in found:
-            print(f"{where}{finding}", flush=True)
+            say(f"{where}{finding}")
         findings += found
     return findings
 

@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import UserError, run_cli
 from smallcoder_jax.config import from_config_dict
 from smallcoder_jax.export import card as model_card
@@ -48,7 +49,7 @@ def main(argv: list[str] | None = None) -> int | None:
 
     def check(folder: Path) -> Mapping[str, Any]:
         report = parity.check(folder, loaded.model, params, loaded.tokenizer, texts=sample_texts())
-        print(json.dumps(report.to_dict(), indent=1) if args.json else report.table())
+        say(json.dumps(report.to_dict(), indent=1) if args.json else report.table())
         return report.record()
 
     huggingface.write_export(
@@ -61,7 +62,7 @@ def main(argv: list[str] | None = None) -> int | None:
         check=None if args.skip_parity else check,
     )
     unchecked = ", not checked against transformers" if args.skip_parity else ""
-    print(f"exported to {output}{unchecked}", file=sys.stderr)
+    say(f"exported to {output}{unchecked}", sys.stderr)
     return None
 
 

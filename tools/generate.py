@@ -21,6 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TextIO
 
+from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import UserError, run_cli
 from smallcoder_jax.generate.engine import Completion, Generator
 from smallcoder_jax.generate.prompts import Prompt
@@ -99,14 +100,14 @@ class Job:
         seconds = time.perf_counter() - started
         for number, completion in enumerate(completions[:: self.options.num_samples], start=1):
             if completion.dropped_prompt_tokens:
-                print(
+                say(
                     f"prompt {number}: {completion.dropped_prompt_tokens} tokens did not fit into the model's context "
                     f"and were left out; {completion.prompt_tokens} were read",
-                    file=log,
+                    log,
                 )
         self._write(completions, output)
         tokens = sum(len(completion.token_ids) for completion in completions)
-        print(f"{tokens} tokens in {seconds:.1f} s, compilation and prompts included", file=log)
+        say(f"{tokens} tokens in {seconds:.1f} s, compilation and prompts included", log)
 
     def _write(self, completions: list[Completion], output: TextIO) -> None:
         if self.output_file:

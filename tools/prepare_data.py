@@ -11,6 +11,7 @@ import argparse
 import shlex
 import sys
 
+from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import run_cli
 from smallcoder_jax.configfile import load_config, split_overrides
 from smallcoder_jax.data.prepare import prepare
@@ -24,13 +25,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--config", required=True, help="config file; --config.key=value overrides a key")
     arguments = parser.parse_args(others)
     prepared = prepare(load_config(arguments.config, overrides), Progress(sys.stderr))
-    print(format_report(prepared.manifest))
-    print()
-    print(f"corpus:    {prepared.corpus_folder}")
-    print(f"tokenizer: {prepared.tokenizer_folder}")
-    print(f"tokens:    {prepared.tokens_folder} (fingerprint {prepared.manifest.fingerprint[:16]})")
+    say(format_report(prepared.manifest))
+    say()
+    say(f"corpus:    {prepared.corpus_folder}")
+    say(f"tokenizer: {prepared.tokenizer_folder}")
+    say(f"tokens:    {prepared.tokens_folder} (fingerprint {prepared.manifest.fingerprint[:16]})")
     check = ["python", "-m", "tools.validate_data", f"--config={arguments.config}", *overrides]
-    print(f"check it:  {shlex.join(check)}")
+    say(f"check it:  {shlex.join(check)}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ Exit code 3 when the model needs more bits per byte than `xz -9e` file by file, 
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import EXIT_INTERRUPTED, CheckFailed, UserError, run_cli
 from smallcoder_jax.config import Config
 from smallcoder_jax.configfile import load_config, split_overrides
@@ -43,24 +45,27 @@ def main(argv: list[str] | None = None) -> int:
     from smallcoder_jax.base.display import printable
     from smallcoder_jax.config import parameter_count
     from smallcoder_jax.evaluate.completions import share
+    from smallcoder_jax.export import parity
     from smallcoder_jax.stages.run import evaluate_run
     from smallcoder_jax.train.terminal import format_table, human_count, human_time
     from tools import export
 
+    if options.checker is None and not (workdir / "export").is_dir():
+        parity.check_installed()
     run = smallcoder_jax.train(config, workdir)
     if run.interrupted:
         return EXIT_INTERRUPTED
-    print("\nevaluating on every held-out file ...", flush=True)
+    say("\nevaluating on every held-out file ...")
     result = evaluate_run(workdir, config)
     references = result["references"]
     model = smallcoder_jax.load(workdir)
     completion = model.generate(PROMPT, max_tokens=48, temperature=0.0)[0]
-    print("\ncompleting beginnings of held-out files ...", flush=True)
+    say("\ncompleting beginnings of held-out files ...")
     written = complete_held_out(config, model)
     if is_checked(workdir / "export", model):
-        print(f"\n{workdir / 'export'} was exported and checked in transformers before", flush=True)
+        say(f"\n{workdir / 'export'} was exported and checked in transformers before")
     else:
-        print("\nexporting, and checking the export in transformers ...", flush=True)
+        say("\nexporting, and checking the export in transformers ...")
         if options.checker:
             wait_for(options.checker)
         export.main([f"--checkpoint={workdir}"])
@@ -73,11 +78,11 @@ def main(argv: list[str] | None = None) -> int:
         ["export", "transformers agrees: logits, token ids, greedy text"],
         ["time", human_time(time.monotonic() - start)],
     ]
-    print("\n" + format_table(["quick start", ""], rows))
-    print(f"\nprompt:\n\n{PROMPT}\n\nprompt and completion, greedy:\n\n{PROMPT}{printable(completion.text)}\n")
-    print(f"report      {workdir / 'report.html'}\ncharts      {workdir / 'charts' / 'training_latest.png'}")
-    print(f"complete    python -m tools.generate --checkpoint {workdir} --interactive")
-    print("your code   python -m smallcoder_jax.main --config=configs/nano.py --workdir=runs/mine "
+    say("\n" + format_table(["quick start", ""], rows))
+    say(f"\nprompt:\n\n{PROMPT}\n\nprompt and completion, greedy:\n\n{PROMPT}{printable(completion.text)}\n")
+    say(f"report      {workdir / 'report.html'}\ncharts      {workdir / 'charts' / 'training_latest.png'}")
+    say(f"complete    python -m tools.generate --checkpoint {shlex.quote(str(workdir))} --interactive")
+    say("your code   python -m smallcoder_jax.main --config=configs/nano.py --workdir=runs/mine "
           "--config.data.sources=dir:/path/to/code")  # fmt: skip
     if result["bits_per_byte"] >= references["xz -9e"]:
         raise CheckFailed(
@@ -121,7 +126,7 @@ def wait_for(stamp: Path) -> None:
     """
     failed = stamp.with_name(stamp.name + ".failed")
     if not stamp.exists():
-        print("waiting for torch and transformers to be installed ...", flush=True)
+        say("waiting for torch and transformers to be installed ...")
     last = time.monotonic() + WAIT_SECONDS
     while not stamp.exists():
         if time.monotonic() > last:

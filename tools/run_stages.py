@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import EXIT_INTERRUPTED, CheckFailed, run_cli
 from smallcoder_jax.configfile import split_overrides
 
@@ -30,6 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--no-check", action="store_true", help="do not fail where a stage made nothing better")
     options = parser.parse_args(arguments)
     from smallcoder_jax.data.progress import Progress
+    from smallcoder_jax.export import parity
     from smallcoder_jax.stages import chain
     from smallcoder_jax.train.terminal import format_table, human_time
 
@@ -37,11 +39,13 @@ def main(argv: list[str] | None = None) -> int:
     workdir = options.workdir or Path("runs") / f"stages_{options.variant}"
     stages = options.stages.split(",") if options.stages else chain.STAGES
     planned = chain.plan(options.variant, stages, workdir, overrides)
+    if any(each.stage in chain.POLICY for each in planned):
+        parity.check_installed()
     if "tokenizer" in stages:
         chain.ensure_tokenizer(planned, workdir / "tokenizer", Progress(sys.stderr))
     done = []
     for each in planned:
-        print(f"\n=== stage {each.stage} ===", file=sys.stderr, flush=True)
+        say(f"\n=== stage {each.stage} ===", sys.stderr)
         result = chain.run_stage(each, workdir)
         if result is None:
             return EXIT_INTERRUPTED
@@ -52,9 +56,9 @@ def main(argv: list[str] | None = None) -> int:
         [stage, measure, *("-" if number is None else f"{number:.4f}" for number in change)]
         for stage, measure, change in chain.table_rows(done)
     ]
-    print("\n" + format_table(["stage", "held-out measure", "before", "after", "standard error"], rows))
-    print("\n" + format_table(["stage", "time"], [[each.stage, human_time(each.seconds)] for each in done]))
-    print(f"\nall in {human_time(time.monotonic() - start)}; report {workdir / 'stages.html'}")
+    say("\n" + format_table(["stage", "held-out measure", "before", "after", "standard error"], rows))
+    say("\n" + format_table(["stage", "time"], [[each.stage, human_time(each.seconds)] for each in done]))
+    say(f"\nall in {human_time(time.monotonic() - start)}; report {workdir / 'stages.html'}")
     failed = [] if options.no_check else chain.failures(done)
     if failed:
         raise CheckFailed("stages that did not do what they are for: " + "; ".join(failed))
@@ -68,7 +72,7 @@ def finish(workdir: Path, stages: list[str]) -> None:
     if not stages:
         return
     last = workdir / stages[-1]
-    print(f"\nexporting {last}, and checking the export in transformers ...", flush=True)
+    say(f"\nexporting {last}, and checking the export in transformers ...")
     export.main([f"--checkpoint={last}"])
     code = verify_models.main([f"--run={workdir / stage}" for stage in stages])
     if code:

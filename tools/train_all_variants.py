@@ -31,6 +31,7 @@ from typing import Any
 
 from launch.platforms import settings_of
 from launch.presets import PRESETS, Preset, find_preset, preset_overrides
+from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import (
     EXIT_CHECK_FAILED,
     EXIT_INTERRUPTED,
@@ -101,7 +102,7 @@ def main(argv: list[str] | None = None) -> int:
                 summary.record(plan.variant, train(plan, summary.results.get(plan.variant, {}), child))
         if not child.stopped:
             summary.verify(child)
-        print("\n" + summary.table(), flush=True)
+        say("\n" + summary.table())
     if child.stopped:
         return EXIT_INTERRUPTED
     summary.check()
@@ -186,7 +187,7 @@ def locked(workdir: Path) -> Iterator[int]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"waiting: an earlier start, or a variant that it left behind, still trains in {workdir}", flush=True)
+            say(f"waiting: an earlier start, or a variant that it left behind, still trains in {workdir}")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield file.fileno()
 
@@ -242,11 +243,11 @@ class Child:
 def train(plan: Plan, recorded: dict[str, Any], child: Child) -> dict[str, Any]:
     """What became of a variant: as `recorded` where it is trained already."""
     if plan.is_trained(recorded):
-        print(f"{plan.variant}: trained already, in {plan.run.path}", flush=True)
+        say(f"{plan.variant}: trained already, in {plan.run.path}")
         return recorded
     if plan.config is None:
         return {"status": "failed", "reason": plan.refusal, "run": str(plan.run.path)}
-    print(f"\n{plan.variant}: {shlex.join(plan.command)}", flush=True)
+    say(f"\n{plan.variant}: {shlex.join(plan.command)}")
     start = time.monotonic()
     code, said = child.run(plan.command, plan.log)
     result = {
@@ -307,7 +308,7 @@ class Summary:
 
     def record(self, variant: str, result: dict[str, Any]) -> None:
         if result["status"] != "trained":
-            print(f"{variant}: {result['status']}: {result['reason']}", flush=True)
+            say(f"{variant}: {result['status']}: {result['reason']}")
         self.results[variant] = result
         self._write()
 
@@ -319,7 +320,7 @@ class Summary:
         """Verifies every run in the workdir, where there is one, and records the verdicts."""
         if not any(self.workdir.rglob("run.json")):
             return
-        print(f"\nverifying the runs in {self.workdir}", flush=True)
+        say(f"\nverifying the runs in {self.workdir}")
         output = self.workdir / "verification.json"
         command = [*VERIFIER, "--all", f"--runs={self.workdir}", "--json"]
         code, said = child.run(command, self.workdir / "verification.log", output)
@@ -391,9 +392,9 @@ def show(plans: Sequence[Plan], results: Mapping[str, Mapping[str, Any]]) -> Non
             shape = [count, train.steps, train.batch_size, train.microbatch_rows, train.sequence_length]
         rows.append([plan.variant, *shape, plan.run.path, state])
     heads = ["variant", "parameters", "steps", "batch", "microbatch", "tokens a row", "run", "state"]
-    print(format_table(heads, rows) + "\n")
+    say(format_table(heads, rows) + "\n")
     for plan in plans:
-        print(shlex.join(plan.command))
+        say(shlex.join(plan.command))
 
 
 def preflight(plans: Sequence[Plan], preset: Preset | None) -> int:

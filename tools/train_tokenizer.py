@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import CheckFailed, UserError, run_cli
 from smallcoder_jax.config import DataConfig
 from smallcoder_jax.data.corpus import read_split
@@ -36,12 +38,11 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer, corpus = make_tokenizer(data, arguments.vocab_size, arguments.train_bytes, Progress(sys.stderr))
     ratio, size = bytes_per_token(tokenizer, (document.text for document in read_split(corpus, "validation")))
     tokenizer.save(arguments.output)
-    print(f"entries:         {tokenizer.vocab_size:,}")
-    print(f"bytes per token: {ratio:.3f} on {size / 1e6:.2f} MB of held-out text, each document back byte for byte")
-    print(f"hash:            {tokenizer.hash[:16]}")
-    print(
-        f"use it with:     --config.tokenizer.path={arguments.output} --config.model.vocab_size={tokenizer.vocab_size}"
-    )
+    say(f"entries:         {tokenizer.vocab_size:,}")
+    say(f"bytes per token: {ratio:.3f} on {size / 1e6:.2f} MB of held-out text, each document back byte for byte")
+    say(f"hash:            {tokenizer.hash[:16]}")
+    path = shlex.quote(f"--config.tokenizer.path={arguments.output}")
+    say(f"use it with:     {path} --config.model.vocab_size={tokenizer.vocab_size}")
 
 
 def bytes_per_token(tokenizer: Tokenizer, texts: Iterable[str]) -> tuple[float, int]:

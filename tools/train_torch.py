@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import EXIT_INTERRUPTED, UserError, run_cli
 from smallcoder_jax.config import Config
 from smallcoder_jax.configfile import load_config, split_overrides
@@ -61,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     rows = compare(config, options.workdir, options.learning_rate)
     if rows is None:
         return EXIT_INTERRUPTED
-    print("\n" + table(rows))
+    say("\n" + table(rows))
     return 0
 
 
@@ -97,7 +98,7 @@ def compare(config: Config, workdir: Path, learning_rate: float) -> list[Row] | 
     found = evaluate_run(workdir / "ours", config)["bits_per_byte"]
     rows = [Row("smallcoder_jax", run.step, run.tokens_seen, seconds, found)]
     for name, autocast in (("torch", False), ("torch autocast", True)):
-        print(f"\n{name}: training for {seconds:.0f} seconds ...", file=sys.stderr, flush=True)
+        say(f"\n{name}: training for {seconds:.0f} seconds ...", sys.stderr)
         model, steps, spent = train(config, prepared, seconds, learning_rate, autocast=autocast)
         folder = workdir / name.replace(" ", "_")
         model.save_pretrained(folder)
@@ -139,7 +140,7 @@ def train(
         optimizer.zero_grad(set_to_none=True)
         steps += 1
         if steps % config.train.log_every == 0:
-            print(f"  step {steps}, {passed:.0%} of the time, loss {loss.item():.3f}", file=sys.stderr, flush=True)
+            say(f"  step {steps}, {passed:.0%} of the time, loss {loss.item():.3f}", sys.stderr)
     spent = time.monotonic() - begun
     batches.close()
     return model, steps, spent

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import CheckFailed, UserError, run_cli
 from smallcoder_jax.configfile import load_config
 from smallcoder_jax.kernels import tile_table
@@ -89,7 +90,7 @@ def main(argv: list[str] | None = None) -> int | None:
     if options.dry_run:
         for kernel, shape in itertools.product(KERNELS, shapes):
             here = device.device_kind if device.platform == kernel.platform else None
-            print(listing(kernel, shape, here) + "\n")
+            say(listing(kernel, shape, here) + "\n")
         return None
     kernels = [kernel for kernel in KERNELS if kernel.platform == device.platform]
     if not kernels:
@@ -142,11 +143,11 @@ def heading(kernel: Kernel, shape: Wanted) -> str:
 def tune(kernel: Kernel, shape: Wanted, device: str, *, interpret: bool) -> tile_table.Entry:
     """Tries all candidates, prints what became of them, and writes the best. Raises CheckFailed where none is right."""
     trial, tiles, best = Trial(kernel, shape, interpret), kernel.tiles(), None
-    print(heading(kernel, shape))
+    say(heading(kernel, shape))
     for values in VALUES[kernel.tiles]:
         possible = [one for one, reason in candidates(kernel, shape, device, values, tiles) if reason is None]
         outcomes = [trial.of(one) for one in possible]
-        print(results(outcomes) + "\n", flush=True)
+        say(results(outcomes) + "\n")
         best = choose(outcomes)
         tiles = best.tiles
     assert best
@@ -174,7 +175,7 @@ class Trial:
 
     def of(self, tiles: Any) -> Outcome:
         """Checks a candidate, and times it if it is right."""
-        print(f"  {tiles}", file=sys.stderr, flush=True)
+        say(f"  {tiles}", sys.stderr)
         try:
             return self._measure(tiles)
         except Exception as error:  # what the compiler refuses is an outcome; other candidates may still do

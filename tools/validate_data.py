@@ -13,6 +13,7 @@ import sys
 
 from google.protobuf.json_format import ParseError
 
+from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import CheckFailed, UserError, run_cli
 from smallcoder_jax.configfile import load_config, split_overrides
 from smallcoder_jax.data.prepare import find_prepared
@@ -41,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     if problems:
         more = [f"and {len(problems) - MAX_SHOWN} more"] if len(problems) > MAX_SHOWN else []
         raise CheckFailed("\n  ".join(["prepared data differs from its records:", *problems[:MAX_SHOWN], *more]))
-    print(f"valid: fingerprint {prepared.manifest.fingerprint}")
+    say(f"valid: fingerprint {prepared.manifest.fingerprint}")
 
 
 if __name__ == "__main__":

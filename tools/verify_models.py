@@ -14,6 +14,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import CheckFailed, UserError, run_cli
 
 
@@ -30,9 +31,9 @@ def main(argv: list[str] | None = None) -> int | None:
     for run in runs:
         verdicts.append(verify(run, reevaluate, batches=args.batches))
         if not args.json:
-            print(f"{verdicts[-1].status:<14} {run}\n    {verdicts[-1].reason}", flush=True)
+            say(f"{verdicts[-1].status:<14} {run}\n    {verdicts[-1].reason}")
     if args.json:
-        print(json.dumps([dataclasses.asdict(verdict) for verdict in verdicts], indent=1))
+        say(json.dumps([dataclasses.asdict(verdict) for verdict in verdicts], indent=1))
     failed = [verdict.run for verdict in verdicts if verdict.status != "verified"]
     if failed:
         raise CheckFailed(f"{len(failed)} of {len(verdicts)} not verified: {', '.join(failed)}")

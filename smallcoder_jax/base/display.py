@@ -1,10 +1,13 @@
 """Text of unknown origin as it may be shown: one function for each place.
 
 What a model writes, what a file is called and what a row holds can carry terminal sequences, text that runs backwards
-and markup. HTML is escaped by the templates themselves.
+and markup. The templates pass what they show through here, and escape HTML themselves.
 """
 
 from __future__ import annotations
+
+import sys
+from typing import TextIO
 
 _MARKUP = "\\|<>`*_[]#~&$"
 
@@ -14,9 +17,19 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
+def say(text: str = "", file: TextIO | None = None) -> None:
+    """Prints text of any origin, at once; what every command has instead of `print`. `file`: standard output."""
+    print(printable(text), file=sys.stdout if file is None else file, flush=True)
+
+
 def one_line(text: str) -> str:
     """Text for one line of a terminal or a log: line ends and tabs are escapes too."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def code(text: str) -> str:
+    """Text for a code span of a Markdown page, between two backticks."""
+    return one_line(text).replace("`", "'")
 
 
 def markdown(text: str) -> str:

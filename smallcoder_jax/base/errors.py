@@ -3,11 +3,12 @@
 An error message holds three things: what was given, what was expected, what to do about it.
 """
 
+import io
 import sys
 import traceback
 from collections.abc import Callable
 
-from smallcoder_jax.base.display import printable
+from smallcoder_jax.base.display import say
 
 EXIT_USER_ERROR = 2  # bad input: config, path, data, tokenizer, workdir of another run
 EXIT_CHECK_FAILED = 3  # a check that the command promises did not hold (parity, verification, validation)
@@ -35,6 +36,9 @@ class Interrupted(Exception):
 
 def run_cli(main: Callable[[], int | None]) -> None:
     """Runs a command's `main`, turns the errors above into a message and an exit code, and exits."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # whatever the encoding of the terminal cannot show
     try:
         code = main() or 0
     except (UserError, CheckFailed, Diverged, Interrupted, KeyboardInterrupt) as error:
@@ -45,16 +49,16 @@ def run_cli(main: Callable[[], int | None]) -> None:
 def report(error: BaseException) -> int:
     """Prints what ended a command, as one message where a user can act on it, and returns the exit code."""
     if isinstance(error, UserError):
-        print(printable(f"error: {error}"), file=sys.stderr)
+        say(f"error: {error}", sys.stderr)
         return EXIT_USER_ERROR
     if isinstance(error, CheckFailed):
-        print(printable(f"check failed: {error}"), file=sys.stderr)
+        say(f"check failed: {error}", sys.stderr)
         return EXIT_CHECK_FAILED
     if isinstance(error, Diverged):
-        print(printable(f"error: {error}"), file=sys.stderr)
+        say(f"error: {error}", sys.stderr)
         return EXIT_DIVERGED
     if isinstance(error, Interrupted):
-        print(printable(str(error)), file=sys.stderr)
+        say(str(error), sys.stderr)
         return EXIT_INTERRUPTED
     if isinstance(error, KeyboardInterrupt):
         return 130

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from typing import TextIO
 
+from smallcoder_jax.base.display import one_line
+
 _BAR = 24
 _TERMINAL_SECONDS, _PLAIN_SECONDS = 0.2, 10.0
 
@@ -51,6 +53,7 @@ class Progress:
         return f"{self._title}: [{bar}] {done:4.0%} {counts}"
 
     def _write(self, line: str, *, end: bool) -> None:
+        line = one_line(line)
         if self._terminal:
             self._stream.write("\r" + line.ljust(self._width) + ("\n" if end else ""))
             self._width = 0 if end else len(line)

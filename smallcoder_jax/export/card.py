@@ -19,7 +19,7 @@ from typing import Any
 
 import jinja2
 
-from smallcoder_jax.base.display import markdown
+from smallcoder_jax.base.display import code, markdown, one_line
 from smallcoder_jax.config import Config, ModelConfig, evaluated_on, parameter_count
 from smallcoder_jax.data.shards import Manifest
 
@@ -30,12 +30,13 @@ def render(model: ModelConfig, card: Mapping[str, Any], *, dtype: str, fim: Sequ
     """The README.md of an exported folder. `fim`: the pieces prefix, middle and suffix, empty where there are none."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("smallcoder_jax.export", "templates"),
-        autoescape=False,  # Markdown; `cell` keeps values inside their cell
+        autoescape=False,  # Markdown; `cell` keeps values inside their cell, `code` inside their span
+        finalize=lambda value: one_line(value) if isinstance(value, str) else value,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["cell"] = _cell
+    environment.filters |= {"cell": _cell, "code": code}
     return environment.get_template("model_card.md.jinja").render(
         model=model,
         card=card,

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.metadata
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -175,6 +176,15 @@ def hard_texts(tokenizer: base.Tokenizer) -> list[str]:
         *mixtures,
         *runs,
     ]
+
+
+def check_installed() -> None:
+    """Raises UserError where what the check needs is not installed: asked before the training that it comes after."""
+    if missing := [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]:
+        raise UserError(
+            f"the export is checked at the end, which needs {' and '.join(missing)}: pip install "
+            "'smallcoder_jax[parity]'"
+        )
 
 
 def _import_transformers() -> tuple[Any, Any]:

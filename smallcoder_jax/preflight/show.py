@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
 from smallcoder_jax.preflight.examine import Report
-from smallcoder_jax.train.terminal import human_bytes, human_count, human_time
+from smallcoder_jax.train.terminal import human_bytes, human_count, human_time, named_values, screen_width
 
 
 def table(report: Report) -> str:
-    """Sections of name and value, as wide as they need."""
+    """Sections of name and value, as wide as they need, or as the terminal is."""
     sections = {
         "run": _run(report),
         "memory of a device": _memory(report),
@@ -15,10 +17,11 @@ def table(report: Report) -> str:
         "collectives of a device": _collectives(report),
         "budget, at the least": _budget(report),
     }
-    width = max(len(name) for rows in sections.values() for name, _ in rows)
+    longest = max(len(name) for rows in sections.values() for name, _ in rows)
     lines = [f"{report.name} on {report.topology}: {report.devices} x {report.device_kind}"]
     for title, rows in sections.items():
-        lines += ["", title] + [f"  {name:<{width}}  {value}" for name, value in rows]
+        entries = [(f"  {name:<{longest}}", value) for name, value in rows]
+        lines += ["", title, *named_values(entries, screen_width(sys.stdout))]
     return "\n".join(lines)
 
 

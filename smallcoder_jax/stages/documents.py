@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from smallcoder_jax.config import Config, eval_rows
 from smallcoder_jax.data import pipeline
 from smallcoder_jax.data.prepare import Prepared, prepare
 from smallcoder_jax.data.progress import Progress
+from smallcoder_jax.data.shards import Manifest
 from smallcoder_jax.evaluate.bits_per_byte import held_out_references
 from smallcoder_jax.evaluate.perplexity import evaluate
 from smallcoder_jax.loading import LoadedModel
@@ -20,6 +21,8 @@ from smallcoder_jax.train.metrics import language_summary
 from smallcoder_jax.train.step import LossFn
 from smallcoder_jax.train.task import Start, Task
 from smallcoder_jax.train.terminal import human_count
+
+MOST_EPOCHS = 4
 
 
 def prepare_on_all(config: Config, progress: Progress) -> Prepared:
@@ -75,7 +78,7 @@ def make_task(config: Config, prepared: Prepared, start: Start | None, loss_fn: 
 
     train_tokens = sum(source.train.tokens for source in prepared.manifest.sources)
     validation_tokens = sum(source.validation.tokens for source in prepared.manifest.sources)
-    planned = train.steps * train.batch_size * train.sequence_length
+    planned = epochs(config, prepared.manifest)
     identity = pipeline.pipeline_identity(
         prepared.manifest, data, sequence_length=train.sequence_length, batch_size=train.batch_size, seed=train.seed
     )
@@ -92,14 +95,47 @@ def make_task(config: Config, prepared: Prepared, start: Start | None, loss_fn: 
         facts={
             "sources": data.sources + (" DUMMY DATA" if prepared.manifest.dummy else ""),
             "tokens": f"{human_count(train_tokens)} to train on, {human_count(validation_tokens)} held out; "
-            f"{planned / max(train_tokens, 1):.2f} epochs planned",
+            f"epochs planned: {_epochs_in_words(planned)}",
             "rows": f"packing {data.packing}, FIM rate {data.fim_rate}, {data.workers} workers",
             **_unusable(config, prepared),
         },
-        accounting=prepared.accounting,
+        warnings=_repetition(planned),
+        accounting={**prepared.accounting, "epochs_planned": planned},
         references=held_out_references(prepared) if distributed.is_first() else {},
         start=start,
         **more,
+    )
+
+
+def epochs(config: Config, manifest: Manifest) -> dict[str, float]:
+    """How often training goes through the documents of each source, by its spec."""
+    train, sources = config.train, manifest.sources
+    if config.data.packing == "document":  # a row each, whatever its length
+        weights = [source.weight * source.train.documents / max(source.train.tokens, 1) for source in sources]
+        drawn, sizes = train.steps * train.batch_size, [source.train.documents for source in sources]
+    else:
+        weights = [source.weight for source in sources]
+        drawn = train.steps * train.batch_size * train.sequence_length
+        sizes = [source.train.tokens for source in sources]
+    return {
+        source.spec: drawn * weight / max(sum(weights), 1e-30) / max(size, 1)
+        for source, weight, size in zip(sources, weights, sizes, strict=True)
+    }
+
+
+def _epochs_in_words(planned: Mapping[str, float]) -> str:
+    counts = {spec: f"{count:.2f}" if count < 10 else f"{count:,.0f}" for spec, count in planned.items()}
+    return ", ".join(f"{count} of {spec}" for spec, count in counts.items())
+
+
+def _repetition(planned: Mapping[str, float]) -> tuple[str, ...]:
+    often = {spec: count for spec, count in planned.items() if count > MOST_EPOCHS}
+    if not often:
+        return ()
+    return (
+        f"documents are repeated, epochs planned: {_epochs_in_words(often)}; after about {MOST_EPOCHS} a model learns "
+        "little more from the same text (arXiv 2305.16264) and begins to know it by heart: lower the weight or "
+        "train.steps, or add data",
     )
 
 

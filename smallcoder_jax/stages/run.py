@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import importlib
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +16,10 @@ import jax
 
 from smallcoder_jax import distributed, loading
 from smallcoder_jax.base.errors import UserError
-from smallcoder_jax.config import Config, eval_rows, evaluated_on
+from smallcoder_jax.base.files import reason
+from smallcoder_jax.config import Config, counted, eval_rows, evaluated_on
 from smallcoder_jax.data.progress import Progress
+from smallcoder_jax.export import names
 from smallcoder_jax.faults import NONE, Faults
 from smallcoder_jax.mesh import batch_sharding, place_batch
 from smallcoder_jax.preflight.examine import Report, examine
@@ -75,12 +78,21 @@ def train(config: Config, workdir: Path, *, faults: Faults = NONE, allow_changed
 
 
 def evaluate_run(workdir: Path, config: Config, step: str | None = None) -> dict[str, Any]:
-    """What the stage of `config` is judged by, of a run or an export, on held-out data (`measure` of its file).
+    """What the stage of `config` is judged by, of a run or an export, on held-out data (`measure` of its file), and the
+    step; a run keeps it as a line of `evaluations.jsonl`, too.
 
     Raises UserError when the config's data or row length do not fit the model.
     """
     configure_jax()
-    return _stage(config).measure(config, loading.load(workdir, step=step), Progress(sys.stderr))
+    loaded, progress = loading.load(workdir, step=step), Progress(sys.stderr)
+    result = {"step": loaded.origin["step"], **_stage(config).measure(config, loaded, progress)}
+    folder = RunFolder(workdir)
+    if folder.run_json.exists():
+        try:
+            folder.add_evaluation(result)
+        except OSError as error:
+            progress.note(f"{folder.evaluations_jsonl} cannot be written ({reason(error)}); the result is only shown")
+    return result
 
 
 def reevaluate(config: Config, step_folder: Path, meta: dict[str, Any]) -> float:
@@ -159,7 +171,7 @@ def _results(config: Config, outcome: Outcome, references: dict[str, float]) -> 
     """The results of `write_report`. The model was evaluated on a part of what the compressors were given: both say."""
     return {
         "steps": outcome.step,
-        "tokens seen": human_count(outcome.tokens_seen),
+        f"{counted(config.stage.name)} seen": human_count(outcome.tokens_seen),
         **{name.replace("_", " "): round(value, 4) for name, value in outcome.evaluation.items()},
         **({"evaluated on": evaluated_on(config)} if outcome.evaluation else {}),
         **(
@@ -175,18 +187,28 @@ def _results(config: Config, outcome: Outcome, references: dict[str, float]) -> 
 
 
 def _say_end(config: Config, folder: RunFolder, outcome: Outcome, terminal: Terminal) -> None:
-    path = folder.path
     if outcome.interrupted:
         title = f"interrupted at step {outcome.step} of {config.train.steps}; saved, the same command continues"
     else:
-        title = f"trained {config.name}: {outcome.step} steps, {human_count(outcome.tokens_seen)} tokens"
+        seen = f"{human_count(outcome.tokens_seen)} {counted(config.stage.name)}"
+        title = f"trained {config.name}: {outcome.step} steps, {seen}"
     terminal.end_summary(
         title,
         {name: f"{value:.4f}" for name, value in outcome.evaluation.items()},
-        {"run": path, "report": folder.report_html, "checkpoints": folder.checkpoints},
-        [
-            f"python -m tools.generate --checkpoint {path} --prompt 'def main():'",
-            f"python -m tools.export --checkpoint {path}",
-            f"python -m tools.verify_models --run {path}",
-        ],
+        {"run": folder.path, "report": folder.report_html, "checkpoints": folder.checkpoints},
+        next_commands(config, folder.path),
     )
+
+
+def next_commands(config: Config, path: Path) -> list[str]:
+    """What can be done with a run, as commands to type: none of them would refuse it."""
+    quoted = shlex.quote(str(path))
+    try:
+        exportable = not config.stage.has_head and bool(names.family(config.model))
+    except UserError:
+        exportable = False
+    return [
+        f"python -m tools.generate --checkpoint {quoted} --prompt 'def main():'",
+        *([f"python -m tools.export --checkpoint {quoted}"] if exportable else []),
+        f"python -m tools.verify_models --run {quoted}",
+    ]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from smallcoder_jax.base.display import one_line
 from smallcoder_jax.base.files import write_bytes
 from smallcoder_jax.train.run_folder import RunFolder
 from smallcoder_jax.train.terminal import human_count
@@ -88,7 +89,9 @@ def _render(history: Mapping[str, Any], name: str) -> bytes:
     last_step = max(train.last_step, evaluation.last_step)
     for axes in panels.flat:
         _step_axis(axes, last_step)
-    figure.suptitle(f"{name}   ·   step {last_step:,}", x=0.012, ha="left", fontsize=14, fontweight="bold", color=INK)
+    title = f"{one_line(name)}   ·   step {last_step:,}"
+    style = {"fontsize": 14, "fontweight": "bold", "color": INK}
+    figure.suptitle(title, x=0.012, ha="left", parse_math=False, **style)  # a name may hold dollars
     buffer = io.BytesIO()
     canvas.print_png(buffer)
     return buffer.getvalue()

@@ -452,6 +452,8 @@ class Trainer:
                 },
             },
         )
+        for warning in filter(None, (config.optimizer.schedule_fault(config.train.steps), *self.task.warnings)):
+            self.terminal.note(f"warning: {warning}")
 
     def _write_info(self) -> None:
         write_training_info(

@@ -20,6 +20,7 @@ import clu.parameter_overview
 import numpy as np
 from flax import struct
 
+from smallcoder_jax.base.display import printable
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import finite
 from smallcoder_jax.config import LogConfig
@@ -260,7 +261,7 @@ def _row(step: int, values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _code(text: str) -> str:
     """Markdown that shows `text` as it is."""
-    return "    " + text.replace("\n", "\n    ")
+    return "    " + printable(text).replace("\n", "\n    ")
 
 
 def _scalars(group: str, row: Mapping[str, Any]) -> dict[str, float]:

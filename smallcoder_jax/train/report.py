@@ -12,11 +12,15 @@ from typing import Any
 
 import jinja2
 
+from smallcoder_jax.base.display import printable
 from smallcoder_jax.base.files import read_json, utc_now, write_bytes
+from smallcoder_jax.config import counted
 from smallcoder_jax.train.run_folder import RunFolder
 from smallcoder_jax.train.terminal import human_count, human_time
 
 TEMPLATES = Path(__file__).parent / "templates"
+MOST_COLUMNS = 8  # of a table of records; with more, each record is a column
+NAMES = ("spec", "source", "name", "variant")  # what a record is called by, where it has one of these
 OLDER_SAMPLES = 20  # steps with samples shown beside the last one, spread over the run
 
 
@@ -88,6 +92,7 @@ def _template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,  # Markup is what was drawn already
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -133,11 +138,25 @@ def _flat(record: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _record_table(title: str, records: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
     columns = list(dict.fromkeys(name for _, record in records for name in record))
     named = any(name for name, _ in records)
+    if len(columns) > MOST_COLUMNS:
+        return _turned(title, columns, records)
     rows = [
         [Cell(name.replace("_", " "), False)] * named + [_cell(record.get(column)) for column in columns]
         for name, record in records
     ]
     return Table(title, [""] * named + [column.replace("_", " ") for column in columns], rows)
+
+
+def _turned(title: str, columns: Sequence[str], records: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
+    """A column for each record, named by what it is called, and a row for each of what it holds."""
+    key = next((key for key in NAMES if all(key in record for _, record in records)), "")
+    headers = [name or str(record.get(key, index)) for index, (name, record) in enumerate(records, 1)]
+    rows = [
+        [Cell(column.replace("_", " "), False), *(_cell(record.get(column)) for _, record in records)]
+        for column in columns
+        if column != key
+    ]
+    return Table(title, ["", *headers], rows)
 
 
 def _cell(value: Any) -> Cell:
@@ -163,7 +182,7 @@ def _figures(info: Mapping[str, Any], results: Mapping[str, Any]) -> list[tuple[
         figures += [
             ("parameters", human_count(info["parameters"])),
             ("steps", f"{info['steps']:,}"),
-            ("tokens seen", human_count(info["tokens_seen"])),
+            (f"{counted(info['config']['stage']['name'])} seen", human_count(info["tokens_seen"])),
             ("training time", human_time(info["train_seconds"])),
         ]
         if info["best_val_loss"] is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import json
 import os
 import platform
 import secrets
@@ -71,6 +72,10 @@ class RunFolder:
     @property
     def eval_log_csv(self) -> Path:
         return self.path / "eval_log.csv"
+
+    @property
+    def evaluations_jsonl(self) -> Path:
+        return self.path / "evaluations.jsonl"
 
     @property
     def metrics_history_json(self) -> Path:
@@ -171,6 +176,12 @@ class RunFolder:
             np.savez_compressed(file, **arrays)
         write_json(path.with_suffix(".json"), {"step": step, **facts})
         return path
+
+    def add_evaluation(self, result: Mapping[str, Any]) -> None:
+        """Adds what an evaluation of a checkpoint found, and when, as a line of `evaluations.jsonl`. Raises OSError."""
+        line = json.dumps(finite({"at": utc_now(), **result}))
+        with self.evaluations_jsonl.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
 
     def write_config(self, config: config_module.Config) -> None:
         """Writes the resolved configuration to `config.json`."""

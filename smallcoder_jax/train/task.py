@@ -43,6 +43,7 @@ class Task:
     dataset: str
     dummy_data: bool
     facts: dict[str, str]  # lines of the start table
+    warnings: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)  # of the data; training goes on
     accounting: Mapping[str, Any]  # where the data is from, for the report
     references: dict[str, float] = dataclasses.field(default_factory=dict)  # bits per byte of compressors, held out
     reported: tuple[str, ...] = ("accuracy",)  # sums of the loss that training steps log

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import math
 import os
+import sys
+import textwrap
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 from typing import TextIO
 
-from smallcoder_jax.base.display import printable
+from smallcoder_jax.base.display import one_line, printable, say
 
 ETA_WINDOW = 100  # steps that the estimated time of arrival is measured over
 SAMPLE_LINES, SAMPLE_WIDTH = 8, 100  # of a text that the model writes while it is trained
@@ -51,18 +54,48 @@ def human_time(seconds: float) -> str:
     return f"{whole // 86400}d{whole % 86400 // 3600:02d}h"
 
 
-def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A plain-text table: columns two spaces apart, numbers to the right, a rule under the headers.
+def screen_width(stream: TextIO) -> int | None:
+    """Columns of the terminal behind a stream; None where there is none, and lines may be of any length."""
+    if not stream.isatty():
+        return None
+    try:
+        columns = os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError):  # a stream that says it is a TTY and has no terminal behind it
+        columns = 0
+    return columns or 80
+
+
+def named_values(entries: Iterable[tuple[str, object]], width: int | None) -> list[str]:
+    """Lines of names, and their values in a column of its own; a value that is too long for `width` goes on below
+    itself. Words, such as paths, stay whole.
+    """
+    shown = [(one_line(name), one_line(str(value))) for name, value in entries]
+    column = max((len(name) for name, _ in shown), default=0) + 2
+    lines = []
+    for name, value in shown:
+        parts = [value]
+        if width is not None:
+            room = max(width - column, 20)
+            parts = textwrap.wrap(value, room, break_long_words=False, break_on_hyphens=False) or [""]
+        lines += [f"{label:<{column}}{part}".rstrip() for label, part in zip_longest([name], parts, fillvalue="")]
+    return lines
+
+
+def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]], width: int | None = None) -> str:
+    """A plain-text table: columns two spaces apart, numbers to the right, a rule under the headers. Where that is wider
+    than `width` (by default, than the terminal on standard output), rows become blocks of names and values.
 
     Cells are shown with `str`; an empty `headers` leaves the heading and the rule out. Raises ValueError where a row
     has another number of cells than there are columns.
     """
-    cells = [[str(cell) for cell in row] for row in rows]
+    headers = [one_line(header) for header in headers]
+    cells = [[one_line(str(cell)) for cell in row] for row in rows]
+    width = screen_width(sys.stdout) if width is None else width
     columns = len(headers) if headers else len(cells[0]) if cells else 0
     for row in cells:
         if len(row) != columns:
             raise ValueError(f"table row {row} has {len(row)} cells, expected {columns}")
-    heading = [list(headers)] if headers else []
+    heading = [headers] if headers else []
     widths = [max(len(row[column]) for row in heading + cells) for column in range(columns)]
     right = [bool(cells) and all(_is_numeric(row[column]) for row in cells) for column in range(columns)]
 
@@ -77,6 +110,8 @@ def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> st
     if heading:
         lines.append("  ".join("-" * width for width in widths))
     lines += [line(row) for row in cells]
+    if headers and width is not None and max(map(len, lines)) > width:
+        return "\n\n".join("\n".join(named_values(zip(headers, row, strict=True), width)) for row in cells)
     return "\n".join(lines)
 
 
@@ -103,7 +138,7 @@ class Terminal:
     def note(self, text: str) -> None:
         """Prints a line of its own: notices, evaluations, saved checkpoints."""
         self._clear()
-        print(text, file=self._stream, flush=True)
+        say(text, self._stream)
 
     def sample(self, prompt: str, text: str) -> None:
         """Prints what the model made of a prompt, at most SAMPLE_LINES lines of it."""
@@ -113,16 +148,16 @@ class Terminal:
 
     def start_table(self, title: str, sections: Mapping[str, Mapping[str, object]]) -> None:
         """Prints what is about to run: section (parameters, memory, mesh, kernels, data) -> name -> value."""
-        rows = [
-            ("" if index else section, name, str(value))
-            for section, entries in sections.items()
-            for index, (name, value) in enumerate(entries.items())
-        ]
+        width = max(map(len, sections), default=0)
         # Left-aligned throughout: values are of all kinds, and a column of mixed units reads worse to the right.
-        widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
-        lines = [f"{section:<{widths[0]}}  {name:<{widths[1]}}  {value}".rstrip() for section, name, value in rows]
-        rule = "-" * max(len(line) for line in [title, *lines])
-        self.note("\n".join([title, rule, *lines, rule]))
+        entries = [
+            (f"{'' if index else section:<{width}}  {name}", value)
+            for section, values in sections.items()
+            for index, (name, value) in enumerate(values.items())
+        ]
+        lines = [one_line(title), *named_values(entries, screen_width(self._stream))]
+        rule = "-" * max(map(len, lines))
+        self.note("\n".join([lines[0], rule, *lines[1:], rule]))
 
     def progress(self, step: int, metrics: Mapping[str, float | None]) -> None:
         """Shows step `step`. `metrics`: loss, accuracy, learning_rate, grad_norm, tokens_per_second, mfu (a share),
@@ -131,13 +166,14 @@ class Terminal:
         while len(self._times) > 1 and self._times[1][0] <= step - ETA_WINDOW:
             self._times.popleft()
         if self._tty:
-            line = progress_line(step, self._total_steps, metrics, self.eta(), width=self._width() - 1)
+            width = screen_width(self._stream)
+            line = progress_line(step, self._total_steps, metrics, self.eta(), None if width is None else width - 1)
             self._stream.write("\r" + line.ljust(self._drawn))
             self._stream.flush()
             self._drawn = len(line)
         elif not self._logged or step % self._log_every == 0 or step == self._total_steps:
             self._logged = True
-            print(progress_line(step, self._total_steps, metrics, self.eta()), file=self._stream, flush=True)
+            say(progress_line(step, self._total_steps, metrics, self.eta()), self._stream)
 
     def eta(self) -> float:
         """Seconds until the last step at the pace of the last 100 steps; NaN before two steps were seen."""
@@ -150,26 +186,18 @@ class Terminal:
         self, title: str, results: Mapping[str, object], paths: Mapping[str, object], commands: Sequence[str]
     ) -> None:
         """Prints how it ended, where things are and the commands to type next."""
-        lines = ["", title]
+        lines = ["", one_line(title)]
         for entries in (results, paths):
-            width = max((len(name) for name in entries), default=0)
             lines += [""] if entries else []
-            lines += [f"  {name:<{width}}  {value}" for name, value in entries.items()]
+            lines += named_values(((f"  {name}", value) for name, value in entries.items()), screen_width(self._stream))
         if commands:
-            lines += ["", "Next:", *(f"  {command}" for command in commands)]
+            lines += ["", "Next:", *(f"  {one_line(command)}" for command in commands)]
         self.note("\n".join(lines))
 
     def _clear(self) -> None:
         if self._drawn:
             self._stream.write("\r" + " " * self._drawn + "\r")
             self._drawn = 0
-
-    def _width(self) -> int:
-        try:
-            columns = os.get_terminal_size(self._stream.fileno()).columns
-        except (OSError, ValueError):  # a stream that says it is a TTY and has no terminal behind it
-            columns = 0
-        return columns or 80
 
 
 def progress_line(

@@ -5,17 +5,18 @@ Imports the `wandb` package when a writer is made, not before.
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
 import netrc
 import os
+import secrets
 import urllib.parse
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
 
+from smallcoder_jax.base.display import one_line, printable
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import finite
 from smallcoder_jax.train.run_folder import RunFolder
@@ -47,11 +48,13 @@ class WandbWriter:
         folder.wandb.mkdir(parents=True, exist_ok=True)
         self.mode = mode
         self._wandb = wandb
-        # The same folder is the same W&B run: a continued run continues there too.
-        identifier = hashlib.sha256(str(folder.path.resolve()).encode()).hexdigest()[:16]
+        # The run keeps its W&B run, wherever its folder is moved to: a continued run continues there too.
+        recorded = folder.read_run_json() if folder.run_json.exists() else {}
+        identifier = recorded.get("wandb_id") or secrets.token_hex(8)
+        folder.update_run_json(wandb_id=identifier)
         self._run = wandb.init(
             project="smallcoder_jax",
-            name=run_name,
+            name=one_line(run_name),
             id=identifier,
             dir=str(folder.path),
             config=finite(config_dict),
@@ -64,7 +67,10 @@ class WandbWriter:
         self._run.log(dict(scalars), step=step)
 
     def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
-        table = self._wandb.Table(columns=["step", "name", "text"], data=[[step, *item] for item in texts.items()])
+        table = self._wandb.Table(
+            columns=["step", "name", "text"],
+            data=[[step, one_line(name), printable(text)] for name, text in texts.items()],
+        )
         self._run.log({"texts": table}, step=step)
 
     def write_histograms(self, step: int, arrays: Mapping[str, np.ndarray]) -> None:

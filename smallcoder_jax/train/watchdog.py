@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import EXIT_STALLED
 
 _EVERY, _MOST = 0.2, 1.0  # seconds between two looks: wanted, and counted at most
@@ -79,7 +80,7 @@ class Watchdog:
                     self._end(wait)
 
     def _end(self, wait: _Wait) -> None:
-        print(f"\nerror: stalled: waited more than {wait.seconds:g} s for {wait.what}", file=sys.stderr)
+        say(f"\nerror: stalled: waited more than {wait.seconds:g} s for {wait.what}", sys.stderr)
         moment = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%S")
         path = self._folder / f"stacks-{moment}-{os.getpid()}.txt"
         try:
@@ -87,9 +88,9 @@ class Watchdog:
                 file.write(f"waited more than {wait.seconds:g} s for {wait.what}\n")
                 file.flush()
                 faulthandler.dump_traceback(file, all_threads=True)
-            print(f"the stacks of all threads are in {path}; the same command continues the run", file=sys.stderr)
+            say(f"the stacks of all threads are in {path}; the same command continues the run", sys.stderr)
         except OSError as error:
-            print(f"{path} cannot be written: {error}", file=sys.stderr)
+            say(f"{path} cannot be written: {error}", sys.stderr)
         sys.stderr.flush()
         faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
         os._exit(EXIT_STALLED)

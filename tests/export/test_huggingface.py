@@ -13,9 +13,10 @@ import pytest
 import safetensors.numpy
 
 import smallcoder_jax
+from smallcoder_jax.base.display import printable
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import ModelConfig
-from smallcoder_jax.export import huggingface, names
+from smallcoder_jax.export import card, huggingface, names
 from smallcoder_jax.tokenizers.base import Tokenizer
 from smallcoder_jax.tokenizers.bytes import ByteTokenizer
 from smallcoder_jax.tokenizers.load import load_tokenizer
@@ -114,6 +115,21 @@ def test_a_link_to_an_export_stays_a_link(tokenizer: Tokenizer, tmp_path: Path) 
     assert huggingface.read_export(tmp_path / "out").model == gpt2()
     assert (tmp_path / "link").is_symlink()
     assert {path.name for path in tmp_path.iterdir()} == {"out", "link"}
+
+
+def test_a_card_shows_what_is_hidden() -> None:
+    odd = "\x1b[2J\u202e`|\n"
+    data = {
+        "dummy": False,
+        "fingerprint": odd,
+        "sources": [{"spec": odd, "weight": 1.0, "documents": 1, "tokens": None, "bytes": None}],
+        "licenses": {odd: 3},
+    }
+    given = {"name": odd, "training": {odd: odd}, "evaluation": {odd: odd}, "data": data}
+    text = card.render(llama(), given, dtype="float32", fim=[odd, odd, odd], chat=True)
+    assert text == printable(text)
+    assert text.count("x1b") == 11
+    assert text.count("u202e") == 11
 
 
 def test_card(tokenizer: Tokenizer, tmp_path: Path) -> None:

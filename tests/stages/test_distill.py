@@ -160,7 +160,7 @@ def test_kept_tokens_want_whole_rows(root: Path, tmp_path: Path) -> None:
     config = dataclasses.replace(config_with(root, top_k=4), mesh=MeshConfig(data=-1, context=2))
     with pytest.raises(UserError, match=r"distill\.top_k needs whole rows"):
         run.train(config, tmp_path / "run")
-    with pytest.raises(UserError, match=r"between 0 and config\.model\.vocab_size=256"):
+    with pytest.raises(UserError, match=r"at most model\.vocab_size=256"):
         validate(config_with(root, top_k=257))
 
 

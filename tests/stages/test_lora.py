@@ -252,7 +252,7 @@ def test_stages_that_train_all_parameters_refuse_a_rank(stage: str, root: Path) 
 
 @pytest.mark.parametrize(
     ("changes", "complaint"),
-    [({"rank": -1}, "must not be negative"), ({"rank": 2, "alpha": 0.0}, "must be a positive number")],
+    [({"rank": -1}, "must be at least 0"), ({"rank": 2, "alpha": 0.0}, "must be above 0")],
 )
 def test_senseless_settings_are_refused(changes: dict[str, Any], complaint: str, root: Path) -> None:
     with pytest.raises(UserError, match=complaint):

@@ -35,11 +35,10 @@ def open_log(folder: RunFolder, *, resume_step: int = 0, log: LogConfig = PLAIN,
     return MetricsLog(
         folder,
         log=log,
-        run_name="nano",
         config_dict={"a": 1},
         resume_step=resume_step,
         evaluated_step=resume_step,
-        **options,
+        **{"run_name": "nano", **options},
     )
 
 
@@ -427,6 +426,15 @@ def test_wandb_online_needs_a_key(
     assert calls[0][1]["mode"] == mode
     assert len(said) == (0 if key else 1)
     assert folder.read_run_json()["wandb"] == mode
+    # Moved, the run is the same one; a copy of its config elsewhere is another.
+    moved = RunFolder(folder.path.rename(tmp_path / "moved"))
+    open_log(
+        moved, log=LogConfig(tensorboard=False, wandb="online"), notify=said.append, run_name="a\x1b\u202e"
+    ).close()
+    open_log(RunFolder(tmp_path / "other"), log=LogConfig(tensorboard=False, wandb="online")).close()
+    first, again, other = [options for call, options in calls if call == "init"]
+    assert first["id"] == again["id"] != other["id"]
+    assert again["name"] == r"a\x1b\u202e"
     logged = [name for call, values in calls if call.startswith("log") for name in values]
     assert {"train/loss", "eval/loss", "texts", "weights/w", "charts/training"} <= set(logged)
     assert calls[-1][0] == "finish"

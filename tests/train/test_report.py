@@ -1,10 +1,12 @@
 """report.html: everything in one file, and nothing from the run is taken as HTML."""
 
 import html.parser
+import json
 from pathlib import Path
 
 import pytest
 
+from smallcoder_jax.base.display import printable
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import write_json
 from smallcoder_jax.config import Config, EvalConfig, TrainConfig
@@ -75,6 +77,34 @@ def test_samples_and_names_are_escaped(folder: RunFolder) -> None:
     assert "script" not in page.tags
     assert page.text.count(ATTACK) == 4 + 1  # two samples, three cells or titles
     assert page.open == []
+
+
+def test_nothing_on_the_page_runs_backwards_or_is_invisible(folder: RunFolder) -> None:
+    odd = "\x1b[2J\u202egnp.exe\u200b\udcff"
+    write_json(folder.text_samples_json, [{"step": 1, "input": odd, "output": odd, "accuracy": None}])
+    folder.update_run_json(command=odd)
+    values = {odd: {odd: odd, "list": [odd]}}
+    page = report.write_report(folder, values, values).read_text()
+    assert page == printable(page)
+    assert page.count(r"\x1b[2J\u202egnp.exe\u200b\udcff") == 11
+
+
+def test_records_of_many_columns_become_columns_themselves(folder: RunFolder) -> None:
+    sources = [{**{f"dropped_{i}": i for i in range(30)}, "spec": spec, "kept": 7} for spec in ("stdlib", "dir:a")]
+    (table,) = report.tables({"sources": sources})
+    assert list(table.headers) == ["", "stdlib", "dir:a"]
+    assert [[cell.text for cell in row] for row in table.rows][-2:] == [["dropped 29", "29", "29"], ["kept", "7", "7"]]
+    assert len(table.rows) == 31
+    (table,) = report.tables({"rows": [dict.fromkeys("abcdefghi", 1)] * 2})
+    assert list(table.headers) == ["", "1", "2"]
+
+
+def test_a_stage_of_pairs_counts_pairs(folder: RunFolder) -> None:
+    write_info(folder, dummy_data=False)
+    info = json.loads(folder.training_info_json.read_text())
+    info["config"]["stage"]["name"] = "reward"
+    write_json(folder.training_info_json, info)
+    assert "pairs seen" in Page(report.write_report(folder, {}, {}).read_text()).text
 
 
 def test_the_page_loads_nothing_from_elsewhere(folder: RunFolder) -> None:

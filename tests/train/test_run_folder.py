@@ -182,3 +182,7 @@ def test_a_key_that_may_differ_has_to_exist() -> None:
     check_allowed(("data", "data.seed", "steps"), identity)
     with pytest.raises(UserError, match=r"--allow-changed=data\.seeds: .*did you mean 'data\.seed'\?"):
         check_allowed(("data.seeds",), identity)
+    identity = {"train": {"seed": 1, "batch_size": 8}, "optimizer": {"learning_rate": 0.1}, "steps": 10}
+    for given, meant in (("train.steps", "steps"), ("train.learning_rate", "optimizer.learning_rate")):
+        with pytest.raises(UserError, match=rf"did you mean '{meant}'\?"):
+            check_allowed((given,), identity)

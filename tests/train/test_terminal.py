@@ -5,6 +5,7 @@ import math
 
 import pytest
 
+from smallcoder_jax.base.display import printable
 from smallcoder_jax.train import terminal
 from smallcoder_jax.train.terminal import Terminal, format_table, human_bytes, human_count, human_time, progress_line
 
@@ -185,3 +186,40 @@ def test_start_and_end_tables() -> None:
     end = stream.getvalue()
     assert "  report  runs/a/report.html\n" in end
     assert end.endswith("Next:\n  python -m tools.generate\n")
+
+
+ESCAPES = "\x1b[2J\u202e\r\udcff"
+SHOWN = "\\x1b[2J\\u202e\\r\\udcff"
+
+
+def test_nothing_that_is_shown_can_steer_the_terminal() -> None:
+    stream = io.StringIO()
+    shown = Terminal(stream, total_steps=1, log_every=1)
+    shown.note(f"note {ESCAPES}")
+    shown.sample(f"sample {ESCAPES}", ESCAPES)
+    shown.start_table(f"title {ESCAPES}", {f"section {ESCAPES}": {f"name {ESCAPES}": f"value {ESCAPES}\n"}})
+    shown.end_summary(f"end {ESCAPES}", {f"r {ESCAPES}": ESCAPES}, {f"p {ESCAPES}": ESCAPES}, [f"next {ESCAPES}"])
+    text = stream.getvalue() + format_table([f"head {ESCAPES}"], [[f"cell\n {ESCAPES}"]])
+    assert text == printable(text)
+    for name in ("note", "sample", "title", "section", "name", "value", "end", "r", "p", "next", "head", r"cell\n"):
+        assert f"{name} {SHOWN}" in text, name
+
+
+def test_a_table_that_is_too_wide_becomes_blocks() -> None:
+    headers, rows = ["config", "parameters", "data"], [["a.py", "1,200", "x " * 30], ["b.py", 7, "/p" * 60]]
+    assert format_table(headers, rows, width=200) == format_table(headers, rows)
+    blocks = format_table(headers, rows, width=60).split("\n\n")
+    assert len(blocks) == 2
+    assert blocks[0].splitlines()[:3] == ["config      a.py", "parameters  1,200", "data        " + "x " * 23 + "x"]
+    assert max(map(len, blocks[0].splitlines())) <= 60
+    assert blocks[1].splitlines()[2:] == ["data        " + "/p" * 60]  # a path stays whole
+
+
+def test_the_start_table_goes_on_below_itself_where_the_terminal_ends() -> None:
+    stream = FakeTty()
+    shown = Terminal(stream, total_steps=1, log_every=1)
+    shown.start_table("nano", {"model": {"attention": "xla (" + "because " * 20 + ")"}})
+    lines = stream.screen()
+    assert max(map(len, lines)) <= 80
+    assert lines[2].startswith("model  attention  xla (because")
+    assert lines[3].startswith(" " * 18 + "because")

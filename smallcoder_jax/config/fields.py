@@ -1,0 +1,93 @@
+"""What a section of the schema is made of: fields with their ranges, and a check of what stands between fields."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+LARGEST_INT = 2**31 - 1  # devices count in 32 bits
+LARGEST_SEED = 2**32 - 1
+RANGE = "range"  # the key of a Range in a field's metadata
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """What a number of the config may be. `above` and `below` are ends that are not reached themselves.
+
+    A float is judged as the float32 that it becomes on a device, so that every one is finite there.
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+    above: float = -math.inf
+    below: float = math.inf
+    zero: str = ""  # what 0 stands for, where that is no quantity
+
+    def problem(self, value: float) -> str:
+        """What is wrong with `value`, as 'must be at least 1'; "": nothing."""
+        if isinstance(value, float):
+            value = _float32(value)
+            if not math.isfinite(value):
+                return "must be a finite number"
+        wrong = ""
+        if value < self.low:
+            wrong = f"must be at least {self.low}"
+        elif value > self.high:
+            wrong = f"must be at most {self.high}"
+        elif value <= self.above:
+            wrong = f"must be above {self.above}"
+        elif value >= self.below:
+            wrong = f"must be below {self.below}"
+        return f"{wrong}; 0 is {self.zero}" if wrong and self.zero else wrong
+
+
+def number(
+    default: Any,
+    *,
+    low: float = -math.inf,
+    high: float = math.inf,
+    above: float = -math.inf,
+    below: float = math.inf,
+    zero: str = "",
+) -> Any:
+    """A field of a section that holds a number, with its Range. A whole number is at most LARGEST_INT."""
+    if isinstance(default, int) and math.isinf(high):
+        high = LARGEST_INT
+    return dataclasses.field(default=default, metadata={RANGE: Range(low, high, above, below, zero)})
+
+
+class Section:
+    """A part of the config that knows which of its values go together."""
+
+    def problems(self) -> Iterator[str]:
+        """What contradicts what, a sentence each. Every number is within its range by then."""
+        return iter(())
+
+
+def out_of_range(section: Any, prefix: str = "") -> Iterator[str]:
+    """What is wrong with the numbers of a section and of the sections within it, a sentence each."""
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from out_of_range(value, f"{prefix}{field.name}.")
+        elif RANGE in field.metadata and (problem := field.metadata[RANGE].problem(value)):
+            yield f"{prefix}{field.name}={shown(value)} {problem}"
+
+
+def shown(value: Any) -> str:
+    """A value in a message, whatever it is: its repr, cut where it is long."""
+    try:
+        text = repr(value)
+    except Exception:  # of a class of the user's own; of an integer of thousands of digits
+        return f"a value of type {type(value).__name__} that cannot be shown"
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _float32(value: float) -> float:
+    try:
+        return struct.unpack("f", struct.pack("f", value))[0]
+    except OverflowError:
+        return math.copysign(math.inf, value)

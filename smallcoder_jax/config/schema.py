@@ -1,0 +1,216 @@
+"""The one schema of a run: frozen dataclasses inside, `ml_collections.ConfigDict` at the edge.
+
+Config files call `default_config()`, change what differs and return the ConfigDict; `from_config_dict` turns it into
+a validated `Config` exactly once. Every field is read somewhere in the package (`tests/test_config.py` walks the
+schema). Code reads a field as `<section>.<field>`, for example `config.train.steps` or `train.steps`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from ml_collections import ConfigDict
+
+from smallcoder_jax.base.errors import UserError
+from smallcoder_jax.config.data import DataConfig, DialogConfig, PreferencesConfig, TokenizerConfig
+from smallcoder_jax.config.fields import Section, out_of_range, shown
+from smallcoder_jax.config.model import ComputeConfig, MeshConfig, ModelConfig
+from smallcoder_jax.config.stages import DistillConfig, DpoConfig, LoraConfig, RLConfig, StageConfig
+from smallcoder_jax.config.training import (
+    CheckpointConfig,
+    EvalConfig,
+    GuardConfig,
+    LogConfig,
+    OptimizerConfig,
+    TrainConfig,
+    profiled_steps,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(Section):
+    name: str = "unnamed"  # the variant, as reports call it
+    stage: StageConfig = dataclasses.field(default_factory=StageConfig)
+    dialogs: DialogConfig = dataclasses.field(default_factory=DialogConfig)
+    distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
+    preferences: PreferencesConfig = dataclasses.field(default_factory=PreferencesConfig)
+    dpo: DpoConfig = dataclasses.field(default_factory=DpoConfig)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    guard: GuardConfig = dataclasses.field(default_factory=GuardConfig)
+    rl: RLConfig = dataclasses.field(default_factory=RLConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    log: LogConfig = dataclasses.field(default_factory=LogConfig)
+
+    def problems(self) -> Iterator[str]:
+        """Between fields of several sections."""
+        model, train, evaluation, stage = self.model, self.train, self.eval, self.stage.name
+        if train.sequence_length > model.context:
+            yield (
+                f"train.sequence_length={train.sequence_length} must be at most model.context={model.context}; lower "
+                "the first or raise the second"
+            )
+        if evaluation.sample_prompts and evaluation.sample_tokens >= model.context:
+            yield (
+                f"eval.sample_tokens={evaluation.sample_tokens} must be below model.context={model.context}, for the "
+                "prompt stands in front; 0 is no samples"
+            )
+        if self.optimizer.schedule == "wsd" and not 0 < self.optimizer.decay_steps <= train.steps:
+            yield (
+                f"optimizer.decay_steps={self.optimizer.decay_steps} must be between 1 and train.steps={train.steps} "
+                "for the wsd schedule"
+            )
+        if self.tokenizer.kind == "bytes" and model.vocab_size != 256:
+            yield f"tokenizer.kind='bytes' has 256 entries, but model.vocab_size={model.vocab_size}"
+        if self.distill.top_k > model.vocab_size:
+            yield (
+                f"distill.top_k={self.distill.top_k} must be at most model.vocab_size={model.vocab_size}; 0 is the "
+                "whole vocabulary"
+            )
+        if (profiled_steps(self.log.profile_steps) or (0, 0))[0] > train.steps:
+            yield f"log.profile_steps={self.log.profile_steps!r} begins after train.steps={train.steps}"
+        if self.lora.rank and stage not in ("sft", "dpo", "grpo"):
+            yield (
+                f"lora.rank={self.lora.rank}, but stage.name={stage!r} trains all parameters: adapters are for sft, "
+                "dpo and grpo; set it to 0"
+            )
+        if self.lora.rank and self.optimizer.name != "adamw":
+            yield f"lora.rank={self.lora.rank} needs optimizer.name='adamw': Muon is for whole kernels"
+        if stage in ("ppo", "grpo"):
+            yield from self._answer_problems()
+
+    def _answer_problems(self) -> Iterator[str]:
+        rl, train = self.rl, self.train
+        answers = rl.questions * rl.group_size
+        if answers % train.batch_size:
+            yield (
+                f"rl.questions x rl.group_size = {answers} answers must be a multiple of train.batch_size="
+                f"{train.batch_size}"
+            )
+        if rl.answer_tokens >= train.sequence_length:
+            yield (
+                f"rl.answer_tokens={rl.answer_tokens} must be below train.sequence_length={train.sequence_length}, "
+                "for the prompt stands in front"
+            )
+        if self.stage.name == "grpo" and rl.group_size < 2:
+            yield (
+                f"rl.group_size={rl.group_size} must be at least 2 for the stage grpo, which compares the answers to "
+                "one question"
+            )
+
+
+def eval_rows(config: Config) -> int:
+    """Rows of an evaluation batch, over all devices."""
+    return config.eval.batch_size or config.train.microbatch_rows
+
+
+def evaluated_on(config: Config) -> str:
+    """What an evaluation during training covers, in words."""
+    rows = config.eval.batches * eval_rows(config)
+    return f"the first {rows} rows of the held-out files, or all if fewer" if rows else "all held-out files"
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The config as nested plain values, as written to `config.json`."""
+    return dataclasses.asdict(config)
+
+
+def default_config() -> Any:
+    """A mutable ConfigDict of every default: what a config file starts from.
+
+    Typed Any, because a type checker cannot follow the attributes of a ConfigDict.
+    """
+    return ConfigDict(to_dict(Config()))
+
+
+def from_config_dict(values: ConfigDict | Mapping[str, Any]) -> Config:
+    """Builds and validates the frozen config. Raises UserError on an unknown key, a wrong type, a number out of its
+    range or a contradiction.
+    """
+    config = build(values)
+    validate(config)
+    return config
+
+
+def build(values: ConfigDict | Mapping[str, Any]) -> Config:
+    """The config of these values, whose numbers may still be out of their range or contradict each other. Raises
+    UserError on an unknown key or a wrong type.
+    """
+    plain = values.to_dict() if isinstance(values, ConfigDict) else values
+    if not isinstance(plain, Mapping):
+        raise UserError(f"a config is sections of keys and values; got {type(plain).__name__}")
+    return _build(Config, plain, "")
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """'did you mean X?' for what ends in the same word as `name`, else for the known name closest to it; or the list of
+    what is known.
+    """
+    same = [other for other in known if other.rpartition(".")[2] == name.rpartition(".")[2]]
+    close = same or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {' or '.join(map(repr, close))}?" if close else "known: " + ", ".join(sorted(known))
+
+
+def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
+    hints = get_type_hints(cls)
+    for key in values:
+        if key not in hints:
+            raise UserError(f"unknown config key '{prefix}{key}'; {nearest(str(key), list(hints))}")
+    built = {}
+    for key, value in values.items():
+        hint, path = hints[key], prefix + key
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            if not isinstance(value, Mapping):
+                raise UserError(f"config key '{path}' is a section; got {shown(value)}")
+            built[key] = _build(hint, value, path + ".")
+        else:
+            built[key] = _coerce(hint, value, path)
+    return cls(**built)
+
+
+def _coerce(hint: Any, value: Any, path: str) -> Any:
+    if get_origin(hint) is Literal:
+        if type(value) is not str or value not in get_args(hint):
+            raise UserError(f"{path}={shown(value)}: expected one of {', '.join(map(repr, get_args(hint)))}")
+        return value
+    if get_origin(hint) is tuple:
+        if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
+            raise UserError(f"{path}={shown(value)}: expected a sequence of strings")
+        return tuple(_text(item, path) for item in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except OverflowError:
+            raise UserError(f"{path}: expected a float, and the integer that was given is too large for one") from None
+    if type(value) is not hint:
+        raise UserError(f"{path}={shown(value)}: expected {hint.__name__}, got {type(value).__name__}")
+    return _text(value, path) if isinstance(value, str) else value
+
+
+def _text(value: str, path: str) -> str:
+    """`value`, which UTF-8 can hold: what comes from a command line in another encoding cannot be written down."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{path}={value!r}: expected text in UTF-8 ({error.reason} at {error.start})") from error
+    return value
+
+
+def validate(config: Config) -> None:
+    """Refuses numbers out of their range, and then contradictions. Raises UserError naming all of them, and the way
+    out.
+    """
+    sections = [getattr(config, field.name) for field in dataclasses.fields(config) if field.name != "name"]
+    wrong = list(out_of_range(config)) or [problem for section in [*sections, config] for problem in section.problems()]
+    if wrong:
+        raise UserError("config: " + "\n  and: ".join(wrong))
