@@ -16,7 +16,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from smallcoder_jax.base.errors import UserError
-from smallcoder_jax.config import Config, from_config_dict, nearest
+from smallcoder_jax.config import Config, from_config_dict, nearest, to_dict
 
 PREFIX = "--config."
 
@@ -40,7 +40,15 @@ def split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 def load_config(path: str, overrides: list[str]) -> Config:
     """The validated config of a file with `overrides` applied. Raises UserError naming what is wrong with which."""
-    values = read_config_file(path)
+    return _overridden(read_config_file(path), overrides)
+
+
+def override(config: Config, overrides: list[str]) -> Config:
+    """A config with `overrides` applied. Raises UserError naming what is wrong with which."""
+    return _overridden(ConfigDict(to_dict(config)), overrides)
+
+
+def _overridden(values: ConfigDict, overrides: list[str]) -> Config:
     for override in overrides:
         key, _, text = override.removeprefix(PREFIX).partition("=")
         _set(values, key, text)

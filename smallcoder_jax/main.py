@@ -15,8 +15,9 @@ from pathlib import Path
 
 from smallcoder_jax import distributed
 from smallcoder_jax.base.errors import EXIT_INTERRUPTED, CheckFailed, UserError, run_cli
-from smallcoder_jax.config import Config
-from smallcoder_jax.configfile import load_config, split_overrides
+from smallcoder_jax.base.files import read_json_object
+from smallcoder_jax.config import Config, from_config_dict
+from smallcoder_jax.configfile import load_config, override, split_overrides
 from smallcoder_jax.faults import KINDS, PLACES, Faults
 
 DESCRIPTION = """Trains the model of a config file, or continues the run that the workdir holds.
@@ -37,7 +38,11 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", metavar="FILE", help="a config file, for example configs/nano.py")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="a config file, for example configs/nano.py; evaluate: by default the run's own",
+    )
     parser.add_argument("--workdir", metavar="DIR", help="the run folder; default runs/NAME of the config")
     parser.add_argument("--mode", choices=("train", "evaluate", "preflight"), default="train")
     parser.add_argument("--step", help="evaluate: which checkpoint, 'best' or a step; default the best")
@@ -67,6 +72,9 @@ def main(argv: list[str] | None = None) -> int:
     if options.list:
         print(list_configs(Path("configs")))
         return 0
+    if options.mode == "evaluate":
+        _check_mode(options)
+        return evaluate(options, overrides)
     if options.config is None:
         raise UserError("--config is missing: --config=configs/nano.py, for example; --list names all")
     config = load_config(options.config, overrides)
@@ -77,11 +85,6 @@ def main(argv: list[str] | None = None) -> int:
     cluster = distributed.find_cluster(options.coordinator, options.processes, options.process, os.environ)
     from smallcoder_jax.stages import run
 
-    if options.mode == "evaluate":
-        if cluster is not None:
-            raise UserError("--mode=evaluate runs in one process; leave --coordinator and its like out")
-        print(json.dumps(run.evaluate_run(workdir, config, options.step), indent=2))
-        return 0
     allow_changed = tuple(key.strip() for key in options.allow_changed.split(",") if key.strip())
     faults = Faults(options.inject)
     with distributed.joined(cluster):
@@ -106,6 +109,36 @@ def _check_mode(options: argparse.Namespace) -> None:
             raise UserError(f"--{name} belongs to --mode=preflight")
 
 
+def evaluate(options: argparse.Namespace, overrides: list[str]) -> int:
+    """Prints what a model is judged by, as JSON: a run by its own config, unless --config is of another stage."""
+    if distributed.find_cluster(options.coordinator, options.processes, options.process, os.environ) is not None:
+        raise UserError("--mode=evaluate runs in one process; leave --coordinator and its like out")
+    config = load_config(options.config, overrides) if options.config is not None else None
+    if config is None and options.workdir is None:
+        raise UserError("--mode=evaluate needs --workdir: the folder of a run, which is evaluated by its own config")
+    workdir = Path(options.workdir or Path("runs") / (config.name if config else ""))
+    own = _own_config(workdir, overrides)
+    if own is not None and (config is None or config.stage.name == own.stage.name):
+        if config not in (None, own):
+            where = f"{workdir / 'config.json'} and the --config. flags"
+            print(f"evaluated by the run's own config, {where}, not by {options.config}", file=sys.stderr)
+        config = own
+    if config is None:
+        raise UserError(f"{workdir} is no run, which would know its config; name one with --config=configs/nano.py")
+    from smallcoder_jax.stages import run
+
+    print(json.dumps(run.evaluate_run(workdir, config, options.step), indent=2))
+    return 0
+
+
+def _own_config(workdir: Path, overrides: list[str]) -> Config | None:
+    """The config of the run in `workdir`, with overrides; None for an export, or where there is nothing."""
+    path = workdir / "config.json"
+    if not (workdir / "run.json").exists():
+        return None
+    return override(from_config_dict(read_json_object(path, "the config of the run")), overrides)
+
+
 def preflight(config: Config, options: argparse.Namespace) -> int:
     """Prints the table, writes the JSON. Raises CheckFailed where the config does not fit the devices."""
     from smallcoder_jax.preflight.show import table
@@ -128,7 +161,7 @@ def list_configs(folder: Path) -> str:
     """A table of the config files in `folder`, variants and then stages: name, true parameter count, context and data.
     Imports no model.
     """
-    from smallcoder_jax.config import from_config_dict, parameter_count
+    from smallcoder_jax.config import parameter_count
     from smallcoder_jax.configfile import read_config_file
     from smallcoder_jax.train.terminal import format_table
 

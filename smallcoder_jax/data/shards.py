@@ -116,12 +116,9 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     again = f"Prepare the data again: delete {folder} and run the same command"
     plain = read_json(path, f"the manifest of a finished folder of token shards. {again}")
-    if not isinstance(plain, dict) or plain.get("format") != FORMAT:
-        found = plain.get("format") if isinstance(plain, dict) else type(plain).__name__
-        raise UserError(f"{path} has format {found!r}; this version reads format {FORMAT}. {again}")
     try:
-        manifest = Manifest(**{**plain, "sources": tuple(_source_entry(source) for source in plain["sources"])})
-    except (KeyError, TypeError) as error:
+        manifest = parse_manifest(plain)
+    except ValueError as error:
         raise UserError(f"{path} is not a manifest: {error}. {again}") from error
     names = [name for source in manifest.sources for split in (source.train, source.validation) for name in split.files]
     for name in names:
@@ -130,6 +127,25 @@ def read_manifest(folder: Path) -> Manifest:
         if not (folder / name).is_file():
             raise UserError(f"{folder / name} is named by the manifest but does not exist. {again}")
     return manifest
+
+
+def parse_manifest(plain: Any) -> Manifest:
+    """The manifest that `dataclasses.asdict` has made plain. Raises ValueError for another value or format."""
+    if not isinstance(plain, dict) or plain.get("format") != FORMAT:
+        found = plain.get("format") if isinstance(plain, dict) else type(plain).__name__
+        raise ValueError(f"it has format {found!r}, where this version reads format {FORMAT}")
+    try:
+        return Manifest(**{**plain, "sources": tuple(_source_entry(source) for source in plain["sources"])})
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+def has_fingerprint(path: Path, fingerprint: str) -> bool:
+    """Whether `path` is a manifest with this fingerprint. What is damaged is none: it is not what was looked for."""
+    try:
+        return parse_manifest(read_json(path, "a manifest")).fingerprint == fingerprint
+    except (UserError, ValueError):
+        return False
 
 
 def read_records(folder: Path, files: Sequence[str], dtype: str) -> Iterator[np.ndarray]:

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from smallcoder_jax.base.errors import Diverged, UserError
+from smallcoder_jax.base.files import write_json
 from smallcoder_jax.config import Config, eval_rows, to_dict
 from smallcoder_jax.data.prefetch import DevicePrefetcher
 from smallcoder_jax.distributed import StopVote, is_first
@@ -45,6 +47,7 @@ from smallcoder_jax.train.stop import StopRequest
 from smallcoder_jax.train.task import Task, run_identity
 from smallcoder_jax.train.terminal import Terminal, human_bytes, human_time
 from smallcoder_jax.train.watchdog import Watchdog
+from smallcoder_jax.train.whereabouts import keep_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,13 +129,16 @@ class Trainer:
         """Writes what the run is, and opens its logs."""
         config, folder, task = self.config, self.folder, self.task
         folder.write_config(config)
+        keep_tokenizer(folder, task.tokenizer)
+        if task.manifest is not None:
+            write_json(folder.tokens_json, dataclasses.asdict(task.manifest))
         folder.write_run_json(
             self.identity,
             {
                 "dataset": task.dataset,
                 "dummy_data": task.dummy_data,
-                "started_from": task.start.facts if task.start else None,
-                "tokenizer_folder": str(task.tokenizer_folder.resolve()),
+                "started_from": self._started_from(),
+                "data_folder": folder.relative(Path(config.data.dir).expanduser()),
                 "attention": {"implementation": self.attention.implementation, "reason": self.attention.reason},
                 "cross_entropy": self.cross_entropy._asdict(),
                 "matmul": self.matmul._asdict(),
@@ -149,6 +155,11 @@ class Trainer:
         )
         log.references(task.references)
         return log
+
+    def _started_from(self) -> dict[str, Any] | None:
+        """The facts of the start, with its path as it is from the run folder."""
+        start = self.task.start
+        return None if start is None else {**start.facts, "path": self.folder.relative(Path(start.facts["path"]))}
 
     def _refuse_another_run(self, recorded: Any) -> None:
         refused, allowed = split_allowed(compare_identity(recorded, self.identity), self.allow_changed)
@@ -470,7 +481,7 @@ class Trainer:
             best_step=self.checkpointer.best(),
             skipped_updates=int(self.state.guard.skipped),
             dummy_data=self.task.dummy_data,
-            started_from=self.task.start.facts["path"] if self.task.start else None,
+            started_from=started["path"] if (started := self._started_from()) else None,
         )
 
 
