@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 import jax
 
 from smallcoder_jax.base.errors import UserError
-from smallcoder_jax.base.files import read_json, read_json_object
+from smallcoder_jax.base.files import read_json, read_json_object, sha256
 from smallcoder_jax.config import ComputeConfig, ModelConfig, from_config_dict
 from smallcoder_jax.export.huggingface import read_export
 from smallcoder_jax.generate.engine import Completion, Generator
@@ -76,8 +75,7 @@ def origin(path: Path, step: int | str | None = None) -> dict[str, Any]:
     else:
         target = checkpoint.find_step(RunFolder(path).checkpoints, step)
         file, number = target / checkpoint.MANIFEST, int(target.name)
-    with file.open("rb") as opened:
-        return {"path": str(path.absolute()), "step": number, "hash": hashlib.file_digest(opened, "sha256").hexdigest()}
+    return {"path": str(path.absolute()), "step": number, "hash": sha256(file)}
 
 
 def _from_run(folder: RunFolder, step: int | str | None) -> LoadedModel:

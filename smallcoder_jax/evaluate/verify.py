@@ -14,6 +14,7 @@ from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import read_json_object
 from smallcoder_jax.config import Config, eval_rows, from_config_dict
 from smallcoder_jax.data import pipeline, shards
+from smallcoder_jax.data.verification import verify_shards
 from smallcoder_jax.evaluate.perplexity import evaluate
 from smallcoder_jax.models import build
 from smallcoder_jax.tokenizers.base import Tokenizer
@@ -193,7 +194,11 @@ def _verify_tokens(folder: RunFolder, config: Config, meta: Mapping[str, Any], s
         raise _Failure("wrong_data", str(error), step=step) from error
     if manifest.dummy:
         raise _Failure("wrong_data", f"the data in {tokens} is generated stand-in text", step=step)
-    found = shards.compute_fingerprint(tokens, manifest)
+    try:
+        verify_shards(tokens, manifest)
+        found = shards.compute_fingerprint(tokens, manifest)
+    except UserError as error:
+        raise _Failure("wrong_data", str(error), step=step) from error
     if found != fingerprint:
         raise _Failure(
             "wrong_data",

@@ -15,6 +15,7 @@ from smallcoder_jax.config import Config, eval_rows, from_config_dict
 from smallcoder_jax.data import pipeline, shards
 from smallcoder_jax.data.prepare import Prepared, prepare
 from smallcoder_jax.data.progress import Progress
+from smallcoder_jax.data.verification import begin_verification
 from smallcoder_jax.evaluate.bits_per_byte import held_out_references
 from smallcoder_jax.evaluate.perplexity import evaluate
 from smallcoder_jax.loading import LoadedModel
@@ -91,6 +92,7 @@ def make_task(config: Config, prepared: Prepared, start: Start | None, loss_fn: 
         identity={**identity, **more.pop("identity", {})},
         tokenizer=prepared.tokenizer,
         manifest=prepared.manifest,
+        verification=begin_verification(prepared.tokens_folder, prepared.manifest),
         dataset=data.sources,
         dummy_data=prepared.manifest.dummy,
         facts={
@@ -140,8 +142,11 @@ def measure(config: Config, loaded: LoadedModel, progress: Progress) -> dict[str
         rows=range(eval_rows(config)),
         limit_batches=0,
     )
+    verification = begin_verification(prepared.tokens_folder, prepared.manifest)
+    measured = evaluate(loaded.model, loaded.compute, loaded.params, batches)
+    verification.wait()
     return {
-        **evaluate(loaded.model, loaded.compute, loaded.params, batches),
+        **measured,
         "references": held_out_references(prepared),
         "data": {
             "sources": config.data.sources,

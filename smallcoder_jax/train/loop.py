@@ -21,6 +21,7 @@ from smallcoder_jax.base.errors import Diverged, UserError
 from smallcoder_jax.base.files import write_json
 from smallcoder_jax.config import Config, eval_rows, to_dict
 from smallcoder_jax.data.prefetch import DevicePrefetcher
+from smallcoder_jax.data.verification import steps_until_repeated
 from smallcoder_jax.distributed import StopVote, is_first
 from smallcoder_jax.faults import NONE, Faults
 from smallcoder_jax.generate.engine import Generator
@@ -108,6 +109,10 @@ class Trainer:
         self.data_state: Any = None
         self.state = self._restore_or_init(program.optimizer)
         self.step = int(self.state.step)
+        self.verified_at = self.step  # the step at which the data have to be verified
+        if task.manifest is not None:
+            tokens = config.train.batch_size * config.train.sequence_length
+            self.verified_at += steps_until_repeated(task.manifest, config.data, tokens)
         self.eval_step = make_eval_step(
             task.loss_fn,
             matmul=self.matmul.kind,
@@ -318,6 +323,19 @@ class Trainer:
             self.log.train(step, {**values, **meter.interval(), "tokens_seen": self.tokens_seen})
         self.terminal.progress(step, {**values, **rates})
         self.checkpointer.check()
+        self._check_data()
+
+    def _check_data(self) -> None:
+        """Raises UserError where a file of the data is another than was prepared. Waits for that to be known where a
+        document could come again, and before the run ends."""
+        verification = self.task.verification
+        if verification is None:
+            return
+        if self.step >= min(self.verified_at, self.config.train.steps):
+            if not verification.done:
+                self.terminal.note("waiting until every file of token shards is held against its checksum")
+            verification.wait()
+        verification.check()
 
     def _skipped(self, dispatched: Dispatched, values: dict[str, float], in_a_row: int) -> None:
         """Notes an update that was not made, with the batch that led to it. Raises Diverged after too many."""

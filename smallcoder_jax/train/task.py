@@ -12,6 +12,7 @@ import numpy as np
 from smallcoder_jax.config import Config, to_dict
 from smallcoder_jax.data import shards
 from smallcoder_jax.data.prefetch import BatchIterator
+from smallcoder_jax.data.verification import Verification
 from smallcoder_jax.models import build
 from smallcoder_jax.ops import precision
 from smallcoder_jax.tokenizers.base import Tokenizer
@@ -46,6 +47,7 @@ class Task:
     references: dict[str, float] = dataclasses.field(default_factory=dict)  # bits per byte of compressors, held out
     reported: tuple[str, ...] = ("accuracy",)  # sums of the loss that training steps log
     manifest: shards.Manifest | None = None  # of the token shards, where it reads any
+    verification: Verification | None = None  # of these shards, begun
     start: Start | None = None
     frozen: build.Params = dataclasses.field(default_factory=dict)  # not trained, joined to the others for the loss
     prompts: Mapping[str, Sequence[int]] | None = None  # for samples, by what is shown; None: those of the config

@@ -139,6 +139,15 @@ def test_other_shards_behind_the_same_manifest_are_wrong_data(trained: Path, cop
     shutil.copy(other, shard)
     verdict = verify(copied, reevaluate)
     assert verdict.status == "wrong_data"
+    assert f"{shard} has 131,072 bytes, the manifest says 196,608" in verdict.reason
+    # As someone who knows about checksums would leave it.
+    manifest = json.loads((shard.parent / "manifest.json").read_text())
+    change(
+        shard.parent / "manifest.json",
+        checksums={**manifest["checksums"], shard.name: manifest["checksums"][other.name]},
+    )
+    verdict = verify(copied, reevaluate)
+    assert verdict.status == "wrong_data"
     assert "changed since training" in verdict.reason
 
 
