@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from smallcoder_jax.base.errors import UserError
-from smallcoder_jax.base.files import read_json, read_json_object
+from smallcoder_jax.base.files import read_json, read_json_object, sha256
 from smallcoder_jax.config import ComputeConfig, ModelConfig, from_config_dict
 from smallcoder_jax.export.huggingface import read_export
 from smallcoder_jax.generate.engine import Completion, Generator
@@ -24,6 +24,7 @@ from smallcoder_jax.tokenizers.load import load_tokenizer, open_tokenizer
 from smallcoder_jax.train import checkpoint
 from smallcoder_jax.train.run_folder import RunFolder
 from smallcoder_jax.train.state import trained_params
+from smallcoder_jax.train.whereabouts import read_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +82,7 @@ def origin(path: Path, step: int | str | None = None) -> dict[str, Any]:
     else:
         target = checkpoint.find_step(RunFolder(path).checkpoints, step)
         file, number = target / checkpoint.MANIFEST, int(target.name)
-    with file.open("rb") as opened:
-        return {"path": str(path.absolute()), "step": number, "hash": hashlib.file_digest(opened, "sha256").hexdigest()}
+    return {"path": str(path.absolute()), "step": number, "hash": sha256(file)}
 
 
 def _from_run(folder: RunFolder, step: int | str | None) -> LoadedModel:
@@ -96,10 +96,7 @@ def _from_run(folder: RunFolder, step: int | str | None) -> LoadedModel:
     if config.lora.rank:
         base = build.to_layout(_base(folder.path, run["started_from"]), config.compute)
         params = {**lora.beside(config.lora, base), **params}
-    tokenizer_folder = Path(run["tokenizer_folder"])
-    tokenizer = load_tokenizer(tokenizer_folder)
-    if tokenizer.hash != meta["tokenizer_hash"]:
-        raise UserError(f"the tokenizer in {tokenizer_folder} is not the one that {target} was trained with")
+    tokenizer, tokenizer_folder = read_tokenizer(folder, meta["tokenizer_hash"])
     compute = dataclasses.replace(config.compute, layers="unroll", remat="none")
     info = {**meta, "run": run, "step_folder": str(target)}
     decoder, head = build.to_unrolled(build.decoder_params(params)), params.get("head")
@@ -111,16 +108,44 @@ def _base(path: Path, facts: Mapping[str, Any]) -> build.Params:
     """The unrolled parameters that the adapters of the run in `path` are for; `facts` are what it recorded of their
     origin. Raises UserError where they are gone or others.
     """
-    base, step = Path(facts["path"]), facts["step"]
-    what = f"{path} holds adapters to the model in {base}" + ("" if step is None else f", step {step}")
+    step = "" if facts["step"] is None else f", step {facts['step']}"
+    what = f"{path} holds adapters to the model in {facts['path']}{step}"
+    base = find_model(path, facts["path"], facts["hash"], facts["step"], what)
+    return load(base, step=facts["step"]).params
+
+
+def find_model(folder: Path, recorded: str, wanted: str, step: int | None, what: str) -> Path:
+    """The run or export that the run in `folder` began with or learned from: `recorded` is its path, from the working
+    folder or from `folder`, and `wanted` the hash of its files at `step`. Where it is not there, it is looked for
+    beside `folder`: the runs of a chain may have moved together.
+
+    Raises UserError, beginning with `what`, where it is gone or has changed.
+    """
     advice = "bring that model back from a copy, or use an export of this run"
-    try:
-        found = origin(base, step)
-    except UserError as error:
-        raise UserError(f"{what}, which is gone ({error}); {advice}") from error
-    if found["hash"] != facts["hash"]:
-        raise UserError(f"{what}, which has changed: its hash is {found['hash']}, not {facts['hash']}; {advice}")
-    return load(base, step=step).params
+    reasons: dict[Path, str] = {}
+    for place in _places(folder.resolve(), Path(recorded).expanduser()):
+        try:
+            found = origin(place, step)["hash"]
+        except UserError as error:
+            reasons.setdefault(place, str(error))
+            continue
+        if found == wanted:
+            return place
+        reasons[place] = f"its hash is {found}, not {wanted}"
+    changed = {place: reason for place, reason in reasons.items() if reason.startswith("its hash is")}
+    if changed:
+        raise UserError(
+            f"{what}, which has changed: {'; '.join(f'{at}: {why}' for at, why in changed.items())}; {advice}"
+        )
+    raise UserError(f"{what}, which is gone ({'; '.join(reasons.values())}); {advice}")
+
+
+def _places(folder: Path, recorded: Path) -> list[Path]:
+    """Where a model can be that a run in `folder` recorded: the likeliest first, each once."""
+    ends = [Path(*recorded.parts[start:]) for start in range(len(recorded.parts))]
+    beside = [folder.parents[0] / end for end in ends if not end.is_absolute() and ".." not in end.parts]
+    places = [recorded, Path(os.path.normpath(folder / recorded)), *beside]
+    return list(dict.fromkeys(place for place in places if place.is_dir())) or [places[1]]
 
 
 def _from_export(path: Path) -> LoadedModel:

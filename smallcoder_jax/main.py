@@ -16,7 +16,7 @@ from pathlib import Path
 from smallcoder_jax import distributed
 from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import EXIT_INTERRUPTED, CheckFailed, UserError, run_cli
-from smallcoder_jax.config import Config
+from smallcoder_jax.config import Config, from_config_dict
 from smallcoder_jax.configfile import load_config, split_overrides
 from smallcoder_jax.faults import KINDS, PLACES, Faults
 
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--config",
         metavar="FILE",
-        help="a config file, for example configs/nano.py, or a run's config.json; evaluate: default that of the run",
+        help="a config file, for example configs/nano.py, or a run's config.json; evaluate: by default the run's own",
     )
     parser.add_argument("--workdir", metavar="DIR", help="the run folder; default runs/NAME of the config")
     parser.add_argument("--mode", choices=("train", "evaluate", "preflight"), default="train")
@@ -72,8 +72,9 @@ def main(argv: list[str] | None = None) -> int:
     if options.list:
         say(list_configs())
         return 0
-    if options.config is None and options.mode == "evaluate" and (Path(options.workdir or "") / "run.json").exists():
-        options.config = str(Path(options.workdir) / "config.json")  # that of the run itself; an export has none
+    if options.mode == "evaluate":
+        _check_mode(options)
+        return evaluate(options, overrides)
     if options.config is None:
         raise UserError("--config is missing: --config=configs/nano.py, for example; --list names all")
     config = load_config(options.config, overrides)
@@ -84,11 +85,6 @@ def main(argv: list[str] | None = None) -> int:
     cluster = distributed.find_cluster(options.coordinator, options.processes, options.process, os.environ)
     from smallcoder_jax.stages import run
 
-    if options.mode == "evaluate":
-        if cluster is not None:
-            raise UserError("--mode=evaluate runs in one process; leave --coordinator and its like out")
-        say(json.dumps(run.evaluate_run(workdir, config, options.step), indent=2))
-        return 0
     allow_changed = tuple(key.strip() for key in options.allow_changed.split(",") if key.strip())
     faults = Faults(options.inject)
     with distributed.joined(cluster):
@@ -113,6 +109,33 @@ def _check_mode(options: argparse.Namespace) -> None:
             raise UserError(f"--{name} belongs to --mode=preflight")
 
 
+def evaluate(options: argparse.Namespace, overrides: list[str]) -> int:
+    """Prints what a model is judged by, as JSON: a run by its own config, unless --config is of another stage."""
+    if distributed.find_cluster(options.coordinator, options.processes, options.process, os.environ) is not None:
+        raise UserError("--mode=evaluate runs in one process; leave --coordinator and its like out")
+    config = load_config(options.config, overrides) if options.config is not None else None
+    if config is None and options.workdir is None:
+        raise UserError("--mode=evaluate needs --workdir: the folder of a run, which is evaluated by its own config")
+    workdir = Path(options.workdir or Path("runs") / (config.name if config else ""))
+    own = _own_config(workdir, overrides)
+    if own is not None and (config is None or config.stage.name == own.stage.name):
+        if config not in (None, own):
+            where = f"{workdir / 'config.json'} and the --config. flags"
+            say(f"evaluated by the run's own config, {where}, not by {options.config}", file=sys.stderr)
+        config = own
+    if config is None:
+        raise UserError(f"{workdir} is no run, which would know its config; name one with --config=configs/nano.py")
+    from smallcoder_jax.stages import run
+
+    say(json.dumps(run.evaluate_run(workdir, config, options.step), indent=2))
+    return 0
+
+
+def _own_config(workdir: Path, overrides: list[str]) -> Config | None:
+    """The config of the run in `workdir`, with overrides; None for an export, or where there is nothing."""
+    return load_config(str(workdir / "config.json"), overrides) if (workdir / "run.json").exists() else None
+
+
 def preflight(config: Config, options: argparse.Namespace) -> int:
     """Prints the table, writes the JSON. Raises CheckFailed where the config does not fit the devices."""
     from smallcoder_jax.preflight.show import table
@@ -135,7 +158,7 @@ def list_configs() -> str:
     """A table of the project's config files, variants and then stages: name, true parameter count, context and data.
     Imports no model.
     """
-    from smallcoder_jax.config import from_config_dict, parameter_count
+    from smallcoder_jax.config import parameter_count
     from smallcoder_jax.configfile import config_files, config_folder, read_config_file
     from smallcoder_jax.train.terminal import format_table
 

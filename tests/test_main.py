@@ -166,7 +166,7 @@ def test_another_vocabulary_than_the_tokenizer_has(trained: Place, capsys: pytes
 def test_a_tokenizer_that_changed_since_the_data_was_prepared(
     trained: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    data = shutil.copytree(trained.data, tmp_path / "data")
+    data = shutil.copytree(trained.data, tmp_path / "aside" / "data")
     (recorded,) = data.glob("tokenizers/*/hash.json")
     recorded.write_text(json.dumps({"hash": "0" * 64}))
     said = refusal(capsys, trained.arguments(f"--config.data.dir={data}"))
@@ -243,6 +243,40 @@ def test_a_finished_run_evaluates(trained: Place, capsys: pytest.CaptureFixture[
     assert main(["--mode=evaluate", f"--workdir={trained.run}", "--step=2"]) == 0
     assert json.loads(capsys.readouterr().out) == shown
     assert "no checkpoint '7'" in refusal(capsys, trained.arguments("--mode=evaluate", "--step=7"))
+
+
+def test_a_run_is_whole_and_evaluated_by_its_own_config(
+    trained: Place, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copied to a place where nothing else of it is: neither sources nor tokenizers, and then no data either."""
+    monkeypatch.chdir(tmp_path)
+    assert main(trained.arguments("--mode=evaluate")) == 0
+    expected = capsys.readouterr().out
+    run = shutil.copytree(trained.run, tmp_path / "copied", symlinks=True)
+    data = shutil.copytree(trained.data, tmp_path / "aside" / "data")
+    shutil.rmtree(data / "tokenizers")
+    shutil.rmtree(data / "corpus")
+    here, flags = [f"--workdir={run}", "--mode=evaluate"], [f"--config.data.dir={data}"]
+    trained.root.rename(tmp_path / "gone")
+    try:
+        assert main([*here, *flags]) == 0
+        assert capsys.readouterr().out == expected
+        # The data are known by their fingerprint; a config that says otherwise is not what the run is evaluated by.
+        assert main([f"--config={tmp_path / 'gone' / 'config.py'}", *here, *flags]) == 0
+        told = capsys.readouterr()
+        assert told.out == expected
+        assert f"evaluated by the run's own config, {run / 'config.json'}" in told.err
+        assert loading.load(run).generate("def ", max_tokens=4, temperature=0.0)[0].token_ids
+        said = refusal(capsys, here)
+        assert "name the folder of its prepared data with --config.data.dir" in said
+        assert "unknown config key 'data.dirs'" in refusal(capsys, [*here, "--config.data.dirs=x"])
+        shutil.rmtree(run / "tokenizer")
+        assert f"put a copy of the run's tokenizer there as {run / 'tokenizer'}" in refusal(capsys, [*here, *flags])
+    finally:
+        shutil.rmtree(trained.root, ignore_errors=True)  # what preparing data there began with
+        (tmp_path / "gone").rename(trained.root)
+    assert "needs --workdir" in refusal(capsys, ["--mode=evaluate"])
+    assert "is no run, which would know its config" in refusal(capsys, [f"--workdir={data}", "--mode=evaluate"])
 
 
 def test_a_run_is_not_evaluated_on_other_data_or_longer_rows(

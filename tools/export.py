@@ -26,6 +26,7 @@ from smallcoder_jax.export import huggingface, parity
 
 if TYPE_CHECKING:
     from smallcoder_jax.loading import LoadedModel
+    from smallcoder_jax.train.run_folder import RunFolder
 
 
 def main(argv: list[str] | None = None) -> int | None:
@@ -94,25 +95,26 @@ def run_card(path: Path, loaded: LoadedModel) -> dict[str, Any]:
     config = from_config_dict(loaded.info["config"])
     history = RunFolder(path).metrics_history_json
     references = read_json(history, "a metrics history").get("references", {}) if history.exists() else {}
-    return model_card.of_run(config, lineage(loaded.info, loaded.info["run"]), references)
+    return model_card.of_run(config, lineage(RunFolder(path), loaded.info), references)
 
 
-def lineage(meta: Mapping[str, Any], run: Mapping[str, Any]) -> list[model_card.Trained]:
-    """What a checkpoint went through, the first stage first; runs that are gone, and exports, end the list."""
-    from smallcoder_jax.data import shards
-    from smallcoder_jax.evaluate.verify import find_tokens
+def lineage(folder: RunFolder, meta: Mapping[str, Any]) -> list[model_card.Trained]:
+    """What a checkpoint of a run went through, the first stage first; runs that are gone, and exports, end the list."""
+    from smallcoder_jax.loading import find_model
     from smallcoder_jax.train import checkpoint
     from smallcoder_jax.train.run_folder import RunFolder
+    from smallcoder_jax.train.whereabouts import read_trained_tokens
 
-    fingerprint = meta["identity"]["data"].get("fingerprint")
-    tokens = find_tokens(from_config_dict(meta["config"]), run, fingerprint) if fingerprint else None
-    trained = model_card.Trained(meta, run["dataset"], shards.read_manifest(tokens) if tokens else None)
+    run = folder.read_run_json()
+    trained = model_card.Trained(meta, run["dataset"], read_trained_tokens(folder, meta, run))
     origin = run.get("started_from")
-    folder = RunFolder(Path(origin["path"])) if origin else None
-    if origin is None or folder is None or not (folder.checkpoints / str(origin["step"])).is_dir():
+    if origin is None or origin["step"] is None:
         return [trained]
-    before = checkpoint.read_meta(folder.checkpoints / str(origin["step"]))
-    return [*lineage(before, folder.read_run_json()), trained]
+    try:
+        before = RunFolder(find_model(folder.path, origin["path"], origin["hash"], origin["step"], "a start"))
+    except UserError:
+        return [trained]
+    return [*lineage(before, checkpoint.read_meta(before.checkpoints / str(origin["step"]))), trained]
 
 
 def sample_texts() -> list[str]:

@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     prepared = find_prepared(load_config(arguments.config, overrides))
     try:
         problems = validate(prepared, 1.0 if arguments.all else SAMPLE_SHARE, print)
-    except (OSError, RuntimeError, ValueError) as error:  # what a damaged record file raises
+    except (UserError, OSError, RuntimeError, ValueError) as error:  # what a damaged record file raises
         raise CheckFailed(f"prepared data cannot be read: {error}. Delete it and prepare it again") from error
     except (LookupError, TypeError, ParseError) as error:  # accounting.json, dataset_info.json or manifest.json
         raise UserError(

@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int | None:
     configure_jax()
     verdicts = []
     for run in runs:
-        verdicts.append(verify(run, reevaluate, batches=args.batches))
+        verdicts.append(verify(run, reevaluate, batches=args.batches, data=args.data))
         if not args.json:
             say(f"{verdicts[-1].status:<14} {run}\n    {verdicts[-1].reason}")
     if args.json:
@@ -49,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("--run", type=Path, action="append", help="a run folder; may be given several times")
     what.add_argument("--all", action="store_true", help="every run under --runs")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of runs (default: runs)")
+    parser.add_argument("--data", type=Path, help="folder of the prepared data (default: where they were from the run)")
     parser.add_argument("--json", action="store_true", help="print the verdicts as JSON")
     parser.add_argument(
         "--batches",

@@ -7,13 +7,15 @@ a size is looked at before the content, and JSON of any form is a value or a Val
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import math
 import os
 import stat
 from collections.abc import Mapping
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from smallcoder_jax.base.errors import UserError
 
@@ -36,7 +38,7 @@ class TooLarge(OSError):
     """The file holds more than the reader takes; `strerror` says how much that is."""
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Opens a regular file, or a link to one, for reading. Raises OSError; NotAFile for a folder, pipe or device."""
     _check_regular(path, os.stat(path).st_mode)  # before it is opened: opening a device can do something to it
     # Without O_NONBLOCK, a pipe that takes the file's place at this moment would be waited for.
@@ -57,6 +59,12 @@ def read_regular(path: Path, limit: int) -> bytes:
         if size > limit or len(content) > limit:
             raise TooLarge(None, f"larger than {limit:,} bytes", str(path))
         return content
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a regular file of any size, in hexadecimal. Raises OSError."""
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_bytes(path: Path, what: str, limit: int = MAX_RECORD_BYTES) -> bytes:

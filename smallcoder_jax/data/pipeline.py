@@ -35,7 +35,7 @@ from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import DataConfig
 from smallcoder_jax.data import packing
 from smallcoder_jax.data.fim import FillInTheMiddle
-from smallcoder_jax.data.shards import Manifest, SourceEntry, Split, read_records
+from smallcoder_jax.data.shards import Manifest, SourceEntry, Split, damage_named, read_records
 from smallcoder_jax.tokenizers.base import FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX, Tokenizer
 
 VERSION = 3  # raised when the same settings begin to give other batches
@@ -203,14 +203,26 @@ class _Records:
     """The documents of a split by number. Readers are opened when first used, in the process that uses them."""
 
     def __init__(self, folder: Path, split: Split, dtype: str):
-        self._source = ArrayRecordDataSource([str(folder / name) for name in split.files])
+        self._paths = [folder / name for name in split.files]
+        with damage_named(folder):
+            self._source = ArrayRecordDataSource([str(path) for path in self._paths])
+        if len(self._source) != split.documents:
+            raise UserError(
+                f"{', '.join(map(str, self._paths))}: {len(self._source):,} documents, where the manifest says "
+                f"{split.documents:,}. Prepare the data again: delete {folder} and run the same command"
+            )
         self._dtype = np.dtype(dtype).newbyteorder("<")
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        return np.frombuffer(self._source[index], self._dtype)
+        try:
+            return np.frombuffer(self._source[index], self._dtype)
+        except (RuntimeError, ValueError, OSError):
+            file, _ = self._source._reader_idx_and_position(index)  # read again, so that no good read pays for the name
+            with damage_named(self._paths[file]):
+                return np.frombuffer(self._source[index], self._dtype)
 
 
 class _PackedBatches(grain.IterDataset[dict[str, np.ndarray]]):

@@ -7,8 +7,10 @@ often than written.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +19,7 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from smallcoder_jax.base.errors import UserError
-from smallcoder_jax.base.files import read_json, write_json
+from smallcoder_jax.base.files import read_json, reason, sha256, write_json
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -59,6 +61,7 @@ class Manifest:
     dummy: bool
     sources: tuple[SourceEntry, ...]
     accounting: Mapping[str, Any]
+    checksums: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)  # by file: `bytes`, `sha256`
     format: int = FORMAT
 
 
@@ -105,7 +108,18 @@ def write_tokens(
             splits[name] = _write_split(folder, f"{index:03d}-{name}", getattr(source, name), dtype, vocab_size, digest)
         entries.append(SourceEntry(source.spec, source.weight, source.fim, splits["train"], splits["validation"]))
     manifest = Manifest(
-        tokenizer_hash, tokenizer, dtype, vocab_size, digest.hexdigest(), dummy, tuple(entries), accounting(entries)
+        tokenizer_hash,
+        tokenizer,
+        dtype,
+        vocab_size,
+        digest.hexdigest(),
+        dummy,
+        tuple(entries),
+        accounting(entries),
+        {
+            name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
+            for name in _file_names(entries)
+        },
     )
     write_json(folder / MANIFEST, dataclasses.asdict(manifest))
     return manifest
@@ -116,32 +130,67 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     again = f"Prepare the data again: delete {folder} and run the same command"
     plain = read_json(path, f"the manifest of a finished folder of token shards. {again}")
-    if not isinstance(plain, dict) or plain.get("format") != FORMAT:
-        found = plain.get("format") if isinstance(plain, dict) else type(plain).__name__
-        raise UserError(f"{path} has format {found!r}; this version reads format {FORMAT}. {again}")
     try:
-        manifest = Manifest(**{**plain, "sources": tuple(_source_entry(source) for source in plain["sources"])})
-    except (KeyError, TypeError) as error:
+        manifest = parse_manifest(plain)
+    except ValueError as error:
         raise UserError(f"{path} is not a manifest: {error}. {again}") from error
-    names = [name for source in manifest.sources for split in (source.train, source.validation) for name in split.files]
-    for name in names:
+    for name in _file_names(manifest.sources):
         if Path(name).name != name:
             raise UserError(f"{path} names the file {name!r}, which lies outside its folder. {again}")
         if not (folder / name).is_file():
             raise UserError(f"{folder / name} is named by the manifest but does not exist. {again}")
+        size, recorded = (folder / name).stat().st_size, manifest.checksums.get(name, {}).get("bytes")
+        if recorded is not None and size != recorded:
+            raise UserError(f"{folder / name} has {size:,} bytes, the manifest says {recorded:,}. {again}")
     return manifest
 
 
+def parse_manifest(plain: Any) -> Manifest:
+    """The manifest that `dataclasses.asdict` has made plain. Raises ValueError for another format or form."""
+    if not isinstance(plain, dict) or plain.get("format") != FORMAT:
+        found = plain.get("format") if isinstance(plain, dict) else type(plain).__name__
+        raise ValueError(f"it has format {found!r}, where this version reads format {FORMAT}")
+    try:
+        manifest = Manifest(**{**plain, "sources": tuple(_source_entry(source) for source in plain["sources"])})
+        _check_values(manifest)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+    return manifest
+
+
+def has_fingerprint(path: Path, fingerprint: str) -> bool:
+    """Whether `path` is a manifest with this fingerprint. What is damaged is none: it is not what was looked for."""
+    try:
+        return parse_manifest(read_json(path, "a manifest")).fingerprint == fingerprint
+    except (UserError, ValueError):
+        return False
+
+
 def read_records(folder: Path, files: Sequence[str], dtype: str) -> Iterator[np.ndarray]:
-    """Every document's ids, file after file, in stored order."""
+    """Every document's ids, file after file, in stored order. Raises UserError naming a file that is damaged."""
     for name in files:
-        reader = ArrayRecordReader(str(folder / name))
+        with damage_named(folder / name):
+            reader = ArrayRecordReader(str(folder / name))
         try:
             for start in range(0, reader.num_records(), 1024):
-                for record in reader.read(start, min(start + 1024, reader.num_records())):
+                with damage_named(folder / name):
+                    records = reader.read(start, min(start + 1024, reader.num_records()))
+                for record in records:
                     yield np.frombuffer(record, dtype=np.dtype(dtype).newbyteorder("<"))
         finally:
             reader.close()
+
+
+@contextlib.contextmanager
+def damage_named(path: Path) -> Iterator[None]:
+    """Turns what the reader of a shard raises into a UserError that names the file, or the folder of several."""
+    try:
+        yield
+    except (RuntimeError, ValueError, IndexError, OSError) as error:
+        folder = path if path.is_dir() else path.parent
+        raise UserError(
+            f"{path} is damaged: {reason(error)}. Prepare the data again: delete {folder} and run the same command"
+        ) from error
 
 
 def compute_fingerprint(folder: Path, manifest: Manifest) -> str:
@@ -194,6 +243,29 @@ def _close(path: Path, writer: ArrayRecordWriter, records: int) -> None:
     reader.close()
     if found != records:
         raise OSError(f"{path} holds {found} of the {records} records written to it")
+
+
+def _file_names(sources: Sequence[SourceEntry]) -> list[str]:
+    return [name for source in sources for split in (source.train, source.validation) for name in split.files]
+
+
+def _check_values(manifest: Manifest) -> None:
+    """Raises ValueError for a value that a manifest cannot have."""
+    names = _file_names(manifest.sources)
+    counts = [
+        (split.documents, split.tokens, split.bytes) for s in manifest.sources for split in (s.train, s.validation)
+    ]
+    sums = [(entry["bytes"], entry["sha256"]) for entry in manifest.checksums.values()]
+    sound = (
+        all(isinstance(text, str) for text in (manifest.fingerprint, manifest.tokenizer_hash, *names)),
+        manifest.dtype in ("uint16", "uint32"),
+        all(type(number) is int and number >= 0 for number in (manifest.vocab_size, *itertools.chain(*counts))),
+        all(isinstance(source.weight, int | float) and source.weight >= 0 for source in manifest.sources),
+        all(type(size) is int and isinstance(digest, str) for size, digest in sums),
+        not sums or manifest.checksums.keys() == set(names),
+    )
+    if not all(sound):
+        raise ValueError("a value in it has another form than what was written")
 
 
 def _source_entry(plain: Mapping[str, Any]) -> SourceEntry:

@@ -9,10 +9,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.data import shards
 from smallcoder_jax.data.corpus import CorpusFingerprint, count_documents, read_accounting, read_split
 from smallcoder_jax.data.encode import DocumentEncoder
 from smallcoder_jax.data.prepare import Prepared
+from smallcoder_jax.data.verification import verify_shards
 from smallcoder_jax.tokenizers.base import Tokenizer
 
 
@@ -106,6 +108,10 @@ def _check_shards(prepared: Prepared) -> list[str]:
     fingerprint = shards.compute_fingerprint(folder, manifest)
     if fingerprint != manifest.fingerprint:
         problems.append(f"the token shards' fingerprint is {fingerprint}; recorded {manifest.fingerprint}")
+    try:
+        verify_shards(folder, manifest)
+    except UserError as error:
+        problems.append(str(error))
     return problems
 
 

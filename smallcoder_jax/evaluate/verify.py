@@ -14,13 +14,14 @@ from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import read_json_object
 from smallcoder_jax.config import Config, eval_rows, from_config_dict
 from smallcoder_jax.data import pipeline, shards
+from smallcoder_jax.data.verification import verify_shards
 from smallcoder_jax.evaluate.perplexity import evaluate
 from smallcoder_jax.models import build
 from smallcoder_jax.tokenizers.base import Tokenizer
-from smallcoder_jax.tokenizers.load import load_tokenizer
 from smallcoder_jax.train import checkpoint
 from smallcoder_jax.train.log_files import read_csv
 from smallcoder_jax.train.run_folder import RunFolder, compare_identity
+from smallcoder_jax.train.whereabouts import data_folders, find_tokens, read_tokenizer
 
 Status = Literal["verified", "not_found", "no_checkpoint", "wrong_data", "corrupt", "error"]
 # A model that has learnt anything predicts held-out text better than one that gives every id the same probability.
@@ -50,8 +51,9 @@ class Verdict:
 Reevaluate = Callable[[Config, Path, dict[str, Any]], float]
 
 
-def verify(run: Path, reevaluate: Reevaluate, *, batches: int | None = None) -> Verdict:
-    """Checks the newest checkpoint of the run folder `run`.
+def verify(run: Path, reevaluate: Reevaluate, *, batches: int | None = None, data: Path | None = None) -> Verdict:
+    """Checks the newest checkpoint of the run folder `run`, with the prepared data in `data` (by default where
+    `data.dir` is from here, or where the data were from the run folder).
 
     1. Every file of it has the recorded checksum, else `corrupt`.
     2. It was not trained on stand-in text; run.json and checkpoint agree in what was trained on what; the tokenizer and
@@ -69,26 +71,12 @@ def verify(run: Path, reevaluate: Reevaluate, *, batches: int | None = None) -> 
     try:
         if not folder.config_json.is_file() or not folder.run_json.is_file():
             return Verdict(str(run), "not_found", f"{run} is no run folder: it lacks config.json or run.json")
-        return dataclasses.replace(_verify_run(folder, reevaluate, batches), run=str(run))
+        return dataclasses.replace(_verify_run(folder, reevaluate, batches, data), run=str(run))
     except _Failure as failure:
         return dataclasses.replace(failure.verdict, run=str(run))
     except (UserError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         # The files of a run that is to be verified can hold anything.
         return Verdict(str(run), "error", f"{type(error).__name__}: {error}")
-
-
-def find_tokens(config: Config, run: Mapping[str, Any], fingerprint: str) -> Path | None:
-    """The folder of token shards whose manifest has `fingerprint`, None where it is gone.
-
-    Looked for under `data.dir` as it is from here, and where the run's tokenizer is.
-    """
-    roots = [Path(config.data.dir), *Path(run["tokenizer_folder"]).parents[1:2]]
-    for root in roots:
-        for manifest in sorted(root.glob(f"tokens/*/{shards.MANIFEST}")):
-            # Read as text: a folder of other data that is damaged is none of this run's business.
-            if f'"{fingerprint}"' in manifest.read_text(encoding="utf-8", errors="replace"):
-                return manifest.parent
-    return None
 
 
 class _Failure(Exception):
@@ -99,7 +87,7 @@ class _Failure(Exception):
         self.verdict = Verdict("", status, reason, **values)
 
 
-def _verify_run(folder: RunFolder, reevaluate: Reevaluate, batches: int | None) -> Verdict:
+def _verify_run(folder: RunFolder, reevaluate: Reevaluate, batches: int | None, data: Path | None) -> Verdict:
     steps = sorted(
         int(path.name)
         for path in folder.checkpoints.glob("*")
@@ -116,6 +104,9 @@ def _verify_run(folder: RunFolder, reevaluate: Reevaluate, batches: int | None) 
     # The checkpoint's own configuration: config.json beside it is not under its checksums.
     config = from_config_dict(meta["config"])
     tokenizer = _verify_facts(folder, meta, step)
+    places = data_folders(folder, config, folder.read_run_json()) if data is None else [data]
+    found = next((place for place in places if place.is_dir()), places[0])
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, dir=str(found)))
     files = len(read_json_object(target / checkpoint.MANIFEST, "the checksums of a checkpoint")["files"])
     if "fingerprint" not in meta["identity"]["data"]:
         return _verify_loss(folder, reevaluate(config, target, meta), step, files)
@@ -180,25 +171,21 @@ def _verify_facts(folder: RunFolder, meta: Mapping[str, Any], step: int) -> Toke
         raise _Failure("wrong_data", "trained on generated stand-in text (data.allow_dummy_data)", step=step)
     if differences := compare_identity(run["identity"], meta["identity"]):
         raise _Failure("wrong_data", f"run.json is not of this checkpoint: {'; '.join(differences)}", step=step)
-    tokenizer_folder = Path(run["tokenizer_folder"])
-    if not tokenizer_folder.is_dir():
-        raise _Failure("wrong_data", f"the tokenizer's folder {tokenizer_folder} is gone", step=step)
-    tokenizer = load_tokenizer(tokenizer_folder)
-    if tokenizer.hash != meta["tokenizer_hash"]:
-        raise _Failure("wrong_data", f"the tokenizer in {tokenizer_folder} has changed since training", step=step)
-    return tokenizer
+    try:
+        return read_tokenizer(folder, meta["tokenizer_hash"])[0]
+    except UserError as error:
+        raise _Failure("wrong_data", str(error), step=step) from error
 
 
 def _verify_tokens(folder: RunFolder, config: Config, meta: Mapping[str, Any], step: int) -> Path:
     """The token shards that the checkpoint was trained with, hashed anew."""
-    run = folder.read_run_json()
     fingerprint = meta["identity"]["data"]["fingerprint"]
-    tokens = find_tokens(config, run, fingerprint)
+    tokens = find_tokens(folder, config, folder.read_run_json(), fingerprint)
     if tokens is None:
         raise _Failure(
             "wrong_data",
             f"no prepared data under {config.data.dir} has the fingerprint {fingerprint[:12]} that it was trained on; "
-            "prepare it again with the run's config, or run this where the data is",
+            "name the folder that holds it with --data, or prepare it again with the run's config",
             step=step,
         )
     try:
@@ -207,7 +194,11 @@ def _verify_tokens(folder: RunFolder, config: Config, meta: Mapping[str, Any], s
         raise _Failure("wrong_data", str(error), step=step) from error
     if manifest.dummy:
         raise _Failure("wrong_data", f"the data in {tokens} is generated stand-in text", step=step)
-    found = shards.compute_fingerprint(tokens, manifest)
+    try:
+        verify_shards(tokens, manifest)
+        found = shards.compute_fingerprint(tokens, manifest)
+    except UserError as error:
+        raise _Failure("wrong_data", str(error), step=step) from error
     if found != fingerprint:
         raise _Failure(
             "wrong_data",

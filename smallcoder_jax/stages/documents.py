@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from smallcoder_jax import distributed
 from smallcoder_jax.base.errors import UserError
-from smallcoder_jax.config import Config, eval_rows
-from smallcoder_jax.data import pipeline
+from smallcoder_jax.config import Config, eval_rows, from_config_dict
+from smallcoder_jax.data import pipeline, shards
 from smallcoder_jax.data.prepare import Prepared, prepare
 from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.data.shards import Manifest
+from smallcoder_jax.data.verification import begin_verification
 from smallcoder_jax.evaluate.bits_per_byte import held_out_references
 from smallcoder_jax.evaluate.perplexity import evaluate
 from smallcoder_jax.loading import LoadedModel
 from smallcoder_jax.train.metrics import language_summary
+from smallcoder_jax.train.run_folder import RunFolder
 from smallcoder_jax.train.step import LossFn
 from smallcoder_jax.train.task import Start, Task
 from smallcoder_jax.train.terminal import human_count
+from smallcoder_jax.train.whereabouts import find_tokens
 
 MOST_EPOCHS = 4
 
@@ -89,7 +94,8 @@ def make_task(config: Config, prepared: Prepared, start: Start | None, loss_fn: 
         validation_batches=validation_batches,
         identity={**identity, **more.pop("identity", {})},
         tokenizer=prepared.tokenizer,
-        tokenizer_folder=prepared.tokenizer_folder,
+        manifest=prepared.manifest,
+        verification=begin_verification(prepared.tokens_folder, prepared.manifest),
         dataset=data.sources,
         dummy_data=prepared.manifest.dummy,
         facts={
@@ -161,18 +167,8 @@ def measure(config: Config, loaded: LoadedModel, progress: Progress) -> dict[str
             f"train.sequence_length={config.train.sequence_length} is longer than the context of the model in "
             f"{path}, {loaded.model.context}; give the config and flags that it was trained with"
         )
-    prepared = prepare(config, progress)
-    if prepared.tokenizer.hash != loaded.tokenizer.hash:
-        raise UserError(f"{path} was trained with another tokenizer than that of {prepared.tokenizer_folder}")
+    prepared = _evaluated_on(config, loaded, progress)
     fingerprint = prepared.manifest.fingerprint
-    if "identity" in loaded.info:  # a run; an export carries none
-        trained_on = loaded.info["identity"]["data"].get("fingerprint", fingerprint)  # other stages: no documents
-        if trained_on != fingerprint:
-            raise UserError(
-                f"{path} was trained on data with the fingerprint {trained_on}, but '{config.data.sources}' has "
-                f"{fingerprint}, whose held-out files may be among those trained on; give the config and flags that "
-                "it was trained with"
-            )
     batches = pipeline.validation_batches(
         prepared.manifest,
         prepared.tokens_folder,
@@ -182,8 +178,11 @@ def measure(config: Config, loaded: LoadedModel, progress: Progress) -> dict[str
         rows=range(eval_rows(config)),
         limit_batches=0,
     )
+    verification = begin_verification(prepared.tokens_folder, prepared.manifest)
+    measured = evaluate(loaded.model, loaded.compute, loaded.params, batches)
+    verification.wait()
     return {
-        **evaluate(loaded.model, loaded.compute, loaded.params, batches),
+        **measured,
         "references": held_out_references(prepared),
         "data": {
             "sources": config.data.sources,
@@ -191,3 +190,42 @@ def measure(config: Config, loaded: LoadedModel, progress: Progress) -> dict[str
             "sequence_length": config.train.sequence_length,
         },
     }
+
+
+def _evaluated_on(config: Config, loaded: LoadedModel, progress: Progress) -> Prepared:
+    """The data of a config. Those that a run was trained on are recognised wherever they are, without their sources.
+
+    Raises UserError where they are not those that the model was trained on, or have another tokenizer.
+    """
+    path = Path(loaded.origin["path"])
+    advice = "name the folder of its prepared data with --config.data.dir, or give the --config flags of its training"
+    trained_on = None
+    if "run" in loaded.info:  # an export knows nothing of its data
+        trained_on = loaded.info["identity"]["data"].get("fingerprint")  # other stages: no documents
+        own = from_config_dict(loaded.info["config"]).data
+        if trained_on is not None and config.data == dataclasses.replace(own, dir=config.data.dir):
+            tokens = find_tokens(RunFolder(path), config, loaded.info["run"], trained_on)
+            if tokens is not None:
+                manifest = shards.read_manifest(tokens)
+                corpus = tokens.parents[1] / "corpus" / str(manifest.accounting.get("corpus"))
+                return Prepared(manifest, tokens, loaded.tokenizer, loaded.tokenizer_folder, corpus)
+    try:
+        prepared = prepare(config, progress)
+    except UserError as error:
+        if trained_on is None:
+            raise
+        raise UserError(
+            f"the data that {path} was trained on (fingerprint {trained_on[:12]}) are not in {config.data.dir}, and "
+            f"cannot be prepared: {error}. To evaluate it, {advice}"
+        ) from error
+    if prepared.tokenizer.hash != loaded.tokenizer.hash:
+        raise UserError(
+            f"{path} was trained with another tokenizer than that of {prepared.tokenizer_folder}; give its own with "
+            f"--config.tokenizer.kind and --config.tokenizer.path={loaded.tokenizer_folder}"
+        )
+    if trained_on not in (None, prepared.manifest.fingerprint):
+        raise UserError(
+            f"{path} was trained on data with the fingerprint {trained_on}, but '{config.data.sources}' has "
+            f"{prepared.manifest.fingerprint}, whose held-out files may be among those trained on; {advice}"
+        )
+    return prepared

@@ -118,7 +118,6 @@ def make_task(
             **identity,
         },
         tokenizer=tokenizer,
-        tokenizer_folder=loaded.tokenizer_folder,
         dataset=f"preferences of {config.preferences.sources}",
         dummy_data=pairs.dummy,
         facts={

@@ -102,7 +102,6 @@ def make_task(
             "seed": config.train.seed,
         },
         tokenizer=tokenizer,
-        tokenizer_folder=loaded.tokenizer_folder,
         dataset=f"its own answers to prompts of {rl.prompts}",
         dummy_data=False,
         facts={

@@ -8,7 +8,7 @@ import importlib
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ from smallcoder_jax.train.step import make_eval_step
 from smallcoder_jax.train.stop import interruptible
 from smallcoder_jax.train.task import Task, run_identity
 from smallcoder_jax.train.terminal import Terminal, human_count
+from smallcoder_jax.train.whereabouts import data_folders
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,15 +85,40 @@ def evaluate_run(workdir: Path, config: Config, step: str | None = None) -> dict
     Raises UserError when the config's data or row length do not fit the model.
     """
     configure_jax()
-    loaded, progress = loading.load(workdir, step=step), Progress(sys.stderr)
+    loaded, progress, folder = loading.load(workdir, step=step), Progress(sys.stderr), RunFolder(workdir)
+    if "run" in loaded.info:
+        config = _at_hand(config, folder, loaded.info, loaded.info["run"])
     result = {"step": loaded.origin["step"], **_stage(config).measure(config, loaded, progress)}
-    folder = RunFolder(workdir)
-    if folder.run_json.exists():
+    if "run" in loaded.info:
         try:
             folder.add_evaluation(result)
         except OSError as error:
             progress.note(f"{folder.evaluations_jsonl} cannot be written ({reason(error)}); the result is only shown")
     return result
+
+
+def _at_hand(config: Config, folder: RunFolder, meta: Mapping[str, Any], run: Mapping[str, Any]) -> Config:
+    """The config with its data and the models that it refers to as they are from here, as far as they are found: a run
+    may have been moved since, with or without them. `meta` is the meta.json of its checkpoint, `run` its run.json."""
+    identity = meta["identity"]
+    if config.data.dir == meta["config"]["data"]["dir"] and not Path(config.data.dir).expanduser().is_dir():
+        places = [place for place in data_folders(folder, config, run) if place.is_dir()]
+        if places:
+            config = dataclasses.replace(config, data=dataclasses.replace(config.data, dir=str(places[0])))
+    of_data = identity.get("data", {})
+    for section, name, wanted in (
+        ("stage", "start", identity.get("start")),
+        ("distill", "teacher", of_data.get("teacher")),
+        ("rl", "reward_model", of_data.get("judge")),
+    ):
+        values = getattr(config, section)
+        recorded = getattr(values, name)
+        if not recorded or wanted is None:
+            continue
+        with contextlib.suppress(UserError):  # what needs it says that it is not there
+            found = loading.find_model(folder.path, recorded, wanted, None, f"{section}.{name}={recorded}")
+            config = dataclasses.replace(config, **{section: dataclasses.replace(values, **{name: str(found)})})
+    return config
 
 
 def reevaluate(config: Config, step_folder: Path, meta: dict[str, Any]) -> float:
@@ -101,6 +127,8 @@ def reevaluate(config: Config, step_folder: Path, meta: dict[str, Any]) -> float
     Raises UserError where the run would have another identity now than the checkpoint has.
     """
     configure_jax()
+    folder = RunFolder(step_folder.parents[1])
+    config = _at_hand(config, folder, meta, folder.read_run_json())
     with open(os.devnull, "w") as silent:
         task = _make_task(config, Progress(silent))
     if differences := compare_identity(meta["identity"], run_identity(config, task)):

@@ -79,7 +79,6 @@ def make_task(config: Config, loaded: LoadedModel | None, progress: Progress) ->
             "seed": train.seed,
         },
         tokenizer=tokenizer,
-        tokenizer_folder=loaded.tokenizer_folder,
         dataset=config.dialogs.source or f"{dialogs.counts['train']:,} generated conversations that call functions",
         dummy_data=False,
         facts={

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -17,8 +18,10 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from smallcoder_jax.base.errors import Diverged, UserError
+from smallcoder_jax.base.files import write_json
 from smallcoder_jax.config import Config, eval_rows, to_dict
 from smallcoder_jax.data.prefetch import DevicePrefetcher
+from smallcoder_jax.data.verification import steps_until_repeated
 from smallcoder_jax.distributed import StopVote, is_first
 from smallcoder_jax.faults import NONE, Faults
 from smallcoder_jax.generate.engine import Generator
@@ -45,6 +48,7 @@ from smallcoder_jax.train.stop import StopRequest
 from smallcoder_jax.train.task import Task, run_identity
 from smallcoder_jax.train.terminal import Terminal, human_bytes, human_time
 from smallcoder_jax.train.watchdog import Watchdog
+from smallcoder_jax.train.whereabouts import keep_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +109,10 @@ class Trainer:
         self.data_state: Any = None
         self.state = self._restore_or_init(program.optimizer)
         self.step = int(self.state.step)
+        self.verified_at = self.step  # the step at which the data have to be verified
+        if task.manifest is not None:
+            tokens = config.train.batch_size * config.train.sequence_length
+            self.verified_at += steps_until_repeated(task.manifest, config.data, tokens)
         self.eval_step = make_eval_step(
             task.loss_fn,
             matmul=self.matmul.kind,
@@ -126,13 +134,16 @@ class Trainer:
         """Writes what the run is, and opens its logs."""
         config, folder, task = self.config, self.folder, self.task
         folder.write_config(config)
+        keep_tokenizer(folder, task.tokenizer)
+        if task.manifest is not None:
+            write_json(folder.tokens_json, dataclasses.asdict(task.manifest))
         folder.write_run_json(
             self.identity,
             {
                 "dataset": task.dataset,
                 "dummy_data": task.dummy_data,
-                "started_from": task.start.facts if task.start else None,
-                "tokenizer_folder": str(task.tokenizer_folder.resolve()),
+                "started_from": self._started_from(),
+                "data_folder": folder.relative(Path(config.data.dir).expanduser()),
                 "attention": {"implementation": self.attention.implementation, "reason": self.attention.reason},
                 "cross_entropy": self.cross_entropy._asdict(),
                 "matmul": self.matmul._asdict(),
@@ -149,6 +160,11 @@ class Trainer:
         )
         log.references(task.references)
         return log
+
+    def _started_from(self) -> dict[str, Any] | None:
+        """The facts of the start, with its path as it is from the run folder."""
+        start = self.task.start
+        return None if start is None else {**start.facts, "path": self.folder.relative(Path(start.facts["path"]))}
 
     def _refuse_another_run(self, recorded: Any) -> None:
         refused, allowed = split_allowed(compare_identity(recorded, self.identity), self.allow_changed)
@@ -307,6 +323,19 @@ class Trainer:
             self.log.train(step, {**values, **meter.interval(), "tokens_seen": self.tokens_seen})
         self.terminal.progress(step, {**values, **rates})
         self.checkpointer.check()
+        self._check_data()
+
+    def _check_data(self) -> None:
+        """Raises UserError where a file of the data is another than was prepared. Waits for that to be known where a
+        document could come again, and before the run ends."""
+        verification = self.task.verification
+        if verification is None:
+            return
+        if self.step >= min(self.verified_at, self.config.train.steps):
+            if not verification.done:
+                self.terminal.note("waiting until every file of token shards is held against its checksum")
+            verification.wait()
+        verification.check()
 
     def _skipped(self, dispatched: Dispatched, values: dict[str, float], in_a_row: int) -> None:
         """Notes an update that was not made, with the batch that led to it. Raises Diverged after too many."""
@@ -472,7 +501,7 @@ class Trainer:
             best_step=self.checkpointer.best(),
             skipped_updates=int(self.state.guard.skipped),
             dummy_data=self.task.dummy_data,
-            started_from=self.task.start.facts["path"] if self.task.start else None,
+            started_from=started["path"] if (started := self._started_from()) else None,
         )
 
 

@@ -58,6 +58,14 @@ class RunFolder:
         return self.path / "run.json"
 
     @property
+    def tokenizer(self) -> Path:
+        return self.path / "tokenizer"
+
+    @property
+    def tokens_json(self) -> Path:
+        return self.path / "tokens.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
@@ -124,6 +132,10 @@ class RunFolder:
     @property
     def lock(self) -> Path:
         return self.path / ".lock"
+
+    def relative(self, path: Path) -> str:
+        """`path` as it is from the run folder: what a run records of its surroundings moves with them."""
+        return os.path.relpath(path.resolve(), self.path.resolve())
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[str]:

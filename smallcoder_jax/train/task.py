@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from smallcoder_jax.config import Config, to_dict
+from smallcoder_jax.data import shards
 from smallcoder_jax.data.prefetch import BatchIterator
+from smallcoder_jax.data.verification import Verification
 from smallcoder_jax.models import build
 from smallcoder_jax.ops import precision
 from smallcoder_jax.tokenizers.base import Tokenizer
@@ -39,7 +40,6 @@ class Task:
     validation_batches: Callable[[int, Sequence[int]], Iterable[dict[str, np.ndarray]]]  # at most so many; 0: all
     identity: dict[str, Any]  # what a resumed run must agree in
     tokenizer: Tokenizer
-    tokenizer_folder: Path
     dataset: str
     dummy_data: bool
     facts: dict[str, str]  # lines of the start table
@@ -47,6 +47,8 @@ class Task:
     accounting: Mapping[str, Any]  # where the data is from, for the report
     references: dict[str, float] = dataclasses.field(default_factory=dict)  # bits per byte of compressors, held out
     reported: tuple[str, ...] = ("accuracy",)  # sums of the loss that training steps log
+    manifest: shards.Manifest | None = None  # of the token shards, where it reads any
+    verification: Verification | None = None  # of these shards, begun
     start: Start | None = None
     frozen: build.Params = dataclasses.field(default_factory=dict)  # not trained, joined to the others for the loss
     prompts: Mapping[str, Sequence[int]] | None = None  # for samples, by what is shown; None: those of the config

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -102,15 +103,22 @@ def test_nothing_is_published_where_transformers_disagrees(
     assert not list(tmp_path.iterdir())
 
 
-def test_without_the_data_the_card_says_what_it_knows(
-    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_was_copied_alone_has_a_whole_card(trained: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(trained / "run", tmp_path / "run", symlinks=True)
     hidden = trained / "elsewhere"
+
+    def card(name: str) -> str:
+        export.main(["--checkpoint", str(run), "--skip-parity", "--output", str(tmp_path / name)])
+        return (tmp_path / name / "README.md").read_text()
+
     (trained / "data" / "tokens").rename(hidden)
     try:
-        export.main(["--checkpoint", str(trained / "run"), "--skip-parity", "--output", str(tmp_path / "out")])
+        whole = card("whole")
+        (run / "tokens.json").unlink()  # runs were once without
+        known = card("known")
     finally:
         hidden.rename(trained / "data" / "tokens")
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "| not known | not known |" in card
-    assert "The licences of the documents are not recorded." in card
+    assert card("found") == whole
+    assert "not known" not in whole
+    assert "| not known | not known |" in known
+    assert "The licences of the documents are not recorded." in known

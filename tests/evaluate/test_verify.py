@@ -139,6 +139,15 @@ def test_other_shards_behind_the_same_manifest_are_wrong_data(trained: Path, cop
     shutil.copy(other, shard)
     verdict = verify(copied, reevaluate)
     assert verdict.status == "wrong_data"
+    assert f"{shard} has 131,072 bytes, the manifest says 196,608" in verdict.reason
+    # As someone who knows about checksums would leave it.
+    manifest = json.loads((shard.parent / "manifest.json").read_text())
+    change(
+        shard.parent / "manifest.json",
+        checksums={**manifest["checksums"], shard.name: manifest["checksums"][other.name]},
+    )
+    verdict = verify(copied, reevaluate)
+    assert verdict.status == "wrong_data"
     assert "changed since training" in verdict.reason
 
 
@@ -149,10 +158,32 @@ def test_missing_shards_tokens_and_tokenizer_are_wrong_data(trained: Path, copie
     verdict = verify(copied, reevaluate)
     assert verdict.status == "wrong_data"
     assert "no prepared data under" in verdict.reason
-    shutil.rmtree(trained / "data" / "tokenizers")
+    shutil.rmtree(copied / "tokenizer")
     verdict = verify(copied, reevaluate)
     assert verdict.status == "wrong_data"
-    assert "is gone" in verdict.reason
+    assert f"the run's tokenizer is gone: {copied / 'tokenizer'} does not exist" in verdict.reason
+
+
+def test_a_run_and_its_data_are_verified_wherever_they_are(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "there" / "runs").mkdir(parents=True)
+    shutil.copytree(trained / "run", tmp_path / "there" / "runs" / "run", symlinks=True)
+    monkeypatch.chdir(tmp_path)
+    run = tmp_path / "there" / "runs" / "run"
+    aside = trained / "data"
+    aside.rename(tmp_path / "moved")
+    try:
+        verdict = verify(run, reevaluate)
+        assert verdict.status == "wrong_data"
+        assert "name the folder that holds it with --data" in verdict.reason
+        assert verify_models.main(["--run", str(run), "--data", str(tmp_path / "moved")]) is None
+        (tmp_path / "there" / "data").symlink_to(tmp_path / "moved")  # as far from the run as it was
+        (run / "run.json").write_text((run / "run.json").read_text().replace('"../data"', '"../../data"'))
+        assert verify(run, reevaluate).status == "verified"
+    finally:
+        (tmp_path / "moved").rename(aside)
+    assert str(trained) not in json.dumps({**json.loads((run / "run.json").read_text()), "identity": 0, "dataset": 0})
 
 
 def test_a_changed_tokenizer_is_wrong_data(copied: Path) -> None:
@@ -160,7 +191,7 @@ def test_a_changed_tokenizer_is_wrong_data(copied: Path) -> None:
     seal(newest(copied))
     verdict = verify(copied, reevaluate)
     assert verdict.status == "wrong_data"
-    assert "has changed since training" in verdict.reason
+    assert "is not the one that the run was trained with" in verdict.reason
 
 
 def test_what_cannot_be_read_is_an_error(copied: Path) -> None:

@@ -197,5 +197,7 @@ if __name__ == "__main__":
     name, count, seed = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else 0
     last = Path(os.environ["FUZZ_LAST"]) if "FUZZ_LAST" in os.environ else None
     failures = run(name, count, seed, last.write_text if last else lambda case: None)  # pyright: ignore
-    print(f"{name}: {count} cases, {failures} failed, peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} MiB")
+    print(
+        f"{name}: {count} cases, {failures} failed, peak {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10} MiB"
+    )
     sys.exit(1 if failures else 0)

@@ -26,7 +26,18 @@ def configs(folder: Path) -> Target:
     file.write_text(json.dumps(to_dict(Config())))
     sections = default_config()
     keys = [f"{name}.{key}" for name, section in sections.items() if hasattr(section, "keys") for key in section]
-    texts = [*map(str, ODD_VALUES), "1e5", "0x10", "()", "('a',)", "__import__('os')", "1:2", "stdlib@1,,", "-1", "9" * 99]
+    texts = [
+        *map(str, ODD_VALUES),
+        "1e5",
+        "0x10",
+        "()",
+        "('a',)",
+        "__import__('os')",
+        "1:2",
+        "stdlib@1,,",
+        "-1",
+        "9" * 99,
+    ]
 
     def read(rng: random.Random) -> object:
         overrides = [f"--config.{rng.choice(keys)}={rng.choice(texts)}" for _ in range(rng.randrange(3))]
@@ -78,7 +89,9 @@ def rows(folder: Path) -> Target:
     (folder / "rows.json").write_text(json.dumps(documents))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(documents), folder / "rows.parquet")
     asked = [{"instruction": f"What is {i}?", "input": "", "output": f"    {i}\n"} for i in range(40)]
-    talks = [{"messages": [{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": "yes"}]} for i in range(40)]
+    talks = [
+        {"messages": [{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": "yes"}]} for i in range(40)
+    ]
     pairs = [{"prompt": f"Say {i}.", "chosen": f"{i}", "rejected": f"not {i}"} for i in range(40)]
     for name, lines in (("asked", asked), ("talks", talks), ("pairs", pairs)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -88,7 +101,9 @@ def rows(folder: Path) -> Target:
         for name in ("rows.jsonl", "rows.jsonl.gz", "rows.json", "rows.parquet"):
             kind = "parquet" if name.endswith("parquet") else "jsonl"
             (spec,) = parse_sources(f"{kind}:{folder / name}")
-            problem = _message(lambda spec=spec: collect_source(spec, DataConfig(), folder / "spool", set(), None)) or problem
+            problem = (
+                _message(lambda spec=spec: collect_source(spec, DataConfig(), folder / "spool", set(), None)) or problem
+            )
         made = folder / f"made-{rng.random()}"
         for name in ("asked", "talks"):
             problem = _message(lambda name=name: prepare_dialogs(made, f"jsonl:{folder / name}.jsonl", 0)) or problem

@@ -19,6 +19,7 @@ import pytest
 
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import CheckpointConfig, Config, DataConfig, EvalConfig, LogConfig, TokenizerConfig
+from smallcoder_jax.data import shards
 from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.ops import cross_entropy
 from smallcoder_jax.preflight.target import Target
@@ -98,6 +99,20 @@ def test_a_run_json_without_an_identity_is_refused(root: Path, tmp_path: Path) -
     (tmp_path / "run.json").write_text('{"tensorboard": "off"}')
     with pytest.raises(UserError, match="the identity of a run is a JSON object"):
         run.train(config_of(root), tmp_path)
+
+
+def test_data_that_are_not_those_that_were_prepared_end_a_run_before_it_is_saved(root: Path, tmp_path: Path) -> None:
+    """Other tokens in a file that is sound in itself and of the same size, under the old manifest."""
+    data = shutil.copytree(root / "data", tmp_path / "data")
+    (shard,) = data.glob("tokens/*/*train*.array_record")
+    documents = [ids[::-1] for ids in shards.read_records(shard.parent, [shard.name], "uint16")]
+    source = shards.SourceTokens("other", 1.0, True, [(ids, 1) for ids in documents], [(documents[0], 1)])
+    shards.write_tokens(tmp_path / "other", [source], vocab_size=256, tokenizer_hash="", tokenizer="")
+    shutil.copy(tmp_path / "other" / shard.name, shard)
+    with pytest.raises(UserError, match=rf"{shard} is not the file that was prepared"):
+        run.train(changed(config_of(root), "data", dir=str(data)), tmp_path / "run")
+    with RunFolder(tmp_path / "run").locked():
+        assert Checkpointer(tmp_path / "run" / "checkpoints", 3).steps() == []
 
 
 def test_sigterm_while_the_last_save_is_written_waits_for_it(
