@@ -120,7 +120,7 @@ def test_mistakes_in_the_arguments(place: Place, capsys: pytest.CaptureFixture[s
         ),
         "--step belongs to --mode=evaluate": place.arguments("--step=2"),
         "does not exist; train one": place.arguments("--mode=evaluate"),
-        "--config is missing: ": ["--mode=evaluate", f"--workdir={place.run}"],
+        "is no run, which would know its config": ["--mode=evaluate", f"--workdir={place.run}"],
     }
     for expected, arguments in cases.items():
         assert expected in refusal(capsys, arguments), expected
