@@ -86,3 +86,7 @@ class RLConfig(Section):
     gamma: float = number(0.99, low=0, high=1)  # ppo: discount per token
     gae_lambda: float = number(0.95, low=0, high=1)  # ppo
     value_warmup: int = number(0, low=0)  # ppo: iterations at the start from which values alone are learned
+    # Of what a checked answer earns: the share that text beside its calls, or behind its body, costs.
+    surplus_price: float = number(0.1, low=0, high=1)
+    # Off the reward of an answer without an end; a checked turn without one earns nothing.
+    cut_off_price: float = number(0.5, low=0)

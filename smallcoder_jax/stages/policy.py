@@ -160,6 +160,7 @@ def _make_reward(config: Config, tokenizer: Tokenizer) -> tuple[Reward, str]:
     """The reward of the config, and what identifies it."""
     if not config.rl.reward_model:
         sandbox.check_isolation()
-        return CheckedReward(tokenizer), f"checked, version {VERSION}"
+        return CheckedReward(tokenizer, config.rl), f"checked, version {VERSION}"
     loaded = loading.load(Path(config.rl.reward_model))
-    return RewardModel(loaded, tokenizer, config.train.microbatch_rows), loaded.origin["hash"]
+    rows = config.train.microbatch_rows
+    return RewardModel(loaded, tokenizer, rows, config.rl.cut_off_price), loaded.origin["hash"]
