@@ -205,6 +205,13 @@ def test_where_a_body_runs_the_true_function_is_out_of_reach(body: str) -> None:
     assert bodies._held(MEDIAN, body) == 0
 
 
+@pytest.mark.parametrize("module", ["operator", "_operator"])
+def test_a_module_that_is_loaded_anyway_is_taken_away(module: str) -> None:
+    question = Body("def sub(a, b):\n", (("sub(5, 3)", "2"), ("sub(9, 1)", "8")), "operator")
+    assert bodies._held(question, f"    from {module} import sub\n    return sub(a, b)\n") == 0
+    assert bodies._held(question, "    return a - b\n") == 2
+
+
 def test_no_question_has_its_function_within_reach() -> None:
     """In what a body may import, or in what stands before it."""
     sides = [questions.from_code(ByteTokenizer(), side=side, draws=3000) for side in ("train", "validation")]

@@ -197,6 +197,7 @@ def test_whatever_is_written_gets_a_number(tokenizer: SentencePieceTokenizer) ->
     texts = ('{"name": ', "[" * 2000, '{"a":' * 400, "9" * 5000, "1e999", "\\ud800", "\0")
     made_up = [tokenizer.encode(text) for text in texts]
     turn, none = Turn(tools, (SEARCH,)), Turn(tools, ())
+    other = Turn(tools, (ToolCall("analyze_code", {"code": "x", "aspect": "calls"}),))
     body = Body("def f(x):\n", (("f(1)", "2"), ("f(2)", "3")), "nowhere")
     answers = []
     for _ in range(400):
@@ -212,7 +213,7 @@ def test_whatever_is_written_gets_a_number(tokenizer: SentencePieceTokenizer) ->
                 ids[start:stop] = rng.choices(range(tokenizer.vocab_size), k=rng.randrange(9))
             else:
                 ids[start:start] = rng.choice(made_up)
-        answers += [Answer(Question((1,), facts), tuple(ids), rng.random() < 0.8) for facts in (turn, none)]
+        answers += [Answer(Question((1,), facts), tuple(ids), rng.random() < 0.8) for facts in (turn, none, other)]
         if rng.random() < 0.1:  # these are run
             answers.append(Answer(Question((1,), body), tuple(ids), True))
         completions.judge("def f(x):\n", tokenizer.decode(ids))
