@@ -79,10 +79,21 @@ def direct_preference(
     beta: float,
 ) -> tuple[Array, Array, dict[str, Array]]:
     """DPO (arXiv 2305.18290, eq. 7) from log-probabilities of whole answers under the model and under the model that it
-    started from. As `bradley_terry`, of the implicit rewards beta (log p - log p_reference).
+    started from. As `bradley_terry`, of the implicit rewards beta (log p - log p_reference); among the sums also, of
+    either answer, `*_log_prob` and `*_reward`: a margin grows as well where both become less likely.
     """
-    rewards = beta * (chosen_R - reference_chosen_R), beta * (rejected_R - reference_rejected_R)
-    return bradley_terry(*rewards, weights_R)
+    chosen_reward_R, rejected_reward_R = (
+        beta * (chosen_R - reference_chosen_R),
+        beta * (rejected_R - reference_rejected_R),
+    )
+    loss, weight, sums = bradley_terry(chosen_reward_R, rejected_reward_R, weights_R)
+    apart = {
+        "chosen_log_prob": chosen_R,
+        "rejected_log_prob": rejected_R,
+        "chosen_reward": chosen_reward_R,
+        "rejected_reward": rejected_reward_R,
+    }
+    return loss, weight, {**sums, **{name: jnp.sum(value_R * weights_R) for name, value_R in apart.items()}}
 
 
 def generalized_advantages(
@@ -149,12 +160,13 @@ def clipped_value(
     return 0.5 * jnp.sum(error_X * weights_X), jnp.sum(weights_X)
 
 
-def group_advantages(rewards_BG: Float[Array, "B G"], *, smallest_deviation: float = 1e-4) -> Float[Array, "B G"]:
+def group_advantages(rewards_BG: Float[Array, "B G"], *, smallest_deviation: float) -> Float[Array, "B G"]:
     """GRPO's advantages (arXiv 2402.03300, section 4.1.2): the rewards of G answers to one prompt, less their mean,
-    over their standard deviation; 0 where all are alike.
+    over their standard deviation, or over `smallest_deviation`, above 0, where that is more: answers that are worth
+    almost the same are then almost as good as each other; 0 where all are alike.
     """
     centred_BG = rewards_BG - rewards_BG.mean(axis=1, keepdims=True)
-    return centred_BG / (rewards_BG.std(axis=1, keepdims=True) + smallest_deviation)
+    return centred_BG / jnp.maximum(rewards_BG.std(axis=1, keepdims=True), smallest_deviation)
 
 
 def reference_divergence(

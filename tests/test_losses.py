@@ -197,11 +197,20 @@ def test_pairs_of_rewards() -> None:
 
 def test_direct_preference_is_its_definition() -> None:
     logs = [draw(6) for _ in range(4)]
-    loss, weight, _ = losses.direct_preference(*logs, jnp.ones(6), beta=0.1)
+    loss, weight, sums = losses.direct_preference(*logs, jnp.ones(6), beta=0.1)
     chosen, rejected, chosen_before, rejected_before = (np.asarray(x, np.float64) for x in logs)
     ratio = (chosen - chosen_before) - (rejected - rejected_before)
     np.testing.assert_allclose(loss, -np.log(1 / (1 + np.exp(-0.1 * ratio))).sum(), rtol=1e-5)
     assert float(weight) == 6
+    apart = {
+        "chosen_log_prob": chosen,
+        "rejected_log_prob": rejected,
+        "chosen_reward": 0.1 * (chosen - chosen_before),
+        "rejected_reward": 0.1 * (rejected - rejected_before),
+    }
+    for name, values in apart.items():
+        np.testing.assert_allclose(sums[name], values.sum(), rtol=1e-4)
+    assert float(sums["margin"]) == pytest.approx(float(sums["chosen_reward"] - sums["rejected_reward"]), abs=1e-5)
     start, _, _ = losses.direct_preference(*logs[:2], *logs[:2], jnp.ones(6), beta=0.1)
     assert float(start) == pytest.approx(6 * np.log(2))
 
@@ -253,10 +262,16 @@ def test_a_value_beyond_the_clip_is_held_back() -> None:
 
 def test_a_group_is_its_own_measure() -> None:
     rewards = jnp.asarray([[0.0, 1.0, 0.0, 1.0], [3.0, 3.0, 3.0, 3.0], [0.0, 0.0, 0.0, 8.0]])
-    advantages = losses.group_advantages(rewards)
+    advantages = losses.group_advantages(rewards, smallest_deviation=0.05)
     np.testing.assert_allclose(advantages[0], [-1, 1, -1, 1], atol=1e-3)
     np.testing.assert_array_equal(advantages[1], 0.0)
     np.testing.assert_allclose(advantages[2], np.asarray([-1, -1, -1, 3]) / np.sqrt(3), atol=1e-3)
+
+
+def test_rewards_that_hardly_differ_hardly_count() -> None:
+    rewards = jnp.asarray([[0.5, 0.501], [0.4, 0.6]])
+    advantages = losses.group_advantages(rewards, smallest_deviation=0.05)
+    np.testing.assert_allclose(advantages, [[-0.01, 0.01], [-1.0, 1.0]], atol=1e-4)
 
 
 def test_the_estimate_of_a_divergence_has_the_right_mean() -> None:

@@ -9,12 +9,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
+import numpy as np
 import pytest
 
 from smallcoder_jax import loading
-from smallcoder_jax.base.errors import EXIT_USER_ERROR, UserError, run_cli
+from smallcoder_jax.base.errors import EXIT_CHECK_FAILED, EXIT_USER_ERROR, UserError, run_cli
 from smallcoder_jax.configfile import load_config
 from smallcoder_jax.data.shards import Manifest, SourceEntry, Split
 from smallcoder_jax.main import main
@@ -277,6 +279,27 @@ def test_a_run_is_whole_and_evaluated_by_its_own_config(
         (tmp_path / "gone").rename(trained.root)
     assert "needs --workdir" in refusal(capsys, ["--mode=evaluate"])
     assert "is no run, which would know its config" in refusal(capsys, [f"--workdir={data}", "--mode=evaluate"])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_model_that_is_not_finite_is_not_evaluated(
+    value: float, trained: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = loading.load
+
+    def spoilt(*given: Any, **options: Any) -> loading.LoadedModel:
+        loaded = load(*given, **options)
+        params = jax.tree.map(np.array, loaded.params)
+        params["final_norm"]["scale"][3] = value
+        return dataclasses.replace(loaded, params=params)
+
+    monkeypatch.setattr(loading, "load", spoilt)
+    with pytest.raises(SystemExit) as ended:
+        run_cli(lambda: main(trained.arguments("--mode=evaluate", "--step=2")))
+    assert ended.value.code == EXIT_CHECK_FAILED
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "is not finite: NaN or infinity in final_norm.scale" in shown.err
 
 
 def test_a_run_is_not_evaluated_on_other_data_or_longer_rows(

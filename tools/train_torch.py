@@ -149,6 +149,7 @@ def train(
 def bits_per_byte(config: Config, folder: Path, prepared: Any) -> float:
     """Of a model that transformers saved in `folder`, by the evaluation that ours is judged by."""
     from smallcoder_jax.data.progress import Progress
+    from smallcoder_jax.evaluate.sound import check_measures
     from smallcoder_jax.export.huggingface import read_export
     from smallcoder_jax.loading import LoadedModel
     from smallcoder_jax.stages import documents
@@ -163,7 +164,7 @@ def bits_per_byte(config: Config, folder: Path, prepared: Any) -> float:
         info={},
         origin={"path": str(folder), "step": None, "hash": ""},
     )
-    return documents.measure(config, loaded, Progress(sys.stderr))["bits_per_byte"]
+    return check_measures(str(folder), documents.measure(config, loaded, Progress(sys.stderr)))["bits_per_byte"]
 
 
 def table(rows: list[Row]) -> str:

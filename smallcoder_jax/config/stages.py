@@ -86,3 +86,10 @@ class RLConfig(Section):
     gamma: float = number(0.99, low=0, high=1)  # ppo: discount per token
     gae_lambda: float = number(0.95, low=0, high=1)  # ppo
     value_warmup: int = number(0, low=0)  # ppo: iterations at the start from which values alone are learned
+    # Of what a checked answer earns: the share that text beside its calls, or behind its body, costs.
+    surplus_price: float = number(0.1, low=0, high=1)
+    # Off the reward of an answer without an end; a checked turn without one earns nothing.
+    cut_off_price: float = number(0.5, low=0)
+    mask_cut_off: bool = False  # an answer without an end is made neither likelier nor less likely; teaches no values
+    # grpo: a group's rewards are divided by no smaller deviation than this, so that noise is not taken for a difference.
+    smallest_deviation: float = number(0.05, above=0)

@@ -230,7 +230,7 @@ def _definitions(tree: ast.Module) -> dict[str, tuple[ast.stmt, str]]:
 
 
 def _without_docstring(source: str, node: ast.stmt) -> str:
-    lines = source.splitlines()[node.lineno - 1 : node.end_lineno]
+    lines = source.split("\n")[node.lineno - 1 : node.end_lineno]
     if not isinstance(node, ast.FunctionDef | ast.ClassDef) or len(node.body) == 1:
         return "\n".join(lines)
     if ast.get_docstring(node, clean=False) is not None:

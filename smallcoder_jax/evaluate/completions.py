@@ -6,6 +6,8 @@ import ast
 import codeop
 import collections
 import dataclasses
+import io
+import threading
 import warnings
 from collections.abc import Iterable, Sequence
 
@@ -17,6 +19,7 @@ from smallcoder_jax.generate.sampling import SamplingOptions
 FEWEST_LINES = 5  # of a prefix
 PROMPT_CHARACTERS = 1200  # of a prefix's end, which are what the model is shown
 ROUNDS = 20  # through all texts, while prefixes are wanted
+_WARNINGS = threading.Lock()  # filters belong to the process, and `catch_warnings` puts back those that it found
 REPEATED = 3  # so often the same line is a model that repeats itself
 
 
@@ -51,7 +54,7 @@ def cut(texts: Iterable[str], count: int, seed: int) -> list[str]:
     one, then of each a second, until there are enough.
     """
     generator = np.random.default_rng(seed)
-    pages = [text.splitlines(keepends=True) for text in texts if _tree(text)]
+    pages = [io.StringIO(text).readlines() for text in texts if tree_of(text)]  # lines as Python's: by newlines alone
     pages = [lines for lines in pages if len(lines) > FEWEST_LINES]
     found: dict[str, None] = {}
     for _ in range(ROUNDS):
@@ -59,7 +62,7 @@ def cut(texts: Iterable[str], count: int, seed: int) -> list[str]:
             if len(found) == count:
                 return list(found)
             prefix = "".join(lines[: generator.integers(FEWEST_LINES, len(lines))])
-            if _tree(prefix) and prefix.strip():
+            if tree_of(prefix) and prefix.strip():
                 found[prefix] = None
     return list(found)
 
@@ -74,16 +77,16 @@ def _end_of(prefix: str) -> str:
 
 def judge(prefix: str, text: str) -> Written:
     whole = prefix + text
-    lines = [line.strip() for line in text.splitlines()]
+    lines = [line.strip() for line in text.split("\n")]
     most = max(collections.Counter(line for line in lines if line).values(), default=0)
     return Written(prefix, text, parses(whole[: whole.rfind("\n") + 1]), most >= REPEATED)
 
 
 def parses(text: str) -> bool:
     """Whether `text` is Python, or the beginning of it that only wants more lines. Nothing is executed."""
-    if _tree(text):
+    if tree_of(text):
         return True
-    with warnings.catch_warnings():
+    with _WARNINGS, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             return codeop.compile_command(text, symbol="exec") is None
@@ -96,11 +99,11 @@ def share(written: Sequence[Written]) -> float:
     return sum(one.good for one in written) / len(written) if written else 0.0
 
 
-def _tree(text: str) -> bool:
-    with warnings.catch_warnings():
+def tree_of(text: str) -> ast.Module | None:
+    """The syntax tree of a text that nobody has read; None where it is no Python."""
+    with _WARNINGS, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            ast.parse(text)
+            return ast.parse(text)
         except (SyntaxError, ValueError, RecursionError, MemoryError):
-            return False
-    return True
+            return None

@@ -52,13 +52,23 @@ _generalized_advantages = jax.jit(
 
 
 def grpo_rows(rl: RLConfig, rows: Batch, rewards_N: np.ndarray, kl_coefficient: float) -> Batch:
-    """`advantages` [N, 1] of each answer among those to its question; the divergence from the start is in the loss."""
+    """`advantages` [N, 1] of each answer among those to its question; the divergence from the start is in the loss. And
+    `alike_groups` [N, 1], for the log: the share of questions to which all answers are worth the same: none teaches.
+    """
     del kl_coefficient
-    grouped = jax.device_put(rewards_N.reshape(-1, rl.group_size))
-    return {**rows, "advantages": jax.device_get(_group_advantages(grouped)).reshape(-1, 1)}
+    rewards_BG = rewards_N.reshape(-1, rl.group_size)
+    advantages_BG = jax.device_get(_group_advantages(jax.device_put(rewards_BG), rl.smallest_deviation))
+    alike = np.mean(np.ptp(rewards_BG, axis=1) == 0)
+    return {
+        **rows,
+        "advantages": advantages_BG.reshape(-1, 1),
+        "alike_groups": np.full((len(rewards_N), 1), alike, np.float32),
+    }
 
 
-_group_advantages = jax.jit(losses.group_advantages)
+_group_advantages = jax.jit(
+    lambda rewards_BG, deviation: losses.group_advantages(rewards_BG, smallest_deviation=deviation), static_argnums=1
+)
 
 
 def statistics(rows: Batch, answers: Sequence[Answer], rewards_N: np.ndarray) -> Batch:
@@ -187,6 +197,11 @@ class Experience:
         rows = self._learn(rl, rows, rewards_N, self._kl_coefficient)
         if self._iteration <= rl.value_warmup:
             rows["advantages"] = np.zeros_like(rows["advantages"])
+        if rl.mask_cut_off:
+            cut_N = np.array([not answer.ended for answer in answers])
+            rows["advantages"] = np.where(cut_N[:, None], np.float32(0.0), rows["advantages"])
+            if "returns" in rows:
+                rows["returns"] = np.where(cut_N[:, None], rows["values"], rows["returns"])
         self._kl_coefficient = next_coefficient(rl, self._kl_coefficient, float(known["start_kl"].mean()))
         return {**rows, **{name: np.full_like(column, column.mean()) for name, column in known.items()}}
 

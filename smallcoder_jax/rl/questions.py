@@ -28,10 +28,12 @@ class Turn:
 
 @dataclasses.dataclass(frozen=True)
 class Body:
-    """The rest of a function: the code in front of it, and doctest examples that the whole has to satisfy."""
+    """The rest of a function of the standard library: the code in front of it, which ends with a line; calls, with the
+    values that they have to return, as text; and the `module` in which the true function is."""
 
     before: str
-    examples: str
+    examples: tuple[tuple[str, str], ...]
+    module: str
 
 
 def from_conversations(tokenizer: Tokenizer, *, side: str, count: int, seed: int, most_tokens: int) -> list[Question]:
@@ -57,29 +59,32 @@ def from_conversations(tokenizer: Tokenizer, *, side: str, count: int, seed: int
 def from_code(tokenizer: Tokenizer, *, side: str, draws: int) -> list[Question]:
     """Functions of the standard library whose body is missing, with examples in the docstring, and others to be checked
     by. `draws`: of calls, of which examples are made; the same in every run. A function is on one side of the split
-    (`train` or `validation`) by its name, whatever its examples."""
+    (`train` or `validation`) by its name, whatever its examples. Values that are all alike check nothing: those
+    questions are left out."""
     rng = random.Random("bodies")
     snippets: dict[str, Snippet] = {}
-    examples: dict[str, dict[str, str]] = collections.defaultdict(dict)
+    examples: dict[str, dict[str, str]] = collections.defaultdict(dict)  # of a source: the value of every call
     for _ in range(draws):
         snippet, call, value = draw_callable(rng)
         if side_of(f"body of {snippet.name}") == side and value is not None:
             snippets[snippet.source] = snippet
-            examples[snippet.source][call] = f">>> {call}\n{value!r}\n"
+            examples[snippet.source][call] = repr(value)
     found = []
     for source in sorted(snippets):
-        known = list(examples[source].values())
+        known = list(examples[source].items())
         for start in range(0, len(known) - SHOWN - HIDDEN + 1, SHOWN + HIDDEN):
             before = _without_body(snippets[source], known[start : start + SHOWN])
-            hidden = "\n".join(known[start + SHOWN : start + SHOWN + HIDDEN])
-            if before is not None:
-                found.append(Question((tokenizer.bos_id, *tokenizer.encode(before)), Body(before, hidden)))
+            hidden = tuple(known[start + SHOWN : start + SHOWN + HIDDEN])
+            if before is not None and len({value for _, value in hidden}) > 1:
+                module = source.removeprefix("stdlib:").rpartition(".")[0]
+                facts = Body(before, hidden, module)
+                found.append(Question((tokenizer.bos_id, *tokenizer.encode(before)), facts))
     return found
 
 
-def _without_body(snippet: Snippet, shown: list[str]) -> str | None:
+def _without_body(snippet: Snippet, shown: list[tuple[str, str]]) -> str | None:
     """What the function needs, its head and a docstring with examples; None where the body is in the head's line."""
-    lines = snippet.code.splitlines()
+    lines = snippet.code.split("\n")
     (function,) = (
         node for node in ast.parse(snippet.code).body
         if isinstance(node, ast.FunctionDef) and node.name == snippet.name
@@ -89,6 +94,6 @@ def _without_body(snippet: Snippet, shown: list[str]) -> str | None:
         return None
     others = "\n".join(lines[: function.lineno - 1] + lines[end:]).strip()
     head = "\n".join(lines[function.lineno - 1 : body.lineno - 1])
-    docstring = "\n".join(['r"""', *"".join(shown).splitlines(), '"""'])
-    indented = "\n".join(" " * body.col_offset + line for line in docstring.splitlines())
+    docstring = ['r"""', *(line for call, value in shown for line in (f">>> {call}", value)), '"""']
+    indented = "\n".join(" " * body.col_offset + line for line in docstring)
     return (others + "\n\n\n" if others else "") + f"{head}\n{indented}\n"

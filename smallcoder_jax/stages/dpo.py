@@ -92,11 +92,12 @@ def make_task(config: Config, loaded: LoadedModel | None, progress: Progress) ->
     progress.note("log-probabilities of all answers at the start")
     columns = reference_log_probs(config, loaded, pairs)
     loss_fn = make_loss(config, pairs.criteria)
-    return preference_pairs.make_task(config, loaded, pairs, loss_fn, columns, {"beta": config.dpo.beta})
+    task = preference_pairs.make_task(config, loaded, pairs, loss_fn, columns, {"beta": config.dpo.beta})
+    return dataclasses.replace(task, reported=(*task.reported, *preference_pairs.APART))
 
 
 def measure(config: Config, loaded: LoadedModel, progress: Progress) -> dict[str, float]:
-    """Loss, accuracy and margin on all held-out pairs, beside the model that `stage.start` names."""
+    """What `preference_pairs.summary` says of all held-out pairs, beside the model that `stage.start` names."""
     before = need_start(config, load_start(config))
     pairs = preference_pairs.prepare(config, loaded.tokenizer, progress)
     columns = reference_log_probs(config, before, pairs)

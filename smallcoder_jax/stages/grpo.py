@@ -22,7 +22,7 @@ from smallcoder_jax.stages import policy
 from smallcoder_jax.train.step import Batch, LossFn
 from smallcoder_jax.train.task import Task
 
-REPORTED = ("ratio", "clipped", "kl")
+REPORTED = ("ratio", "clipped", "kl", "alike_groups")
 
 
 def make_loss(config: Config) -> LossFn:
@@ -43,6 +43,7 @@ def make_loss(config: Config) -> LossFn:
         )
         divergence, _ = losses.reference_divergence(log_probs_X, flat_tokens(batch["reference"]), weights_X)
         loss = surrogate + jnp.mean(batch["kl_coefficient"]) * divergence
+        sums["alike_groups"] = jnp.mean(batch["alike_groups"]) * weight
         return loss, weight, {**sums, **policy.iteration_sums(batch, weight)}
 
     return loss_fn

@@ -34,6 +34,7 @@ from smallcoder_jax.train.step import Batch, LossFn
 from smallcoder_jax.train.task import Task
 
 Judged = tuple[Array, Array, dict[str, Array]]
+APART = ("chosen_log_prob", "rejected_log_prob", "chosen_reward", "rejected_reward")  # sums of dpo
 Columns = Mapping[str, Mapping[str, np.ndarray]]  # by side, then by name
 
 
@@ -144,8 +145,9 @@ def judge(loss_of: Callable[[Array], Judged], batch: Batch, criteria: Sequence[s
 
 
 def summary(sums: dict[str, float]) -> dict[str, float]:
-    """Means over pairs: `loss`, `accuracy` (the chosen answer is above), `margin`, and accuracy by criterion."""
-    found = {name: ratio(sums[name], sums["weight"]) for name in ("loss", "accuracy", "margin")}
+    """Means over pairs: `loss`, `accuracy` (the chosen answer is above), `margin`, accuracy by criterion and, of dpo,
+    `APART`: log-probabilities in nats and implicit rewards of whole answers."""
+    found = {name: ratio(sums[name], sums["weight"]) for name in ("loss", "accuracy", "margin", *APART) if name in sums}
     for name, count in sums.items():
         if name.startswith("weight ") and count:
             criterion = name.removeprefix("weight ")

@@ -120,7 +120,7 @@ def make_task(
 
 def measure(config: Config, loaded: LoadedModel) -> dict[str, Any]:
     """What answers of a model to held-out prompts are worth (`summarise`), of the first `eval.batches` x rows; beside
-    the model of `stage.start`, where one is given."""
+    the model of `stage.start`, where one is given. One prompt alone has no standard error."""
     mesh, tokenizer = _mesh(config), loaded.tokenizer
     reward, _ = _make_reward(config, tokenizer)
     start = load_start(config)
@@ -134,7 +134,10 @@ def measure(config: Config, loaded: LoadedModel) -> dict[str, Any]:
         _, weight, sums = evaluation_sums(jax.device_put(batch))
         for name, value in {"weight": weight, **sums}.items():
             total[name] += float(value)
-    return {name: value for name, value in summarise(total).items() if start or name not in _BESIDE_START}
+    found = summarise(total)
+    if total["weight"] == 1:
+        del found["gain_error"]
+    return {name: value for name, value in found.items() if start or name not in _BESIDE_START}
 
 
 def _mesh(config: Config) -> Mesh:
@@ -160,6 +163,7 @@ def _make_reward(config: Config, tokenizer: Tokenizer) -> tuple[Reward, str]:
     """The reward of the config, and what identifies it."""
     if not config.rl.reward_model:
         sandbox.check_isolation()
-        return CheckedReward(tokenizer), f"checked, version {VERSION}"
+        return CheckedReward(tokenizer, config.rl), f"checked, version {VERSION}"
     loaded = loading.load(Path(config.rl.reward_model))
-    return RewardModel(loaded, tokenizer, config.train.microbatch_rows), loaded.origin["hash"]
+    rows = config.train.microbatch_rows
+    return RewardModel(loaded, tokenizer, rows, config.rl.cut_off_price), loaded.origin["hash"]

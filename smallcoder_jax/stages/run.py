@@ -19,6 +19,7 @@ from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import reason
 from smallcoder_jax.config import Config, counted, eval_rows, evaluated_on
 from smallcoder_jax.data.progress import Progress
+from smallcoder_jax.evaluate.sound import check_measures, check_parameters
 from smallcoder_jax.export import names
 from smallcoder_jax.faults import NONE, Faults
 from smallcoder_jax.mesh import batch_sharding, place_batch
@@ -82,13 +83,17 @@ def evaluate_run(workdir: Path, config: Config, step: str | None = None) -> dict
     """What the stage of `config` is judged by, of a run or an export, on held-out data (`measure` of its file), and the
     step; a run keeps it as a line of `evaluations.jsonl`, too.
 
-    Raises UserError when the config's data or row length do not fit the model.
+    Raises UserError when the config's data or row length do not fit the model, CheckFailed where the model or a measure
+    is not finite.
     """
     configure_jax()
     loaded, progress, folder = loading.load(workdir, step=step), Progress(sys.stderr), RunFolder(workdir)
     if "run" in loaded.info:
         config = _at_hand(config, folder, loaded.info, loaded.info["run"])
-    result = {"step": loaded.origin["step"], **_stage(config).measure(config, loaded, progress)}
+    path = loaded.origin["path"]
+    check_parameters(path, {**loaded.params, "head": loaded.head})
+    measures = check_measures(path, _stage(config).measure(config, loaded, progress))
+    result = {"step": loaded.origin["step"], **measures}
     if "run" in loaded.info:
         try:
             folder.add_evaluation(result)

@@ -242,6 +242,11 @@ def _draw_measure(axes: Axes, train: _Curves, evaluation: _Curves, name: str, ti
     if curve[0].size:
         _raw_and_smooth(axes, curve, BLUE, f"training  {curve[1][-1]:.3f}")
     _points(axes, checks, ORANGE, f"validation  {checks[1][-1]:.3f}")
+    if name == "margin":  # the difference of these two, which dpo logs: both may fall
+        for side, color in (("chosen", GREEN), ("rejected", PURPLE)):
+            checks = evaluation.get(f"{side}_reward")
+            if checks[0].size:
+                _points(axes, checks, color, f"{side}, validation  {checks[1][-1]:.3f}")
     _legend(axes)
 
 

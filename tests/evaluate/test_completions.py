@@ -69,3 +69,12 @@ def test_files_are_cut_where_both_they_and_their_beginning_are_python() -> None:
     assert cut(texts[:2], 50, seed=0) == []
     assert prefixes == cut(texts, 50, seed=0)
     assert prefixes != cut(texts, 50, seed=1)
+
+
+def test_a_line_ends_with_a_newline_alone() -> None:
+    """Not with a form feed, nor with what else Unicode calls a line's end, which strings and comments may hold."""
+    text = "".join(f"x{i} = 'a\u2028b\x85c'  # \x0cnext\n" for i in range(30))
+    prefixes = cut([text], 50, seed=0)
+    assert len(prefixes) > 10
+    assert all(prefix.endswith("\x0cnext\n") for prefix in prefixes)
+    assert judge(PREFIX, "    marks = '=\u2028=\u2028=\u2028=\u2028'\n").good

@@ -127,9 +127,43 @@ def test_ppo_pays_at_the_end_and_for_leaving_the_start() -> None:
 
 
 def test_grpo_compares_the_answers_to_one_question() -> None:
-    rl = RLConfig(group_size=2)
-    found = grpo_rows(rl, {}, np.array([1.0, 3.0, 5.0, 5.0], np.float32), 0.0)
-    np.testing.assert_allclose(found["advantages"], [[-1], [1], [0], [0]], atol=1e-3)
+    rl = RLConfig(group_size=2, smallest_deviation=0.1)
+    found = grpo_rows(rl, {}, np.array([1.0, 3.0, 5.0, 5.0, 0.5, 0.501], np.float32), 0.0)
+    np.testing.assert_allclose(found["advantages"], [[-1], [1], [0], [0], [-0.005], [0.005]], atol=1e-4)
+    np.testing.assert_allclose(found["alike_groups"], np.full((6, 1), 1 / 3), rtol=1e-6)
+
+
+@pytest.mark.parametrize("learn", [ppo_rows, grpo_rows])
+def test_answers_that_were_cut_off_teach_nothing_where_that_is_asked_for(world: World, learn: Any) -> None:
+    engine = world.engine
+
+    class Cut:
+        """As the engine, but that every third answer has no end."""
+
+        def answer(self, *given: Any, **options: Any) -> list[Answer]:
+            answers = engine.answer(*given, **options)
+            return [dataclasses.replace(answer, ended=i % 3 > 0) for i, answer in enumerate(answers)]
+
+        rows = engine.rows
+
+    cut: Any = Cut()
+    batches = {}
+    for masked in (False, True):
+        config = dataclasses.replace(world.config, rl=dataclasses.replace(world.config.rl, mask_cut_off=masked))
+        stream = Experience(config, cut, world.questions, length_reward, learn)
+        stream.see(world.policy())
+        parts = [next(stream), next(stream)]
+        batches[masked] = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    plain, masked = batches[False], batches[True]
+    taught_N = np.any(masked["advantages"] != 0, axis=1)
+    assert masked["ended"] == pytest.approx(10 / 16)
+    assert taught_N.sum() <= 10 < np.any(plain["advantages"] != 0, axis=1).sum()
+    np.testing.assert_array_equal(masked["advantages"][taught_N], plain["advantages"][taught_N])
+    for name in ("loss_weights", "reward", "ended", "answer_tokens"):
+        np.testing.assert_array_equal(masked[name], plain[name])
+    if "returns" in plain:
+        np.testing.assert_array_equal(masked["returns"][~taught_N], masked["values"][~taught_N])
+        np.testing.assert_array_equal(masked["returns"][taught_N], plain["returns"][taught_N])
 
 
 def test_statistics_are_of_answers() -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import dataclasses
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from smallcoder_jax.base.errors import UserError
-from smallcoder_jax.config import ModelConfig
-from smallcoder_jax.data.conversation_code import draw_callable
+from smallcoder_jax.config import ModelConfig, RLConfig
 from smallcoder_jax.data.conversation_tools import TOOLS
+from smallcoder_jax.evaluate import completions, tool_calls
 from smallcoder_jax.loading import LoadedModel
 from smallcoder_jax.models import build
 from smallcoder_jax.models.heads import init_head
@@ -39,7 +39,7 @@ def tokenizer() -> SentencePieceTokenizer:
 @pytest.fixture(scope="module")
 def graded(tokenizer: SentencePieceTokenizer) -> Any:
     """What a turn earns that should have made the calls `wanted`."""
-    reward = CheckedReward(tokenizer)
+    reward = CheckedReward(tokenizer, RLConfig())
 
     def grade(written: Message | list[int], *wanted: ToolCall) -> float:
         question = Question((1,), Turn(tuple(TOOLS.values()), wanted))
@@ -131,6 +131,101 @@ def test_nearer_arguments_earn_more(graded: Any) -> None:
     assert earned[-1] < ALIKE < graded(calling(wanted), wanted) == RIGHT
 
 
+def nested(depth: int) -> Any:
+    value: Any = 1
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    "value",
+    [nested(52), nested(500), 10**4250, -(10**4000), 1e308, None, True, {}, {"a": nested(60)}, "", "\0", "\u2028"],
+)
+def test_any_argument_gets_a_number(graded: Any, tokenizer: SentencePieceTokenizer, value: Any) -> None:
+    for wanted in (SEARCH, PYTHON, ToolCall("execute_bash", {"command": "echo 3"})):
+        (name,) = wanted.arguments
+        for arguments in ({name: value}, {"more": value, **wanted.arguments}):
+            text = json.dumps({"name": wanted.name, "arguments": arguments}, ensure_ascii=False)
+            pieces = [tokenizer.specials[piece] for piece in ("<tool_call>", "</tool_call>", base.IM_END)]
+            ids = [pieces[0], *tokenizer.encode(text), *pieces[1:]]
+            assert RIGHT_TOOL <= graded(ids, wanted) <= ALIKE
+
+
+def test_text_beside_a_right_call_has_its_price(graded: Any, tokenizer: SentencePieceTokenizer) -> None:
+    assert graded(calling(SEARCH, content="Let me look. " * 9), SEARCH) == pytest.approx(0.9)
+    assert graded(calling(SEARCH, content=" \n"), SEARCH) == RIGHT
+    wrong = calling(ToolCall("search_docs", {"query": "zzz"}), content="Let me look.")
+    assert graded(wrong, SEARCH) == pytest.approx(RIGHT_TOOL * 0.9)
+    answer = Answer(Question((1,), Turn(tuple(TOOLS.values()), (SEARCH,))), (), True)
+    given = dataclasses.replace(answer, token_ids=tuple(turn_ids(tokenizer, calling(SEARCH, content="Look:"))))
+    assert CheckedReward(tokenizer, RLConfig(surplus_price=0.0))([given])[0] == RIGHT
+    assert CheckedReward(tokenizer, RLConfig(surplus_price=0.5))([given])[0] == pytest.approx(0.5)
+
+
+def test_more_than_was_asked_for_is_not_right(graded: Any, tokenizer: SentencePieceTokenizer) -> None:
+    assert graded(calling(SEARCH, SEARCH), SEARCH) == pytest.approx(WELL_FORMED)
+    assert graded(calling(SEARCH, PYTHON), SEARCH) == pytest.approx(WELL_FORMED)
+    more = ToolCall("search_docs", {**SEARCH.arguments, "limit": 3})
+    assert graded(calling(more), SEARCH) == pytest.approx((RIGHT_TOOL + ALIKE) / 2)
+    ids = turn_ids(tokenizer, calling(SEARCH))
+    assert graded([*ids[:-1], *tokenizer.encode("There it is."), ids[-1]], SEARCH) == 0
+    assert graded([*ids[:-1], *ids], SEARCH) == pytest.approx(WELL_FORMED)
+    text = 'I would write <tool_call>{"name": "search_docs", "arguments": {"query": "heap"}}</tool_call>'
+    inside = tokenizer.encode(text)
+    assert graded([*inside, ids[-1]], SEARCH) == 0
+
+
+def test_whatever_is_written_gets_a_number(tokenizer: SentencePieceTokenizer) -> None:
+    """Seeded: true answers with parts taken out, doubled, moved or made up, and ids at random; by every grader."""
+    rng = random.Random(5)
+    reward = CheckedReward(tokenizer, RLConfig())
+    tools = tuple(TOOLS.values())
+    right = [
+        turn_ids(tokenizer, calling(ToolCall(name, arguments), content=content))
+        for name, arguments in (
+            ("search_docs", {"query": "heap"}),
+            ("analyze_code", {"code": "def f(x):\n    return x + 1\n", "aspect": "calls"}),
+            ("analyze_code", {"code": nested(52), "aspect": 10**4250}),
+        )
+        for content in ("", "Look:\n")
+    ]
+    bodies = [
+        tokenizer.encode("    return x + 1\n"),
+        tokenizer.encode('    """\nx\n"""\n# y\n    return 1\n\n\nz\n'),
+    ]
+    texts = ('{"name": ', "[" * 2000, '{"a":' * 400, "9" * 5000, "1e999", "\\ud800", "\0")
+    made_up = [tokenizer.encode(text) for text in texts]
+    turn, none = Turn(tools, (SEARCH,)), Turn(tools, ())
+    other = Turn(tools, (ToolCall("analyze_code", {"code": "x", "aspect": "calls"}),))
+    body = Body("def f(x):\n", (("f(1)", "2"), ("f(2)", "3")), "nowhere")
+    answers = []
+    for _ in range(400):
+        ids = list(rng.choice(right + bodies))
+        for _ in range(rng.randrange(4)):
+            start, stop = sorted(rng.choices(range(len(ids) + 1), k=2))
+            change = rng.randrange(4)
+            if change == 0:
+                del ids[start:stop]
+            elif change == 1:
+                ids[start:start] = ids[start:stop]
+            elif change == 2:
+                ids[start:stop] = rng.choices(range(tokenizer.vocab_size), k=rng.randrange(9))
+            else:
+                ids[start:start] = rng.choice(made_up)
+        answers += [Answer(Question((1,), facts), tuple(ids), rng.random() < 0.8) for facts in (turn, none, other)]
+        if rng.random() < 0.1:  # these are run
+            answers.append(Answer(Question((1,), body), tuple(ids), True))
+        completions.judge("def f(x):\n", tokenizer.decode(ids))
+    rewards_N = reward(answers)
+    assert np.all((rewards_N >= 0.0) & (rewards_N <= 1.0))
+    assert len(set(rewards_N.tolist())) > 5
+    written = [answer.token_ids for answer in answers if answer.question.facts is turn]
+    asked = [Conversation((Message("user", "?"), calling(SEARCH)), tools)] * len(written)
+    scores = tool_calls.score_tool_calls(asked, tokenizer, lambda prompts: written)
+    assert 0 < scores.right_arguments.right <= scores.valid_json.right < scores.valid_json.total
+
+
 def test_a_program_is_run_once(graded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     runs = []
     run = rewards.sandbox.run_python
@@ -141,51 +236,9 @@ def test_a_program_is_run_once(graded: Any, monkeypatch: pytest.MonkeyPatch) -> 
     assert sorted(runs) == ["print(21 * 2)", "print(6 * 7)"]
 
 
-def test_bodies_are_run_and_end_where_the_function_does() -> None:
-    question = Body("def double(x):\n", ">>> double(2)\n4\n>>> double(5)\n10\n")
-    assert rewards.body_holds(question, "    return x + x\n\nprint(double(1))\nraise SystemExit\n") == 1.0
-    assert rewards.body_holds(question, "    return 4") == 0.5
-    assert rewards.body_holds(question, "    return x ++ ") == 0.0
-    assert rewards.body_holds(question, "    raise SystemExit(0)") == 0.0
-    assert rewards.body_holds(question, "") == 0.0
-    assert (
-        rewards.body_holds(question, "    class Same(int):\n        __eq__ = lambda *_: True\n    return Same(0)")
-        == 0.0
-    )
-
-
-def signature(node: ast.FunctionDef) -> str:
-    return f"{node.name}({ast.unparse(node.args)})"
-
-
-def test_true_bodies_of_the_questions_from_code_earn_all() -> None:
-    """On either side of the split; and no function is on both."""
-    bodies = {}
-    rng = random.Random(0)
-    for _ in range(2000):
-        snippet = draw_callable(rng)[0]
-        tree = ast.parse(snippet.code)
-        (node,) = (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == snippet.name)
-        lines = snippet.code.splitlines()[node.body[0].lineno - 1 : node.end_lineno]
-        bodies[signature(node)] = "\n".join(lines) + "\n"
-    names: dict[str, set[str]] = {}
-    for side in ("train", "validation"):
-        found = questions.from_code(ByteTokenizer(), side=side, draws=3000)
-        names[side] = set()
-        for question in found:
-            before = question.facts.before
-            assert ByteTokenizer().decode(list(question.ids)) == before
-            node = [n for n in ast.parse(before).body if isinstance(n, ast.FunctionDef)][-1]
-            if node.name not in names[side]:
-                assert rewards.body_holds(question.facts, bodies[signature(node)]) == 1.0, before
-            names[side].add(node.name)
-        assert len(found) >= (200 if side == "train" else 20)
-    assert names["train"].isdisjoint(names["validation"])
-
-
 def test_first_turns_of_conversations_are_questions(tokenizer: SentencePieceTokenizer) -> None:
     """The true turn earns all; the sides share no request; what cannot be written in time is not asked."""
-    reward = CheckedReward(tokenizer)
+    reward = CheckedReward(tokenizer, RLConfig())
     sides = {
         side: questions.from_conversations(tokenizer, side=side, count=400, seed=0, most_tokens=10_000)
         for side in ("train", "validation")
@@ -226,14 +279,17 @@ def test_the_score_of_a_reward_model_does_not_move_with_padding_or_company() -> 
         )
         for n in range(7)
     ]
-    together = RewardModel(loaded, tokenizer, 4)(answers)
+    together = RewardModel(loaded, tokenizer, 4, 0.0)(answers)
     assert together.shape == (7,)
     assert together.dtype == np.float32
-    alone = RewardModel(loaded, tokenizer, 1)
+    alone = RewardModel(loaded, tokenizer, 1, 0.0)
     for answer, score in list(zip(answers, together, strict=True))[::3]:
         assert alone([answer])[0] == pytest.approx(score, abs=1e-5)
     longer = Answer(Question((1,)), tuple(range(60)), False)  # pads the others to 64 places
-    np.testing.assert_allclose(RewardModel(loaded, tokenizer, 4)([longer, *answers])[1:], together, atol=1e-5)
+    ended = dataclasses.replace(longer, ended=True)
+    scores = RewardModel(loaded, tokenizer, 4, 0.25)([longer, *answers, ended])
+    np.testing.assert_allclose(scores[1:-1], together, atol=1e-5)
+    assert scores[0] == pytest.approx(scores[-1] - 0.25, abs=1e-5)  # it was cut off
     # By hand: the hidden state of the last token, without any padding.
     ids = jnp.array([answers[2].question.ids + answers[2].token_ids], jnp.int32)
     decoder: Any = build.bind(build.abstract_model(loaded.model, FLOAT32)[0], loaded.params)
@@ -246,11 +302,11 @@ def test_the_score_of_a_reward_model_does_not_move_with_padding_or_company() -> 
 def test_reward_models_that_do_not_fit_are_refused() -> None:
     loaded, tokenizer = reward_model()
     with pytest.raises(UserError, match="has no scalar head"):
-        RewardModel(dataclasses.replace(loaded, head=None), tokenizer, 4)
+        RewardModel(dataclasses.replace(loaded, head=None), tokenizer, 4, 0.0)
     other: Any = dataclasses.replace(loaded)
     other_tokenizer = ByteTokenizer()
     other_tokenizer.hash = "another"
     with pytest.raises(UserError, match="another tokenizer than the policy"):
-        RewardModel(other, other_tokenizer, 4)
+        RewardModel(other, other_tokenizer, 4, 0.0)
     with pytest.raises(UserError, match=r"70 tokens, but .* context of 64"):
-        RewardModel(loaded, tokenizer, 4)([Answer(Question((1,) * 10), (1,) * 60, False)])
+        RewardModel(loaded, tokenizer, 4, 0.0)([Answer(Question((1,) * 10), (1,) * 60, False)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 
@@ -68,7 +69,14 @@ def test_it_learns_a_rule_from_where_it_started(root: Path, tmp_path: Path) -> N
     assert first["step"] == "0"
     assert float(first["loss"]) == pytest.approx(np.log(2), abs=1e-4)
     assert float(first["margin"]) == pytest.approx(0, abs=1e-4)
+    assert float(first["chosen_reward"]) == pytest.approx(0, abs=1e-4)
+    assert float(first["chosen_log_prob"]) < 0
+    steps = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert {name for line in steps for name in line} > set(preference_pairs.APART)
     found = run.evaluate_run(tmp_path / "run", config, step="60")
+    assert found["margin"] == pytest.approx(found["chosen_reward"] - found["rejected_reward"], abs=1e-4)
+    fallen = (found["rejected_log_prob"] - float(first["rejected_log_prob"])) * config.dpo.beta
+    assert found["rejected_reward"] == pytest.approx(fallen, abs=1e-2)
     assert found["accuracy"] > 0.95
     assert found["margin"] > 1
     assert found["loss"] < 0.3

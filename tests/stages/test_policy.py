@@ -109,6 +109,8 @@ def test_the_reward_rises_and_the_policy_stays_near_its_start(stage: str, tmp_pa
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_ratio_is_one_until_the_policy_has_learned(stage: str, tmp_path: Path) -> None:
     _, _, steps = run(config_of(stage, STEPS_OF_ITERATION + 1), tmp_path)
+    assert 0 <= steps[0]["ended"] <= 1
+    assert stage == "ppo" or 0 <= steps[0]["alike_groups"] < 1
     assert steps[0]["ratio"] == pytest.approx(1.0, abs=1e-5)
     assert steps[0]["kl"] == pytest.approx(0.0, abs=1e-6)
     for line in steps[STEPS_OF_ITERATION // INNER : STEPS_OF_ITERATION]:  # the second inner epoch
@@ -227,6 +229,10 @@ def test_what_a_policy_is_measured_by(monkeypatch: pytest.MonkeyPatch) -> None:
     started = grpo.measure(config, other, Progress(io.StringIO()))
     assert started["gain"] == 0.0
     assert away["gain"] == pytest.approx(away["reward"] - started["reward"], abs=1e-6)
+    config = dataclasses.replace(config, eval=EvalConfig(batches=1, batch_size=1))
+    alone = ppo.measure(config, loaded, Progress(io.StringIO()))
+    assert "gain_error" not in alone  # of one prompt nobody knows it
+    assert np.isfinite(list(alone.values())).all()
 
 
 def test_the_standard_error_is_that_of_the_mean_over_questions() -> None:

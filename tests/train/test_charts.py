@@ -125,3 +125,14 @@ def test_a_stage_shows_what_it_is_judged_by(
     values = {name: value for name, value in history(3).items() if name not in ("eval_bits_per_byte", "references")}
     charts.draw_training(values | {f"eval_{name}": value for name, value in measures.items()}, RunFolder(tmp_path))
     assert drawn[1:3] == titles
+
+
+def test_a_margin_is_shown_with_both_of_its_sides() -> None:
+    axes = Figure().subplots()
+    values = {"eval_steps": [1, 2], "eval_margin": [0.0, 0.5], "eval_chosen_reward": [0.0, -1.0]}
+    values["eval_rejected_reward"] = [0.0, -1.5]
+    charts._draw_measure(axes, charts._Curves(values, ""), charts._Curves(values, "eval_"), "margin", "Margin", "")
+    legend = axes.get_legend()
+    assert legend is not None
+    shown = [text.get_text() for text in legend.get_texts()]
+    assert shown == ["validation  0.500", "chosen, validation  -1.000", "rejected, validation  -1.500"]

@@ -1,0 +1,156 @@
+"""The rest of a function as a model writes it: where it ends, what it reaches for, and how many of its calls are right.
+
+A body is to compute its values. The question is a function of the standard library, so that a body which gets hold of
+that function, by an import or by reading its source, would be right without an idea of how. Two walls stand before it:
+what a body may name is looked at here, before anything runs (`overreach`), and where it runs no file can be opened,
+no module is loaded any more, and that of the true function is not there. What is expected stays here, and values are
+compared by exact type.
+"""
+
+from __future__ import annotations
+
+import ast
+import collections
+import functools
+import io
+import sys
+import tokenize
+from typing import Any
+
+from smallcoder_jax.evaluate import sandbox
+from smallcoder_jax.evaluate.completions import tree_of
+from smallcoder_jax.rl.questions import Body
+
+LIMITS = sandbox.Limits(wall_s=5.0, cpu_s=5, memory_bytes=512 << 20)
+CACHED = 10_000  # runs whose outcome is remembered
+
+IMPORTABLE = ("collections", "itertools", "math", "re")  # by a body; none of them has a function that is asked for
+# Ways to objects by a name that is not in the source, to more code, and to files.
+_REFUSED = (
+    *("breakpoint", "compile", "delattr", "eval", "exec", "getattr", "globals", "help", "input", "locals", "open"),
+    *(
+        "setattr",
+        "vars",
+        "ag_frame",
+        "cr_frame",
+        "gi_frame",
+        "tb_frame",
+        "f_back",
+        "f_builtins",
+        "f_globals",
+        "f_locals",
+    ),
+)
+_HARMLESS = ("__class__", "__doc__", "__init__", "__name__", "__qualname__")
+_MODULES = sys.stdlib_module_names | {"path"}  # such as os.path, re.enum, random._bisect
+
+# Where a body runs. A hook for audit events cannot be taken away again.
+_CLOSED = """\
+import sys
+for name in {loaded!r}:
+    __import__(name)
+sys.modules.update(dict.fromkeys({hidden!r}))
+def refuse(event, _):
+    if event in ("import", "open") or event.startswith(("os.", "gc.", "subprocess.")):
+        raise PermissionError(event + " is not for a body")
+sys.addaudithook(refuse)
+del sys, name, refuse
+"""
+
+
+def split_body(before: str, text: str) -> tuple[str, str]:
+    """`text` up to the end of the function in which the lines `before` end, and the rest.
+
+    The end is where Python finds it: a comment and the inside of a string may begin in the first column, and a line
+    ends with a newline and nothing else. Where Python finds no end, all is body.
+    """
+    text = text.replace("\r\n", "\n").replace("\r", "\n")  # as the compiler reads them
+    lines, first = io.StringIO(before + text).readlines(), before.count("\n")
+    depth, end = 0, first
+    try:
+        for token in tokenize.generate_tokens(iter(lines).__next__):
+            depth += (token.type == tokenize.INDENT) - (token.type == tokenize.DEDENT)
+            if token.type == tokenize.NEWLINE:
+                end = max(first, token.start[0])
+            elif token.type == tokenize.DEDENT and depth == 0 and token.start[0] > first:
+                return "".join(lines[first:end]), "".join(lines[end:])
+    except (tokenize.TokenError, SyntaxError):
+        pass
+    return text, ""
+
+
+def overreach(question: Body, body: str) -> str | None:
+    """What in a body could lead to more than its arguments, the code before it, the builtins and `IMPORTABLE`: to the
+    true function, say; also that it is no Python. None: nothing does.
+
+    Refused are other imports, most names between double underscores, builtins that look up names or run text, frames,
+    and attributes with the name of a module that are not called: an honest body seldom has any of these.
+    """
+    tree = tree_of(question.before + body)
+    if tree is None:
+        return "it is no Python"
+    nodes = [node for node in ast.walk(tree) if getattr(node, "lineno", 0) > question.before.count("\n")]
+    called = {id(node.func) for node in nodes if isinstance(node, ast.Call)}
+    for node in nodes:
+        names, modules, attributes = _reached(node)
+        for name in (*names, *attributes):
+            special = name.startswith("__") and name.endswith("__") and name not in _HARMLESS
+            if special or name in _REFUSED:
+                return f"it names {name}"
+        for name in modules:
+            if name not in IMPORTABLE or name == question.module:
+                return f"it imports {name}"
+        for name in attributes:
+            if id(node) not in called and (name in _MODULES or name.lstrip("_") in _MODULES):
+                return f"it reaches for {name}, which may be a module"
+    return None
+
+
+def _reached(node: ast.AST) -> tuple[list[str], list[str], list[str]]:
+    """The names, modules and attributes that a node looks up."""
+    if isinstance(node, ast.Name):
+        return [node.id], [], []
+    if isinstance(node, ast.Import):
+        return [], [alias.name for alias in node.names], []
+    if isinstance(node, ast.ImportFrom):
+        return [], ["." * node.level + (node.module or "")], [alias.name for alias in node.names]
+    if isinstance(node, ast.Attribute):
+        return [], [], [node.attr]
+    if isinstance(node, ast.MatchClass):
+        return [], [], node.kwd_attrs
+    return [], [], []
+
+
+def share_right(question: Body, body: str) -> float:
+    """From 0 to 1: the share of a question's examples that hold, beyond those that one constant has right. An example
+    holds where the call returns the expected value, of the same type."""
+    values = [value for _, value in question.examples]
+    held = _held(question, body) if overreach(question, body) is None else 0
+    constant = max(collections.Counter(values).values())
+    if constant == len(values):
+        return float(held == constant)
+    return max(held - constant, 0) / (len(values) - constant)
+
+
+@functools.lru_cache(CACHED)
+def _held(question: Body, body: str) -> int:
+    """How many examples hold, of a body that was looked at."""
+    calls = []
+    for example, _ in question.examples:
+        call: Any = ast.parse(example, mode="eval").body
+        calls.append(sandbox.Call(call.func.id, tuple(map(ast.literal_eval, call.args))))
+    loaded = (*IMPORTABLE, "heapq", *_imported(question.before + body))  # Counter.most_common takes heapq
+    closed = _CLOSED.format(loaded=loaded, hidden=(question.module, "_" + question.module))
+    outcome = sandbox.run_python(closed + question.before + body, calls=calls, limits=LIMITS)
+    if outcome.ended != "finished":
+        return 0
+    values = [ast.literal_eval(value) for _, value in question.examples]
+    return sum(map(sandbox.Result.is_value, outcome.results, values))
+
+
+def _imported(code: str) -> tuple[str, ...]:
+    """The modules that the top level of `code` imports."""
+    tree = tree_of(code)
+    top = tree.body if tree else []
+    whole = (alias.name for node in top if isinstance(node, ast.Import) for alias in node.names)
+    return (*whole, *(node.module or "" for node in top if isinstance(node, ast.ImportFrom)))
