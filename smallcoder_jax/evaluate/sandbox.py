@@ -51,6 +51,7 @@ DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 NOBODY = 65534
 GRACE_S = 10.0  # beyond the wall clock's limit, after which the launcher itself is killed
 MAX_STATUS = 65536
+FORGED = (ValueError, TypeError, RecursionError)  # of reading what the harness would not have written
 MAX_ARGUMENT = 128 << 10  # bytes, of Linux
 
 
@@ -242,33 +243,39 @@ def _run_job(kind: str, code: str, items: list[Any], limits: Limits) -> Outcome:
     job = json.dumps({"kind": kind, "nonce": nonce, "code": code, "items": items})
     argv = [_python()[0], "-I", "-S", "-B", "-X", "utf8", "-c", Path(sandbox_worker.__file__).read_text()]
     run = _Run(_plan(argv, job, limits), limits)
-    results: list[Result] = []
-    error, done, forged = None, False, False
     try:
-        for record in _records(bytes(run.received["records"]), nonce):
-            if done:
-                raise ValueError("a record after the last one")
-            if record[0] == "result" and (kind == "tests" or len(results) < len(items)) and kind != "script":
-                results.append(_result(record, len(results)))
-            elif record == ["end"]:
-                done = True
-            elif record[0] == "failed" and len(record) == 2 and type(record[1]) is str and not results:
-                error, done = record[1], True
-            else:
-                raise ValueError("an unknown record")
-    except (ValueError, TypeError, RecursionError):
-        results, error, forged = [], None, True
+        results, error, done = _read_records(bytes(run.received["records"]), nonce, kind, len(items))
+        forged = False
+    except FORGED:
+        results, error, done, forged = [], None, False, True
     ended = _ended(run, limits) or ("forged" if forged else "finished" if done else "exited")
     return Outcome(ended, tuple(results), error, run.exit_code, run.text(1), run.text(2), run.seconds)
 
 
-def _records(text: bytes, nonce: str) -> list[list[Any]]:
-    """The records behind the nonce; other lines are the code's own noise. ValueError, RecursionError: not JSON."""
+def _read_records(text: bytes, nonce: str, kind: str, count: int) -> tuple[list[Result], str | None, bool]:
+    """Results, the error that kept the code from loading, and whether the harness came to its end.
+
+    Records are the lines behind the nonce; other lines are the code's own noise. One of `FORGED`:
+    records that the harness, asked for `count` items, would not have written.
+    """
     head = f"{nonce} ".encode()
-    records = [json.loads(line[len(head) :]) for line in text.split(b"\n")[:-1] if line.startswith(head)]
-    if any(type(record) is not list or not record for record in records):
-        raise ValueError("a record is a list")
-    return records
+    results: list[Result] = []
+    error, done = None, False
+    for line in text.split(b"\n")[:-1]:
+        if not line.startswith(head):
+            continue
+        record = json.loads(line[len(head) :])
+        if type(record) is not list or not record or done:
+            raise ValueError("a record is a list, and none follows the last one")
+        if record[0] == "result" and (kind == "tests" or len(results) < count) and kind != "script":
+            results.append(_result(record, len(results)))
+        elif record == ["end"]:
+            done = True
+        elif record[0] == "failed" and len(record) == 2 and type(record[1]) is str and not results:
+            error, done = record[1], True
+        else:
+            raise ValueError("an unknown record")
+    return results, error, done
 
 
 def _result(record: list[Any], index: int) -> Result:

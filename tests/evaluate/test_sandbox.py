@@ -6,8 +6,10 @@ Where the system call filter alone would stop an attack, it is made once more wi
 from __future__ import annotations
 
 import errno
+import json
 import math
 import os
+import random
 import re
 import secrets
 import signal
@@ -23,7 +25,7 @@ from typing import Any
 import pytest
 
 from smallcoder_jax.base.errors import UserError
-from smallcoder_jax.evaluate import sandbox
+from smallcoder_jax.evaluate import sandbox, sandbox_worker
 from smallcoder_jax.evaluate.sandbox import Call, Limits, run_command, run_doctests, run_python, run_tests, same_value
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -144,6 +146,12 @@ SCORED: list[tuple[str, str, str, str] | tuple[str, str, str, str, Limits]] = [
      "forge('[\"result\", 0, [\"set\",' + ','.join('[\"tuple\",' + ','.join(p) + ']' for p in pairs) + '], null]')"
      + LEAVE,
      "forged", "not run: forged"),
+    ("forged_float", FIND_NONCE + "forge('[\"result\", 0, [\"float\", \"0x1p99999\"], null]')"
+     + LEAVE, "forged", "not run: forged"),
+    ("forged_int_above_the_limit", FIND_NONCE + "forge('[\"result\", 0, [\"int\", \"' + hex(1 << 14000) + '\"], null]')"
+     + LEAVE, "forged", "not run: forged"),
+    ("forged_spelling", FIND_NONCE + "forge('[\"result\", 0, [\"int\", \" 0X_2A\"], null]')"
+     + LEAVE, "forged", "not run: forged"),
     ("forged_bytes", FIND_NONCE + "os.write(4, b'\\n' + nonce.encode() + b' \\xff\\xfe\\n')"
      + LEAVE, "forged", "not run"),
 ]  # fmt: skip
@@ -485,6 +493,57 @@ def test_a_forged_value_is_compared_like_any_other() -> None:
     assert not run_python(forge.replace("ANSWER", "0x0"), calls=[Call("f", (41,))]).results[0].is_value(RIGHT)
     outcome = run_python(forge.replace("ANSWER", "0x2a"), calls=[Call("f", (41,)), Call("f", (42,))])
     assert [result.error for result in outcome.results] == [None, "not run: exited"]
+
+
+def almost_a_value(draw: random.Random, depth: int = 3) -> Any:
+    """What might stand in a record where a value does: right, slightly wrong, or of another kind altogether."""
+    texts = ["0x2a", "-0x1", "0X2A", " 0x1", "0x1_0", "0x", "", "nan", "-nan", "inf", "0x1p99999", "0x1p-99999", "1e400",
+             hex(1 << 14000), hex((1 << 14000) - 1), "00ff", "0 0", "zz", "\ud800", "0x1.8p+0", "x" * 5000]  # fmt: skip
+    leaves = [None, True, 0, 1, -1, 1.5, 1e308, float("inf"), float("nan"), 1 << 14000, *texts, {}, {"a": [1]}, []]
+    kind = draw.randrange(4)
+    if kind == 0 or depth == 0:
+        return draw.choice(leaves)
+    if kind == 1:
+        return [draw.choice(["int", "float", "bytes"]), draw.choice(texts)][: draw.choice([1, 2, 2, 2, 2])]
+    items = [almost_a_value(draw, depth - 1) for _ in range(draw.randrange(4))]
+    if draw.random() < 0.5:
+        items = [[item, almost_a_value(draw, depth - 1)] for item in items]
+    return [draw.choice(["list", "tuple", "set", "dict", "object", 1]), *items]
+
+
+@attack
+def test_forged_records_of_any_form() -> None:
+    """Whatever a record holds, reading it gives results that can be compared, or the errors that mean "forged"."""
+    draw, read = random.Random(0), 0
+    for number in range(4000):
+        kind = draw.choice(["calls", "calls", "tests", "doctests", "script"])
+        parts = [draw.choice(["result", "result", "result", "failed", "end", None, []]),
+                 draw.choice([0, 0, 0, 0, 1, -1, True, 0.0, "0"]), almost_a_value(draw),
+                 draw.choice([None, None, "an error", "\ud800", 1, []])]  # fmt: skip
+        line = json.dumps(parts if draw.random() < 0.9 else parts[: draw.randrange(4)]).encode()
+        if draw.random() < 0.2:
+            at = draw.randrange(len(line))
+            line = line[:at] + draw.randbytes(draw.randrange(3)) + line[at + draw.randrange(3) :]
+        try:
+            results, _, _ = sandbox._read_records(b"noise\nnonce " + line + b"\n", "nonce", kind, 2)
+        except sandbox.FORGED:
+            continue
+        for result in results:
+            assert result.error is not None or result.is_value(result.value), (number, line)
+        read += len(results)
+    assert read > 50  # values that came through
+
+
+@attack
+def test_a_value_has_one_spelling() -> None:
+    """What a caller reads can be written again, and is the same: nothing that `encode` refuses comes in."""
+    for value in [*VALUES, (1 << sandbox_worker.MAX_INT_BITS) - 1, {math.nan}, [math.nan, -math.inf, 5e-324]]:
+        data = json.loads(json.dumps(sandbox_worker.encode(value)))
+        assert same_value(sandbox_worker.decode(data), value)
+    for data in (["int", "0x02"], ["float", "0x1p0"], ["bytes", "00 00"], ["bytes", "FF"], ["set", None, None],
+                 ["set", "b", "a"], ["dict", ["a", None], ["a", True]], ["float", "-0x0.0p+0"]):  # fmt: skip
+        with pytest.raises(ValueError, match="form"):
+            sandbox_worker.decode(data)
 
 
 def test_attacks_are_counted() -> None:
