@@ -2,9 +2,9 @@
 
 Each run is a fresh process in namespaces of its own (users, mounts, network, processes, ipc, host name), as a user
 without privileges, with an environment of three fixed variables and no open file but its pipes. It sees the
-interpreter, `/usr/bin` and libraries, read-only, and a small `/tmp`; no `/proc`, no home, no network device. System
-calls that lead deeper into the kernel are filtered. Time, memory, processes, files and output have limits, and nothing
-outlives the run. Where any of it cannot be had, the run is refused (UserError): there is no weaker way to run.
+interpreter, `/usr/bin` and libraries, read-only, and a small `/tmp`; no `/proc`, no home, no network device. Only
+system calls that are listed can be made. Time, memory, processes, files and output have limits, and nothing outlives
+the run. Where any of it cannot be had, the run is refused (UserError): there is no weaker way to run.
 
 Whether an answer is right is decided here, in the caller's process. What is expected never goes inside: inputs go in,
 plain built-in values come back over a pipe of their own, and `same_value` compares them by exact type. So neither an
@@ -28,6 +28,7 @@ import os
 import secrets
 import selectors
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -57,7 +58,11 @@ MAX_ARGUMENT = 128 << 10  # bytes, of Linux
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What one run may use. `memory_bytes` holds for each process (address space) and for all together (pages)."""
+    """What one run may use.
+
+    `memory_bytes` holds for each process (address space), and for all together: pages, page tables, mappings, `/tmp`,
+    and pipes and sockets as if they were full. Shared anonymous memory (`mmap.mmap(-1, n)`) is denied.
+    """
 
     wall_s: float = 10.0
     cpu_s: int = 10  # of each process
@@ -335,12 +340,21 @@ def _plan(argv: list[str], job: str | None, limits: Limits) -> dict[str, Any]:
         "job": job,
         "files": {},
         "limits": dataclasses.asdict(limits),
+        "socket_bytes": _socket_bytes(),
         "filter": seccomp_filter().hex(),
         "uid_map": maps[0],
         "gid_map": maps[1],
         "drop_groups": user == 0,
         **_view(),
     }
+
+
+@cache
+def _socket_bytes() -> int:
+    """What can wait in one end of a socketpair, at most: its buffer, and half of it once more with the last message."""
+    one, other = socket.socketpair()
+    with one, other:
+        return 3 * one.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) // 2
 
 
 class _Run:
