@@ -2,9 +2,9 @@
 
 Each run is a fresh process in namespaces of its own (users, mounts, network, processes, ipc, host name), as a user
 without privileges, with an environment of three fixed variables and no open file but its pipes. It sees the
-interpreter, `/usr/bin` and libraries, read-only, and a small `/tmp`; no `/proc`, no home, no network device. System
-calls that lead deeper into the kernel are filtered. Time, memory, processes, files and output have limits, and nothing
-outlives the run. Where any of it cannot be had, the run is refused (UserError): there is no weaker way to run.
+interpreter, `/usr/bin` and libraries, read-only, and a small `/tmp`; no `/proc`, no home, no network device. Only
+system calls that are listed can be made. Time, memory, processes, files and output have limits, and nothing outlives
+the run. Where any of it cannot be had, the run is refused (UserError): there is no weaker way to run.
 
 Whether an answer is right is decided here, in the caller's process. What is expected never goes inside: inputs go in,
 plain built-in values come back over a pipe of their own, and `same_value` compares them by exact type. So neither an
@@ -28,6 +28,7 @@ import os
 import secrets
 import selectors
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -51,12 +52,17 @@ DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 NOBODY = 65534
 GRACE_S = 10.0  # beyond the wall clock's limit, after which the launcher itself is killed
 MAX_STATUS = 65536
+FORGED = (ValueError, TypeError, RecursionError)  # of reading what the harness would not have written
 MAX_ARGUMENT = 128 << 10  # bytes, of Linux
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What one run may use. `memory_bytes` holds for each process (address space) and for all together (pages)."""
+    """What one run may use.
+
+    `memory_bytes` holds for each process (address space), and for all together: pages, page tables, mappings, `/tmp`,
+    and pipes and sockets as if they were full. Shared anonymous memory (`mmap.mmap(-1, n)`) is denied.
+    """
 
     wall_s: float = 10.0
     cpu_s: int = 10  # of each process
@@ -242,33 +248,39 @@ def _run_job(kind: str, code: str, items: list[Any], limits: Limits) -> Outcome:
     job = json.dumps({"kind": kind, "nonce": nonce, "code": code, "items": items})
     argv = [_python()[0], "-I", "-S", "-B", "-X", "utf8", "-c", Path(sandbox_worker.__file__).read_text()]
     run = _Run(_plan(argv, job, limits), limits)
-    results: list[Result] = []
-    error, done, forged = None, False, False
     try:
-        for record in _records(bytes(run.received["records"]), nonce):
-            if done:
-                raise ValueError("a record after the last one")
-            if record[0] == "result" and (kind == "tests" or len(results) < len(items)) and kind != "script":
-                results.append(_result(record, len(results)))
-            elif record == ["end"]:
-                done = True
-            elif record[0] == "failed" and len(record) == 2 and type(record[1]) is str and not results:
-                error, done = record[1], True
-            else:
-                raise ValueError("an unknown record")
-    except (ValueError, TypeError, RecursionError):
-        results, error, forged = [], None, True
+        results, error, done = _read_records(bytes(run.received["records"]), nonce, kind, len(items))
+        forged = False
+    except FORGED:
+        results, error, done, forged = [], None, False, True
     ended = _ended(run, limits) or ("forged" if forged else "finished" if done else "exited")
     return Outcome(ended, tuple(results), error, run.exit_code, run.text(1), run.text(2), run.seconds)
 
 
-def _records(text: bytes, nonce: str) -> list[list[Any]]:
-    """The records behind the nonce; other lines are the code's own noise. ValueError, RecursionError: not JSON."""
+def _read_records(text: bytes, nonce: str, kind: str, count: int) -> tuple[list[Result], str | None, bool]:
+    """Results, the error that kept the code from loading, and whether the harness came to its end.
+
+    Records are the lines behind the nonce; other lines are the code's own noise. One of `FORGED`:
+    records that the harness, asked for `count` items, would not have written.
+    """
     head = f"{nonce} ".encode()
-    records = [json.loads(line[len(head) :]) for line in text.split(b"\n")[:-1] if line.startswith(head)]
-    if any(type(record) is not list or not record for record in records):
-        raise ValueError("a record is a list")
-    return records
+    results: list[Result] = []
+    error, done = None, False
+    for line in text.split(b"\n")[:-1]:
+        if not line.startswith(head):
+            continue
+        record = json.loads(line[len(head) :])
+        if type(record) is not list or not record or done:
+            raise ValueError("a record is a list, and none follows the last one")
+        if record[0] == "result" and (kind == "tests" or len(results) < count) and kind != "script":
+            results.append(_result(record, len(results)))
+        elif record == ["end"]:
+            done = True
+        elif record[0] == "failed" and len(record) == 2 and type(record[1]) is str and not results:
+            error, done = record[1], True
+        else:
+            raise ValueError("an unknown record")
+    return results, error, done
 
 
 def _result(record: list[Any], index: int) -> Result:
@@ -328,12 +340,21 @@ def _plan(argv: list[str], job: str | None, limits: Limits) -> dict[str, Any]:
         "job": job,
         "files": {},
         "limits": dataclasses.asdict(limits),
+        "socket_bytes": _socket_bytes(),
         "filter": seccomp_filter().hex(),
         "uid_map": maps[0],
         "gid_map": maps[1],
         "drop_groups": user == 0,
         **_view(),
     }
+
+
+@cache
+def _socket_bytes() -> int:
+    """What can wait in one end of a socketpair, at most: its buffer, and half of it once more with the last message."""
+    one, other = socket.socketpair()
+    with one, other:
+        return 3 * one.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) // 2
 
 
 class _Run:

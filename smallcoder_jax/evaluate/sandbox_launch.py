@@ -32,13 +32,26 @@ CLONE = {"NEWNS": 0x20000, "NEWCGROUP": 0x2000000, "NEWUTS": 0x4000000, "NEWIPC"
          "NEWUSER": 0x10000000, "NEWPID": 0x20000000, "NEWNET": 0x40000000}  # fmt: skip
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE, MNT_DETACH = 1, 2, 4, 4096, 16384, 1 << 18, 2
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 24, 38
+PR_SET_THP_DISABLE = 41
 SECCOMP_MODE_FILTER = 2
 SYS_MOUNT_SETATTR, SYS_PIVOT_ROOT, SYS_CAPSET = 442, {"x86_64": 155, "aarch64": 41}, {"x86_64": 126, "aarch64": 91}
+SYS_KCMP, KCMP_VM = {"x86_64": 312, "aarch64": 272}, 1
 AT_RECURSIVE = 0x8000
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV = 1, 2, 4
 INSIDE_ID = 1000  # user and group of the program, as it sees them
+PENDING = 512  # signals that wait, and timers
 MAX_FILES = 4096  # in the sandbox's /tmp
-LOOK_S = 0.05  # between two looks at the memory of all processes together
+# /dev/zero mapped as shared is memory that nothing counts; /dev/full reads as zeros too, and cannot be mapped.
+DEVICE_SOURCES = {"/dev/zero": "/dev/full"}
+
+# Memory of all processes together is looked at often enough that it cannot pass the limit by much in between: by what
+# every processor could touch, page by page.
+LOOK_S, LOOK_LEAST_S = 0.05, 0.001
+BYTES_PER_S = 2 << 30  # of one processor
+OWN_PAGES, ADDRESS_SPACE = (b"RssAnon:", b"VmSwap:", b"VmPTE:"), b"VmSize:"  # of /proc/PID/status
+# What the kernel holds for a process beside its pages, at most.
+MAPPING_BYTES = 512
+PIPE_BYTES = 16 * resource.getpagesize()
 
 Report = Callable[..., None]
 libc = ctypes.CDLL(None, use_errno=True)
@@ -136,7 +149,7 @@ def build_root(plan: dict[str, Any]) -> None:
 
 
 def _bind(path: str) -> None:
-    source = "/host" + path
+    source = "/host" + DEVICE_SOURCES.get(path, path)
     if os.path.isdir(source):
         os.makedirs(path, exist_ok=True)
     else:
@@ -184,6 +197,9 @@ def set_limits(limits: dict[str, Any]) -> None:
         resource.RLIMIT_NOFILE: (limits["open_files"],) * 2,
         resource.RLIMIT_STACK: (8 << 20,) * 2,
         resource.RLIMIT_MEMLOCK: (0, 0),
+        resource.RLIMIT_SIGPENDING: (PENDING,) * 2,  # timers too
+        resource.RLIMIT_RTPRIO: (0, 0),
+        resource.RLIMIT_NICE: (0, 0),
         resource.RLIMIT_CORE: (1, 1),  # 1 and not 0: the kernel pipes to a handler even at 0
     }
     for which, (soft, hard) in pairs.items():
@@ -203,6 +219,8 @@ def run_program(plan: dict[str, Any], descriptors: list[int]) -> NoReturn:
         os.dup2(descriptor, number)
     for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # by Python; a program expects them as they were
         signal.signal(ignored, signal.SIG_DFL)
+    # A page at a time, so that memory cannot grow faster than it is looked at.
+    check("transparent huge pages", libc.prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0))
     set_limits(plan["limits"])
     install_filter(bytes.fromhex(plan["filter"]))
     os.execve(plan["argv"][0], plan["argv"], plan["env"])
@@ -236,39 +254,105 @@ def init(plan: dict[str, Any], alive: int, records: int, report: Report) -> NoRe
             os._exit(0)
 
 
-def memory_of(pid: int) -> int:
-    """Bytes of a process and all below it that are not files': pages shared after a fork count for each."""
-    with open(f"/proc/{pid}/statm") as file:
-        _, resident, shared, *_ = (int(word) for word in file.read().split())
-    total = (resident - shared) * resource.getpagesize()
-    for task in os.listdir(f"/proc/{pid}/task"):
-        with open(f"/proc/{pid}/task/{task}/children") as file:
-            children = [int(word) for word in file.read().split()]
-        for child in children:
-            with contextlib.suppress(OSError):  # ended meanwhile
-                total += memory_of(child)
-    return total
+class Usage:
+    """What the processes of a run hold together, in one look.
+
+    Pages of their own, in memory or swapped out, where pages shared after a fork count for each; tables of pages;
+    mappings; `/tmp`; pipes and sockets as if they were full, each once however many processes have it open.
+    """
+
+    def __init__(self, pid: int, socket_bytes: int) -> None:
+        self.pages = self.address_space = self.disk = 0
+        self.buffers: dict[str, int] = {}  # by the name of the pipe or socket
+        self.processes: list[int] = []  # each with memory of its own
+        self.costs = {"pipe": PIPE_BYTES, "socket": socket_bytes}
+        self._add(pid, None)
+
+    def _add(self, pid: int, parent: int | None) -> None:
+        """Adds a process and all below it. What ends meanwhile is left out."""
+        borrowed = parent is not None and _same_memory(parent, pid)  # as between vfork and exec
+        if not borrowed:
+            self.processes.append(pid)
+        sizes: dict[bytes, int] = {}
+        for task in _names(f"/proc/{pid}/task"):
+            folder = f"/proc/{pid}/task/{task}"
+            if not borrowed and not sizes:  # of any thread that has not ended
+                sizes = _sizes(f"{folder}/status")
+            for name in _names(f"{folder}/fd"):  # threads need not share descriptors
+                with contextlib.suppress(OSError):
+                    target = os.readlink(f"{folder}/fd/{name}")
+                    if (cost := self.costs.get(target.partition(":")[0])) is not None:
+                        self.buffers[target] = cost
+            for child in _read(f"{folder}/children").split():
+                self._add(int(child), pid)
+        self.pages += sum(sizes.get(name, 0) for name in OWN_PAGES)
+        self.address_space += sizes.get(ADDRESS_SPACE, 0)
+        with contextlib.suppress(OSError):  # init lets nobody look
+            disk = os.statvfs(f"/proc/{pid}/root/tmp")
+            self.disk = (disk.f_blocks - disk.f_bfree) * disk.f_frsize
+
+    def bytes(self, limit: int) -> int:
+        """All of it. Mappings are counted, which takes time, where as many as there is room for would pass `limit`."""
+        counted = self.pages + self.disk + sum(self.buffers.values())
+        at_most = counted + self.address_space // resource.getpagesize() * MAPPING_BYTES
+        if at_most <= limit:
+            return at_most
+        for pid in self.processes:
+            with contextlib.suppress(OSError), open(f"/proc/{pid}/maps", "rb", buffering=0) as file:
+                while counted <= limit and (part := file.read(1 << 16)):
+                    counted += part.count(b"\n") * MAPPING_BYTES
+        return counted
 
 
-def watch(pid: int, limits: dict[str, Any], report: Report) -> None:
+def _same_memory(one: int, other: int) -> bool:
+    number = ctypes.c_long(SYS_KCMP[os.uname().machine])
+    return libc.syscall(number, one, other, KCMP_VM, ctypes.c_ulong(0), ctypes.c_ulong(0)) == 0
+
+
+def _names(folder: str) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError:
+        return []
+
+
+def _read(path: str) -> bytes:
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return file.readall()
+    except OSError:
+        return b""
+
+
+def _sizes(path: str) -> dict[bytes, int]:
+    """What `/proc/PID/status` says of memory, in bytes; nothing of a thread that has ended."""
+    lines = (line.split() for line in _read(path).split(b"\n") if line.startswith((*OWN_PAGES, ADDRESS_SPACE)))
+    return {name: int(number) * 1024 for name, number, _ in lines}
+
+
+def watch(pid: int, limits: dict[str, Any], socket_bytes: int, report: Report) -> None:
     """Waits for init, whose end is the end of all; kills it at a limit, or when nobody waits any more."""
     deadline = time.monotonic() + limits["wall_s"]
     ended = os.pidfd_open(pid)
     events = select.poll()
     events.register(ended, select.POLLIN)
     events.register(0, select.POLLIN)
-    reason = None
+    rate = BYTES_PER_S * min(os.cpu_count() or 1, limits["processes"])
+    reason, used = None, 0
     while reason is None:
         left = deadline - time.monotonic()
-        ready = [descriptor for descriptor, _ in events.poll(1000 * max(0.0, min(LOOK_S, left)))]
+        pause = min(LOOK_S, left, max(LOOK_LEAST_S, (limits["memory_bytes"] - used) / rate))
+        ready = [descriptor for descriptor, _ in events.poll(1000 * max(0.0, pause))]
         if ended in ready:
             break
         if 0 in ready:
             reason = "abandoned"
         elif left <= 0:
             reason = "wall"
-        elif memory_of(pid) > limits["memory_bytes"]:
-            reason = "memory"
+        else:
+            used = Usage(pid, socket_bytes).bytes(limits["memory_bytes"])
+            if used > limits["memory_bytes"]:
+                reason = "memory"
     if reason is not None:
         report(killed=reason)
         os.kill(pid, signal.SIGKILL)
@@ -304,6 +388,7 @@ def main() -> None:
 def run(plan: dict[str, Any], records: int, report: Report) -> None:
     """The helper's part."""
     _write("/proc/self/oom_score_adj", "1000")  # if memory ends, this ends first
+    os.stat(f"/proc/self/task/{os.getpid()}/children")  # without which nothing below could be counted
     enter_namespaces(plan, report)
     alive, held = os.pipe()
     pid = os.fork()
@@ -312,7 +397,7 @@ def run(plan: dict[str, Any], records: int, report: Report) -> None:
         init(plan, alive, records, report)
     for descriptor in (1, 2, records):
         os.close(descriptor)  # their readers see an end when the sandbox ends
-    watch(pid, plan["limits"], report)
+    watch(pid, plan["limits"], plan["socket_bytes"], report)
 
 
 if __name__ == "__main__":

@@ -60,8 +60,14 @@ def _encode(value: Any, depth: int, left: list[int]) -> Any:
 
 
 def decode(data: Any) -> Any:
-    """The value that `encode` wrote. ValueError for anything that it would not have written."""
-    return _decode(data, MAX_DEPTH, [MAX_ITEMS])
+    """The value that `encode` wrote. ValueError for anything that it would not have written, to the last digit."""
+    try:
+        value = _decode(data, MAX_DEPTH, [MAX_ITEMS])
+    except OverflowError:
+        raise ValueError("a float that is too large") from None
+    if encode(value) != data:
+        raise ValueError("not in the form in which values are written")
+    return value
 
 
 def _decode(data: Any, depth: int, left: list[int]) -> Any:

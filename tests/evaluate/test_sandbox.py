@@ -6,8 +6,10 @@ Where the system call filter alone would stop an attack, it is made once more wi
 from __future__ import annotations
 
 import errno
+import json
 import math
 import os
+import random
 import re
 import secrets
 import signal
@@ -23,7 +25,7 @@ from typing import Any
 import pytest
 
 from smallcoder_jax.base.errors import UserError
-from smallcoder_jax.evaluate import sandbox
+from smallcoder_jax.evaluate import sandbox, sandbox_worker
 from smallcoder_jax.evaluate.sandbox import Call, Limits, run_command, run_doctests, run_python, run_tests, same_value
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,6 +45,32 @@ def forge(text):
 """
 LEAVE = "\nos._exit(0)"  # before the harness writes: only the forged record can be what voids the run
 
+# Processes, each of which does `body` and stays. Little of what they take is memory of their own.
+SEVERAL = """
+import ctypes, mmap, os, socket, threading, time
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+kept = []
+def keep(thing):
+    kept.append(thing)
+    time.sleep(9)
+def fill(*ends):
+    ends = [end if type(end) is int else end.detach() for end in ends]
+    for end in ends:
+        os.set_blocking(end, False)
+        try:
+            while True: os.write(end, b"x" * 65536)
+        except OSError: pass
+    return ends
+BODY = {body!r}
+for number in range({count}):
+    if os.fork() == 0:
+        exec(BODY)
+        time.sleep(9)
+time.sleep(9)
+"""
 # name, code, how the run ends, what the error of the call says; limits where they matter.
 SCORED: list[tuple[str, str, str, str] | tuple[str, str, str, str, Limits]] = [
     # leaving early: an exit code is no answer
@@ -60,9 +88,9 @@ SCORED: list[tuple[str, str, str, str] | tuple[str, str, str, str, Limits]] = [
     ("exception_without_text", "class E(Exception):\n def __str__(self): raise E\ndef f(x): raise E", "finished",
      "an exception that cannot be printed"),
     # never ending
-    ("endless_loop", "while True: pass", "cpu", "not run: cpu", Limits(cpu_s=1, wall_s=8)),
+    ("endless_loop", "while True: pass", "cpu", "not run: cpu", Limits(cpu_s=1, wall_s=40)),
     ("ignores_the_cpu_signal", "import signal\nsignal.signal(signal.SIGXCPU, signal.SIG_IGN)\nwhile True: pass", "cpu",
-     "not run: cpu", Limits(cpu_s=1, wall_s=8)),
+     "not run: cpu", Limits(cpu_s=1, wall_s=40)),
     ("sleep", "import time; time.sleep(99)", "wall", "not run: wall", Limits(wall_s=0.5)),
     ("ignores_all_signals", "import signal, time\nfor s in set(signal.Signals) - {9, 19}: signal.signal(s, 1)\n"
      "time.sleep(99)", "wall", "not run: wall", Limits(wall_s=0.5)),
@@ -79,6 +107,31 @@ SCORED: list[tuple[str, str, str, str] | tuple[str, str, str, str, Limits]] = [
      Limits(memory_bytes=256 << 20)),
     ("memory_of_many_processes", "import os, time\nfor _ in range(3): os.fork()\nb = bytearray(b'x' * (60 << 20))\n"
      "time.sleep(9)", "memory", "not run: memory", Limits(memory_bytes=256 << 20, processes=16)),
+    # memory that is no page of a process, or of one that does not show it
+    ("shared_memory", "import mmap\ndef f(x): return mmap.mmap(-1, 1 << 20)", "finished", "PermissionError"),
+    ("shared_zeros", "import mmap\ndef f(x): return mmap.mmap(__import__('os').open('/dev/zero', 2), 1 << 20)",
+     "finished", "OSError: [Errno 19]"),
+    ("shared_zeros_read_only", "import mmap, os\ndef f(x):\n"
+     " return mmap.mmap(os.open('/dev/zero', 0), 1 << 20, mmap.MAP_SHARED, mmap.PROT_READ)", "finished",
+     "OSError: [Errno 19]"),
+    ("memory_behind_an_ended_thread", SEVERAL.format(count=2, body="threading.Thread(target=lambda: "
+     "[time.sleep(0.2), keep(b'x' * (70 << 20))]).start()\n"
+     "libc.syscall({'x86_64': 60, 'aarch64': 93}[os.uname().machine], 0)"), "memory", "not run: memory",
+     Limits(memory_bytes=128 << 20)),
+    ("full_sockets", SEVERAL.format(count=4, body="keep([fill(*socket.socketpair()) for _ in range(60)])"), "memory",
+     "not run: memory", Limits(memory_bytes=100 << 20, open_files=128)),
+    ("full_sockets_of_a_process_that_hides", SEVERAL.format(count=4, body="libc.prctl(4, 0, 0, 0, 0)\n"
+     "keep([fill(*socket.socketpair()) for _ in range(60)])"), "memory", "not run: memory",
+     Limits(memory_bytes=100 << 20, open_files=128)),
+    ("full_pipes", SEVERAL.format(count=8, body="keep([fill(*os.pipe()) for _ in range(200)])"), "memory",
+     "not run: memory", Limits(memory_bytes=128 << 20, open_files=512)),
+    ("many_mappings", SEVERAL.format(count=8, body="start = libc.mmap(None, 30000 << 12, 1, 0x22, -1, 0)\n"
+     "for page in range(0, 30000, 2): libc.mprotect(start + (page << 12), 4096, 0)"), "memory", "not run: memory",
+     Limits(memory_bytes=144 << 20)),
+    ("files_and_pages", SEVERAL.format(count=2, body="for _ in range(44): open(f'/tmp/{number}', 'ab').write("
+     "bytes(1 << 20))"), "memory", "not run: memory", Limits(memory_bytes=96 << 20, disk_bytes=90 << 20)),
+    ("name_that_lies", "import ctypes\nctypes.CDLL(None).prctl(15, b'VmSize: a kB', 0, 0, 0)\nimport time\n"
+     "time.sleep(0.2)\ndef f(x): return 0", "finished", "value 0"),
     ("recursion", "def f(x): return f(x)", "finished", "RecursionError"),
     ("output_without_end", "while True: print('x' * 1000)", "output", "not run: output"),
     ("errors_without_end", "import sys\nwhile True: sys.stderr.write('x' * 1000)", "output", "not run: output"),
@@ -144,6 +197,12 @@ SCORED: list[tuple[str, str, str, str] | tuple[str, str, str, str, Limits]] = [
      "forge('[\"result\", 0, [\"set\",' + ','.join('[\"tuple\",' + ','.join(p) + ']' for p in pairs) + '], null]')"
      + LEAVE,
      "forged", "not run: forged"),
+    ("forged_float", FIND_NONCE + "forge('[\"result\", 0, [\"float\", \"0x1p99999\"], null]')"
+     + LEAVE, "forged", "not run: forged"),
+    ("forged_int_above_the_limit", FIND_NONCE + "forge('[\"result\", 0, [\"int\", \"' + hex(1 << 14000) + '\"], null]')"
+     + LEAVE, "forged", "not run: forged"),
+    ("forged_spelling", FIND_NONCE + "forge('[\"result\", 0, [\"int\", \" 0X_2A\"], null]')"
+     + LEAVE, "forged", "not run: forged"),
     ("forged_bytes", FIND_NONCE + "os.write(4, b'\\n' + nonce.encode() + b' \\xff\\xfe\\n')"
      + LEAVE, "forged", "not run"),
 ]  # fmt: skip
@@ -387,20 +446,6 @@ def test_leaves_no_core() -> None:
 
 
 @attack
-def test_every_call_of_the_table_is_denied() -> None:
-    from smallcoder_jax.evaluate.sandbox_seccomp import DENIED
-
-    column = ["x86_64", "aarch64"].index(os.uname().machine)
-    numbers = {name: pair[column] for name, pair in DENIED.items() if pair[column] is not None}
-    code = PRELUDE + "def f(x): return {n: code_of(libc.syscall(k, -1, -1, -1, -1, -1)) for n, k in x.items()}"
-    outcome = run_python(code, calls=[Call("f", (numbers,))])
-    assert outcome.results[0].is_value(dict.fromkeys(numbers, errno.EPERM)), outcome
-    calls = [Call("f", (number,)) for number in (435, 9999)]  # clone3, and one that is not known yet
-    new = run_python(PRELUDE + "def f(x): return code_of(libc.syscall(x, 0, 0, 0))", calls=calls)
-    assert [result.value for result in new.results] == [errno.ENOSYS, errno.ENOSYS]
-
-
-@attack
 def test_types_into_no_terminal() -> None:
     code = PRELUDE + "def f(x): return [code_of(libc.ioctl(0, n, b'x')) for n in (0x5412, 0x541C, 0x5401)]"
     # 0x5401 reads the settings of a terminal, and gets the answer of what is none.
@@ -487,6 +532,58 @@ def test_a_forged_value_is_compared_like_any_other() -> None:
     assert [result.error for result in outcome.results] == [None, "not run: exited"]
 
 
+def almost_a_value(draw: random.Random, depth: int = 3) -> Any:
+    """What might stand in a record where a value does: right, slightly wrong, or of another kind altogether."""
+    texts = ["0x2a", "-0x1", "0X2A", " 0x1", "0x1_0", "0x", "", "nan", "-nan", "inf", "0x1p99999", "0x1p-99999",
+             "1e400", hex(1 << 14000), hex((1 << 14000) - 1), "00ff", "0 0", "zz", "\ud800", "0x1.8p+0",
+             "x" * 5000]  # fmt: skip
+    leaves = [None, True, 0, 1, -1, 1.5, 1e308, float("inf"), float("nan"), 1 << 14000, *texts, {}, {"a": [1]}, []]
+    kind = draw.randrange(4)
+    if kind == 0 or depth == 0:
+        return draw.choice(leaves)
+    if kind == 1:
+        return [draw.choice(["int", "float", "bytes"]), draw.choice(texts)][: draw.choice([1, 2, 2, 2, 2])]
+    items = [almost_a_value(draw, depth - 1) for _ in range(draw.randrange(4))]
+    if draw.random() < 0.5:
+        items = [[item, almost_a_value(draw, depth - 1)] for item in items]
+    return [draw.choice(["list", "tuple", "set", "dict", "object", 1]), *items]
+
+
+@attack
+def test_forged_records_of_any_form() -> None:
+    """Whatever a record holds, reading it gives results that can be compared, or the errors that mean "forged"."""
+    draw, read = random.Random(0), 0
+    for number in range(4000):
+        kind = draw.choice(["calls", "calls", "tests", "doctests", "script"])
+        parts = [draw.choice(["result", "result", "result", "failed", "end", None, []]),
+                 draw.choice([0, 0, 0, 0, 1, -1, True, 0.0, "0"]), almost_a_value(draw),
+                 draw.choice([None, None, "an error", "\ud800", 1, []])]  # fmt: skip
+        line = json.dumps(parts if draw.random() < 0.9 else parts[: draw.randrange(4)]).encode()
+        if draw.random() < 0.2:
+            at = draw.randrange(len(line))
+            line = line[:at] + draw.randbytes(draw.randrange(3)) + line[at + draw.randrange(3) :]
+        try:
+            results, _, _ = sandbox._read_records(b"noise\nnonce " + line + b"\n", "nonce", kind, 2)
+        except sandbox.FORGED:
+            continue
+        for result in results:
+            assert result.error is not None or result.is_value(result.value), (number, line)
+        read += len(results)
+    assert read > 50  # values that came through
+
+
+@attack
+def test_a_value_has_one_spelling() -> None:
+    """What a caller reads can be written again, and is the same: nothing that `encode` refuses comes in."""
+    for value in [*VALUES, (1 << sandbox_worker.MAX_INT_BITS) - 1, {math.nan}, [math.nan, -math.inf, 5e-324]]:
+        data = json.loads(json.dumps(sandbox_worker.encode(value)))
+        assert same_value(sandbox_worker.decode(data), value)
+    for data in (["int", "0x02"], ["float", "0x1p0"], ["bytes", "00 00"], ["bytes", "FF"], ["set", None, None],
+                 ["set", "b", "a"], ["dict", ["a", None], ["a", True]], ["float", "-0x0.0p+0"]):  # fmt: skip
+        with pytest.raises(ValueError, match="form"):
+            sandbox_worker.decode(data)
+
+
 def test_attacks_are_counted() -> None:
     count = len(SCORED) + len(REACHING) + len(OWN)
     names = [attack[0] for attack in (*SCORED, *REACHING)]
@@ -556,6 +653,33 @@ def f(x):
 """
     (result,) = run_python(code, calls=[Call("f", (7,))]).results
     assert result.is_value((7, 7, [0, 1, 4, 9], "KEPT", "ca978112")), result
+
+
+def test_memory_that_a_program_lends_while_it_starts_another_counts_once() -> None:
+    code = (
+        "import subprocess, time\nkept, count, end = b'x' * (150 << 20), 0, time.monotonic() + 1\n"
+        "while time.monotonic() < end: count += subprocess.run(['true']).returncode == 0\ndef f(): return count > 9"
+    )
+    outcome = run_python(code, calls=[Call("f")], limits=Limits(memory_bytes=256 << 20))
+    assert outcome.results[0].is_value(True), outcome
+
+
+def test_pairs_of_sockets_are_there_for_event_loops() -> None:
+    code = """
+import asyncio, socket
+async def f():
+    one, other = socket.socketpair()
+    reader, kept = await asyncio.open_connection(sock=one)
+    unread, writer = await asyncio.open_connection(sock=other)
+    writer.write(b"x" * 100_000)
+    process = await asyncio.create_subprocess_exec("cat", stdin=-1, stdout=-1)
+    output, _ = await process.communicate(b"y" * 100_000)
+    return len(await reader.readexactly(100_000)), len(output)
+def g():
+    return asyncio.run(f())
+"""
+    outcome = run_python(code, calls=[Call("g")])
+    assert outcome.results[0].is_value((100_000, 100_000)), outcome
 
 
 def test_script_runs_as_main() -> None:
