@@ -49,11 +49,8 @@ def main(argv: list[str] | None = None) -> int | None:
     import smallcoder_jax
 
     model = smallcoder_jax.load(args.checkpoint, step=args.step)
-    if job.chat and not learned_turns(model.info.get("config", {})):
+    if job.chat and "config" in model.info and not learned_turns(model.info["config"]):  # an export does not say
         show("the last stage of this model trained it on no conversations; it may not answer\n", sys.stderr)
-    if job.interactive:
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  (gives `input` its editing and its history, which ends with the session)
     set_encodings()
     job.run(model.generator, read_line, sys.stdout, sys.stderr)
 
@@ -68,6 +65,8 @@ def set_encodings() -> None:
 def read_line(prompt: str) -> str:
     """A line of the standard input; only a terminal is shown what it is for. Raises EOFError at the end."""
     if sys.stdin.isatty() and sys.stdout.isatty():
+        with contextlib.suppress(ImportError):  # not every Python has it
+            import readline  # noqa: F401  (gives `input` its editing, and a history that ends with the session)
         return input(prompt)
     if sys.stdin.isatty():
         show(prompt, sys.stderr)
@@ -300,7 +299,7 @@ def check_output(path: Path) -> None:
 
 def read_chat(system: str, tools: str) -> Chat:
     """What a conversation begins with. `tools`: a file of schemas, or names of functions that are built in."""
-    names = tools.split(",") if tools else []
+    names = [name.strip() for name in tools.split(",")] if tools else []
     if all(name in TOOLS for name in names):
         chat = Chat(system, tuple(TOOLS[name] for name in dict.fromkeys(names)), executed=bool(names))
     elif not os.path.lexists(tools):

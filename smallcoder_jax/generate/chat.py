@@ -62,9 +62,10 @@ class ReplyStream:
         return self._pieces
 
     def reply(self) -> Reply:
-        """The whole turn."""
+        """The whole turn. Raises UserError where reading it was broken off."""
         collections.deque(self._pieces, maxlen=0)
-        assert self._reply is not None, "what raised while it was read has no reply"
+        if self._reply is None:
+            raise UserError("this answer was broken off while it was read; ask for another one")
         return self._reply
 
     def _read(self) -> Iterator[str]:

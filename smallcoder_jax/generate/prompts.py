@@ -82,6 +82,11 @@ def next_turn(tokenizer: Tokenizer, conversation: Conversation, room: Room) -> P
             "model that was trained on conversations (stage.name=sft), or complete from a plain prompt"
         )
     messages = conversation.messages
+    if messages and messages[-1].tool_calls:
+        raise UserError(
+            f"messages[{len(messages) - 1}] calls functions, and is the last; give a message of the role tool for each "
+            "call, with its response"
+        )
     first = int(bool(messages) and messages[0].role == "system")
 
     def ids_from(start: int) -> list[int]:

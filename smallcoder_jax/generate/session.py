@@ -181,6 +181,8 @@ A line that is to begin with / begins with a space before it.
             for _ in range(MOST_ROUNDS):
                 stream = ReplyStream(self._generator, self._conversation(turn), self.options)
                 written, whole = self._stream(stream)
+                if not whole and not written:
+                    raise KeyboardInterrupt
                 if not whole:
                     turn.append(Message("assistant", written))
                     break

@@ -23,6 +23,7 @@ TOOL = {
     },
 }
 CALL, END_CALL = "<tool_call>", "</tool_call>"
+CALLING = Message("assistant", "", (ToolCall("run", {"code": "x"}),))
 ASKED = Conversation((Message("user", "Hi"),), (TOOL,))
 
 
@@ -185,6 +186,19 @@ def test_a_schema_by_which_no_call_can_be_checked_is_refused_at_once(scripted, p
     tool = {"type": "function", "function": {"name": "run", "parameters": parameters}}
     with pytest.raises(UserError, match=rf"tools\[0\].function.{where}"):
         ReplyStream(scripted(), Conversation((Message("user", "Hi"),), (tool,)), OPTIONS)
+
+
+def test_calls_need_their_responses_first(scripted):
+    with pytest.raises(UserError, match=r"messages\[1\] calls functions, and is the last"):
+        ReplyStream(scripted(), dataclasses.replace(ASKED, messages=(*ASKED.messages, CALLING)), OPTIONS)
+
+
+def test_an_answer_that_was_broken_off_has_no_reply(scripted):
+    stream = ReplyStream(scripted([*b"a", -1]), ASKED, OPTIONS)
+    with pytest.raises(KeyboardInterrupt):
+        list(stream)
+    with pytest.raises(UserError, match="broken off"):
+        stream.reply()
 
 
 def test_two_functions_of_one_name_are_refused():

@@ -194,7 +194,7 @@ def test_built_in_functions_run_in_the_sandbox_and_those_of_a_file_do_not(script
     ids = scripted().tokenizer.ids_of
     answers = [ids(*CALL), ids("Done.", "<|im_end|>")]
     monkeypatch.setattr(tool, "respond", lambda call: f"ran {call.arguments['code']}")
-    _, log = run(job_of("--chat", "--tools", "execute_python,run_tests"), scripted(*answers), ["go"])
+    _, log = run(job_of("--chat", "--tools", "execute_python, run_tests"), scripted(*answers), ["go"])
     assert "ran print(1)" in log
     (tmp_path / "tools.json").write_text(json.dumps([TOOLS["execute_python"]]))
     job = job_of("--chat", "--tools", str(tmp_path / "tools.json"))
@@ -207,12 +207,13 @@ def test_built_in_functions_run_in_the_sandbox_and_those_of_a_file_do_not(script
 def test_a_model_that_learned_no_turns_is_talked_with_after_a_word(scripted, monkeypatch, capsys):
     answer = scripted().tokenizer.ids_of("Hi.", "<|im_end|>")
     said = []
-    for stage in ("pretrain", "sft"):
-        model = types.SimpleNamespace(generator=scripted(answer), info={"config": {"stage": {"name": stage}}})
+    # A run of language, one of conversations, an export.
+    for info in ({"config": {"stage": {"name": "pretrain"}}}, {"config": {"stage": {"name": "sft"}}}, {}):
+        model = types.SimpleNamespace(generator=scripted(answer), info=info)
         monkeypatch.setattr(smallcoder_jax, "load", lambda path, step, model=model: model, raising=False)
         tool.main(["--checkpoint", "runs/any", "--chat", "--prompt", "Hi"])
         said.append("trained it on no conversations" in capsys.readouterr().err)
-    assert said == [True, False]
+    assert said == [True, False, False]
 
 
 def test_several_completions_are_headed(tiny):

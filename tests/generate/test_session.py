@@ -217,6 +217,10 @@ def test_an_interrupted_answer_stays_as_far_as_it_was_shown(scripted):
     _, session, output, _, _ = talk(scripted, [(*b"Hel", -1), ["Yes.", IM_END]], "a", "b")
     assert output == "Hel\nYes.\n"
     assert spoken(session) == [("user", "a"), ("assistant", "Hel"), ("user", "b"), ("assistant", "Yes.")]
+    _, session, output, log, _ = talk(scripted, [(-1,), ["Yes.", IM_END]], "a", "b")
+    assert output == "Yes.\n"
+    assert "left out of the conversation" in log
+    assert spoken(session) == [("user", "b"), ("assistant", "Yes.")]
 
 
 @pytest.mark.parametrize("failing", ["response", "sandbox"])
