@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from smallcoder_jax.data import conversation_tools
 from smallcoder_jax.data.conversation_tools import MAX_CHARACTERS, call_tool
 from smallcoder_jax.evaluate.execute import execute, respond
 from smallcoder_jax.tokenizers.chat import ToolCall
@@ -29,7 +30,7 @@ def test_code_is_read_in_the_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> Any:
         raise AssertionError("read outside")
 
-    monkeypatch.setattr("ast.parse", refuse)
+    monkeypatch.setattr(conversation_tools, "analyze", refuse)
     assert respond(ToolCall("analyze_code", {"code": "f()", "aspect": "calls"})) == '{"calls": ["f"]}'
 
 

@@ -90,6 +90,11 @@ def test_content_ends_before_a_stop_string(scripted, stop, content):
     assert reply.calls == ()
 
 
+def test_what_only_began_like_a_stop_string_is_content(scripted):
+    options = dataclasses.replace(OPTIONS, stop=("abc",))
+    assert written(scripted, "xab", IM_END, options=options)[0] == ["x", "ab"]
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_whatever_is_written_streaming_shows_what_the_reply_holds(scripted, seed):
     random = np.random.default_rng(seed)
