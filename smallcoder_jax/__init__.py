@@ -4,6 +4,7 @@
     run = sc.train(config, "runs/mine")        # config: a ConfigDict, a Config, or the path of a config file
     model = sc.load("runs/mine")               # or an exported folder
     print(model.generate("def main():")[0].text)
+    print(model.chat([{"role": "user", "content": "Hello."}]).content)  # where it was trained on conversations
 
 Importing the package touches no device.
 """

@@ -5,21 +5,25 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from smallcoder_jax.base.display import one_line
 from smallcoder_jax.base.errors import UserError
-from smallcoder_jax.base.files import read_json, read_json_object, sha256
-from smallcoder_jax.config import ComputeConfig, ModelConfig, from_config_dict
+from smallcoder_jax.base.files import read_json, read_json_object, reason, sha256
+from smallcoder_jax.config import ComputeConfig, ModelConfig, from_config_dict, nearest, parameter_count
 from smallcoder_jax.export.huggingface import read_export
+from smallcoder_jax.generate.chat import Reply, ReplyStream
 from smallcoder_jax.generate.engine import Completion, Generator
 from smallcoder_jax.generate.sampling import SamplingOptions
 from smallcoder_jax.models import build, lora
 from smallcoder_jax.runtime import configure_jax
 from smallcoder_jax.tokenizers.base import KIND_FILE, Tokenizer
+from smallcoder_jax.tokenizers.chat_wire import from_wire
 from smallcoder_jax.tokenizers.load import load_tokenizer, open_tokenizer
 from smallcoder_jax.train import checkpoint
 from smallcoder_jax.train.run_folder import RunFolder
@@ -46,30 +50,78 @@ class LoadedModel:
     def generator(self) -> Generator:
         return Generator(self.model, self.compute, self.params, self.tokenizer)
 
+    def __repr__(self) -> str:  # a notebook shows it, and parameters are many numbers
+        step = "" if self.origin["step"] is None else f", step {self.origin['step']}"
+        return (
+            f"<model of {one_line(self.origin['path'])}{step}: {parameter_count(self.model):,} parameters, "
+            f"context {self.model.context}, {self.tokenizer.vocab_size:,} tokenizer entries>"
+        )
+
     def generate(self, prompts: str | Sequence[str], **options: Any) -> list[Completion]:
         """Completions of one prompt or several; `options` are the fields of `SamplingOptions`."""
-        wanted = [prompts] if isinstance(prompts, str) else list(prompts)
-        return self.generator.generate(wanted, SamplingOptions(**options))
+        one = isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable)
+        wanted: list[Any] = [prompts] if one else list(prompts)
+        return self.generator.generate(wanted, _options(options))
+
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None, **options: Any
+    ) -> Reply:
+        """What the assistant answers to `messages`: `content` and `calls`. No call is executed.
+
+        Messages and the schemas of the `tools` on offer are in the shape of OpenAI's API; `reply.to_wire()` is the
+        answer in it. `options` are the fields of `SamplingOptions`, but for `num_samples`. Raises UserError for a
+        conversation that cannot be one, and for a model that has no turns.
+        """
+        return self.chat_stream(messages, tools=tools, **options).reply()
+
+    def chat_stream(
+        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None, **options: Any
+    ) -> ReplyStream:
+        """`chat` while it is written: iterate over the pieces of its content, then ask for `reply()`."""
+        conversation = from_wire({"messages": list(messages), "tools": list(tools or ())})
+        return ReplyStream(self.generator, conversation, _options(options))
+
+
+def _options(values: Mapping[str, Any]) -> SamplingOptions:
+    known = [field.name for field in dataclasses.fields(SamplingOptions)]
+    for name in values:
+        if name not in known:
+            raise UserError(f"unknown option {name}={values[name]!r:.40}; {nearest(name, known)}")
+    return SamplingOptions(**values)
 
 
 def load(path: Path, *, step: int | str | None = None) -> LoadedModel:
     """See `smallcoder_jax.load`."""
     configure_jax()
-    if (path / "run.json").exists():
+    if _has(path, "run.json"):
         return _from_run(RunFolder(path), step)
-    if (path / "model.safetensors").exists():
+    if _has(path, "model.safetensors"):
         if step is not None:
             raise UserError(f"{path} is an exported folder: it has no steps to choose from")
         return _from_export(path)
-    step_of = path.parent.parent if path.parent.name == "checkpoints" else path.parent
-    if (step_of / "run.json").is_file() and "checkpoints" in (path.name, path.parent.name):
-        number = "STEP" if path.name == "checkpoints" else path.name
-        raise UserError(
-            f"{path} belongs to the run {step_of}; name the run, and the checkpoint apart from it: --step {number} (in "
-            f"Python: step={number!r})"
-        )
+    raise _no_model(path)
+
+
+def _has(path: Path, name: str) -> bool:
+    try:
+        return (path / name).is_file()
+    except OSError as error:  # a path that is too long, a folder without rights
+        raise UserError(f"{path!s:.200} cannot be read ({reason(error)}); expected a run or an export") from error
+
+
+def _no_model(path: Path) -> UserError:
+    """The error for a path that is neither a run nor an export; inside a run, with the flags that were meant."""
     what = "is neither a run (run.json) nor an export (model.safetensors)" if path.exists() else "does not exist"
-    raise UserError(f"{path} {what}; train one with python -m smallcoder_jax.main --config=configs/nano.py")
+    place = path.absolute()
+    for folder in place.parents:
+        if (folder / "run.json").is_file():
+            inside = place.relative_to(folder).parts
+            advice = f"give --checkpoint {shlex.quote(str(folder))}"
+            if inside[0] == "checkpoints":
+                number = inside[1] if len(inside) > 1 else "STEP"
+                advice += f" --step {number} (in Python: step={number!r})"
+            return UserError(f"{path} {what}, but belongs to the run {folder}; {advice}")
+    return UserError(f"{path} {what}; train one with python -m smallcoder_jax.main --config=configs/nano.py")
 
 
 def origin(path: Path, step: int | str | None = None) -> dict[str, Any]:
@@ -77,7 +129,7 @@ def origin(path: Path, step: int | str | None = None) -> dict[str, Any]:
 
     Raises UserError where there is none.
     """
-    if (path / "model.safetensors").exists():
+    if _has(path, "model.safetensors"):
         file, number = path / "model.safetensors", None
     else:
         target = checkpoint.find_step(RunFolder(path).checkpoints, step)

@@ -11,6 +11,8 @@ import pytest
 import smallcoder_jax as sc
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import default_config
+from smallcoder_jax.tokenizers.chat import encode
+from smallcoder_jax.tokenizers.chat_wire import from_wire
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
@@ -57,15 +59,57 @@ def test_the_example_of_the_docstring_runs(
         f"from ml_collections import ConfigDict\n\n\ndef get_config():\n    return ConfigDict({values!r})\n"
     )
     assert sc.train("config.py", "runs/mine").step == 2
-    completions = sc.load(tmp_path / "runs" / "mine", step=2).generate(
-        ["def a", "import "], max_tokens=3, temperature=0.0
-    )
-    assert len(completions) == 2
+    model = sc.load(tmp_path / "runs" / "mine", step=2)
+    assert len(model.generate(["def a", "import "], max_tokens=3, temperature=0.0)) == 2
+
+    # As a notebook shows it.
+    size = "17,504 parameters, context 256, 256 tokenizer entries"
+    assert repr(model) == f"<model of {tmp_path}/runs/mine, step 2: {size}>"
+    assert len(repr(model.generate("def a", max_tokens=3))) < 300
+
+    # A turn, whole and as it is written: what the model makes of the template's ids.
+    messages = [{"role": "user", "content": "Hello."}]
+    stream = model.chat_stream(messages, seed=5)
+    pieces = list(stream)
+    assert stream.reply() == model.chat(messages, seed=5)
+    assert stream.reply().content == "".join(pieces)
+    ids = encode(from_wire({"messages": messages}), model.tokenizer, reply=True).ids.tolist()
+    (expected,) = model.generate([ids], seed=5)
+    assert stream.reply().content == expected.text
+
+    mistakes: list[tuple[Any, str]] = [
+        (messages, r"model\.chat\(messages\)"),
+        (messages[0], r"model\.chat\(messages\)"),
+        ([messages], r"model\.chat\(messages\)"),
+        (b"def a", "of type bytes"),
+        ([b"def a"], "of type bytes"),
+        (5, "of type int"),
+        ([5], "of type int"),
+        ([["a"]], "of type list"),
+    ]
+    for prompts, message in mistakes:
+        with pytest.raises(UserError, match=message):
+            model.generate(prompts)
+    with pytest.raises(UserError, match="unknown option max_token=3; did you mean 'max_tokens'"):
+        model.generate("def a", max_token=3)
+    with pytest.raises(UserError, match=r"messages\[0\] has no role"):
+        model.chat([{"content": "Hello."}])
+
+    step = tmp_path / "runs" / "mine" / "checkpoints" / "2"
+    for path, number in ((step, "2"), (step / "params", "2"), (step.parent, "STEP")):
+        with pytest.raises(UserError, match=rf"--checkpoint {tmp_path}/runs/mine --step {number} "):
+            sc.load(path)
+    with pytest.raises(UserError, match=rf"does not exist, but .*--checkpoint {tmp_path}/runs/mine$"):
+        sc.load(tmp_path / "runs" / "mine" / "export")
 
 
 def test_mistakes_are_user_errors(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not exist"):
         sc.load(tmp_path / "nothing")
+    with pytest.raises(UserError, match="is neither a run"):
+        sc.load(tmp_path)
+    with pytest.raises(UserError, match=r"cannot be read .*too long"):
+        sc.load(tmp_path / ("x" * 10_000))
     config = default_config()
     config.data.sources = f"dir:{tmp_path / 'missing'}"
     config.data.dir = str(tmp_path / "data")

@@ -1,15 +1,18 @@
-"""Completes code with a trained model.
+"""Completes code with a trained model, or talks with one that was trained on conversations.
 
     python -m tools.generate --checkpoint runs/nano --prompt "def fibonacci(n):"
     python -m tools.generate --checkpoint runs/nano/export --file app.py --line 12
     python -m tools.generate --checkpoint runs/nano --interactive
+    python -m tools.generate --checkpoint runs/tools --chat --tools execute_python,run_tests
 
-Completions go to stdout, everything else to stderr.
+What the model writes goes to stdout, everything else to stderr. On a terminal, control characters are shown as their
+escapes; a file, a pipe and JSON get the exact text.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import io
 import json
@@ -19,14 +22,24 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
-from smallcoder_jax.base.display import say
+from smallcoder_jax.base.display import say, show
 from smallcoder_jax.base.errors import UserError, run_cli
+from smallcoder_jax.base.files import MAX_RECORD_BYTES, parse_json, read_json, read_text, reason
+from smallcoder_jax.config import nearest
+from smallcoder_jax.data.conversation_tools import TOOLS
+from smallcoder_jax.evaluate.execute import respond
+from smallcoder_jax.generate.chat import Reply, call_lines, check_tools, reply_of
 from smallcoder_jax.generate.engine import Completion, Generator
 from smallcoder_jax.generate.prompts import Prompt
 from smallcoder_jax.generate.sampling import SamplingOptions
-from smallcoder_jax.generate.session import Session
+from smallcoder_jax.generate.session import ChatSession, Session
+from smallcoder_jax.tokenizers.chat import Conversation, Message, check
+from smallcoder_jax.tokenizers.chat_wire import calls_to_wire, from_wire
+from smallcoder_jax.train.report import learned_turns
+
+ONE_A_LINE = ("", ".txt")  # suffixes of prompt files; any other but .jsonl is code, or text, of many lines
 
 
 def main(argv: list[str] | None = None) -> int | None:
@@ -35,11 +48,34 @@ def main(argv: list[str] | None = None) -> int | None:
     job = read_job(args)
     import smallcoder_jax
 
-    generator = smallcoder_jax.load(args.checkpoint, step=args.step).generator
-    for stream in (sys.stdout, sys.stderr):  # a terminal that cannot show a character gets a question mark
+    model = smallcoder_jax.load(args.checkpoint, step=args.step)
+    if job.chat and "config" in model.info and not learned_turns(model.info["config"]):  # an export does not say
+        show("the last stage of this model trained it on no conversations; it may not answer\n", sys.stderr)
+    set_encodings()
+    job.run(model.generator, read_line, sys.stdout, sys.stderr)
+
+
+def set_encodings() -> None:
+    """A terminal that cannot show a character gets a question mark; files and pipes hold UTF-8, whatever the locale."""
+    for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
-    job.run(generator, input, sys.stdout, sys.stderr)
+            stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors=errors)
+
+
+def read_line(prompt: str) -> str:
+    """A line of the standard input; only a terminal is shown what it is for. Raises EOFError at the end."""
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        with contextlib.suppress(ImportError):  # not every Python has it
+            import readline  # noqa: F401  (gives `input` its editing, and a history that ends with the session)
+        return input(prompt)
+    if sys.stdin.isatty():
+        show(prompt, sys.stderr)
+    line = sys.stdin.readline(MAX_RECORD_BYTES)
+    if not line:
+        raise EOFError
+    if len(line) == MAX_RECORD_BYTES:
+        raise UserError(f"a line of the standard input has {MAX_RECORD_BYTES:,} characters or more; give shorter ones")
+    return line.removesuffix("\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -50,16 +86,30 @@ def build_parser() -> argparse.ArgumentParser:
     default = SamplingOptions()
     parser.add_argument("--checkpoint", required=True, type=Path, help="a run folder or an export folder")
     parser.add_argument("--step", default=None, help="checkpoint of a run: a step number or 'best', the default")
-    what = parser.add_mutually_exclusive_group(required=True)
+    what = parser.add_mutually_exclusive_group()
     what.add_argument("--prompt", action="append", help="text to continue; may be given several times")
     what.add_argument(
-        "--prompt-file", type=Path, help="one JSON string per line if it ends in .jsonl, else the file is one prompt"
+        "--prompt-file",
+        help="prompts.txt: one prompt a line; prompts.jsonl: one JSON string a line; any other file, such as code.py, "
+        "and '-', the standard input, is one prompt",
     )
     what.add_argument("--fim", nargs=2, metavar=("PREFIX", "SUFFIX"), help="write what goes between the two texts")
     what.add_argument("--file", type=Path, help="write what goes into this file, at the start of --line")
     what.add_argument("--interactive", action="store_true", help="complete what is typed; /help lists the commands")
     parser.add_argument("--line", type=int, help="line of --file, counted from 1; one past the last appends")
-    parser.add_argument("--output-file", type=Path, help="write completions here, one JSON object per line")
+    parser.add_argument(
+        "--chat", action="store_true", help="talk with the model; with prompts, each is a message, answered by itself"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="the system message of --chat")
+    parser.add_argument(
+        "--tools",
+        metavar="FILE|NAMES",
+        help="functions on offer in --chat: a JSON list of schemas, whose calls are shown and not executed; or, with "
+        f"commas, some of {', '.join(TOOLS)}, which run in the sandbox",
+    )
+    records = parser.add_mutually_exclusive_group()
+    records.add_argument("--json", action="store_true", help="print one JSON object per completion")
+    records.add_argument("--output-file", type=Path, help="write completions here, one JSON object per line")
     parser.add_argument("--max-tokens", type=int, default=default.max_tokens, help="default: %(default)s")
     parser.add_argument(
         "--temperature", type=float, default=default.temperature, help="0 is greedy; default: %(default)s"
@@ -78,6 +128,20 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 @dataclasses.dataclass(frozen=True)
+class Chat:
+    """What a conversation begins with. `executed`: the tools are built in, and their calls run in the sandbox."""
+
+    system: str
+    tools: tuple[dict[str, Any], ...]
+    executed: bool
+
+    def ask(self, text: str) -> Conversation:
+        """The conversation that begins with this message of the user's."""
+        system = (Message("system", self.system),) if self.system else ()
+        return Conversation((*system, Message("user", text)), self.tools)
+
+
+@dataclasses.dataclass(frozen=True)
 class Job:
     """What the flags ask for, read and checked before the model is loaded."""
 
@@ -86,15 +150,19 @@ class Job:
     prompts: tuple[str, ...] = ()
     around: tuple[str, str] | None = None  # prefix and suffix of what is to be filled in
     interactive: bool = False
+    chat: Chat | None = None
+    json: bool = False
     output_file: Path | None = None
 
     def run(self, generator: Generator, read: Callable[[str], str], output: TextIO, log: TextIO) -> None:
         """Completes with `generator`; `read` is asked for lines in an interactive session."""
         if self.interactive:
-            return Session(generator, self.options, read, output).run()
+            return self._session(generator, read, output, log).run()
         prompts: Sequence[str | Prompt] = self.prompts
         if self.around:
             prompts = [generator.fim_prompt(*self.around, self.options)]
+        elif self.chat:
+            prompts = [generator.chat_prompt(self.chat.ask(prompt), self.options) for prompt in self.prompts]
         started = time.perf_counter()
         completions = generator.generate(prompts, self.options, self.batch_size)
         seconds = time.perf_counter() - started
@@ -105,44 +173,88 @@ class Job:
                     f"and were left out; {completion.prompt_tokens} were read",
                     log,
                 )
-        self._write(completions, output)
+        self._write(generator, completions, output, log)
         tokens = sum(len(completion.token_ids) for completion in completions)
         say(f"{tokens} tokens in {seconds:.1f} s, compilation and prompts included", log)
 
-    def _write(self, completions: list[Completion], output: TextIO) -> None:
-        if self.output_file:
-            lines = [json.dumps(record(c, i, self.options)) + "\n" for i, c in enumerate(completions)]
-            self.output_file.write_text("".join(lines), encoding="utf-8")
+    def _session(self, generator: Generator, read: Callable[[str], str], output: TextIO, log: TextIO) -> Session:
+        if self.chat is None:
+            return Session(generator, self.options, read, output, log)
+        return ChatSession(
+            generator,
+            self.options,
+            read,
+            output,
+            log,
+            system=self.chat.system,
+            tools=self.chat.tools,
+            respond=respond if self.chat.executed else None,
+        )
+
+    def _write(self, generator: Generator, completions: list[Completion], output: TextIO, log: TextIO) -> None:
+        replies: list[Reply | None] = [None] * len(completions)
+        if self.chat:
+            asked = self.chat.ask("")  # what counts here are the functions on offer
+            replies = [reply_of(completion, generator.tokenizer, asked, self.options) for completion in completions]
+        if self.json or self.output_file:
+            lines = [json.dumps(self._record(i, completions[i], replies[i])) + "\n" for i in range(len(completions))]
+            if self.output_file is None:
+                output.writelines(lines)
+                return
+            try:
+                self.output_file.write_text("".join(lines), encoding="utf-8")
+            except OSError as error:
+                raise UserError(f"--output-file {self.output_file} cannot be written ({reason(error)})") from error
             return
-        for i, completion in enumerate(completions):
+        for i, (completion, reply) in enumerate(zip(completions, replies, strict=True)):
+            name = "prompt {}, sample {}".format(*(number + 1 for number in divmod(i, self.options.num_samples)))
             if len(completions) > 1:
-                prompt, sample = divmod(i, self.options.num_samples)
-                output.write(f"=== prompt {prompt + 1}, sample {sample + 1} ===\n")
-            # A middle stands by itself: it goes into a file that the user has. A continuation is read with its start.
+                show(f"=== {name} ===\n", output)
+            # A middle or an answer stands by itself; a continuation is read with its start.
             text = completion.text if self.around else completion.prompt + completion.text
-            output.write(text if text.endswith("\n") else text + "\n")
+            if reply:
+                text = reply.content + ("\n" if reply.content and reply.calls else "") + call_lines(reply.calls)
+                show("".join(f"{name}: {error.kind}: {error.message}\n" for error in reply.errors), log)
+            show(text if text.endswith("\n") else text + "\n", output)
 
-
-def record(completion: Completion, index: int, options: SamplingOptions) -> dict[str, object]:
-    """One line of the output file."""
-    return {
-        "prompt": completion.prompt,
-        "sample": index % options.num_samples,
-        "text": completion.text,
-        "finish_reason": completion.finish_reason,
-        "tokens": len(completion.token_ids),
-        "tokens_per_second": round(completion.tokens_per_second, 1),
-        "seed": options.seed,
-    }
+    def _record(self, index: int, completion: Completion, reply: Reply | None) -> dict[str, Any]:
+        """One line of JSON output."""
+        prompt, sample = divmod(index, self.options.num_samples)
+        found: dict[str, Any] = {"prompt": completion.prompt, "sample": sample, "text": completion.text}
+        if reply:
+            found |= {
+                "prompt": self.prompts[prompt],
+                "text": reply.content,
+                "tool_calls": calls_to_wire(reply.calls, first=0),
+                "errors": [f"{error.kind}: {error.message}" for error in reply.errors],
+            }
+        return {
+            **found,
+            "finish_reason": completion.finish_reason,
+            "tokens": len(completion.token_ids),
+            "tokens_per_second": round(completion.tokens_per_second, 1),
+            "seed": self.options.seed,
+        }
 
 
 def read_job(args: argparse.Namespace) -> Job:
     """Checks the flags and reads the files that they name. Raises UserError."""
+    given = [args.prompt, args.prompt_file, args.fim, args.file]
+    interactive = args.interactive or (args.chat and not any(given))
+    if not interactive and not any(given):
+        raise UserError(
+            "there is nothing to complete; give --prompt, --prompt-file, --fim, --file, --interactive or --chat"
+        )
     if (args.file is None) != (args.line is None):
         raise UserError("--file and --line go together: the file to complete and the line to complete it at")
-    if args.interactive and (args.output_file or args.num_samples != 1):
+    if args.chat and (args.fim or args.file):
+        raise UserError("--chat answers messages; --fim and --file fill in code: leave one of them out")
+    if (args.system is not None or args.tools is not None) and not args.chat:
+        raise UserError("--system and --tools are what a conversation begins with; add --chat")
+    if interactive and (args.output_file or args.json or args.num_samples != 1):
         raise UserError(
-            "--interactive answers on the terminal, once per prompt; leave --output-file and --num-samples out"
+            "--interactive and --chat without prompts answer on the terminal, once per prompt; leave --output-file, "
+            "--json and --num-samples out"
         )
     if args.output_file:
         check_output(args.output_file)
@@ -165,56 +277,99 @@ def read_job(args: argparse.Namespace) -> Job:
         prompts = read_prompts(args.prompt_file)
     if args.file:
         around = split_file(args.file, args.line)
-    return Job(options, args.batch_size, prompts, around, args.interactive, args.output_file)
+    chat = read_chat(args.system or "", args.tools or "") if args.chat else None
+    return Job(options, args.batch_size, prompts, around, interactive, chat, args.json, args.output_file)
 
 
 def check_output(path: Path) -> None:
     """Refuses a file that could not be written after all the work. Raises UserError."""
-    folder = path.resolve().parent
-    if not folder.is_dir():
+    try:
+        folder = path.resolve().parent
+        has_folder, is_folder = folder.is_dir(), path.is_dir()
+        writable = os.access(path if path.exists() else folder, os.W_OK)
+    except (OSError, RuntimeError) as error:  # a path that is too long; links in a circle
+        raise UserError(f"--output-file {path!s:.200} cannot be written ({reason(error)})") from error
+    if not has_folder:
         raise UserError(f"--output-file {path}: there is no folder {path.parent}; make it first")
-    if path.is_dir():
+    if is_folder:
         raise UserError(f"--output-file {path} is a folder; name a file in it")
-    if not os.access(path if path.exists() else folder, os.W_OK):
+    if not writable:
         raise UserError(f"--output-file {path} may not be written; name another file, or change its permissions")
 
 
-def read_prompts(path: Path) -> tuple[str, ...]:
-    """The prompts of a file: one JSON string per line of a .jsonl, else the whole text."""
-    text = _read_text(path)
-    if path.suffix != ".jsonl":
+def read_chat(system: str, tools: str) -> Chat:
+    """What a conversation begins with. `tools`: a file of schemas, or names of functions that are built in."""
+    names = [name.strip() for name in tools.split(",")] if tools else []
+    if all(name in TOOLS for name in names):
+        chat = Chat(system, tuple(TOOLS[name] for name in dict.fromkeys(names)), executed=bool(names))
+    elif not os.path.lexists(tools):
+        unknown = next(name for name in names if name not in TOOLS)
+        raise UserError(
+            f"--tools {tools}: there is no such file, and no function '{unknown}' is built in; "
+            + nearest(unknown, list(TOOLS))
+        )
+    else:
+        chat = Chat(system, read_tools(Path(tools)), executed=False)
+    check(chat.ask(""))
+    return chat
+
+
+def read_tools(path: Path) -> tuple[dict[str, Any], ...]:
+    """The schemas in a JSON file. Raises UserError."""
+    value = read_json(path, "a JSON list of function schemas, as OpenAI's API takes them")
+    try:
+        found = from_wire({"messages": [{"role": "user", "content": ""}], "tools": value}).tools
+        check_tools(found)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return found
+
+
+def read_prompts(name: str) -> tuple[str, ...]:
+    """The prompts of a file, and how many they are on stderr: one a line, or one in all (see --help)."""
+    if name == "-":
+        return (_standard_input(),)
+    path = Path(name)
+    text = read_text(path, "prompts; what comes out of a pipe is given as --prompt-file - on the standard input")
+    if path.suffix not in (".jsonl", *ONE_A_LINE):
+        if lines := text.count("\n"):
+            show(f"{path}: one prompt of {lines:,} lines\n", sys.stderr)
         return (text,)
-    prompts = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            prompt = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f'{path}, line {number}: {error}; expected a JSON string such as "def f():\\n"') from error
-        if not isinstance(prompt, str):
-            raise UserError(f"{path}, line {number}: expected a JSON string, got {type(prompt).__name__}")
-        prompts.append(prompt)
-    if not prompts:
-        raise UserError(f"{path} has no prompts; write one JSON string per line")
-    return tuple(prompts)
+    lines = [(number, line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    if not lines:
+        raise UserError(f"{path} has no prompts; write one on each line, as a JSON string if the file is a .jsonl")
+    show(f"{path}: {len(lines):,} prompt{'s' * (len(lines) > 1)}, one a line\n", sys.stderr)
+    if path.suffix == ".jsonl":
+        return tuple(_json_prompt(line, f"{path}, line {number}") for number, line in lines)
+    return tuple(line for _, line in lines)
+
+
+def _json_prompt(line: str, where: str) -> str:
+    try:
+        prompt = parse_json(line)
+    except ValueError as error:
+        raise UserError(f'{where}: {error}; expected a JSON string such as "def f():\\n"') from error
+    if not isinstance(prompt, str):
+        raise UserError(f"{where}: expected a JSON string, got {type(prompt).__name__}")
+    return prompt
+
+
+def _standard_input() -> str:
+    content = sys.stdin.buffer.read(MAX_RECORD_BYTES + 1)
+    if len(content) > MAX_RECORD_BYTES:
+        raise UserError(f"the standard input holds more than {MAX_RECORD_BYTES:,} bytes; expected one prompt")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"the standard input is not UTF-8 ({error.reason} at byte {error.start:,})") from error
 
 
 def split_file(path: Path, line: int) -> tuple[str, str]:
     """The text before the start of a line, counted from 1, and the text from there on."""
-    lines = re.findall(r"[^\n]*\n|[^\n]+", _read_text(path))
+    lines = re.findall(r"[^\n]*\n|[^\n]+", read_text(path, "the code to complete"))
     if not 1 <= line <= len(lines) + 1:
         raise UserError(f"--line {line}: {path} has {len(lines)} lines; give 1 to {len(lines) + 1}")
     return "".join(lines[: line - 1]), "".join(lines[line - 1 :])
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8")  # bytes: line ends stay as they are
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is not UTF-8 text: {error}; convert it first") from error
 
 
 if __name__ == "__main__":

@@ -22,6 +22,12 @@ def say(text: str = "", file: TextIO | None = None) -> None:
     print(printable(text), file=sys.stdout if file is None else file, flush=True)
 
 
+def show(text: str, stream: TextIO) -> None:
+    """Writes what is asked for itself, at once: `printable` on a terminal, exactly as it is into a file or a pipe."""
+    stream.write(printable(text) if stream.isatty() else text)
+    stream.flush()
+
+
 def one_line(text: str) -> str:
     """Text for one line of a terminal or a log: line ends and tabs are escapes too."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

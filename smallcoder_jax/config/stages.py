@@ -91,5 +91,5 @@ class RLConfig(Section):
     # Off the reward of an answer without an end; a checked turn without one earns nothing.
     cut_off_price: float = number(0.5, low=0)
     mask_cut_off: bool = False  # an answer without an end is made neither likelier nor less likely; teaches no values
-    # grpo: a group's rewards are divided by no smaller deviation than this, so that noise is not taken for a difference.
+    # grpo: a group's rewards are divided by no smaller deviation than this, so that noise is no difference.
     smallest_deviation: float = number(0.05, above=0)

@@ -1,10 +1,13 @@
-"""What the executable functions of conversations answer: the program run in the sandbox, and what it wrote."""
+"""What functions of conversations answer. Everything that a model wrote is run in the sandbox, and only there."""
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
+from smallcoder_jax.data import conversation_tools
 from smallcoder_jax.evaluate import sandbox
+from smallcoder_jax.tokenizers.chat import ToolCall
 
 
 def execute(name: str, arguments: dict[str, Any]) -> str:
@@ -24,3 +27,16 @@ def execute(name: str, arguments: dict[str, Any]) -> str:
     elif not outcome.stderr and outcome.error:
         text += f"{outcome.error}\n"
     return text
+
+
+def respond(call: ToolCall) -> str:
+    """The response of one of `conversation_tools.TOOLS` to a call that fits its schema, whoever wrote it.
+
+    The functions that only read code do so in the sandbox, too: what makes a parser fail becomes a traceback in the
+    response. UserError: this machine cannot isolate.
+    """
+    if call.name in ("search_docs", "analyze_code"):
+        source = inspect.getsource(conversation_tools)
+        program = f"{source}\nprint(call_tool({call.name!r}, {call.arguments!r}, lambda *_: ''))"
+        call = ToolCall("execute_python", {"code": program})
+    return conversation_tools.call_tool(call.name, call.arguments, execute)

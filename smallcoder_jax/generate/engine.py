@@ -25,6 +25,7 @@ from smallcoder_jax.generate.sampling import SamplingOptions, settings_of
 from smallcoder_jax.generate.text import TextStream
 from smallcoder_jax.models.build import Params
 from smallcoder_jax.tokenizers.base import EOS, FILE_SEP, IM_END, TOOL_PIECES, Tokenizer
+from smallcoder_jax.tokenizers.chat import Conversation
 
 # A completion ends with the document, with the turn of a chat, or with the file where documents are repositories.
 END_PIECES = (EOS, IM_END, FILE_SEP)
@@ -37,15 +38,16 @@ class Completion:
     """What a model wrote after a prompt.
 
     `text` ends before a stop string and holds no special pieces. `token_ids` are all tokens produced, the ending one
-    included, and `logprobs` their natural log-probabilities under the model itself. `finish_reason` is "stop" after an
-    ending token or a stop string, "length" after `max_tokens`. `tokens_per_second` is the decoding rate of this
-    completion: its tokens after the first over the time from the first to the last; 0 where there is only one.
+    included, and `logprobs` their natural log-probabilities under the model itself; neither is in the `repr`.
+    `finish_reason` is "stop" after an ending token or a stop string, "length" after `max_tokens`. `tokens_per_second`
+    is the decoding rate of this completion: its tokens after the first over the time from the first to the last; 0
+    where there is only one.
     """
 
     prompt: str
     text: str
-    token_ids: tuple[int, ...]
-    logprobs: tuple[float, ...]
+    token_ids: tuple[int, ...] = dataclasses.field(repr=False)
+    logprobs: tuple[float, ...] = dataclasses.field(repr=False)
     finish_reason: FinishReason
     tokens_per_second: float
     prompt_tokens: int
@@ -101,17 +103,31 @@ class Generator:
         self, prompt: str | abc.Sequence[int] | Prompt, options: SamplingOptions
     ) -> abc.Generator[str, None, Completion]:
         """The text of one completion in pieces of whole characters, as it is written; returns the completion."""
-        if options.num_samples != 1:
-            raise UserError(f"num_samples={options.num_samples}: a stream is of one completion; use generate for more")
-        row = _Row(self._prompt(prompt, options), 0, options)
+        row = self._one_row(prompt, options)
         for pieces in self._run([row], options, 1):
             if pieces[0]:
                 yield pieces[0]
         return row.completion()
 
+    def stream_ids(self, prompt: Prompt, options: SamplingOptions) -> abc.Generator[int, None, Completion]:
+        """The ids of one completion as they are written, the ending one included; returns the completion."""
+        row = self._one_row(prompt, options)
+        for _ in self._run([row], options, 1):
+            yield row.token_ids[-1]
+        return row.completion()
+
+    def chat_prompt(self, conversation: Conversation, options: SamplingOptions) -> Prompt:
+        """The prompt that asks for the assistant's next turn, for `generate`, `stream` and `stream_ids`."""
+        return prompting.next_turn(self.tokenizer, conversation, self._room(options))
+
     def fim_prompt(self, prefix: str, suffix: str, options: SamplingOptions) -> Prompt:
         """The prompt that asks for the middle, for `generate` and `stream`."""
         return prompting.fill_in_middle(self.tokenizer, prefix, suffix, self._room(options))
+
+    def _one_row(self, prompt: str | abc.Sequence[int] | Prompt, options: SamplingOptions) -> _Row:
+        if options.num_samples != 1:
+            raise UserError(f"num_samples={options.num_samples}: a stream is of one completion; use generate for more")
+        return _Row(self._prompt(prompt, options), 0, options)
 
     def _prompt(self, prompt: str | abc.Sequence[int] | Prompt, options: SamplingOptions) -> Prompt:
         if isinstance(prompt, Prompt):
@@ -167,7 +183,7 @@ class _Row:
         self._max_tokens = options.max_tokens
         self._stream = TextStream(options.stop)
         self._text = ""
-        self._token_ids: list[int] = []
+        self.token_ids: list[int] = []
         self._logprobs: list[float] = []
         self._first = self._last = 0.0  # seconds, when the first and the last token arrived
 
@@ -175,16 +191,16 @@ class _Row:
         """Takes the next token; returns the text that it makes certain."""
         if not math.isfinite(logprob):
             raise UserError(
-                f"the model's scores after {len(self.prompt.ids) + len(self._token_ids)} tokens are not finite "
+                f"the model's scores after {len(self.prompt.ids) + len(self.token_ids)} tokens are not finite "
                 "numbers; its training diverged or its file is damaged: use an earlier checkpoint"
             )
-        self._first, self._last = (now if not self._token_ids else self._first), now
-        self._token_ids.append(token)
+        self._first, self._last = (now if not self.token_ids else self._first), now
+        self.token_ids.append(token)
         self._logprobs.append(logprob)
         piece = "" if token_bytes is None else self._stream.push(token_bytes)
         if token_bytes is None or self._stream.stopped:
             self.finish_reason = "stop"
-        elif len(self._token_ids) == self._max_tokens:
+        elif len(self.token_ids) == self._max_tokens:
             self.finish_reason = "length"
         if self.finish_reason:
             piece += self._stream.finish()
@@ -197,10 +213,10 @@ class _Row:
         return Completion(
             prompt=self.prompt.text,
             text=self._text,
-            token_ids=tuple(self._token_ids),
+            token_ids=tuple(self.token_ids),
             logprobs=tuple(self._logprobs),
             finish_reason=self.finish_reason or "length",
-            tokens_per_second=(len(self._token_ids) - 1) / seconds if seconds > 0 else 0.0,
+            tokens_per_second=(len(self.token_ids) - 1) / seconds if seconds > 0 else 0.0,
             prompt_tokens=len(self.prompt.ids),
             dropped_prompt_tokens=self.prompt.dropped,
         )

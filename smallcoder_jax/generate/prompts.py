@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from numbers import Integral
 
 from smallcoder_jax.base.errors import UserError
-from smallcoder_jax.tokenizers.base import FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX, Tokenizer
+from smallcoder_jax.tokenizers.base import FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX, IM_END, IM_START, Tokenizer
+from smallcoder_jax.tokenizers.chat import Conversation, encode, has_chat
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,10 +35,12 @@ class Room:
 
     def refuse(self, given: int) -> UserError:
         """The error for a prompt of `given` tokens."""
+        advice = "shorten the prompt or lower max_tokens"
+        if not self.truncate:
+            advice += ", or set truncate_prompt (--truncate) to leave out what is farthest from the completion"
         return UserError(
             f"the prompt has {given} tokens and max_tokens={self.max_tokens} more are asked for, but the model's "
-            f"context is {self.context} tokens; shorten the prompt, lower max_tokens, or set truncate_prompt "
-            "(--truncate) to leave out what is farthest from the completion"
+            f"context is {self.context} tokens; {advice}"
         )
 
 
@@ -46,6 +51,13 @@ def from_text(tokenizer: Tokenizer, text: str, room: Room) -> Prompt:
 
 def from_ids(tokenizer: Tokenizer, ids: Sequence[int], room: Room) -> Prompt:
     """Ids as they are. Raises UserError for none, for one outside the vocabulary and for too many."""
+    if isinstance(ids, Mapping) or (isinstance(ids, Sequence) and any(isinstance(i, Mapping) for i in ids)):
+        raise UserError(
+            "a prompt is text or a list of ids, and this is a message of a conversation; model.chat(messages) answers "
+            "a conversation"
+        )
+    if isinstance(ids, bytes) or not isinstance(ids, Sequence) or not all(isinstance(i, Integral) for i in ids):
+        raise UserError(f"the prompt is {ids!r:.60}, of type {type(ids).__name__}; expected text or a list of ids")
     if not ids:
         raise UserError("the prompt has no tokens; give at least one id, for example BOS")
     unknown = [i for i in ids if not 0 <= i < tokenizer.vocab_size]
@@ -55,6 +67,40 @@ def from_ids(tokenizer: Tokenizer, ids: Sequence[int], room: Room) -> Prompt:
             "the prompt with the checkpoint's own tokenizer"
         )
     return _keep_end(list(ids), tokenizer.decode(list(ids)), room)
+
+
+def next_turn(tokenizer: Tokenizer, conversation: Conversation, room: Room) -> Prompt:
+    """A conversation and the header of the assistant's next turn.
+
+    Cut, it loses its oldest exchanges, each whole: from one message of the user's to the next. A system message and the
+    functions on offer stay. Raises UserError for a conversation that cannot be one, and for a tokenizer without the
+    pieces of turns.
+    """
+    if not has_chat(tokenizer):
+        raise UserError(
+            f"this checkpoint's tokenizer has no {IM_START} and {IM_END}, so it cannot hold a conversation; use a "
+            "model that was trained on conversations (stage.name=sft), or complete from a plain prompt"
+        )
+    messages = conversation.messages
+    if messages and messages[-1].tool_calls:
+        raise UserError(
+            f"messages[{len(messages) - 1}] calls functions, and is the last; give a message of the role tool for each "
+            "call, with its response"
+        )
+    first = int(bool(messages) and messages[0].role == "system")
+
+    def ids_from(start: int) -> list[int]:
+        kept = dataclasses.replace(conversation, messages=messages[:first] + messages[start:])
+        return encode(kept, tokenizer, reply=True).ids.tolist()
+
+    given = ids = ids_from(first)
+    if len(given) > room.tokens and room.truncate:
+        starts = [i for i in range(first + 1, len(messages)) if messages[i].role == "user"]
+        fits = bisect.bisect_left(starts, True, key=lambda start: len(ids_from(start)) <= room.tokens)
+        ids = ids_from(starts[min(fits, len(starts) - 1)]) if starts else given
+    if len(ids) > room.tokens:
+        raise room.refuse(len(ids))
+    return Prompt(tokenizer.decode(ids), tuple(ids), len(given) - len(ids))
 
 
 def fill_in_middle(tokenizer: Tokenizer, prefix: str, suffix: str, room: Room) -> Prompt:

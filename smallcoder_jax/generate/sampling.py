@@ -52,13 +52,17 @@ class SamplingOptions:
             (0 <= self.seed < 2**32, f"seed={self.seed} must be between 0 and {2**32 - 1}"),
             (self.num_samples >= 1, f"num_samples={self.num_samples} must be at least 1"),
             (
-                not isinstance(self.stop, str) and all(self.stop),
-                f"stop={self.stop!r} must be a sequence of strings, none of them empty",
+                isinstance(self.stop, tuple | list) and all(map(_is_text, self.stop)),
+                f"stop={self.stop!r} must be a sequence of strings, none of them empty, all of them valid Unicode",
             ),
         ]
         for holds, message in checks:
             if not holds:
                 raise UserError(message)
+
+
+def _is_text(stop: object) -> bool:
+    return isinstance(stop, str) and stop != "" and not any("\ud800" <= character <= "\udfff" for character in stop)
 
 
 class Settings(NamedTuple):

@@ -17,7 +17,7 @@ import jax
 from smallcoder_jax import distributed, loading
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import reason
-from smallcoder_jax.config import Config, counted, eval_rows, evaluated_on
+from smallcoder_jax.config import Config, counted, eval_rows, evaluated_on, to_dict
 from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.evaluate.sound import check_measures, check_parameters
 from smallcoder_jax.export import names
@@ -33,7 +33,7 @@ from smallcoder_jax.train.checkpoint import load_params
 from smallcoder_jax.train.loop import Outcome, Trainer
 from smallcoder_jax.train.metrics import EvalMetrics
 from smallcoder_jax.train.program import make_program
-from smallcoder_jax.train.report import write_report
+from smallcoder_jax.train.report import generate_command, write_report
 from smallcoder_jax.train.run_folder import RunFolder, compare_identity
 from smallcoder_jax.train.step import make_eval_step
 from smallcoder_jax.train.stop import interruptible
@@ -241,7 +241,7 @@ def next_commands(config: Config, path: Path) -> list[str]:
     except UserError:
         exportable = False
     return [
-        f"python -m tools.generate --checkpoint {quoted} --prompt 'def main():'",
+        generate_command(path, to_dict(config)),
         *([f"python -m tools.export --checkpoint {quoted}"] if exportable else []),
         f"python -m tools.verify_models --run {quoted}",
     ]

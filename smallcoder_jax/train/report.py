@@ -68,7 +68,7 @@ def write_report(folder: RunFolder, accounting: Mapping[str, Any], results: Mapp
         settings=tables({key: value for key, value in config.items() if key not in ("model", "name")}),
         environment=tables(_environment(run)),
         identity=tables(run.get("identity", {})),
-        commands=_commands(folder, run),
+        commands=_commands(folder, run, config),
     )
     write_bytes(folder.report_html, page.encode())
     return folder.report_html
@@ -209,7 +209,23 @@ def _environment(run: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in run.items() if key not in own_sections} | {"starts": starts}
 
 
-def _commands(folder: RunFolder, run: Mapping[str, Any]) -> list[str]:
+def generate_command(path: Path, config: Mapping[str, Any]) -> str:
+    """How the run in `path` is tried out: a model that learned turns is talked with, another one completes."""
+    how = "--chat" if learned_turns(config) else "--prompt 'def main():'"
+    return f"python -m tools.generate --checkpoint {shlex.quote(str(path))} {how}"
+
+
+def learned_turns(config: Mapping[str, Any]) -> bool:
+    """Whether the stage of a config, as JSON, teaches a model to answer in conversations."""
+    stage = config.get("stage", {}).get("name", "pretrain")
+    if stage in ("reward", "dpo"):
+        return any(source.strip() != "code" for source in config["preferences"]["sources"].split(","))
+    if stage in ("ppo", "grpo"):
+        return config["rl"]["prompts"] == "conversations"
+    return stage == "sft"
+
+
+def _commands(folder: RunFolder, run: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
     commands = []
     git = run.get("git")
     if git:
@@ -220,7 +236,7 @@ def _commands(folder: RunFolder, run: Mapping[str, Any]) -> list[str]:
     return [
         *commands,
         f"python -m tools.verify_models --run {shlex.quote(str(folder.path))}",
-        f"python -m tools.generate --checkpoint {shlex.quote(str(folder.path))} --prompt 'def fibonacci(n):'",
+        generate_command(folder.path, config),
     ]
 
 

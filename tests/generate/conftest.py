@@ -1,7 +1,9 @@
-"""A tiny random model over bytes: what generation is tested with."""
+"""A tiny random model over bytes, and one that writes what a test says: what generation is tested with."""
 
 import dataclasses
 import functools
+import io
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,9 @@ import pytest
 from smallcoder_jax.config import ComputeConfig, ModelConfig
 from smallcoder_jax.generate.engine import Generator
 from smallcoder_jax.models import build
+from smallcoder_jax.tokenizers.base import IM_END, TOOL_PIECES
 from smallcoder_jax.tokenizers.bytes import ByteTokenizer
+from smallcoder_jax.tokenizers.vocabulary import Vocabulary
 
 COMPUTE = ComputeConfig(dtype="float32")
 MODEL = ModelConfig(
@@ -64,3 +68,60 @@ def bytes_ending_at(token: int) -> ByteTokenizer:
 @pytest.fixture(scope="session")
 def ending_at():
     return bytes_ending_at
+
+
+class CallingTokenizer(ByteTokenizer):
+    """Bytes, and the pieces of calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.specials |= {piece: 256 + i for i, piece in enumerate(TOOL_PIECES)}
+        self._vocabulary = Vocabulary([*self.token_bytes, *(b"" for _ in TOOL_PIECES)])
+        self.token_bytes = self._vocabulary.token_bytes
+        self.vocab_size = len(self.token_bytes)
+
+    def ids_of(self, *parts: str | bytes) -> list[int]:
+        """The ids of what a model may write: names of pieces, text, and bytes."""
+        ids: list[int] = []
+        for part in parts:
+            named = [self.specials[part]] if isinstance(part, str) and part in self.specials else None
+            ids += named or list(part.encode() if isinstance(part, str) else part)
+        return ids
+
+
+class Scripted(Generator):
+    """A generator whose model writes the given answers, one after the other; `asked` has the prompts. Ctrl-C is pressed
+    where an answer has the id -1."""
+
+    def __init__(self, *answers: Sequence[int], context: int = 10_000):
+        self.tokenizer = CallingTokenizer()
+        self.model = dataclasses.replace(MODEL, vocab_size=self.tokenizer.vocab_size, context=context)
+        self._end_ids = frozenset({self.tokenizer.eos_id, self.tokenizer.specials[IM_END]})
+        self._answers = iter(answers)
+        self.asked: list[list[int]] = []
+
+    def _steps(self, rows, options, batch_size) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        self.asked += [list(row.prompt.ids) for row in rows]
+        answers = [next(self._answers) for _ in rows]
+        for step in range(options.max_tokens):
+            tokens = [answer[step] if step < len(answer) else self.tokenizer.pad_id for answer in answers]
+            if -1 in tokens:
+                raise KeyboardInterrupt
+            yield np.array(tokens), np.zeros(len(tokens), np.float32)
+
+
+class Terminal(io.StringIO):
+    """A stream that is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(scope="session")
+def scripted() -> type[Scripted]:
+    return Scripted
+
+
+@pytest.fixture(scope="session")
+def terminal() -> type[Terminal]:
+    return Terminal

@@ -3,13 +3,22 @@
 import html.parser
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from smallcoder_jax.base.display import printable
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import write_json
-from smallcoder_jax.config import Config, EvalConfig, TrainConfig
+from smallcoder_jax.config import (
+    Config,
+    EvalConfig,
+    PreferencesConfig,
+    RLConfig,
+    StageConfig,
+    TrainConfig,
+    to_dict,
+)
 from smallcoder_jax.stages.run import _results
 from smallcoder_jax.train import charts, report, run_folder
 from smallcoder_jax.train.loop import Outcome
@@ -165,6 +174,29 @@ def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
     page = Page(report.write_report(folder, {}, {}).read_text())
     assert "No chart was drawn yet." in page.text
     assert "No samples were taken yet." in page.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "how"),
+    [
+        ({}, "--prompt 'def main():'"),
+        ({"stage": StageConfig("distill")}, "--prompt 'def main():'"),
+        ({"stage": StageConfig("sft")}, "--chat"),
+        ({"stage": StageConfig("dpo")}, "--chat"),
+        ({"stage": StageConfig("dpo"), "preferences": PreferencesConfig(sources="code")}, "--prompt 'def main():'"),
+        ({"stage": StageConfig("ppo")}, "--chat"),
+        ({"stage": StageConfig("grpo"), "rl": RLConfig(prompts="code")}, "--prompt 'def main():'"),
+    ],
+)
+def test_the_command_that_tries_a_run_fits_what_it_learned(tmp_path: Path, changes: dict[str, Any], how: str) -> None:
+    folder = RunFolder(tmp_path / "a run")
+    config = to_dict(Config(**changes))
+    assert (
+        report.generate_command(folder.path, config) == f"python -m tools.generate --checkpoint '{folder.path}' {how}"
+    )
+    folder.write_config(Config(**changes))
+    report.write_report(folder, {}, {})
+    assert report.generate_command(folder.path, config) in Page(folder.report_html.read_text()).text
 
 
 def test_a_folder_that_is_not_a_run(tmp_path: Path) -> None:

@@ -1,0 +1,150 @@
+"""The assistant's next turn of a conversation: whole, or piece by piece as it is written."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from smallcoder_jax.base.errors import UserError
+from smallcoder_jax.generate.engine import Completion, FinishReason, Generator
+from smallcoder_jax.generate.sampling import SamplingOptions
+from smallcoder_jax.generate.text import TextStream
+from smallcoder_jax.tokenizers.base import Tokenizer
+from smallcoder_jax.tokenizers.chat import Conversation, Message, ToolCall
+from smallcoder_jax.tokenizers.chat_parser import CallError, MessageParser
+from smallcoder_jax.tokenizers.chat_wire import calls_to_wire
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """What the assistant answered: `content`, and the functions that it `calls`; nothing is executed.
+
+    `content` ends before a stop string and holds no special pieces. `errors`: what is wrong with the calls; one that
+    could not be read at all is not among `calls`. `finish_reason` is as in `Completion`. `dropped_prompt_tokens`: of
+    the oldest turns, which did not fit into the model's context.
+    """
+
+    content: str
+    calls: tuple[ToolCall, ...]
+    errors: tuple[CallError, ...]
+    finish_reason: FinishReason
+    dropped_prompt_tokens: int
+
+    @property
+    def message(self) -> Message:
+        """The turn, as a conversation goes on with it."""
+        return Message("assistant", self.content, self.calls)
+
+    def to_wire(self) -> dict[str, Any]:
+        """The turn in the shape of OpenAI's API, to be appended to `messages`."""
+        wire: dict[str, Any] = {"role": "assistant", "content": self.content}
+        return {**wire, "tool_calls": calls_to_wire(self.calls, first=0)} if self.calls else wire
+
+
+class ReplyStream:
+    """A turn as it is written. Iterating gives the content in pieces of whole characters; `reply` reads what is left.
+
+    Raises UserError, when it is made, for a conversation that does not fit, and for more than one sample.
+    """
+
+    def __init__(self, generator: Generator, conversation: Conversation, options: SamplingOptions):
+        check_tools(conversation.tools)
+        self._reader = _Reader(generator.tokenizer, conversation, options)
+        prompt = generator.chat_prompt(conversation, options)
+        self._ids = generator.stream_ids(prompt, options)
+        self._pieces = self._read()
+        self._reply: Reply | None = None
+
+    def __iter__(self) -> Iterator[str]:
+        return self._pieces
+
+    def reply(self) -> Reply:
+        """The whole turn. Raises UserError where reading it was broken off."""
+        collections.deque(self._pieces, maxlen=0)
+        if self._reply is None:
+            raise UserError("this answer was broken off while it was read; ask for another one")
+        return self._reply
+
+    def _read(self) -> Iterator[str]:
+        while True:
+            try:
+                token = next(self._ids)
+            except StopIteration as end:
+                self._reply, piece = self._reader.finish(end.value)
+                if piece:
+                    yield piece
+                return
+            if piece := self._reader.push(token):
+                yield piece
+
+
+def call_lines(calls: Sequence[ToolCall]) -> str:
+    """Calls to be read by people, one a line: the name, and the arguments as JSON."""
+    return "".join(f"{call.name} {json.dumps(call.arguments, ensure_ascii=False)}\n" for call in calls)
+
+
+def check_tools(tools: Sequence[Mapping[str, Any]]) -> None:
+    """Raises UserError, naming the place, for functions of the same name, and for a schema whose keywords have values
+    by which no call can be checked."""
+    names = [tool["function"]["name"] for tool in tools]
+    for index, tool in enumerate(tools):
+        if names.index(names[index]) != index:
+            raise UserError(f"tools[{index}] is called {names[index]!r}, as one before it; give each its own name")
+        _check_schema(tool["function"].get("parameters", {}), f"tools[{index}].function.parameters")
+
+
+def _check_schema(schema: Any, where: str) -> None:
+    if not isinstance(schema, dict):
+        raise UserError(f"{where} is {schema!r:.80}; expected a JSON schema, which is an object")
+    kinds = {"type": (str, list), "enum": list, "required": list, "properties": dict}
+    for key, kind in kinds.items():
+        value = schema.get(key)
+        names = value if key in ("type", "required") and isinstance(value, list) else ()
+        if key in schema and not (isinstance(value, kind) and all(isinstance(name, str) for name in names)):
+            raise UserError(f"{where}.{key} is {value!r:.80}; expected what JSON schema has there")
+    for name, inner in schema.get("properties", {}).items():
+        _check_schema(inner, f"{where}.properties.{name}")
+    if "items" in schema:
+        _check_schema(schema["items"], f"{where}.items")
+
+
+def reply_of(
+    completion: Completion, tokenizer: Tokenizer, conversation: Conversation, options: SamplingOptions
+) -> Reply:
+    """The turn that a completion of `Generator.chat_prompt` is."""
+    reader = _Reader(tokenizer, conversation, options)
+    for token in completion.token_ids:
+        reader.push(token)
+    return reader.finish(completion)[0]
+
+
+class _Reader:
+    """Ids to content, of which nothing belongs to a stop string, and to calls."""
+
+    def __init__(self, tokenizer: Tokenizer, conversation: Conversation, options: SamplingOptions):
+        self._parser = MessageParser(tokenizer, conversation.tools)
+        self._stop = TextStream(options.stop)
+        self._parsed = 0  # characters that the parser gave
+        self._content = ""
+
+    def push(self, token: int) -> str:
+        """The content that is certain after this id."""
+        return self._add(self._parser.feed([token]))
+
+    def finish(self, completion: Completion) -> tuple[Reply, str]:
+        """The turn, and the rest of its content."""
+        parsed = self._parser.finish()
+        rest = self._add(parsed.message.content[self._parsed :])
+        self._content += (end := self._stop.finish())
+        calls = parsed.message.tool_calls
+        reason, dropped = completion.finish_reason, completion.dropped_prompt_tokens
+        return Reply(self._content, calls, parsed.errors, reason, dropped), rest + end
+
+    def _add(self, text: str) -> str:
+        self._parsed += len(text)
+        piece = self._stop.push(text.encode())
+        self._content += piece
+        return piece
