@@ -24,7 +24,7 @@ from smallcoder_jax.data.sources import SourceSpec, parse_sources
 from smallcoder_jax.data.statistics import token_statistics
 from smallcoder_jax.data.storage import new_folder, short_key
 from smallcoder_jax.tokenizers.base import Tokenizer
-from smallcoder_jax.tokenizers.load import check_tokenizer, load_tokenizer, open_tokenizer
+from smallcoder_jax.tokenizers.load import check_tokenizer, load_tokenizer, open_tokenizer, spare_rows
 from smallcoder_jax.tokenizers.sentencepiece import train_sentencepiece
 
 FORMAT = 1  # raised when the same documents and tokenizer begin to give other shards
@@ -57,6 +57,8 @@ def prepare(config: Config, progress: Progress | None = None) -> Prepared:
     places = _Places.of(config)
     ensure_corpus(places.specs, config.data, places.corpus, progress)
     tokenizer = _ensure_tokenizer(config, places, progress)
+    if progress and (said := spare_rows(tokenizer, config.model.vocab_size)):
+        progress.note(said)
     if not places.tokens.is_dir():
         _write_tokens(places, tokenizer, config.data.repository_order, progress)
     prepared = _load(config, places, tokenizer)

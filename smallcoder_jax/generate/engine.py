@@ -24,11 +24,8 @@ from smallcoder_jax.generate.prompts import Prompt, Room
 from smallcoder_jax.generate.sampling import SamplingOptions, settings_of
 from smallcoder_jax.generate.text import TextStream
 from smallcoder_jax.models.build import Params
-from smallcoder_jax.tokenizers.base import EOS, FILE_SEP, IM_END, TOOL_PIECES, Tokenizer
+from smallcoder_jax.tokenizers.base import TOOL_PIECES, Tokenizer, end_ids
 from smallcoder_jax.tokenizers.chat import Conversation
-
-# A completion ends with the document, with the turn of a chat, or with the file where documents are repositories.
-END_PIECES = (EOS, IM_END, FILE_SEP)
 
 FinishReason = Literal["stop", "length"]
 
@@ -71,9 +68,7 @@ class Generator:
         self._compute = dataclasses.replace(compute, layers="unroll", remat="none")
         self._params = jax.tree.map(jnp.asarray, params)  # arrays of devices stay where they are, host arrays move once
         self._place = _replicated_like(self._params)
-        self._end_ids = frozenset(
-            {tokenizer.eos_id, *(tokenizer.specials[piece] for piece in END_PIECES if piece in tokenizer.specials)}
-        )
+        self._end_ids = frozenset(end_ids(tokenizer))
         self._vocabulary = _vocabulary_of(tokenizer, self._end_ids, model.vocab_size, self._place)
 
     def generate(
@@ -223,16 +218,16 @@ class _Row:
 
 
 def _vocabulary_of(
-    tokenizer: Tokenizer, end_ids: abc.Set[int], vocab_size: int, place: jax.sharding.Sharding
+    tokenizer: Tokenizer, ends: abc.Set[int], vocab_size: int, place: jax.sharding.Sharding
 ) -> step.Vocabulary:
     """Ids without text are never produced, unless they end a row or call a tool. On the device."""
     tool_ids = {tokenizer.specials[piece] for piece in TOOL_PIECES if piece in tokenizer.specials}
     suppressed_V = np.ones(vocab_size, bool)
     suppressed_V[: tokenizer.vocab_size] = [not piece for piece in tokenizer.token_bytes]
     suppressed_V[[tokenizer.pad_id, tokenizer.bos_id, *tokenizer.specials.values()]] = True
-    suppressed_V[[*end_ids, *tool_ids]] = False
+    suppressed_V[[*ends, *tool_ids]] = False
     ends_V = np.zeros(vocab_size, bool)
-    ends_V[list(end_ids)] = True
+    ends_V[list(ends)] = True
     return step.Vocabulary(*jax.device_put((suppressed_V, ends_V, np.int32(tokenizer.pad_id)), place))
 
 

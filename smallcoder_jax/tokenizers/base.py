@@ -20,14 +20,20 @@ SPECIAL_PIECES = (
     FIM_PREFIX, FIM_MIDDLE, FIM_SUFFIX, FIM_PAD, REPO_NAME, FILE_SEP, IM_START, IM_END, *TOOL_PIECES, *SPARE_PIECES,
 )  # fmt: skip
 
+# A completion ends with the document, with the turn of a chat, or with the file where documents are repositories.
+END_PIECES = (EOS, IM_END, FILE_SEP)
+
+# What Unicode normalisation, lower-casing, stripping or joining of whitespace would change, and missing bytes lose.
+PROBE = "  Ae\u0301  \u212b\ufb01\u3000 \t\r\n\n x\n\n"
 KIND_FILE = "tokenizer_kind.json"
 
 
 class Tokenizer(Protocol):
     """Text to ids and back.
 
-    `specials` maps every special piece this tokenizer has to its id. `token_bytes[i]` is the UTF-8 that id i stands
-    for, empty for specials, so that a document's bytes are the concatenation over its ids.
+    `vocab_size` is one more than the largest id. `specials` maps every special piece this tokenizer has to its id.
+    `token_bytes[i]` is the UTF-8 that id i stands for, empty for specials and for ids that published tokenizers leave
+    out, so that a document's bytes are the concatenation over its ids.
     """
 
     vocab_size: int
@@ -62,6 +68,19 @@ class Tokenizer(Protocol):
     def save(self, folder: Path) -> None:
         """Writes the files from which `load_tokenizer(folder)` makes the same tokenizer."""
         ...
+
+
+def end_ids(tokenizer: Tokenizer) -> list[int]:
+    """The ids at which a completion ends, that of the document first."""
+    ends = [tokenizer.specials[piece] for piece in END_PIECES if piece in tokenizer.specials]
+    return list(dict.fromkeys([tokenizer.eos_id, *ends]))
+
+
+def unused_ids(tokenizer: Tokenizer, table: int) -> list[int]:
+    """Rows of a model's table of `table` rows that stand for nothing: those behind the tokenizer's ids, and gaps."""
+    special = {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, *tokenizer.specials.values()}
+    gaps = [i for i, piece in enumerate(tokenizer.token_bytes) if not piece and i not in special]
+    return [*gaps, *range(tokenizer.vocab_size, table)]
 
 
 def write_kind(folder: Path, kind: str) -> None:

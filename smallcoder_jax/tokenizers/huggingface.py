@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from smallcoder_jax.base.errors import UserError
+from smallcoder_jax.base.files import read_bytes, read_json
 from smallcoder_jax.tokenizers import base
 from smallcoder_jax.tokenizers.vocabulary import Vocabulary
 
@@ -28,11 +29,16 @@ _ALIASES = {
     base.IM_END: ("<|im_end|>",),
     **{piece: (piece,) for piece in base.TOOL_PIECES},
 }
-# What Unicode normalisation, lower-casing, stripping or joining of whitespace would change.
-_PROBE = "Ae\u0301 \u212b\ufb01\u3000 \t\r\n\n x\n\n"
 # Tried as the text that every other text is encoded behind, see `_find_lead`.
 _LEADS = ("\n", "\x02")
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
+_UTF8 = {*range(0xC0), *range(0xC2, 0xF5)}  # the bytes that occur in texts
+_MOST_IDS = 2  # per entry: more gaps than entries are no vocabulary's, but a number that was damaged
+# What `transformers` may read of a tokenizer's folder.
+_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "config.json", "chat_template.json", "chat_template.jinja", "merges.txt", "vocab.txt", "tokenizer.model",
+)  # fmt: skip
 
 
 class HuggingFaceTokenizer:
@@ -55,7 +61,7 @@ class HuggingFaceTokenizer:
         if type(backend.normalizer).__name__ in ("NFC", "NFKC"):
             backend.normalizer = None
         settings = json.loads(backend.to_str())
-        self.vocab_size = len(tokenizer)
+        self.vocab_size = _table_size(backend.get_vocab(with_added_tokens=True), name)
         eos = tokenizer.eos_token_id
         if eos is None:
             raise UserError(f"tokenizer {name} has no end-of-text token; choose one that has")
@@ -67,7 +73,7 @@ class HuggingFaceTokenizer:
         self._vocabulary = Vocabulary(self._read_bytes(settings, set(self.specials.values())))
         self.token_bytes = self._vocabulary.token_bytes
         self._lead, self._lead_ids = self._find_lead()
-        if b"".join(self.token_bytes[i] for i in self.encode(_PROBE)) != _PROBE.encode():
+        if b"".join(self.token_bytes[i] for i in self.encode(base.PROBE)) != base.PROBE.encode():
             raise self._changes_text()
         identity = json.dumps([settings, self.bos_id, self.eos_id, self.pad_id], sort_keys=True)
         self.hash = hashlib.sha256(b"hf|" + identity.encode()).hexdigest()
@@ -117,12 +123,19 @@ class HuggingFaceTokenizer:
                 continue
             if i in added:
                 pieces[i] = piece.encode("utf-8")
-            elif byte_level:
+            elif byte_level and alphabet.keys() >= set(piece):
                 pieces[i] = bytes(alphabet[character] for character in piece)
+            elif byte_level:
+                pieces[i] = piece.encode("utf-8")  # no text has it: texts become characters of the alphabet
             elif match := _BYTE_PIECE.fullmatch(piece):
                 pieces[i] = bytes([int(match[1], 16)])
             else:
                 pieces[i] = piece.replace("▁", " ").encode("utf-8")
+        if lost := _UTF8 - {piece[0] for piece in pieces if len(piece) == 1}:
+            raise UserError(
+                f"tokenizer {self._name} has no entry for {len(lost)} of the bytes that occur in texts, such as "
+                f"0x{min(lost):02X}, and loses them: choose another tokenizer"
+            )
         return pieces
 
     def _find_lead(self) -> tuple[str, list[int]]:
@@ -148,6 +161,18 @@ class HuggingFaceTokenizer:
         )
 
 
+def _table_size(vocabulary: dict[str, int], name: str) -> int:
+    """One more than the largest id; published tokenizers may leave ids out. Raises UserError for ids that are none."""
+    size = max(vocabulary.values(), default=0) + 1
+    if size > _MOST_IDS * len(vocabulary):
+        raise UserError(f"tokenizer {name} has {len(vocabulary)} entries, but the id {size - 1}; it is damaged")
+    names: dict[int, str] = {}
+    for piece, i in vocabulary.items():
+        if names.setdefault(i, piece) != piece:
+            raise UserError(f"tokenizer {name} has the id {i} for both {names[i]!r} and {piece!r}; it is damaged")
+    return size
+
+
 def _mark_specials(tokenizer: Any, backend: Any) -> None:
     """Flags the pieces that are special to this package: some published tokenizers do not, and would make them from
     user text."""
@@ -170,17 +195,29 @@ def read_hugging_face(name: str) -> HuggingFaceTokenizer:
     except ImportError as error:
         raise UserError(f"tokenizer.kind=hf needs transformers ({error}): pip install 'smallcoder_jax[hub]'") from error
     looks_local = Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+    where = str(Path(name).expanduser()) if looks_local else name
+    if looks_local:
+        _check_files(Path(where))
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(Path(name).expanduser()) if looks_local else name, trust_remote_code=False, local_files_only=looks_local
-        )
-    except Exception as error:  # the library behind raises bare Exception for a file that it does not understand
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, local_files_only=looks_local)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # bare Exception for a file that is not understood; a panic in Rust is not even that
         raise UserError(
             f"tokenizer {name!r} cannot be loaded: {error}. Three ways out: name a folder that holds tokenizer.json or "
             "tokenizer.model; download it elsewhere with `hf download` and set HF_HOME to that cache (or HF_ENDPOINT "
             "to a mirror); train one here with tokenizer.kind=sentencepiece and an empty tokenizer.path"
         ) from error
     return HuggingFaceTokenizer(tokenizer, name)
+
+
+def _check_files(folder: Path) -> None:
+    """Raises UserError for what the library would wait for, run out of memory with or end in a traceback at."""
+    for path in (folder / name for name in _FILES):
+        if path.suffix == ".json" and path.exists():
+            read_json(path, "a file of a published tokenizer; download it again")
+        elif path.exists():
+            read_bytes(path, "a file of a published tokenizer; download it again")
 
 
 def _byte_alphabet() -> dict[str, int]:

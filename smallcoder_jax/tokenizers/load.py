@@ -13,6 +13,7 @@ from smallcoder_jax.tokenizers.huggingface import read_hugging_face
 from smallcoder_jax.tokenizers.sentencepiece import read_sentencepiece
 
 KINDS = ("sentencepiece", "bytes", "hf")
+_MOST_SPARE = 8  # of so many rows of a model's table one may be spare: published tables are padded to a round size
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -49,10 +50,11 @@ def open_tokenizer(kind: str, path: str) -> Tokenizer:
 def check_tokenizer(
     tokenizer: Tokenizer, vocab_size: int, prepared_hash: str | None = None, folders: Sequence[Path] = ()
 ) -> None:
-    """Raises UserError where the tokenizer is not the model's size, or not the one that the data was prepared with;
-    `folders` hold what was made with that one.
+    """Raises UserError where the tokenizer does not fit the model's table of `vocab_size` rows, or is not the one that
+    the data was prepared with; `folders` hold what was made with that one. A table may have some spare rows
+    (`spare_rows` says so): no text has them, and no completion.
     """
-    if tokenizer.vocab_size != vocab_size:
+    if not 0 <= vocab_size - tokenizer.vocab_size <= vocab_size // _MOST_SPARE:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} entries, but model.vocab_size={vocab_size}: set "
             f"model.vocab_size={tokenizer.vocab_size} or name another tokenizer"
@@ -63,3 +65,14 @@ def check_tokenizer(
             f"were made with {prepared_hash[:12]}. Put the old tokenizer back, or delete "
             f"{' and '.join(map(str, folders))}; then run the same command again"
         )
+
+
+def spare_rows(tokenizer: Tokenizer, vocab_size: int) -> str | None:
+    """What is to be said of a table with more rows than the tokenizer has entries; None where they are as many."""
+    spare = vocab_size - tokenizer.vocab_size
+    if not spare:
+        return None
+    return (
+        f"model.vocab_size={vocab_size} and the tokenizer has {tokenizer.vocab_size} entries: {spare} rows are spare, "
+        "which no text contains and no completion"
+    )

@@ -24,6 +24,7 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
 from smallcoder_jax.base.errors import UserError
+from smallcoder_jax.base.files import read_bytes
 from smallcoder_jax.tokenizers import base
 from smallcoder_jax.tokenizers.vocabulary import Vocabulary
 
@@ -69,7 +70,8 @@ class SentencePieceTokenizer:
         self._model = model
         try:
             processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError as error:
+            pieces = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
+        except (RuntimeError, UnicodeDecodeError) as error:
             raise UserError(f"{MODEL_FILE} is not a sentencepiece model: {error}. Copy or train it again") from error
         self._processor = processor
         self.vocab_size = processor.get_piece_size()
@@ -80,13 +82,16 @@ class SentencePieceTokenizer:
                 "use a published folder as it is with tokenizer.kind=hf"
             )
         self.specials = {
-            processor.id_to_piece(i): i
-            for i in range(self.vocab_size)
-            if processor.is_control(i) or processor.is_unknown(i)
+            piece: i for i, piece in enumerate(pieces) if processor.is_control(i) or processor.is_unknown(i)
         }
         self._vocabulary = Vocabulary([_piece_bytes(processor, i) for i in range(self.vocab_size)])
         self.token_bytes = self._vocabulary.token_bytes
         self._space_ids = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in SPACE.encode()]
+        if b"".join(self.token_bytes[i] for i in self.encode(base.PROBE)) != base.PROBE.encode():
+            raise UserError(
+                f"{MODEL_FILE} changes the text that it encodes; expected one with byte fallback and without "
+                "normalisation, as tools.train_tokenizer makes it"
+            )
         self.hash = hashlib.sha256(b"sentencepiece|" + model).hexdigest()
 
     def encode(self, text: str) -> list[int]:
@@ -117,14 +122,8 @@ class SentencePieceTokenizer:
 
 def read_sentencepiece(folder: Path) -> SentencePieceTokenizer:
     """The tokenizer of `folder/tokenizer.model`. Raises UserError where it cannot be read."""
-    path = folder / MODEL_FILE
-    try:
-        return SentencePieceTokenizer(path.read_bytes())
-    except OSError as error:
-        raise UserError(
-            f"{path} cannot be read: {error.strerror}. Name a folder that holds {MODEL_FILE}, or leave tokenizer.path "
-            "empty to train one on the data"
-        ) from error
+    what = f"a trained tokenizer: name a folder that holds {MODEL_FILE}, or leave tokenizer.path empty to train one"
+    return SentencePieceTokenizer(read_bytes(folder / MODEL_FILE, what))
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, max_bytes: int) -> SentencePieceTokenizer:

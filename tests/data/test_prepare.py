@@ -288,8 +288,8 @@ def test_wrong_vocabulary(tree: Path, make_config: MakeConfig, tmp_path: Path) -
     own = tmp_path / "own"
     prepared = prepare.prepare(with_sentencepiece(config, 330))
     prepared.tokenizer.save(own)
-    with pytest.raises(UserError, match=r"330 entries, but model.vocab_size=340"):
-        prepare.prepare(with_sentencepiece(config, 340, str(own)))
+    with pytest.raises(UserError, match=r"330 entries, but model.vocab_size=400"):
+        prepare.prepare(with_sentencepiece(config, 400, str(own)))
     with pytest.raises(UserError, match="cannot be trained on this text"):
         prepare.prepare(with_sentencepiece(config, 60_000))
     assert leftovers(tmp_path / "data") == []

@@ -18,7 +18,7 @@ from smallcoder_jax.generate.sampling import SamplingOptions
 from smallcoder_jax.mesh import make_mesh, params_sharding
 from smallcoder_jax.models import build
 from smallcoder_jax.models import cache as kv_cache
-from smallcoder_jax.tokenizers.base import EOS, IM_END
+from smallcoder_jax.tokenizers.base import END_PIECES, EOS, IM_END
 from smallcoder_jax.tokenizers.bytes import ByteTokenizer
 from tests.helpers import CAPTURES
 
@@ -230,7 +230,7 @@ def test_specials_are_never_produced_and_ends_are(tiny):
     completions = tiny.generator().generate([""], options)
     produced = set(itertools.chain.from_iterable(c.token_ids for c in completions))
     specials = set(ByteTokenizer().specials.values())
-    ends = {ByteTokenizer().specials[piece] for piece in engine.END_PIECES}
+    ends = {ByteTokenizer().specials[piece] for piece in END_PIECES}
     assert produced & specials == ends
     assert len(produced) > 200
     for completion in completions:

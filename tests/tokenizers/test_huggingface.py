@@ -1,6 +1,9 @@
 import json
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.tokenizers import base
 from smallcoder_jax.tokenizers.huggingface import HuggingFaceTokenizer, read_hugging_face
-from smallcoder_jax.tokenizers.load import load_tokenizer, open_tokenizer
+from smallcoder_jax.tokenizers.load import check_tokenizer, load_tokenizer, open_tokenizer
 from smallcoder_jax.tokenizers.sentencepiece import SentencePieceTokenizer
 from tests.tokenizers.conftest import HARD_TEXTS
 
@@ -184,3 +187,89 @@ def test_a_tokenizer_that_loses_bytes(tmp_path: Path) -> None:
     folder = _publish(tmp_path / "t", tokenizer, eos_token=END, unk_token="[UNK]")
     with pytest.raises(UserError, match="loses bytes"):
         read_hugging_face(str(folder))
+
+
+def changed(byte_level: Path, folder: Path, change: Callable[[dict[str, Any]], Any]) -> str:
+    shutil.copytree(byte_level, folder)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    change(content)
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return str(folder)
+
+
+def last_piece(content: dict[str, Any]) -> str:
+    return max(content["model"]["vocab"], key=content["model"]["vocab"].get)
+
+
+def test_ids_that_are_left_out(byte_level: Path, tmp_path: Path) -> None:
+    """The largest id is above the number of entries, as where entries were taken out."""
+    whole = read_hugging_face(str(byte_level))
+
+    def leave_out(content: dict[str, Any]) -> None:
+        content["model"]["vocab"][last_piece(content)] = 640
+
+    tokenizer = read_hugging_face(changed(byte_level, tmp_path / "t", leave_out))
+    assert (whole.vocab_size, tokenizer.vocab_size) == (600, 641)
+    assert base.unused_ids(tokenizer, 650) == [*range(599, 640), *range(641, 650)]
+    assert tokenizer.token_bytes[640] == whole.token_bytes[599]
+    text = "".join(HARD_TEXTS.values()) + whole.token_bytes[599].decode()
+    ids = tokenizer.encode(text)
+    assert 640 in ids
+    assert b"".join(tokenizer.token_bytes[i] for i in ids) == text.encode()
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.borders(np.array(ids)).shape == (len(ids),)
+    check_tokenizer(tokenizer, 641)
+    tokenizer.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").hash == tokenizer.hash
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (lambda c: c["model"]["vocab"].update({last_piece(c): 2**32 - 1}), "has 600 entries, but the id 4294967295"),
+        (lambda c: c["model"]["vocab"].update({last_piece(c): 5}), "has the id 5 for both"),
+        (lambda c: c["model"]["vocab"].update({last_piece(c): -1}), "cannot be loaded"),
+        (lambda c: c["model"].update(continuing_subword_prefix="##"), "cannot be loaded"),  # a panic in Rust
+        (lambda c: c.pop("model"), "cannot be loaded"),
+    ],
+)
+def test_a_vocabulary_that_is_none(
+    byte_level: Path, tmp_path: Path, change: Callable[[dict[str, Any]], Any], complaint: str
+) -> None:
+    with pytest.raises(UserError, match=complaint):
+        read_hugging_face(changed(byte_level, tmp_path / "t", change))
+
+
+def test_a_vocabulary_without_a_byte(byte_level: Path, tmp_path: Path) -> None:
+    def without_q(content: dict[str, Any]) -> None:
+        model = content["model"]
+        model["vocab"] = {"qqqq" if piece == "q" else piece: i for piece, i in model["vocab"].items()}
+        model["merges"] = [merge for merge in model["merges"] if "q" not in "".join(merge)]
+
+    with pytest.raises(UserError, match="has no entry for 1 of the bytes that occur in texts, such as 0x71"):
+        read_hugging_face(changed(byte_level, tmp_path / "t", without_q))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "added_tokens.json", "merges.txt"])
+@pytest.mark.parametrize("kind", ["device", "pipe", "folder"])
+def test_what_is_no_file_is_not_opened(name: str, kind: str, byte_level: Path, tmp_path: Path) -> None:
+    shutil.copytree(byte_level, tmp_path / "t")
+    path = tmp_path / "t" / name
+    path.unlink(missing_ok=True)
+    if kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+    with pytest.raises(UserError, match=rf"{name} cannot be read \(it is a {kind}"):
+        read_hugging_face(str(tmp_path / "t"))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "{", "9" * 5000])
+def test_files_that_are_no_json(name: str, text: str, byte_level: Path, tmp_path: Path) -> None:
+    shutil.copytree(byte_level, tmp_path / "t")
+    (tmp_path / "t" / name).write_text(text)
+    with pytest.raises(UserError, match=rf"{name} cannot be read"):
+        read_hugging_face(str(tmp_path / "t"))

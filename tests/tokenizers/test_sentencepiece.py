@@ -1,13 +1,17 @@
+import contextlib
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from sentencepiece import sentencepiece_model_pb2
 
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.tokenizers import base
-from smallcoder_jax.tokenizers.load import check_tokenizer, load_tokenizer
-from smallcoder_jax.tokenizers.sentencepiece import SentencePieceTokenizer, train_sentencepiece
+from smallcoder_jax.tokenizers.load import check_tokenizer, load_tokenizer, spare_rows
+from smallcoder_jax.tokenizers.sentencepiece import MODEL_FILE, SentencePieceTokenizer, train_sentencepiece
 from tests.tokenizers.conftest import HARD_TEXTS
 
 
@@ -92,7 +96,7 @@ def test_folder_without_a_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"tokenizer_kind\.json does not exist"):
         load_tokenizer(tmp_path)
     base.write_kind(tmp_path, "sentencepiece")
-    with pytest.raises(UserError, match=r"tokenizer\.model cannot be read"):
+    with pytest.raises(UserError, match=r"tokenizer\.model does not exist; expected a trained tokenizer"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.model").write_bytes(b"not a model")
     with pytest.raises(UserError, match="not a sentencepiece model"):
@@ -108,6 +112,68 @@ def test_wrong_size_and_changed_tokenizer(trained: SentencePieceTokenizer) -> No
         check_tokenizer(trained, 99)
     with pytest.raises(UserError, match=r"changed since the data was prepared.* or delete here and there; then"):
         check_tokenizer(trained, 1200, "0" * 64, (Path("here"), Path("there")))
+
+
+def test_a_table_may_have_some_spare_rows(trained: SentencePieceTokenizer) -> None:
+    assert spare_rows(trained, 1200) is None
+    for rows in (1201, 1280, 1371):
+        check_tokenizer(trained, rows)
+        said = spare_rows(trained, rows)
+        assert said is not None
+        assert said.startswith(f"model.vocab_size={rows} and the tokenizer has 1200 entries: {rows - 1200} rows are")
+    for rows in (1199, 1372, 2400):
+        with pytest.raises(UserError, match=rf"has 1200 entries, but model.vocab_size={rows}"):
+            check_tokenizer(trained, rows)
+    assert base.unused_ids(trained, 1200) == []
+    assert base.unused_ids(trained, 1203) == [1200, 1201, 1202]
+
+
+def changed(trained: SentencePieceTokenizer, folder: Path, change: Callable[[Any], None]) -> Path:
+    trained.save(folder)
+    proto = vars(sentencepiece_model_pb2)["ModelProto"].FromString((folder / MODEL_FILE).read_bytes())
+    change(proto)
+    (folder / MODEL_FILE).write_bytes(proto.SerializeToString())
+    return folder
+
+
+def without_bytes(proto: Any) -> None:
+    kept = [piece for piece in proto.pieces if piece.type != piece.BYTE]
+    del proto.pieces[:]
+    proto.pieces.extend(kept)
+    proto.trainer_spec.byte_fallback = False
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        without_bytes,
+        lambda proto: setattr(proto.normalizer_spec, "add_dummy_prefix", True),
+        lambda proto: setattr(proto.normalizer_spec, "remove_extra_whitespaces", True),
+    ],
+)
+def test_a_model_that_changes_the_text_is_refused(
+    change: Callable[[Any], None], trained: SentencePieceTokenizer, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=r"tokenizer\.model changes the text that it encodes"):
+        load_tokenizer(changed(trained, tmp_path, change))
+
+
+def test_a_damaged_model_is_read_or_refused(trained: SentencePieceTokenizer) -> None:
+    rng = np.random.default_rng(0)
+    whole = trained._model
+    for _ in range(60):
+        damaged = bytearray(whole)
+        damaged[int(rng.integers(len(whole)))] = int(rng.integers(256))
+        with contextlib.suppress(UserError):
+            SentencePieceTokenizer(bytes(damaged))
+
+
+def test_a_model_that_is_no_file(trained: SentencePieceTokenizer, tmp_path: Path) -> None:
+    trained.save(tmp_path)
+    (tmp_path / MODEL_FILE).unlink()
+    (tmp_path / MODEL_FILE).symlink_to("/dev/zero")
+    with pytest.raises(UserError, match=r"tokenizer\.model cannot be read \(it is a device"):
+        load_tokenizer(tmp_path)
 
 
 @pytest.fixture(scope="module")
