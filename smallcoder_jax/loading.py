@@ -16,6 +16,7 @@ from smallcoder_jax.base.display import one_line
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import read_json, read_json_object, reason, sha256
 from smallcoder_jax.config import ComputeConfig, ModelConfig, from_config_dict, nearest, parameter_count
+from smallcoder_jax.export import weights
 from smallcoder_jax.export.huggingface import read_export
 from smallcoder_jax.generate.chat import Reply, ReplyStream
 from smallcoder_jax.generate.engine import Completion, Generator
@@ -95,16 +96,20 @@ def load(path: Path, *, step: int | str | None = None) -> LoadedModel:
     configure_jax()
     if _has(path, "run.json"):
         return _from_run(RunFolder(path), step)
-    if _has(path, "model.safetensors"):
+    if _is_export(path):
         if step is not None:
             raise UserError(f"{path} is an exported folder: it has no steps to choose from")
         return _from_export(path)
     raise _no_model(path)
 
 
+def _is_export(path: Path) -> bool:
+    return _has(path, weights.WEIGHTS) or _has(path, weights.INDEX)
+
+
 def _has(path: Path, name: str) -> bool:
     try:
-        return (path / name).is_file()
+        return (path / name).exists()
     except OSError as error:  # a path that is too long, a folder without rights
         raise UserError(f"{path!s:.200} cannot be read ({reason(error)}); expected a run or an export") from error
 
@@ -129,12 +134,12 @@ def origin(path: Path, step: int | str | None = None) -> dict[str, Any]:
 
     Raises UserError where there is none.
     """
-    if _has(path, "model.safetensors"):
-        file, number = path / "model.safetensors", None
+    if _is_export(path):
+        number, digest = None, weights.digest(path)
     else:
         target = checkpoint.find_step(RunFolder(path).checkpoints, step)
-        file, number = target / checkpoint.MANIFEST, int(target.name)
-    return {"path": str(path.absolute()), "step": number, "hash": sha256(file)}
+        number, digest = int(target.name), sha256(target / checkpoint.MANIFEST)
+    return {"path": str(path.absolute()), "step": number, "hash": digest}
 
 
 def _from_run(folder: RunFolder, step: int | str | None) -> LoadedModel:

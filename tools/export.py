@@ -23,6 +23,7 @@ from smallcoder_jax.base.errors import UserError, run_cli
 from smallcoder_jax.config import from_config_dict
 from smallcoder_jax.export import card as model_card
 from smallcoder_jax.export import huggingface, parity
+from smallcoder_jax.export import record as export_record
 
 if TYPE_CHECKING:
     from smallcoder_jax.loading import LoadedModel
@@ -37,7 +38,7 @@ def main(argv: list[str] | None = None) -> int | None:
     loaded = smallcoder_jax.load(args.checkpoint, step=args.step)
     again = not (args.checkpoint / "run.json").is_file()
     if again:
-        record = huggingface.read_record(args.checkpoint)
+        record = export_record.read(args.checkpoint)
         card, dtype = {key: value for key, value in record.card.items() if key != "parity"}, args.dtype or record.dtype
     else:
         if from_config_dict(loaded.info["config"]).stage.name == "reward":
@@ -76,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--step", default=None, help="checkpoint of a run: a step number or 'best' (default: the best)")
     parser.add_argument("--output", type=Path, help="folder to write (default: export/ in the run)")
     parser.add_argument(
-        "--dtype", choices=get_args(huggingface.Dtype), help="how weights are stored (default: float32)"
+        "--dtype", choices=get_args(export_record.Dtype), help="how weights are stored (default: float32)"
     )
     parser.add_argument("--json", action="store_true", help="print the comparison as JSON instead of a table")
     parser.add_argument(

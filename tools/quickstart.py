@@ -40,6 +40,9 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     workdir = options.workdir
     config = load_config(str(CONFIG), overrides)
+    from smallcoder_jax.export import names
+
+    names.family(config.model)  # before anything is trained: what cannot be exported ends here
     start = time.monotonic()
     import smallcoder_jax
     from smallcoder_jax.base.display import printable
@@ -110,11 +113,14 @@ def is_checked(folder: Path, model: LoadedModel) -> bool:
     import jax
 
     from smallcoder_jax import loading
-    from smallcoder_jax.export import huggingface
+    from smallcoder_jax.export import record
 
-    if not (folder / "config.json").is_file() or "parity" not in huggingface.read_record(folder).card:
+    try:
+        if "parity" not in record.read(folder).card:
+            return False
+        exported = loading.load(folder).params
+    except UserError:  # there is none, or it is damaged: it is written again
         return False
-    exported = loading.load(folder).params
     if jax.tree.structure(exported) != jax.tree.structure(model.params):
         return False
     return all(jax.tree.leaves(jax.tree.map(np.array_equal, exported, model.params)))

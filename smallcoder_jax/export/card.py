@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,8 @@ from smallcoder_jax.base.display import code, markdown, one_line
 from smallcoder_jax.config import Config, ModelConfig, evaluated_on, parameter_count
 from smallcoder_jax.data.shards import Manifest
 
+# A path from the root, the home or the current folder, up to its last name; in front of it begins a word or a value.
+_FOLDERS = re.compile(r"""(?<![^\s:;,=("'])(?:~[\w.-]*|\.{0,2})/(?![\s/])(?:[^:;,?"']*/)?(?=[^\s/])""")
 _KINDS = {"rmsnorm": "A decoder in the style of Llama", "layernorm": "A decoder in the style of GPT-2"}
 
 
@@ -46,6 +49,17 @@ def render(model: ModelConfig, card: Mapping[str, Any], *, dtype: str, fim: Sequ
         kind=_KINDS[model.norm],
         parameters=parameter_count(model),
     )
+
+
+def without_folders(value: Any) -> Any:
+    """A copy of a card's content in which every path is its last name: where files lay on the machine that a model was
+    trained on is of no use to others, and can name people.
+    """
+    if isinstance(value, Mapping):
+        return {key: without_folders(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_folders(item) for item in value]
+    return _FOLDERS.sub("", value) if isinstance(value, str) else value
 
 
 def _cell(value: Any) -> str:

@@ -4,7 +4,7 @@
     tokenizer.json  tokenizer_config.json  chat_template.jinja     as transformers reads them
     tokenizer_kind.json  tokenizer.model                           as this package reads them
     README.md    the model card
-    export.json  what the card is made from
+    export.json  what the card is made from, and checksums
 
 Equal input gives equal bytes. Nothing is pickled and nothing needs remote code.
 """
@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from smallcoder_jax import config as config_module
@@ -28,17 +28,15 @@ from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import read_json_object, write_json
 from smallcoder_jax.config import ModelConfig
 from smallcoder_jax.export import card as model_card
-from smallcoder_jax.export import names
+from smallcoder_jax.export import names, record, weights
 from smallcoder_jax.export import tokenizer as export_tokenizer
+from smallcoder_jax.export.record import CARD, GENERATION_CONFIG, RECORD, Dtype
 from smallcoder_jax.models import build
-from smallcoder_jax.tokenizers import base, chat
+from smallcoder_jax.tokenizers import base
 
-CONFIG, GENERATION_CONFIG, WEIGHTS = "config.json", "generation_config.json", "model.safetensors"
-CARD, RECORD = "README.md", "export.json"
-FORMAT = 1
-Dtype = Literal["float32", "bfloat16"]
+CONFIG = "config.json"
+_LIMITS = {int: (1, 2**31 - 1), float: (0, 1e30)}  # of the numbers in config.json
 _NUMPY_DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": jnp.bfloat16}
-_STORED_DTYPES = ("F32", "BF16", "F16")
 _FIM_PIECES = (base.FIM_PREFIX, base.FIM_MIDDLE, base.FIM_SUFFIX)
 # How the project samples where nothing else is asked for.
 _SAMPLING = {"do_sample": True, "temperature": 0.7, "top_k": 50, "top_p": 0.9, "max_new_tokens": 200}
@@ -50,13 +48,6 @@ class Export(NamedTuple):
     model: ModelConfig
     params: build.Params
     tokenizer_folder: Path
-
-
-class Record(NamedTuple):
-    """What `write_export` was given beside the model: with it the same folder can be written again."""
-
-    card: dict[str, Any]
-    dtype: Dtype
 
 
 def write_export(
@@ -83,6 +74,7 @@ def write_export(
             "tokenizer that it was trained with"
         )
     folder = folder.resolve()
+    _tidy(folder)
     if folder.exists() and not _may_be_replaced(folder):
         raise UserError(f"{folder} exists and is no exported model, so it is not replaced; name another --output")
     published = names.to_published(model, params)
@@ -94,14 +86,14 @@ def write_export(
     try:
         export_tokenizer.write_tokenizer(partial, tokenizer, context=model.context)
         write_json(partial / CONFIG, _published_config(model, tokenizer, dtype))
-        write_json(partial / GENERATION_CONFIG, _generation_config(tokenizer))
+        write_json(partial / GENERATION_CONFIG, _generation_config(model, tokenizer))
         stored = {name: value.astype(_NUMPY_DTYPES[dtype]) for name, value in published.items()}
-        safetensors.numpy.save_file(stored, partial / WEIGHTS, metadata={"format": "pt"})
-        (partial / WEIGHTS).chmod(0o644)
-        content = dict(card)
+        safetensors.numpy.save_file(stored, partial / weights.WEIGHTS, metadata={"format": "pt"})
+        (partial / weights.WEIGHTS).chmod(0o644)
+        content = model_card.without_folders(card)
         if check is not None:
             content["parity"] = dict(check(partial))
-        write_json(partial / RECORD, {"format": FORMAT, "dtype": dtype, "card": content})
+        record.write(partial, record.Record(content, dtype))
         fim = [piece for piece in _FIM_PIECES if piece in tokenizer.specials]
         text = model_card.render(
             model,
@@ -120,8 +112,9 @@ def read_export(folder: Path) -> Export:
     """Reads a folder that `write_export` or `transformers` wrote, Llama or GPT-2, old and new spelling of the rotation.
 
     Raises UserError that names the file and the field or tensor that is missing, unknown, of another shape or type, or
-    asks for something that the decoder does not compute.
+    asks for something that the decoder does not compute; and a file of an export that has changed since.
     """
+    record.verify(folder)
     settings = _read_json(folder / CONFIG)
     model = _READERS[_one_of(folder, settings, "model_type", sorted(_READERS))](_Settings(folder / CONFIG, settings))
     try:
@@ -130,20 +123,7 @@ def read_export(folder: Path) -> Export:
         config_module.validate(config_module.Config(model=model, train=train, eval=evaluation))
     except UserError as error:
         raise UserError(f"{folder / CONFIG}: {error}") from error
-    return Export(model, _read_weights(folder, model), folder)
-
-
-def read_record(folder: Path) -> Record:
-    """What `folder` was written from. Raises UserError for a folder that this package did not write."""
-    if not (folder / RECORD).is_file():
-        raise UserError(
-            f"{folder} has no {RECORD}: it was not written by tools.export, so what its model card should say is not "
-            "known; name the run that the model comes from"
-        )
-    content = _read_json(folder / RECORD)
-    if content.get("format") != FORMAT or content.get("dtype") not in get_args(Dtype):
-        raise UserError(f"{folder / RECORD} has format {content.get('format')!r}; this version reads format {FORMAT}")
-    return Record(dict(content["card"]), content["dtype"])
+    return Export(model, weights.read(folder, model), folder)
 
 
 def round_params(params: build.Params, dtype: Dtype) -> build.Params:
@@ -162,6 +142,7 @@ def round_params(params: build.Params, dtype: Dtype) -> build.Params:
 def _published_config(model: ModelConfig, tokenizer: base.Tokenizer, dtype: Dtype) -> dict[str, Any]:
     shared = {
         "dtype": dtype,
+        "torch_dtype": dtype,  # the name before transformers 4.56, and in other programs
         "vocab_size": model.vocab_size,
         "tie_word_embeddings": model.embeddings == "tied",
         "bos_token_id": tokenizer.bos_id,
@@ -205,13 +186,14 @@ def _published_config(model: ModelConfig, tokenizer: base.Tokenizer, dtype: Dtyp
     }
 
 
-def _generation_config(tokenizer: base.Tokenizer) -> dict[str, Any]:
-    # A turn of a conversation ends with its own piece: without it here, a chat never stops.
-    end = [tokenizer.eos_id, tokenizer.specials[base.IM_END]] if chat.has_chat(tokenizer) else []
+def _generation_config(model: ModelConfig, tokenizer: base.Tokenizer) -> dict[str, Any]:
+    # Without the other ends a chat goes on to the next turn, and a file of a repository to the next file.
+    ends, unused = base.end_ids(tokenizer), base.unused_ids(tokenizer, model.vocab_size)
     return {
         "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": end or tokenizer.eos_id,
+        "eos_token_id": ends if len(ends) > 1 else tokenizer.eos_id,
         "pad_token_id": tokenizer.pad_id,
+        **({"suppress_tokens": unused} if unused else {}),
         **_SAMPLING,
     }
 
@@ -227,19 +209,18 @@ class _Settings:
         """The value of `key`; where it is absent or null `default`, and without one a UserError."""
         value = self.values.get(key)
         value = default if value is None else value
-        if kind is float and type(value) is int:
-            value = float(value)
-        if type(value) is not kind:
-            raise UserError(f"{self.path}: {key} is {value!r}; expected a value of type {kind.__name__}")
-        if kind is int and value < 1:
-            raise UserError(f"{self.path}: {key} is {value}; expected at least 1")
-        return value
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            raise UserError(f"{self.path}: {key} is {_shown(value)}; expected a value of type {kind.__name__}")
+        if kind in _LIMITS and not _LIMITS[kind][0] <= value <= _LIMITS[kind][1]:
+            least, most = _LIMITS[kind]
+            raise UserError(f"{self.path}: {key} is {_shown(value)}; expected at least {least} and at most {most}")
+        return float(value) if kind is float else value
 
     def insist(self, key: str, default: Any, *supported: Any) -> None:
         """Refuses what the decoder does not compute."""
         value = self.values.get(key, default)
         if value not in supported:
-            raise UserError(f"{self.path}: {key} is {value!r}; supported: {', '.join(map(repr, supported))}")
+            raise UserError(f"{self.path}: {key} is {_shown(value)}; supported: {', '.join(map(repr, supported))}")
 
 
 def _read_llama(settings: _Settings) -> ModelConfig:
@@ -276,8 +257,8 @@ def _rope_theta(settings: _Settings) -> float:
         others = sorted(rotation.keys() - {"rope_type", "type", "rope_theta"})
         if kind != "default" or others:
             raise UserError(
-                f"{settings.path}: {key} is {rotation!r}; supported: rope_type 'default' with a rope_theta. Positions "
-                "that are scaled or partly rotated are not computed by this decoder"
+                f"{settings.path}: {key} is {_shown(rotation)}; supported: rope_type 'default' with a "
+                "rope_theta. Positions that are scaled or partly rotated are not computed by this decoder"
             )
         thetas.append(_Settings(settings.path, rotation).get("rope_theta", float, 0.0))
     thetas.append(settings.get("rope_theta", float, 0.0))
@@ -315,46 +296,20 @@ def _read_gpt2(settings: _Settings) -> ModelConfig:
 _READERS: dict[str, Callable[[_Settings], ModelConfig]] = {"llama": _read_llama, "gpt2": _read_gpt2}
 
 
-def _read_weights(folder: Path, model: ModelConfig) -> build.Params:
-    path = folder / WEIGHTS
-    if not path.is_file():
-        pickles = sorted(file.name for suffix in ("bin", "pt", "pth", "ckpt") for file in folder.glob(f"*.{suffix}"))
-        shards = sorted(file.name for file in folder.glob("*.safetensors*"))
-        if pickles:
-            found = f"{pickles[0]} is there, but a pickle can run any code and is never opened"
-        elif shards:
-            found = f"the weights are spread over {', '.join(shards[:2])}, ..."
-        else:
-            found = "there are no weights"
-        raise UserError(f"{path} does not exist: {found}. Save the model as one file {WEIGHTS}")
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-
-            def shape(name: str) -> tuple[int, ...]:
-                return tuple(file.get_slice(name).get_shape())
-
-            def read(name: str) -> np.ndarray:
-                stored = file.get_slice(name).get_dtype()
-                if stored not in _STORED_DTYPES:
-                    raise UserError(f"{path}: tensor {name} is {stored}; supported: {', '.join(_STORED_DTYPES)}")
-                return file.get_tensor(name).astype(np.float32)
-
-            stored = names.stored_names(model, file.keys())
-            return names.from_published(
-                model, stored, lambda name: shape(stored[name]), lambda name: read(stored[name])
-            )
-    except safetensors.SafetensorError as error:
-        raise UserError(f"{path} is damaged: {error}. Export or download it again") from error
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     return read_json_object(path, "an exported model's folder; export or download the model again")
 
 
 def _one_of(folder: Path, settings: Mapping[str, Any], key: str, known: list[str]) -> str:
     if settings.get(key) not in known:
-        raise UserError(f"{folder / CONFIG}: {key} is {settings.get(key)!r}; supported: {', '.join(known)}")
+        raise UserError(f"{folder / CONFIG}: {key} is {_shown(settings.get(key))}; supported: {', '.join(known)}")
     return settings[key]
+
+
+def _shown(value: Any) -> str:
+    """A value of unknown length as a message shows it."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _may_be_replaced(folder: Path) -> bool:
@@ -369,3 +324,29 @@ def _replace(new: Path, folder: Path) -> None:
         folder.rename(old)
     new.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _tidy(folder: Path) -> None:
+    """Removes what exports to `folder` left that were killed; one that it had moved away goes back to its place."""
+    ours = re.compile(rf"\.{re.escape(folder.name)}\.(partial|old)-([0-9]{{1,9}})")
+    found = [(path, match) for path in sorted(folder.parent.glob(".*-*")) if (match := ours.fullmatch(path.name))]
+    for path, match in found:
+        if _runs(int(match[2])):
+            continue
+        if match[1] == "old" and not folder.exists():
+            path.rename(folder)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+    """Whether another process has this number. In a container the killed one had it, too, that this one has."""
+    if process == os.getpid():
+        return False
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Set
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from smallcoder_jax.base.errors import UserError
-from smallcoder_jax.config import ComputeConfig, ModelConfig
+from smallcoder_jax.config import ModelConfig
 from smallcoder_jax.models import build
 
 ParamPath = tuple[str | int, ...]
@@ -79,52 +80,97 @@ def to_published(model: ModelConfig, params: build.Params) -> dict[str, np.ndarr
     return published
 
 
-def stored_names(model: ModelConfig, found: Iterable[str]) -> dict[str, str]:
-    """The name in `tensors(model)` of every parameter of a file, to the name that the file has for it.
-
-    They differ in OpenAI's own GPT-2, whose names do not begin with `transformer.`. Old GPT-2 files also hold the
-    causal mask, which is no parameter and is left out.
-    """
-    found = set(found)
-    if family(model) != "gpt2":
-        return {name: name for name in found}
-    wanted = {tensor.name for tensor in tensors(model)} - found
-    kept = [name for name in found if not _GPT2_MASK.search(name)]
-    return {f"transformer.{name}" if f"transformer.{name}" in wanted else name: name for name in kept}
-
-
 def from_published(
-    model: ModelConfig, names: Iterable[str], shape: Callable[[str], Any], read: Callable[[str], np.ndarray]
+    model: ModelConfig, where: Path, held: Mapping[str, tuple[int, ...]], read: Callable[[str], np.ndarray]
 ) -> build.Params:
     """Named tensors to unrolled parameters.
 
-    `names` are all that the file has, `shape` and `read` give one tensor's. Raises UserError that names tensors which
-    are missing, unknown or of another shape.
+    `held` are the shapes of all tensors that the weights in `where` hold, by name; `read` gives the values of one. What
+    config.json says is compared with `held` before anything is built or read. Raises UserError that names tensors which
+    are missing, unknown, of another shape, or a head that is not the table it is tied to.
     """
-    shapes, wanted, found = expected_shapes(model), tensors(model), set(names)
-    if missing := sorted({tensor.name for tensor in wanted} - found):
-        raise UserError(f"the file lacks {_some(missing)}, which its config.json says it holds")
-    if unknown := sorted(found - {tensor.name for tensor in wanted}):
-        raise UserError(f"the file holds {_some(unknown)}, which no {family(model)} of its config.json has")
+    if model.layers > len(held):
+        raise UserError(f"config.json says {model.layers:,} layers, but {where} holds {len(held):,} tensors in all")
+    wanted, expected = tensors(model), expected_shapes(model)
+    names, table = {tensor.name for tensor in wanted}, wanted[0].name
+    stored = _stored_names(model, names, table, held)
+    if missing := sorted(names - stored.keys()):
+        raise UserError(f"{where} lacks {_some(missing)}, which its config.json says it holds")
+    if unknown := sorted(stored.keys() - names - {_HEAD}):
+        raise UserError(f"{where} holds {_some(unknown)}, which no {family(model)} of its config.json has")
+    for tensor in wanted:
+        shape = _published_shape(tensor, expected)
+        if held[stored[tensor.name]] != shape:
+            raise UserError(f"{where}: tensor {tensor.name} has shape {held[stored[tensor.name]]}; expected {shape}")
+    if _HEAD in stored.keys() - names:
+        _check_tied(where, held, read, stored[_HEAD], stored[table])
     params: build.Params = {}
     for tensor in wanted:
-        parts = [shapes[path] for path in tensor.ours]
-        joined = (*parts[0][:-1], sum(part[-1] for part in parts))
-        expected = joined[::-1] if tensor.transposed else joined
-        if tuple(shape(tensor.name)) != expected:
-            raise UserError(f"tensor {tensor.name} has shape {tuple(shape(tensor.name))}; expected {expected}")
-        value = read(tensor.name)
+        value = read(stored[tensor.name])
         value = value.T if tensor.transposed else value
-        borders = np.cumsum([part[-1] for part in parts])[:-1]
+        borders = np.cumsum([expected[path][-1] for path in tensor.ours])[:-1]
         for path, part in zip(tensor.ours, np.split(value, borders, axis=-1), strict=True):
             _insert(params, path, np.ascontiguousarray(part))
     return params
 
 
 def expected_shapes(model: ModelConfig) -> dict[ParamPath, tuple[int, ...]]:
-    """The shape of every parameter of `model` in the unrolled layout, from the model itself."""
-    _, abstract = build.abstract_model(model, ComputeConfig(layers="unroll"))
-    return {path: leaf.shape for path, leaf in _flatten(abstract).items()}
+    """The shape of every parameter of `model` in the unrolled layout, by arithmetic: it may be a size that no machine
+    could build. A test holds it against the model itself.
+    """
+    d, q_width, kv_width = model.width, model.heads * model.head_size, model.kv_heads * model.head_size
+    sizes = {
+        "embed": (model.vocab_size, d),
+        "position_embed": (model.context, d),
+        "unembed": (d, model.vocab_size),
+        "query": (d, q_width),
+        "key": (d, kv_width),
+        "value": (d, kv_width),
+        "output": (q_width, d),
+        "gate": (d, model.mlp_width),
+        "up": (d, model.mlp_width),
+        "down": (model.mlp_width, d),
+    }
+
+    def shape(path: ParamPath) -> tuple[int, ...]:
+        layer, kind = path[-2:]
+        size = sizes.get(str(layer), (d, d))  # else a norm, which has no kernel
+        return size if kind in ("kernel", "embedding") else size[1:]
+
+    return {path: shape(path) for tensor in tensors(model) for path in tensor.ours}
+
+
+def _stored_names(model: ModelConfig, names: Set[str], table: str, held: Mapping[str, Any]) -> dict[str, str]:
+    """The name among `names` of every parameter of the weights, to the name that they have for it; `table` is that of
+    the embedding.
+
+    A model that was saved without its head has names without the prefix of the body (OpenAI's own GPT-2). Old files
+    also hold what is no parameter and follows from the settings: the causal mask, the frequencies of the rotation. Of a
+    head that is tied to the table, some writers keep the one, some the other, some both.
+    """
+    prefix, computed = _BODIES[family(model)]
+    kept, lacking = [name for name in held if not computed.search(name)], names - held.keys()
+    stored = {(prefix + name if prefix + name in lacking else name): name for name in kept}
+    if model.embeddings == "tied" and table not in stored and _HEAD in stored:
+        stored[table] = stored.pop(_HEAD)
+    return stored
+
+
+def _check_tied(
+    where: Path, held: Mapping[str, tuple[int, ...]], read: Callable[[str], np.ndarray], head: str, table: str
+) -> None:
+    """A head beside the table that it is tied to says nothing new, or config.json is wrong."""
+    if held[head] != held[table] or not np.array_equal(read(head), read(table), equal_nan=True):
+        raise UserError(
+            f"{where}: {head} differs from {table}, but its config.json says that the two are tied; set "
+            "tie_word_embeddings to false there if the model has a head of its own"
+        )
+
+
+def _published_shape(tensor: Tensor, shapes: Mapping[ParamPath, tuple[int, ...]]) -> tuple[int, ...]:
+    parts = [shapes[path] for path in tensor.ours]
+    joined = (*parts[0][:-1], sum(part[-1] for part in parts))
+    return joined[::-1] if tensor.transposed else joined
 
 
 def _llama(model: ModelConfig) -> list[Tensor]:
@@ -164,7 +210,7 @@ def _gpt2(model: ModelConfig) -> list[Tensor]:
 
 def _head(model: ModelConfig) -> list[Tensor]:
     untied = model.embeddings == "untied"
-    return [Tensor("lm_head.weight", (("unembed", "kernel"),), transposed=True)] if untied else []
+    return [Tensor(_HEAD, (("unembed", "kernel"),), transposed=True)] if untied else []
 
 
 _FAMILIES: dict[str, Callable[[ModelConfig], list[Tensor]]] = {"llama": _llama, "gpt2": _gpt2}
@@ -179,7 +225,12 @@ _LLAMA_LINEAR: dict[str, ParamPath] = {
     "mlp.down_proj": ("mlp", "down"),
 }
 
-_GPT2_MASK = re.compile(r"\.attn\.(masked_)?bias$")
+_HEAD = "lm_head.weight"
+# By family: what the names of all but the head begin with, and tensors of files that are computed and not learnt.
+_BODIES = {
+    "llama": ("model.", re.compile(r"\.rotary_emb\.inv_freq$")),
+    "gpt2": ("transformer.", re.compile(r"\.attn\.(masked_)?bias$")),
+}
 
 _GPT2_LINEAR: dict[str, tuple[ParamPath, ...]] = {
     "attn.c_attn": (("attention", "query"), ("attention", "key"), ("attention", "value")),

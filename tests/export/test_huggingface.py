@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +18,16 @@ import smallcoder_jax
 from smallcoder_jax.base.display import printable
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import ModelConfig
-from smallcoder_jax.export import card, huggingface, names
+from smallcoder_jax.export import card as model_card
+from smallcoder_jax.export import huggingface, names, record
+from smallcoder_jax.models import build
+from smallcoder_jax.tokenizers import base
 from smallcoder_jax.tokenizers.base import Tokenizer
 from smallcoder_jax.tokenizers.bytes import ByteTokenizer
 from smallcoder_jax.tokenizers.load import load_tokenizer
 from tests.export.conftest import MODELS, gpt2, llama, random_params
+from tests.export.test_tokenizer import published
+from tests.helpers import FLOAT32
 
 CARD = {
     "name": "pipe | and `tick`",
@@ -55,7 +62,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_export_import_export_gives_the_same_bytes(name: str, dtype: Any, tokenizer: Tokenizer, tmp_path: Path) -> None:
     params = export(tmp_path / "one", MODELS[name], tokenizer, dtype=dtype)
-    read, record = huggingface.read_export(tmp_path / "one"), huggingface.read_record(tmp_path / "one")
+    read, written = huggingface.read_export(tmp_path / "one"), record.read(tmp_path / "one")
     assert dataclasses.replace(read.model, dropout=0.0) == dataclasses.replace(MODELS[name], dropout=0.0)
     assert jax.tree.structure(read.params) == jax.tree.structure(params)
     for mine, stored in zip(jax.tree.leaves(params), jax.tree.leaves(read.params), strict=True):
@@ -63,7 +70,7 @@ def test_export_import_export_gives_the_same_bytes(name: str, dtype: Any, tokeni
         np.testing.assert_allclose(stored, mine, rtol=0 if dtype == "float32" else 2**-8, atol=0)
     again = load_tokenizer(read.tokenizer_folder)
     export(
-        tmp_path / "two", read.model, again, params=read.params, card=record.card, dtype=record.dtype,
+        tmp_path / "two", read.model, again, params=read.params, card=written.card, dtype=written.dtype,
     )  # fmt: skip
     assert set(contents(tmp_path / "one")) == FILES
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
@@ -126,7 +133,7 @@ def test_a_card_shows_what_is_hidden() -> None:
         "licenses": {odd: 3},
     }
     given = {"name": odd, "training": {odd: odd}, "evaluation": {odd: odd}, "data": data}
-    text = card.render(llama(), given, dtype="float32", fim=[odd, odd, odd], chat=True)
+    text = model_card.render(llama(), given, dtype="float32", fim=[odd, odd, odd], chat=True)
     assert text == printable(text)
     assert text.count("x1b") == 11
     assert text.count("u202e") == 11
@@ -149,11 +156,66 @@ def test_card(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert "stand-in" not in bare
 
 
-def test_generation_stops_at_the_end_of_a_turn(tokenizer: Tokenizer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["own", "published"])
+def test_an_export_names_no_folder_of_this_machine(kind: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tokenizer if kind == "own" else published()).save(tmp_path / "jane" / "tokenizer")
+    spec = "dir:/home/jane/acme code"
+    card = {
+        **CARD,
+        "training": {
+            "stages": f"x-language: 5 steps on prose,{spec}@2; x-code: 7 steps on jsonl:~/secret/a.jsonl?column=b"
+        },
+        "data": {**CARD["data"], "sources": [{**CARD["data"]["sources"][0], "spec": spec}]},
+    }
+    given = load_tokenizer(tmp_path / "jane" / "tokenizer")
+    export(tmp_path / "jane" / "out", llama(), given, card=card, check=lambda folder: {"checked": True})
+    for name, content in contents(tmp_path / "jane" / "out").items():
+        for path in (b"jane", b"secret", str(tmp_path).encode()):
+            assert path not in content, (name, path)
+    text = (tmp_path / "jane" / "out" / "README.md").read_text()
+    assert "| dir:acme code | 1 |" in text
+    assert "x-code: 7 steps on jsonl:a.jsonl?column=b |" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "published"),
+    [
+        ("dir:/home/jane/code/", "dir:code/"),
+        ("dir:~jane/code?x=a/b", "dir:code?x=a/b"),
+        ("dir:../x/y,dir:./z@2", "dir:y,dir:z@2"),
+        ('dir:"/home/j/a b/c"', 'dir:"c"'),
+        ("/home/jane/alpaca.json", "alpaca.json"),
+        ("preferences of dir:/a//b", "preferences of dir:b"),
+        ("hf:bigcode/the-stack-smol?config=data/x", "hf:bigcode/the-stack-smol?config=data/x"),
+        ("dir:.", "dir:."),
+        ("https://x.y/z, 3 tokens/s, a / b", "https://x.y/z, 3 tokens/s, a / b"),
+    ],
+)
+def test_paths_in_a_card(text: str, published: str) -> None:
+    assert model_card.without_folders({"a": [text, 1, None]}) == {"a": [published, 1, None]}
+
+
+def test_generation_stops_at_the_end_of_a_turn_and_of_a_file(tokenizer: Tokenizer, tmp_path: Path) -> None:
     export(tmp_path / "out", llama(), tokenizer)
     content = json.loads((tmp_path / "out" / "generation_config.json").read_text())
-    assert content["eos_token_id"] == [tokenizer.eos_id, tokenizer.specials["<|im_end|>"]]
+    assert content["eos_token_id"] == [tokenizer.eos_id, *(tokenizer.specials[p] for p in (base.IM_END, base.FILE_SEP))]
+    assert "suppress_tokens" not in content
     assert content["pad_token_id"] == tokenizer.pad_id != tokenizer.eos_id
+
+
+def test_rows_that_no_text_has_are_never_produced(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    export(tmp_path / "out", llama(vocab_size=424), tokenizer)
+    content = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert content["suppress_tokens"] == [420, 421, 422, 423]
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == 424
+    loaded = smallcoder_jax.load(tmp_path / "out")
+    assert (loaded.model.vocab_size, loaded.tokenizer.vocab_size) == (424, 420)
+
+
+def test_both_names_of_the_type_are_written(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    export(tmp_path / "out", llama(), tokenizer, dtype="bfloat16")
+    content = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert content["dtype"] == content["torch_dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize(
@@ -196,6 +258,35 @@ def test_parameters_of_another_model(tokenizer: Tokenizer, tmp_path: Path) -> No
         export(tmp_path / "out", llama(), tokenizer, params=params, dtype="int8")
 
 
+def gone() -> int:
+    """The number of a process that has ended."""
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+def test_what_a_killed_export_left_is_removed_by_the_next(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    ended, here = gone(), os.getpid()
+    left = [f".out.partial-{ended}", f".out.partial-{here}", f".out.old-{ended}"]
+    other = [f".out.partial-{os.getppid()}", f".out2.partial-{ended}", ".out.partial-x", ".out.partial-1.old"]
+    for name in [*left, *other]:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_text("a part")
+    (tmp_path / "out").mkdir()
+    export(tmp_path / "out", llama(), tokenizer)
+    assert {path.name for path in tmp_path.iterdir()} == {"out", *other}
+
+
+def test_an_export_that_was_moved_away_comes_back(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """Killed between the two renames, and the next export is refused."""
+    export(tmp_path / "out", llama(), tokenizer)
+    (tmp_path / "out").rename(tmp_path / f".out.old-{gone()}")
+    with pytest.raises(UserError, match="cannot be exported"):
+        export(tmp_path / "out", llama(positions="learned"), tokenizer)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert huggingface.read_export(tmp_path / "out").model == llama()
+
+
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exported") / "out"
@@ -204,8 +295,10 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def with_config(exported: Path, folder: Path, remove: tuple[str, ...] = (), **values: Any) -> Path:
+    """A copy as somebody else would have published it, without our record, with other settings."""
     for path in exported.iterdir():
         (folder / path.name).write_bytes(path.read_bytes())
+    (folder / record.RECORD).unlink()
     content = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(
         json.dumps({**{key: value for key, value in content.items() if key not in remove}, **values})
@@ -268,6 +361,8 @@ def test_gpt2_config_that_does_not_fit(tmp_path: Path) -> None:
 
 
 def change_tensors(folder: Path, change: Any) -> Path:
+    """Also without our record, which knows the weights."""
+    (folder / record.RECORD).unlink(missing_ok=True)
     tensors = safetensors.numpy.load_file(folder / "model.safetensors")
     change(tensors)
     safetensors.numpy.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -281,7 +376,10 @@ NORM = "model.norm.weight"
     ("change", "complaint"),
     [
         (lambda tensors: tensors.pop(NORM), r"lacks model\.norm\.weight"),
-        (lambda tensors: tensors.update(extra=np.ones(3, np.float32)), "the file holds extra"),
+        (
+            lambda tensors: tensors.update(extra=np.ones(3, np.float32)),
+            r"model\.safetensors holds extra, which no llama",
+        ),
         (
             lambda tensors: tensors.update({NORM: np.ones((1, 64), np.float32)}),
             r"norm.weight has shape \(1, 64\); expected \(64,\)",
@@ -303,7 +401,9 @@ def test_missing_and_damaged_files(exported: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="safetensors is damaged"):
         huggingface.read_export(folder)
     weights.rename(folder / "model-00001-of-00002.safetensors")
-    with pytest.raises(UserError, match=r"are spread over model-00001-of-00002\.safetensors"):
+    with pytest.raises(
+        UserError, match=r"model-00001-of-00002\.safetensors is there, but no model\.safetensors\.index\.json"
+    ):
         huggingface.read_export(folder)
     (folder / "pytest_marker.bin").write_bytes(b"\x80\x04")
     with pytest.raises(UserError, match="a pickle can run any code and is never opened"):
@@ -318,10 +418,10 @@ def test_missing_and_damaged_files(exported: Path, tmp_path: Path) -> None:
         huggingface.read_export(tmp_path / "nowhere")
     (folder / "export.json").write_text('{"format": 9}')
     with pytest.raises(UserError, match="has format 9; this version reads format 1"):
-        huggingface.read_record(folder)
+        record.read(folder)
     (folder / "export.json").unlink()
     with pytest.raises(UserError, match=r"has no export\.json: it was not written by tools\.export"):
-        huggingface.read_record(folder)
+        record.read(folder)
 
 
 def test_a_folder_of_transformers_is_read(tmp_path: Path) -> None:
@@ -371,14 +471,12 @@ def test_published_gpt2_that_does_not_fit(tmp_path: Path) -> None:
     export(tmp_path / "out", gpt2(vocab_size=256), ByteTokenizer())
     change_tensors(tmp_path / "out", strip_prefix)
     twice = {"transformer.ln_f.weight": np.ones(64, np.float32)}
-    with pytest.raises(UserError, match=r"the file holds ln_f\.weight, which"):
+    with pytest.raises(UserError, match=r"holds ln_f\.weight, which"):
         huggingface.read_export(change_tensors(tmp_path / "out", lambda tensors: tensors.update(twice)))
 
 
 def test_published_folder_is_loaded(tmp_path: Path) -> None:
     """Without any file of this package, and with the tokenizer in either published form."""
-    from tests.export.test_tokenizer import published
-
     folder = tmp_path / "gpt2"
     tokenizer = published()
     export(folder, gpt2(vocab_size=tokenizer.vocab_size), tokenizer)
@@ -399,4 +497,10 @@ def test_published_folder_is_loaded(tmp_path: Path) -> None:
 def test_every_parameter_has_exactly_one_place(name: str) -> None:
     model = MODELS[name]
     held = [path for tensor in names.tensors(model) for path in tensor.ours]
-    assert sorted(map(str, held)) == sorted(map(str, names.expected_shapes(model)))
+    _, abstract = build.abstract_model(model, FLOAT32)
+    shapes = {
+        tuple(entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)): leaf.shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)
+    }
+    assert names.expected_shapes(model) == shapes
+    assert sorted(map(str, held)) == sorted(map(str, shapes))

@@ -24,6 +24,12 @@ def test_it_trains_the_model_that_the_documents_say() -> None:
     assert (config.data.sources, config.compute.matmul) == ("stdlib", "auto")
 
 
+def test_a_model_that_cannot_be_exported_is_not_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("smallcoder_jax.train", lambda *_: pytest.fail("trained"))
+    with pytest.raises(UserError, match=r"cannot be exported to transformers: llama needs model\.mlp"):
+        quickstart.main([f"--workdir={tmp_path}", "--config.model.mlp=gelu"])
+
+
 def test_it_goes_on_when_the_checker_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     stamp = tmp_path / ".parity"
     timer = threading.Timer(0.3, stamp.touch)
@@ -71,6 +77,9 @@ def test_only_an_export_of_these_weights_that_was_checked_is_left_as_it_is(tmp_p
     assert is_checked(checked, exported)
     assert not is_checked(export("unchecked"), exported)
     assert not is_checked(tmp_path / "none", exported)
+    damaged = export("damaged", parity=True)
+    (damaged / "config.json").write_text("{}")
+    assert not is_checked(damaged, exported)
     other = dataclasses.replace(model, layers=1)
     smaller = build.init_params(other, FLOAT32, jax.random.key(0))
     assert not is_checked(checked, dataclasses.replace(exported, model=other, params=smaller))

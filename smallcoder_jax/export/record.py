@@ -1,0 +1,87 @@
+"""`export.json`: what a folder was written from, and the checksums by which damage to it is seen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+from smallcoder_jax.base.errors import UserError
+from smallcoder_jax.base.files import read_json_object, reason, sha256, write_json
+
+RECORD, CARD, GENERATION_CONFIG = "export.json", "README.md", "generation_config.json"
+FORMAT = 1
+Dtype = Literal["float32", "bfloat16"]
+# These decide nothing about what the model computes, and are edited by hand: the card, how to sample, how to converse.
+_EDITED = (RECORD, CARD, GENERATION_CONFIG, "chat_template.jinja")
+
+
+class Record(NamedTuple):
+    """What `write_export` was given beside the model: with it the same folder can be written again."""
+
+    card: dict[str, Any]
+    dtype: Dtype
+
+
+def write(folder: Path, record: Record) -> None:
+    """Writes the record of `folder`, with the checksums of the files that are in it."""
+    files = sorted(path for path in folder.iterdir() if path.name not in _EDITED)
+    checksums = {path.name: sha256(path) for path in files}
+    content = {"format": FORMAT, "dtype": record.dtype, "card": record.card, "checksums": checksums}
+    write_json(folder / RECORD, content)
+
+
+def read(folder: Path) -> Record:
+    """What `folder` was written from. Raises UserError for a folder that this package did not write."""
+    if not (folder / RECORD).exists():
+        raise UserError(
+            f"{folder} has no {RECORD}: it was not written by tools.export, so what its model card should say is not "
+            "known; name the run that the model comes from"
+        )
+    content = _content(folder)
+    return Record(content["card"], content["dtype"])
+
+
+def verify(folder: Path) -> None:
+    """Raises UserError where a file of an export is not the one that was written. Folders without a record, which were
+    published by others, and records from before there were checksums have nothing to compare with.
+    """
+    if not (folder / RECORD).exists():
+        return
+    for name, expected in _content(folder).get("checksums", {}).items():
+        try:
+            found = sha256(folder / name)
+        except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+            raise UserError(f"{folder / name} cannot be read: {reason(error)}; it was there at the export") from error
+        if found != expected:
+            raise UserError(
+                f"{folder / name} is damaged or was changed since the export: its SHA-256 is {found[:12]}..., not "
+                f"{str(expected)[:12]}... as {RECORD} says. Export or copy it again; if the change is meant, delete "
+                f"{RECORD}"
+            )
+
+
+def _content(folder: Path) -> dict[str, Any]:
+    path = folder / RECORD
+    content = read_json_object(path, "the record of an export; export the model again, or delete it")
+    if content.get("format") != FORMAT or content.get("dtype") not in get_args(Dtype):
+        raise UserError(f"{path} has format {content.get('format')!r}; this version reads format {FORMAT}")
+    checksums = content.get("checksums", {})
+    if not isinstance(checksums, dict) or not all(Path(name).name == name for name in checksums):
+        raise UserError(f"{path} holds no checksums by file of this folder; export the model again, or delete it")
+    if fault := _fault(content.get("card")):
+        raise UserError(f"{path} holds no model card: {fault}. Export the model again from its run")
+    return content
+
+
+def _fault(card: Any) -> str:
+    """What of a card is not as `export.card` describes it; empty where all is."""
+    if not isinstance(card, dict) or not isinstance(card.get("name"), str):
+        return "it has no name"
+    tables = {key: card.get(key) or {} for key in ("training", "evaluation", "data", "parity")}
+    if wrong := [key for key, table in tables.items() if not isinstance(table, Mapping)]:
+        return f"{wrong[0]} is no object"
+    sources, licenses = tables["data"].get("sources", []), tables["data"].get("licenses", {})
+    if not isinstance(sources, list) or not all(isinstance(source, Mapping) for source in sources):
+        return "data.sources is no list of objects"
+    return "" if isinstance(licenses, Mapping) else "data.licenses is no object"
