@@ -1,7 +1,8 @@
 """Staged size tiny: 11,349,248 parameters, 512 tokens of context. GELU with biases, RMSNorm, RoPE, tied embeddings.
 
 Command:   python -m smallcoder_jax.main --config=configs/staged_tiny.py --workdir=runs/staged_tiny
-           or in stages: python -m tools.run_stages --variant=staged_tiny
+           or in stages: python -m tools.run_stages --variant=staged_tiny --no-export
+Export:    none: transformers has no such architecture (tools.export says which fields differ).
 Hardware:  ask --mode=preflight --topology=...; not tried on any accelerator yet.
 Time:      not measured.
 Expected:  not measured. The loss starts at ln(32000) = 10.4.

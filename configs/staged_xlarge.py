@@ -3,7 +3,8 @@
 GELU with biases, RMSNorm, RoPE, tied embeddings.
 
 Command:   python -m smallcoder_jax.main --config=configs/staged_xlarge.py --workdir=runs/staged_xlarge
-           or in stages: python -m tools.run_stages --variant=staged_xlarge
+           or in stages: python -m tools.run_stages --variant=staged_xlarge --no-export
+Export:    none: transformers has no such architecture (tools.export says which fields differ).
 Hardware:  ask --mode=preflight --topology=...; not tried on any accelerator yet.
 Time:      not measured.
 Expected:  not measured. The loss starts at ln(32000) = 10.4.

@@ -16,7 +16,8 @@ import time
 from pathlib import Path
 
 from smallcoder_jax.base.display import say
-from smallcoder_jax.base.errors import EXIT_INTERRUPTED, CheckFailed, run_cli
+from smallcoder_jax.base.errors import EXIT_INTERRUPTED, CheckFailed, UserError, run_cli
+from smallcoder_jax.config import ModelConfig
 from smallcoder_jax.configfile import split_overrides
 
 
@@ -28,6 +29,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--variant", required=True, help="a file in configs/: nano, tiny, small, staged_medium, ...")
     parser.add_argument("--stages", help="comma-separated, in their order; default all")
     parser.add_argument("--workdir", type=Path, help="default runs/stages_VARIANT")
+    parser.add_argument(
+        "--no-export", action="store_true", help="only verify at the end: for shapes that transformers does not have"
+    )
     parser.add_argument("--no-check", action="store_true", help="do not fail where a stage made nothing better")
     options = parser.parse_args(arguments)
     from smallcoder_jax.data.progress import Progress
@@ -39,7 +43,9 @@ def main(argv: list[str] | None = None) -> int:
     workdir = options.workdir or Path("runs") / f"stages_{options.variant}"
     stages = options.stages.split(",") if options.stages else chain.STAGES
     planned = chain.plan(options.variant, stages, workdir, overrides)
-    if any(each.stage in chain.POLICY for each in planned):
+    policies = [each for each in planned if each.stage in chain.POLICY]
+    if policies and not options.no_export:
+        check_export(policies[-1].config.model)
         parity.check_installed()
     if "tokenizer" in stages:
         chain.ensure_tokenizer(planned, workdir / "tokenizer", Progress(sys.stderr))
@@ -51,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
             return EXIT_INTERRUPTED
         done.append(result)
         chain.write_report(workdir, options.variant, done)
-    finish(workdir, [each.stage for each in planned if each.stage in chain.POLICY])
+    finish(workdir, [each.stage for each in policies], export=not options.no_export)
     rows = [
         [stage, measure, *("-" if number is None else f"{number:.4f}" for number in change)]
         for stage, measure, change in chain.table_rows(done)
@@ -65,15 +71,27 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def finish(workdir: Path, stages: list[str]) -> None:
-    """Exports the last model, checked in transformers, and verifies every run of the chain."""
-    from tools import export, verify_models
+def check_export(model: ModelConfig) -> None:
+    """Raises UserError, before anything is trained, where the model could not be exported at the end."""
+    from smallcoder_jax.export import names
+
+    try:
+        names.family(model)
+    except UserError as error:
+        raise UserError(f"{error}. To train and verify it without an export, add --no-export") from error
+
+
+def finish(workdir: Path, stages: list[str], *, export: bool) -> None:
+    """Exports the last model, checked in transformers, where that is wanted, and verifies every run of the chain."""
+    from tools import export as exporter
+    from tools import verify_models
 
     if not stages:
         return
     last = workdir / stages[-1]
-    say(f"\nexporting {last}, and checking the export in transformers ...")
-    export.main([f"--checkpoint={last}"])
+    if export:
+        say(f"\nexporting {last}, and checking the export in transformers ...")
+        exporter.main([f"--checkpoint={last}"])
     code = verify_models.main([f"--run={workdir / stage}" for stage in stages])
     if code:
         raise CheckFailed("a run of the chain did not verify")

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from smallcoder_jax.base.errors import CheckFailed, UserError
+from smallcoder_jax.base.errors import EXIT_INTERRUPTED, CheckFailed, UserError
 from smallcoder_jax.base.files import read_json
 from smallcoder_jax.config import Config
 from smallcoder_jax.stages import chain
@@ -64,6 +64,33 @@ def test_every_stage_has_a_config_for_every_variant(variant: str) -> None:
 def test_what_cannot_follow_is_refused(stages: tuple[str, ...], said: str) -> None:
     with pytest.raises(UserError, match=said):
         chain.plan("nano", stages, WORKDIR, [])
+
+
+@pytest.mark.parametrize("stages", ["tokenizer,language,code", "code", "code,tools,reward"])
+def test_what_cannot_be_exported_at_the_end_is_refused_before_anything_is_trained(
+    stages: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[str] = []
+    monkeypatch.setattr(chain, "ensure_tokenizer", lambda planned, folder, progress: begun.append("tokenizer"))
+    monkeypatch.setattr(chain, "run_stage", lambda each, workdir: begun.append(each.stage))
+    flags = ["--variant=staged_tiny", f"--stages={stages}", f"--workdir={tmp_path / 'work'}"]
+    with pytest.raises(UserError, match=r"cannot be exported to transformers: llama needs .*add --no-export"):
+        run_stages.main(flags)
+    assert not begun
+    assert run_stages.main([*flags, "--no-export"]) == EXIT_INTERRUPTED  # the first stage ends at once
+    assert begun
+    assert run_stages.main(["--variant=staged_tiny", "--stages=reward", f"--workdir={tmp_path}"]) == EXIT_INTERRUPTED
+
+
+def test_without_an_export_every_run_is_still_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[tuple[str, list[str]]] = []
+    monkeypatch.setattr("tools.export.main", lambda flags: called.append(("export", flags)))
+    monkeypatch.setattr("tools.verify_models.main", lambda flags: called.append(("verify", flags)))
+    run_stages.finish(tmp_path, ["language", "code"], export=False)
+    verified = ("verify", [f"--run={tmp_path / 'language'}", f"--run={tmp_path / 'code'}"])
+    assert called == [verified]
+    run_stages.finish(tmp_path, ["language", "code"], export=True)
+    assert called == [verified, ("export", [f"--checkpoint={tmp_path / 'code'}"]), verified]
 
 
 def test_a_stage_that_is_done_is_not_trained_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
