@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
+import os
 import sys
 import textwrap
 from collections.abc import Mapping
@@ -36,7 +37,7 @@ def main(argv: list[str] | None = None) -> int | None:
     import smallcoder_jax
 
     loaded = smallcoder_jax.load(args.checkpoint, step=args.step)
-    again = not (args.checkpoint / "run.json").is_file()
+    again = not os.path.isfile(args.checkpoint / "run.json")
     if again:
         record = export_record.read(args.checkpoint)
         card, dtype = {key: value for key, value in record.card.items() if key != "parity"}, args.dtype or record.dtype

@@ -25,7 +25,7 @@ import safetensors.numpy
 
 from smallcoder_jax import config as config_module
 from smallcoder_jax.base.errors import UserError
-from smallcoder_jax.base.files import read_json_object, write_json
+from smallcoder_jax.base.files import read_json_object, reason, write_json
 from smallcoder_jax.config import ModelConfig
 from smallcoder_jax.export import card as model_card
 from smallcoder_jax.export import names, record, weights
@@ -73,16 +73,16 @@ def write_export(
             f"the tokenizer has {tokenizer.vocab_size} ids, but {model.vocab_size=}; export the model with the "
             "tokenizer that it was trained with"
         )
-    folder = folder.resolve()
+    folder = Path(os.path.realpath(folder))  # Path.resolve raises on a loop of links
     _tidy(folder)
-    if folder.exists() and not _may_be_replaced(folder):
+    if os.path.lexists(folder) and not _may_be_replaced(folder):
         raise UserError(f"{folder} exists and is no exported model, so it is not replaced; name another --output")
     published = names.to_published(model, params)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
     except OSError as error:
-        raise UserError(f"{folder} cannot be written: {error}; name another --output") from error
+        raise UserError(f"{folder} cannot be written: {reason(error)}; name another --output") from error
     try:
         export_tokenizer.write_tokenizer(partial, tokenizer, context=model.context)
         write_json(partial / CONFIG, _published_config(model, tokenizer, dtype))
@@ -333,7 +333,7 @@ def _tidy(folder: Path) -> None:
     for path, match in found:
         if _runs(int(match[2])):
             continue
-        if match[1] == "old" and not folder.exists():
+        if match[1] == "old" and not os.path.lexists(folder):
             path.rename(folder)
         else:
             shutil.rmtree(path, ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -33,7 +34,7 @@ def write(folder: Path, record: Record) -> None:
 
 def read(folder: Path) -> Record:
     """What `folder` was written from. Raises UserError for a folder that this package did not write."""
-    if not (folder / RECORD).exists():
+    if not os.path.exists(folder / RECORD):
         raise UserError(
             f"{folder} has no {RECORD}: it was not written by tools.export, so what its model card should say is not "
             "known; name the run that the model comes from"
@@ -46,7 +47,7 @@ def verify(folder: Path) -> None:
     """Raises UserError where a file of an export is not the one that was written. Folders without a record, which were
     published by others, and records from before there were checksums have nothing to compare with.
     """
-    if not (folder / RECORD).exists():
+    if not os.path.exists(folder / RECORD):
         return
     for name, expected in _content(folder).get("checksums", {}).items():
         try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,9 +76,9 @@ def read(folder: Path, model: ModelConfig) -> build.Params:
 def _find(folder: Path) -> tuple[Path, dict[str, Path] | None]:
     """The one file, or the index with the file of each tensor. Raises UserError where there is neither."""
     index = folder / INDEX
-    if (folder / WEIGHTS).exists():
+    if os.path.exists(folder / WEIGHTS):
         return folder / WEIGHTS, None
-    if index.exists():
+    if os.path.exists(index):
         return index, _read_index(index)
     pickles = sorted(file.name for suffix in _PICKLES for file in folder.glob(f"*.{suffix}"))
     parts = sorted(file.name for file in folder.glob("*.safetensors*"))

@@ -81,6 +81,13 @@ def make_task(config: Config, loaded: LoadedModel | None, progress: Progress) ->
     prepared = documents.prepare_on_all(config, progress)
     for model in (teacher, *([loaded] if loaded else [])):
         check_tokenizer(model, prepared.tokenizer)
+    if (
+        teacher.model.vocab_size != config.model.vocab_size
+    ):  # one tokenizer, and tables with other numbers of spare rows
+        raise UserError(
+            f"the teacher in {config.distill.teacher} has a table of {teacher.model.vocab_size} rows, but "
+            f"{config.model.vocab_size=}; they are compared row by row: set model.vocab_size={teacher.model.vocab_size}"
+        )
     distill = config.distill
     task = documents.make_task(
         config,

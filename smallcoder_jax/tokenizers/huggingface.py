@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -194,7 +195,7 @@ def read_hugging_face(name: str) -> HuggingFaceTokenizer:
         from transformers import AutoTokenizer
     except ImportError as error:
         raise UserError(f"tokenizer.kind=hf needs transformers ({error}): pip install 'smallcoder_jax[hub]'") from error
-    looks_local = Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
+    looks_local = os.path.exists(name) or name.startswith((".", "/", "~")) or name.count("/") > 1
     where = str(Path(name).expanduser()) if looks_local else name
     if looks_local:
         _check_files(Path(where))
@@ -214,9 +215,9 @@ def read_hugging_face(name: str) -> HuggingFaceTokenizer:
 def _check_files(folder: Path) -> None:
     """Raises UserError for what the library would wait for, run out of memory with or end in a traceback at."""
     for path in (folder / name for name in _FILES):
-        if path.suffix == ".json" and path.exists():
+        if path.suffix == ".json" and os.path.exists(path):
             read_json(path, "a file of a published tokenizer; download it again")
-        elif path.exists():
+        elif os.path.exists(path):
             read_bytes(path, "a file of a published tokenizer; download it again")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,7 +20,7 @@ _MOST_SPARE = 8  # of so many rows of a model's table one may be spare: publishe
 def load_tokenizer(folder: Path) -> Tokenizer:
     """The tokenizer that was saved in `folder`. Raises UserError where there is none or it cannot be read."""
     path = folder / KIND_FILE
-    if not path.exists():
+    if not os.path.exists(path):
         raise UserError(
             f"{folder} is no tokenizer's folder: {path.name} does not exist. Name one that tools.train_tokenizer or "
             "tools.prepare_data has written"

@@ -104,6 +104,11 @@ def test_output_that_cannot_be_written(tokenizer: Tokenizer, tmp_path: Path) -> 
     with pytest.raises(UserError, match="cannot be written"):
         export(tmp_path / "file" / "out", llama(), tokenizer)
     assert (tmp_path / "file").read_text() == "keep"
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(UserError, match="is no exported model, so it is not replaced"):
+        export(tmp_path / "loop", llama(), tokenizer)
+    with pytest.raises(UserError, match="cannot be written: File name too long"):
+        export(tmp_path / ("a" * 300), llama(), tokenizer)
 
 
 def test_output_without_a_name_of_its_own(

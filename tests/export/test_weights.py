@@ -15,8 +15,10 @@ import safetensors.numpy
 
 from smallcoder_jax import loading
 from smallcoder_jax.base.errors import UserError
-from smallcoder_jax.export import huggingface, weights
+from smallcoder_jax.export import huggingface, record, weights
 from smallcoder_jax.models import build
+from smallcoder_jax.tokenizers.bytes import ByteTokenizer
+from smallcoder_jax.tokenizers.load import load_tokenizer, open_tokenizer
 from tests.export.conftest import CODE
 
 Tensors = dict[str, np.ndarray]
@@ -223,8 +225,6 @@ def test_config_that_is_no_json(text: str, tmp_path: Path) -> None:
 
 
 def test_a_folder_with_several_files_is_loaded(tmp_path: Path) -> None:
-    from smallcoder_jax.tokenizers.bytes import ByteTokenizer
-
     tensors = llama()
     tensors[TABLE] = np.resize(tensors[TABLE], (256, WIDTH))
     folder = shard(tmp_path, tensors)
@@ -234,3 +234,19 @@ def test_a_folder_with_several_files_is_loaded(tmp_path: Path) -> None:
     assert loaded.tokenizer.encode(CODE[:3]) == list(CODE[:3].encode())
     with pytest.raises(UserError, match="is an exported folder: it has no steps"):
         loading.load(folder, step=1)
+
+
+@pytest.mark.parametrize("name", ["a" * 10_000, "loop", "\udcff", "a" * 300])
+def test_paths_that_cannot_be(name: str, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    folder = tmp_path / name
+    with pytest.raises(UserError, match=r"does not exist|cannot be read"):
+        loading.load(folder)
+    with pytest.raises(UserError, match=r"does not exist|cannot be read"):
+        huggingface.read_export(folder)
+    with pytest.raises(UserError, match=r"has no export\.json"):
+        record.read(folder)
+    with pytest.raises(UserError, match="is no tokenizer's folder"):
+        load_tokenizer(folder)
+    with pytest.raises(UserError, match="cannot be loaded"):
+        open_tokenizer("hf", str(folder))

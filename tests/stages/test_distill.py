@@ -171,3 +171,11 @@ def test_a_teacher_is_needed(root: Path, tmp_path: Path) -> None:
     config = dataclasses.replace(config_with(root), distill=DistillConfig(teacher=str(tmp_path / "nowhere")))
     with pytest.raises(UserError, match="does not exist"):
         run.train(config, tmp_path / "run")
+
+
+def test_a_teacher_with_other_spare_rows(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = loading.load(root / "start")
+    wider = dataclasses.replace(loaded, model=dataclasses.replace(loaded.model, vocab_size=264))
+    monkeypatch.setattr(loading, "load", lambda path: wider)
+    with pytest.raises(UserError, match=r"has a table of 264 rows, but config\.model\.vocab_size=256"):
+        run.train(config_with(root), tmp_path / "run")
