@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int | None:
 
     model = smallcoder_jax.load(args.checkpoint, step=args.step)
     if job.chat and "config" in model.info and not learned_turns(model.info["config"]):  # an export does not say
-        show("the last stage of this model trained it on no conversations; it may not answer\n", sys.stderr)
+        say("the last stage of this model trained it on no conversations; it may not answer", sys.stderr)
     set_encodings()
     job.run(model.generator, read_line, sys.stdout, sys.stderr)
 
@@ -214,7 +214,8 @@ class Job:
             text = completion.text if self.around else completion.prompt + completion.text
             if reply:
                 text = reply.content + ("\n" if reply.content and reply.calls else "") + call_lines(reply.calls)
-                show("".join(f"{name}: {error.kind}: {error.message}\n" for error in reply.errors), log)
+                for error in reply.errors:
+                    say(f"{name}: {error.kind}: {error.message}", log)
             show(text if text.endswith("\n") else text + "\n", output)
 
     def _record(self, index: int, completion: Completion, reply: Reply | None) -> dict[str, Any]:
@@ -333,12 +334,12 @@ def read_prompts(name: str) -> tuple[str, ...]:
     text = read_text(path, "prompts; what comes out of a pipe is given as --prompt-file - on the standard input")
     if path.suffix not in (".jsonl", *ONE_A_LINE):
         if lines := text.count("\n"):
-            show(f"{path}: one prompt of {lines:,} lines\n", sys.stderr)
+            say(f"{path}: one prompt of {lines:,} lines", sys.stderr)
         return (text,)
     lines = [(number, line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
         raise UserError(f"{path} has no prompts; write one on each line, as a JSON string if the file is a .jsonl")
-    show(f"{path}: {len(lines):,} prompt{'s' * (len(lines) > 1)}, one a line\n", sys.stderr)
+    say(f"{path}: {len(lines):,} prompt{'s' * (len(lines) > 1)}, one a line", sys.stderr)
     if path.suffix == ".jsonl":
         return tuple(_json_prompt(line, f"{path}, line {number}") for number, line in lines)
     return tuple(line for _, line in lines)

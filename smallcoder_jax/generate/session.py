@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TextIO
 
-from smallcoder_jax.base.display import one_line, show
+from smallcoder_jax.base.display import one_line, say, show
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import nearest
 from smallcoder_jax.generate.chat import Reply, ReplyStream, call_lines
@@ -123,7 +123,7 @@ class Session:
             self.options = dataclasses.replace(self.options, seed=(self.options.seed + 1) % 2**32)
 
     def _note(self, text: str) -> None:
-        show(f"{text}\n", self._log)
+        say(text, self._log)
 
 
 class ChatSession(Session):
