@@ -78,7 +78,7 @@ def test_it_learns_a_rule_and_says_so_by_criterion(root: Path, tmp_path: Path) -
     # What is called tokens is those of the answers, and not the number of pairs.
     assert trained.tokens_seen == sum(int(batch["loss_weights"].sum()) for batch in itertools.islice(batches, 60))
     found = run.evaluate_run(tmp_path / "run", config, step="60")
-    assert set(found) == {"loss", "accuracy", "margin", "accuracy_at", "accuracy_hash"}
+    assert set(found) == {"step", "loss", "accuracy", "margin", "accuracy_at", "accuracy_hash"}
     assert found["accuracy"] > 0.95
     assert found["loss"] < 0.2
     for name, value in trained.evaluation.items():  # of the same pairs, on eight devices
