@@ -25,22 +25,10 @@ LIMITS = sandbox.Limits(wall_s=5.0, cpu_s=5, memory_bytes=512 << 20)
 CACHED = 10_000  # runs whose outcome is remembered
 
 IMPORTABLE = ("collections", "itertools", "math", "re")  # by a body; none of them has a function that is asked for
-# Ways to objects by a name that is not in the source, to more code, and to files.
-_REFUSED = (
-    *("breakpoint", "compile", "delattr", "eval", "exec", "getattr", "globals", "help", "input", "locals", "open"),
-    *(
-        "setattr",
-        "vars",
-        "ag_frame",
-        "cr_frame",
-        "gi_frame",
-        "tb_frame",
-        "f_back",
-        "f_builtins",
-        "f_globals",
-        "f_locals",
-    ),
-)
+# Ways to objects by a name that is not in the source, to more code, to files and to frames.
+_LOOK_UPS = ("delattr", "getattr", "globals", "locals", "setattr", "vars")
+_BUILTINS = ("breakpoint", "compile", "eval", "exec", "help", "input", "open", *_LOOK_UPS)
+_FRAMES = ("ag_frame", "cr_frame", "gi_frame", "tb_frame", "f_back", "f_builtins", "f_globals", "f_locals")
 _HARMLESS = ("__class__", "__doc__", "__init__", "__name__", "__qualname__")
 _MODULES = sys.stdlib_module_names | {"path"}  # such as os.path, re.enum, random._bisect
 
@@ -95,7 +83,7 @@ def overreach(question: Body, body: str) -> str | None:
         names, modules, attributes = _reached(node)
         for name in (*names, *attributes):
             special = name.startswith("__") and name.endswith("__") and name not in _HARMLESS
-            if special or name in _REFUSED:
+            if special or name in _BUILTINS or name in _FRAMES:
                 return f"it names {name}"
         for name in modules:
             if name not in IMPORTABLE or name == question.module:
