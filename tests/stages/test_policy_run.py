@@ -74,7 +74,8 @@ def test_grpo_with_checked_answers(root: Path, tmp_path: Path) -> None:
     measured = run.evaluate_run(tmp_path, config, "2")
     assert measured["start_kl"] == pytest.approx(outcome.evaluation["start_kl"], abs=1e-4)
     assert verify(tmp_path, run.reevaluate).status == "verified"
-    assert json.loads((tmp_path / "run.json").read_text())["started_from"]["path"] == str(root / "start")
+    started = json.loads((tmp_path / "run.json").read_text())["started_from"]["path"]  # as seen from the run
+    assert (tmp_path / started).resolve() == (root / "start").resolve()
 
 
 def test_ppo_wants_a_reward_model_that_is_one(root: Path, tmp_path: Path) -> None:
