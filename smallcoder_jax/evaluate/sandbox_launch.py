@@ -264,32 +264,34 @@ class Usage:
     def __init__(self, pid: int, socket_bytes: int) -> None:
         self.pages = self.address_space = self.disk = 0
         self.buffers: dict[str, int] = {}  # by the name of the pipe or socket
-        self.processes: list[int] = []  # each with memory of its own
+        self.memories: list[str] = []  # a thread of each process with memory of its own
         self.costs = {"pipe": PIPE_BYTES, "socket": socket_bytes}
         self._add(pid, None)
 
     def _add(self, pid: int, parent: int | None) -> None:
         """Adds a process and all below it. What ends meanwhile is left out."""
-        borrowed = parent is not None and _same_memory(parent, pid)  # as between vfork and exec
-        if not borrowed:
-            self.processes.append(pid)
-        sizes: dict[bytes, int] = {}
-        for task in _names(f"/proc/{pid}/task"):
-            folder = f"/proc/{pid}/task/{task}"
-            if not borrowed and not sizes:  # of any thread that has not ended
-                sizes = _sizes(f"{folder}/status")
-            for name in _names(f"{folder}/fd"):  # threads need not share descriptors
+        lent = parent is not None and _same_memory(parent, pid)  # as between vfork and exec
+        threads = [f"/proc/{pid}/task/{name}" for name in _names(f"/proc/{pid}/task")]
+        for thread in threads:
+            sizes = _sizes(f"{thread}/status")
+            if not sizes:
+                continue  # it has ended, and shows nothing of the memory that others use still
+            if not lent or thread != f"/proc/{pid}/task/{pid}":
+                self.memories.append(thread)
+                self.pages += sum(sizes.get(name, 0) for name in OWN_PAGES)
+                self.address_space += sizes.get(ADDRESS_SPACE, 0)
+            with contextlib.suppress(OSError):  # init lets nobody look
+                disk = os.statvfs(f"{thread}/root/tmp")
+                self.disk = (disk.f_blocks - disk.f_bfree) * disk.f_frsize
+            break
+        for thread in threads:
+            for name in _names(f"{thread}/fd"):  # threads need not share descriptors
                 with contextlib.suppress(OSError):
-                    target = os.readlink(f"{folder}/fd/{name}")
+                    target = os.readlink(f"{thread}/fd/{name}")
                     if (cost := self.costs.get(target.partition(":")[0])) is not None:
                         self.buffers[target] = cost
-            for child in _read(f"{folder}/children").split():
+            for child in _read(f"{thread}/children").split():
                 self._add(int(child), pid)
-        self.pages += sum(sizes.get(name, 0) for name in OWN_PAGES)
-        self.address_space += sizes.get(ADDRESS_SPACE, 0)
-        with contextlib.suppress(OSError):  # init lets nobody look
-            disk = os.statvfs(f"/proc/{pid}/root/tmp")
-            self.disk = (disk.f_blocks - disk.f_bfree) * disk.f_frsize
 
     def bytes(self, limit: int) -> int:
         """All of it. Mappings are counted, which takes time, where as many as there is room for would pass `limit`."""
@@ -297,14 +299,15 @@ class Usage:
         at_most = counted + self.address_space // resource.getpagesize() * MAPPING_BYTES
         if at_most <= limit:
             return at_most
-        for pid in self.processes:
-            with contextlib.suppress(OSError), open(f"/proc/{pid}/maps", "rb", buffering=0) as file:
+        for thread in self.memories:
+            with contextlib.suppress(OSError), open(f"{thread}/maps", "rb", buffering=0) as file:
                 while counted <= limit and (part := file.read(1 << 16)):
                     counted += part.count(b"\n") * MAPPING_BYTES
         return counted
 
 
 def _same_memory(one: int, other: int) -> bool:
+    """Whether the first threads of two processes use one memory; also where both have ended."""
     number = ctypes.c_long(SYS_KCMP[os.uname().machine])
     return libc.syscall(number, one, other, KCMP_VM, ctypes.c_ulong(0), ctypes.c_ulong(0)) == 0
 

@@ -71,6 +71,15 @@ for number in range({count}):
         time.sleep(9)
 time.sleep(9)
 """
+MAP_OFTEN = """
+start = libc.mmap(None, 30000 << 12, 1, 0x22, -1, 0)
+for page in range(0, 30000, 2): libc.mprotect(start + (page << 12), 4096, 0)
+"""
+# The first thread ends, and another goes on.
+LEAVE_TO = """
+threading.Thread(target={}).start()
+libc.syscall({{"x86_64": 60, "aarch64": 93}}[os.uname().machine], 0)
+"""
 # name, code, how the run ends, what the error of the call says; limits where they matter.
 SCORED: list[tuple[str, str, str, str] | tuple[str, str, str, str, Limits]] = [
     # leaving early: an exit code is no answer
@@ -114,10 +123,14 @@ SCORED: list[tuple[str, str, str, str] | tuple[str, str, str, str, Limits]] = [
     ("shared_zeros_read_only", "import mmap, os\ndef f(x):\n"
      " return mmap.mmap(os.open('/dev/zero', 0), 1 << 20, mmap.MAP_SHARED, mmap.PROT_READ)", "finished",
      "OSError: [Errno 19]"),
-    ("memory_behind_an_ended_thread", SEVERAL.format(count=2, body="threading.Thread(target=lambda: "
-     "[time.sleep(0.2), keep(b'x' * (70 << 20))]).start()\n"
-     "libc.syscall({'x86_64': 60, 'aarch64': 93}[os.uname().machine], 0)"), "memory", "not run: memory",
-     Limits(memory_bytes=128 << 20)),
+    ("memory_behind_an_ended_thread", SEVERAL.format(count=6, body="def later():\n time.sleep(0.2)\n"
+     " keep(b'x' * (40 << 20))\n" + LEAVE_TO.format("later")), "memory", "not run: memory",
+     Limits(memory_bytes=192 << 20)),
+    ("memory_behind_ended_threads_in_a_row", SEVERAL.format(count=3, body="def later():\n"
+     " if os.fork() == 0: exec(LAST, globals())\n time.sleep(0.4)\n keep(b'x' * (40 << 20))\n"
+     "def last():\n time.sleep(0.4)\n keep(b'x' * (40 << 20))\n"
+     "LAST = " + repr(LEAVE_TO.format("last")) + "\n" + LEAVE_TO.format("later")), "memory", "not run: memory",
+     Limits(memory_bytes=192 << 20)),
     ("full_sockets", SEVERAL.format(count=4, body="keep([fill(*socket.socketpair()) for _ in range(60)])"), "memory",
      "not run: memory", Limits(memory_bytes=100 << 20, open_files=128)),
     ("full_sockets_of_a_process_that_hides", SEVERAL.format(count=4, body="libc.prctl(4, 0, 0, 0, 0)\n"
@@ -125,9 +138,11 @@ SCORED: list[tuple[str, str, str, str] | tuple[str, str, str, str, Limits]] = [
      Limits(memory_bytes=100 << 20, open_files=128)),
     ("full_pipes", SEVERAL.format(count=8, body="keep([fill(*os.pipe()) for _ in range(200)])"), "memory",
      "not run: memory", Limits(memory_bytes=128 << 20, open_files=512)),
-    ("many_mappings", SEVERAL.format(count=8, body="start = libc.mmap(None, 30000 << 12, 1, 0x22, -1, 0)\n"
-     "for page in range(0, 30000, 2): libc.mprotect(start + (page << 12), 4096, 0)"), "memory", "not run: memory",
+    ("many_mappings", SEVERAL.format(count=8, body=MAP_OFTEN), "memory", "not run: memory",
      Limits(memory_bytes=144 << 20)),
+    ("many_mappings_behind_an_ended_thread", SEVERAL.format(count=16, body="def later():\n time.sleep(0.2)\n"
+     " exec(MAP_OFTEN)\n keep(0)\nMAP_OFTEN = " + repr(MAP_OFTEN) + "\n" + LEAVE_TO.format("later")), "memory",
+     "not run: memory", Limits(memory_bytes=240 << 20)),
     ("files_and_pages", SEVERAL.format(count=2, body="for _ in range(44): open(f'/tmp/{number}', 'ab').write("
      "bytes(1 << 20))"), "memory", "not run: memory", Limits(memory_bytes=96 << 20, disk_bytes=90 << 20)),
     ("name_that_lies", "import ctypes\nctypes.CDLL(None).prctl(15, b'VmSize: a kB', 0, 0, 0)\nimport time\n"
@@ -296,7 +311,12 @@ REACHING: list[tuple[str, str, Any, bool]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("attack", SCORED, ids=lambda attack: attack[0])
+SLOW = ("many_mappings_behind_an_ended_thread",)
+
+
+@pytest.mark.parametrize(
+    "attack", [pytest.param(a, id=a[0], marks=[pytest.mark.slow] * (a[0] in SLOW)) for a in SCORED]
+)
 def test_attack_is_not_scored(attack: tuple[Any, ...]) -> None:
     _, code, ended, error = attack[:4]
     outcome = run_python(code, calls=[Call("f", (41,))], limits=attack[4] if len(attack) > 4 else QUICK)
