@@ -47,7 +47,7 @@ DEVICE_SOURCES = {"/dev/zero": "/dev/full"}
 # Memory of all processes together is looked at often enough that it cannot pass the limit by much in between: by what
 # every processor could touch, page by page.
 LOOK_S, LOOK_LEAST_S = 0.05, 0.001
-BYTES_PER_S = 2 << 30  # of one processor
+BYTES_PER_S = 4 << 30  # of one processor, and some time to be late
 OWN_PAGES, ADDRESS_SPACE = (b"RssAnon:", b"VmSwap:", b"VmPTE:"), b"VmSize:"  # of /proc/PID/status
 # What the kernel holds for a process beside its pages, at most.
 MAPPING_BYTES = 512
@@ -262,6 +262,7 @@ class Usage:
     """
 
     def __init__(self, pid: int, socket_bytes: int) -> None:
+        self.processes: list[int] = []
         self.pages = self.address_space = self.disk = 0
         self.buffers: dict[str, int] = {}  # by the name of the pipe or socket
         self.memories: list[str] = []  # a thread of each process with memory of its own
@@ -270,6 +271,7 @@ class Usage:
 
     def _add(self, pid: int, parent: int | None) -> None:
         """Adds a process and all below it. What ends meanwhile is left out."""
+        self.processes.append(pid)
         lent = parent is not None and _same_memory(parent, pid)  # as between vfork and exec
         threads = [f"/proc/{pid}/task/{name}" for name in _names(f"/proc/{pid}/task")]
         for thread in threads:
@@ -333,6 +335,22 @@ def _sizes(path: str) -> dict[bytes, int]:
     return {name: int(number) * 1024 for name, number, _ in lines}
 
 
+def kill_at_once(usage: Usage, pid: int) -> None:
+    """Kills everything below `pid`. The kernel does so too when init ends, but not before init's turn has come.
+
+    Meanwhile memory would grow. A number that has passed to another process since `usage` was taken is left alone: it
+    is not below `pid` when looked up once more, after the descriptors were opened.
+    """
+    descriptors: dict[int, int] = {}
+    for process in usage.processes:
+        with contextlib.suppress(OSError):
+            descriptors[process] = os.pidfd_open(process)
+    for process in Usage(pid, 0).processes:
+        if process != pid and process in descriptors:
+            with contextlib.suppress(OSError):
+                signal.pidfd_send_signal(descriptors[process], signal.SIGKILL)
+
+
 def watch(pid: int, limits: dict[str, Any], socket_bytes: int, report: Report) -> None:
     """Waits for init, whose end is the end of all; kills it at a limit, or when nobody waits any more."""
     deadline = time.monotonic() + limits["wall_s"]
@@ -353,9 +371,11 @@ def watch(pid: int, limits: dict[str, Any], socket_bytes: int, report: Report) -
         elif left <= 0:
             reason = "wall"
         else:
-            used = Usage(pid, socket_bytes).bytes(limits["memory_bytes"])
+            usage = Usage(pid, socket_bytes)
+            used = usage.bytes(limits["memory_bytes"])
             if used > limits["memory_bytes"]:
                 reason = "memory"
+                kill_at_once(usage, pid)
     if reason is not None:
         report(killed=reason)
         os.kill(pid, signal.SIGKILL)

@@ -25,7 +25,7 @@ from typing import Any
 import pytest
 
 from smallcoder_jax.base.errors import UserError
-from smallcoder_jax.evaluate import sandbox, sandbox_worker
+from smallcoder_jax.evaluate import sandbox, sandbox_launch, sandbox_worker
 from smallcoder_jax.evaluate.sandbox import Call, Limits, run_command, run_doctests, run_python, run_tests, same_value
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -602,6 +602,28 @@ def test_a_value_has_one_spelling() -> None:
                  ["set", "b", "a"], ["dict", ["a", None], ["a", True]], ["float", "-0x0.0p+0"]):  # fmt: skip
         with pytest.raises(ValueError, match="form"):
             sandbox_worker.decode(data)
+
+
+def test_at_a_limit_only_what_is_below_is_killed() -> None:
+    """A number that has passed to a process from elsewhere, between a look and the kill, is not killed for it."""
+    code = "import os, time\nfor _ in range(3): os.fork() or time.sleep(60)\nprint(flush=True)\ntime.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as top, \
+            subprocess.Popen(["sleep", "60"]) as other:  # fmt: skip
+        assert top.stdout is not None
+        assert top.stdout.readline() == b"\n"
+        usage = sandbox_launch.Usage(top.pid, 0)
+        below = [pid for pid in usage.processes if pid != top.pid]
+        usage.processes.append(other.pid)
+        sandbox_launch.kill_at_once(usage, top.pid)
+        assert (len(below), other.poll(), top.poll()) == (3, None, None)
+        for _ in range(200):
+            states = [re.findall(r"State:\s+(\w)", Path(f"/proc/{pid}/status").read_text())[0] for pid in below]
+            if states == ["Z"] * 3:
+                break
+            time.sleep(0.01)
+        top.kill()
+        other.kill()
+    assert states == ["Z"] * 3
 
 
 def test_attacks_are_counted() -> None:
