@@ -142,7 +142,7 @@ SCORED: list[tuple[str, str, str, str] | tuple[str, str, str, str, Limits]] = [
      Limits(memory_bytes=144 << 20)),
     ("many_mappings_behind_an_ended_thread", SEVERAL.format(count=16, body="def later():\n time.sleep(0.2)\n"
      " exec(MAP_OFTEN)\n keep(0)\nMAP_OFTEN = " + repr(MAP_OFTEN) + "\n" + LEAVE_TO.format("later")), "memory",
-     "not run: memory", Limits(memory_bytes=240 << 20)),
+     "not run: memory", Limits(memory_bytes=240 << 20, processes=64)),
     ("files_and_pages", SEVERAL.format(count=2, body="for _ in range(44): open(f'/tmp/{number}', 'ab').write("
      "bytes(1 << 20))"), "memory", "not run: memory", Limits(memory_bytes=96 << 20, disk_bytes=90 << 20)),
     ("name_that_lies", "import ctypes\nctypes.CDLL(None).prctl(15, b'VmSize: a kB', 0, 0, 0)\nimport time\n"
