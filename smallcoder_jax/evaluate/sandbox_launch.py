@@ -282,9 +282,10 @@ class Usage:
                 self.memories.append(thread)
                 self.pages += sum(sizes.get(name, 0) for name in OWN_PAGES)
                 self.address_space += sizes.get(ADDRESS_SPACE, 0)
-            with contextlib.suppress(OSError):  # init lets nobody look
-                disk = os.statvfs(f"{thread}/root/tmp")
-                self.disk = (disk.f_blocks - disk.f_bfree) * disk.f_frsize
+            if parent is not None:  # init begins with the host's files
+                with contextlib.suppress(OSError):
+                    disk = os.statvfs(f"{thread}/root/tmp")
+                    self.disk = (disk.f_blocks - disk.f_bfree) * disk.f_frsize
             break
         for thread in threads:
             for name in _names(f"{thread}/fd"):  # threads need not share descriptors

@@ -628,6 +628,18 @@ def test_at_a_limit_only_what_is_below_is_killed() -> None:
     assert states == ["Z"] * 3
 
 
+def test_the_host_s_files_are_not_memory_of_a_run() -> None:
+    """Init has them before it builds the sandbox's own, which may take longer than the first look."""
+    with subprocess.Popen(["sleep", "60"]) as init:
+        assert sandbox_launch.Usage(init.pid, 0).disk == 0
+        init.kill()
+    with subprocess.Popen(["bash", "-c", "sleep 60; true"], start_new_session=True) as parent:
+        while len((usage := sandbox_launch.Usage(parent.pid, 0)).processes) < 2:
+            time.sleep(0.01)
+        assert usage.disk > 0
+        os.killpg(parent.pid, signal.SIGKILL)
+
+
 def test_attacks_are_counted() -> None:
     count = len(SCORED) + len(REACHING) + len(OWN)
     names = [attack[0] for attack in (*SCORED, *REACHING)]
