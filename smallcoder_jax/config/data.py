@@ -29,7 +29,8 @@ class DataConfig(Section):
 
     `sources`: comma-separated `SPEC[@WEIGHT][!nofim]`, SPEC one of `stdlib` (the running Python's library, without its
     tests), `installed`, `prose` (what the installed packages say of themselves), `dir:PATH[?ignored=keep]`,
-    `jsonl:PATH`, `parquet:PATH` (a path that holds one of these signs can be quoted, `dir:"a, b"`), `tfds:NAME`, `hf:NAME[?config=..&split=..&column=..&streaming=1]`. Weights are per token.
+    `jsonl:PATH`, `parquet:PATH` (a path with one of these signs in it can be quoted: `dir:"a, b"`), `tfds:NAME`,
+    `hf:NAME[?config=..&split=..&column=..&streaming=1]`. Weights are per token.
     """
 
     sources: str = "hf:bigcode/the-stack-smol"

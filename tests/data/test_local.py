@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -253,23 +254,43 @@ def test_a_folder_that_cannot_be_listed_is_counted(tree: Path, monkeypatch: pyte
     assert identity(tree) == before
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="drops the rights of root")
+@contextlib.contextmanager
+def without_privileges(tree: Path) -> Iterator[None]:
+    """As another user than root, to whom no right is denied."""
+    user = os.geteuid()
+    if user == 0:
+        for folder in (tree, *tree.parents[:-2]):
+            folder.chmod(folder.stat().st_mode | 0o055)
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
 def test_a_folder_without_rights(tree: Path) -> None:
     (tree / "secret" / "sub").mkdir(parents=True)
-    (tree / "secret").chmod(0o600)  # it can be listed, but nothing in it can be looked at
-    for folder in (tree, *tree.parents):
-        if folder.owner() == "root" and folder != Path("/tmp"):
-            folder.chmod(folder.stat().st_mode | 0o055)
     (tree / "secret").chmod(0)
-    os.seteuid(65534)
-    try:
+    with without_privileges(tree):
         documents, skipped = read(f"dir:{tree}")
         hashed = identity(tree)
-    finally:
-        os.seteuid(0)
     assert (len(documents), skipped) == (40, [("unreadable", "secret")])
+    (tree / "secret").chmod(0o700)
     (tree / "secret").rename(tree.parent / "gone")
     assert hashed == identity(tree)
+
+
+def test_the_content_of_a_folder_without_the_right_to_enter(tree: Path) -> None:
+    """Its names can be listed, but nothing in it can be looked at."""
+    (tree / "secret" / "run").mkdir(parents=True)
+    (tree / "secret" / "a.py").write_text(code(1))
+    (tree / "secret").chmod(0o644)
+    with without_privileges(tree):
+        documents, skipped = read(f"dir:{tree}")
+        assert identity(tree)
+    (tree / "secret").chmod(0o700)
+    assert len(documents) == 40
+    assert set(skipped) == {("unreadable", "secret/a.py"), ("unreadable", "secret/run")}
 
 
 def test_a_loop_of_links_is_a_link(tree: Path) -> None:
