@@ -364,6 +364,10 @@ def test_bad_sources(tmp_path: Path, make_config: MakeConfig) -> None:
     (empty / "b.py").write_bytes(b"\0\1")
     with pytest.raises(UserError, match=r"no usable document.*binary 2"):
         prepare.prepare(make_config(f"dir:{empty}"))
+    (empty / ".gitignore").write_text("*")
+    with pytest.raises(UserError, match=r"no usable document.*ignored 2 \(a\.bin\).*read with dir:PATH\?ignored=keep"):
+        prepare.prepare(make_config(f"dir:{empty}"))
+    (empty / ".gitignore").unlink()
     with pytest.raises(UserError, match="does not exist"):
         prepare.prepare(make_config(f"dir:{tmp_path / 'nothing'}"))
     (empty / "one.py").write_text(code(1))
