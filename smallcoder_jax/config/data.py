@@ -28,8 +28,9 @@ class DataConfig(Section):
     """Where documents come from and how they become rows of tokens.
 
     `sources`: comma-separated `SPEC[@WEIGHT][!nofim]`, SPEC one of `stdlib` (the running Python's library, without its
-    tests), `installed`, `prose` (what the installed packages say of themselves), `dir:PATH`, `jsonl:PATH`,
-    `parquet:PATH`, `tfds:NAME`, `hf:NAME[?config=..&split=..&column=..&streaming=1]`. Weights are per token.
+    tests), `installed`, `prose` (what the installed packages say of themselves), `dir:PATH[?ignored=keep]`,
+    `jsonl:PATH`, `parquet:PATH` (a path with one of these signs in it can be quoted: `dir:"a, b"`), `tfds:NAME`,
+    `hf:NAME[?config=..&split=..&column=..&streaming=1]`. Weights are per token.
     """
 
     sources: str = "hf:bigcode/the-stack-smol"

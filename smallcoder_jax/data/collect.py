@@ -20,11 +20,13 @@ from smallcoder_jax.data.statistics import DocumentStatistics
 
 DUMMY_SOURCE = "dummy"
 _DUMMY_DOCUMENTS = 400
+MAX_EXAMPLES = 20  # paths for each reason
 
 
 @dataclasses.dataclass(frozen=True)
 class SourceReport:
-    """What became of everything that a source holds. `passed_over` counts what was never read as a document."""
+    """What became of everything that a source holds. `passed_over` counts what was never read as a document;
+    `examples` are the first paths of what was not kept, by reason."""
 
     spec: str
     read: int
@@ -36,9 +38,11 @@ class SourceReport:
     repositories: int
     dummy: str  # why generated text stands in for the source; empty: it does not
     statistics: dict[str, Any]
+    examples: dict[str, list[str]]
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """All but the examples, which the accounting keeps apart: they are no counts."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "examples"}
 
 
 def collect_source(
@@ -46,7 +50,7 @@ def collect_source(
 ) -> SourceReport:
     """Writes the documents of `spec` that are kept to `spool`, one JSON object per line, and counts the rest.
 
-    `seen` holds the hashes of all earlier sources' documents and grows by this one's. Raises UserError where the
+    `seen` holds the identities of all earlier sources' documents and grows by this one's. Raises UserError where the
     source cannot be read or nothing of it is kept, unless `data.allow_dummy_data`.
     """
     if progress:
@@ -71,6 +75,7 @@ class _Collector:
         self.own: set[bytes] = set()
         self._counts: collections.Counter[str] = collections.Counter()
         self._passed_over: collections.Counter[str] = collections.Counter()
+        self._examples: dict[str, list[str]] = collections.defaultdict(list)
         self._repositories: set[str] = set()
         self._statistics = DocumentStatistics()
 
@@ -102,6 +107,7 @@ class _Collector:
             repositories=len(self._repositories),
             dummy=dummy,
             statistics=self._statistics.summary(),
+            examples=dict(sorted(self._examples.items())),
         )
 
     def _keep(self, item: Document | Skipped) -> bool:
@@ -109,14 +115,16 @@ class _Collector:
             counted = item.reason in ("unreadable", *REASONS)
             self._counts.update(("read", item.reason) if counted else ())
             self._passed_over.update(() if counted else (item.reason,))
+            self._add_example(item.reason, item.path)
             return False
         self._counts["read"] += 1
         reason = drop_reason(item, self._data.min_characters)
-        digest = bytes.fromhex(item.hash)
+        digest = bytes.fromhex(item.identity)
         if reason is None and (digest in self.own or digest in self._seen):
             reason = "duplicate"
         if reason is not None:
             self._counts[reason] += 1
+            self._add_example(reason, item.path)
             return False
         size = len(item.text.encode("utf-8"))
         self.own.add(digest)
@@ -127,6 +135,10 @@ class _Collector:
         if self._progress:
             self._progress.add(size)
         return True
+
+    def _add_example(self, reason: str, path: str) -> None:
+        if path and len(self._examples[reason]) < MAX_EXAMPLES:
+            self._examples[reason].append(path)
 
     def _too_many_unusable(self) -> str:
         reasons = ", ".join(
@@ -143,10 +155,11 @@ class _Collector:
         found = {key: n for key, n in sorted((self._counts + self._passed_over).items()) if key != "read" and n}
         if not found:
             return f"{name} is empty: there is no document in it; give a source that holds source code or text"
-        reasons = ", ".join(f"{key} {n}" for key, n in found.items())
+        reasons = ", ".join(f"{key} {n} ({', '.join(self._examples[key][:1])})" for key, n in found.items())
+        keep = "; what .gitignore names is read with dir:PATH?ignored=keep" if "ignored" in found else ""
         return (
             f"{name} holds no usable document; what it holds was dropped or passed over: {reasons}. Give a source with "
-            f"UTF-8 source code or text of at least data.min_characters={self._data.min_characters} characters"
+            f"source code or text of at least data.min_characters={self._data.min_characters} characters{keep}"
         )
 
 

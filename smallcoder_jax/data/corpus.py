@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,10 @@ from smallcoder_jax.data.collect import SourceReport, collect_source
 from smallcoder_jax.data.documents import Document
 from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.data.shards import SPLITS
-from smallcoder_jax.data.sources import SourceSpec, source_identity
+from smallcoder_jax.data.sources import SourceSpec, check_source, source_identity
 from smallcoder_jax.data.storage import new_folder, short_key
 
-FORMAT = 2  # raised when the same sources and settings begin to give another corpus
+FORMAT = 3  # raised when the same sources and settings begin to give another corpus
 ACCOUNTING = "accounting.json"
 MIN_REPOSITORIES = 20  # a source with fewer is split by document: by repository, one side could stay empty
 
@@ -51,6 +51,9 @@ def ensure_corpus(specs: Sequence[SourceSpec], data: DataConfig, final: Path, pr
     """
     if final.is_dir():
         return
+    if not data.allow_dummy_data:
+        for spec in specs:
+            check_source(spec)
     with new_folder(final) as folder:
         spool = folder / "spool"
         spool.mkdir()
@@ -58,7 +61,10 @@ def ensure_corpus(specs: Sequence[SourceSpec], data: DataConfig, final: Path, pr
         reports = [
             collect_source(spec, data, spool / f"{index}.jsonl", seen, progress) for index, spec in enumerate(specs)
         ]
-        sides = [_Side(report, data.validation_fraction) for report in reports]
+        sides = [
+            _Side(report, data.validation_fraction, _read_spool(spool / f"{index}.jsonl"))
+            for index, report in enumerate(reports)
+        ]
         accounting = _account(reports, sides, spool)
         _check_splits(accounting, data)
         _write_records(folder, spool, sides)
@@ -136,16 +142,22 @@ def _dataset_info(folder: Path) -> Path:
 
 
 class _Side:
-    """Which side of the split a source's documents are on."""
+    """Which side of the split a source's documents are on: a share of all by their place in a random order. Of two or
+    more, the first is always held out and the last never, however small the source."""
 
-    def __init__(self, report: SourceReport, validation_fraction: float):
+    def __init__(self, report: SourceReport, validation_fraction: float, documents: Iterable[Document]):
         self.by = "repository" if report.repositories >= MIN_REPOSITORIES else "document"
+        places = {self._place(document) for document in documents}
         self._limit = int(validation_fraction * 2**64)
+        if len(places) > 1:
+            self._limit = min(max(self._limit, min(places) + 1), max(places))
 
     def of(self, document: Document) -> str:
-        whole = document.repository if self.by == "repository" and document.repository else document.hash
-        place = int.from_bytes(hashlib.sha256(b"split|" + whole.encode()).digest()[:8], "big")
-        return SPLITS[1] if place < self._limit else SPLITS[0]
+        return SPLITS[1] if self._place(document) < self._limit else SPLITS[0]
+
+    def _place(self, document: Document) -> int:
+        whole = document.repository if self.by == "repository" and document.repository else document.identity
+        return int.from_bytes(hashlib.sha256(b"split|" + whole.encode()).digest()[:8], "big")
 
 
 def _read_spool(path: Path) -> Iterator[Document]:
@@ -165,7 +177,13 @@ def _account(reports: Sequence[SourceReport], sides: Sequence[_Side], spool: Pat
             fingerprint.add(split, document)
         sources.append({**report.to_dict(), "split_by": side.by, **counts})
     dummy = any(report.dummy for report in reports)
-    return {"format": FORMAT, "dummy": dummy, "fingerprint": fingerprint.hexdigest(), "sources": sources}
+    return {
+        "format": FORMAT,
+        "dummy": dummy,
+        "fingerprint": fingerprint.hexdigest(),
+        "sources": sources,
+        "left_out": {report.spec: report.examples for report in reports if report.examples},
+    }
 
 
 def _check_splits(accounting: Mapping[str, Any], data: DataConfig) -> None:

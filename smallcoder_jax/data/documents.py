@@ -23,8 +23,13 @@ class Document:
 
     @property
     def hash(self) -> str:
-        """SHA-256 of the text, in hexadecimal: what exact deduplication and the split go by."""
+        """SHA-256 of the text, in hexadecimal: what records and fingerprints go by."""
         return hashlib.sha256(self.text.encode("utf-8")).hexdigest()
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of the text as `normalized`, in hexadecimal: what exact deduplication and the split go by."""
+        return hashlib.sha256(normalized(self.text).encode("utf-8")).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,3 +38,14 @@ class Skipped:
 
     reason: str
     path: str
+
+
+def normalized(text: str) -> str:
+    """A text without what editors and systems change in it: a byte order mark, `\\r` in line ends, spaces and tabs at
+    the end of a line, and more or less than one line end at the end."""
+    text = text.removeprefix("\ufeff")
+    if "\r" in text:
+        text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if " \n" in text or "\t\n" in text:  # by far most texts have none, and this is fast
+        text = "\n".join(line.rstrip(" \t") for line in text.split("\n"))
+    return text.rstrip(" \t\n") + "\n"

@@ -11,8 +11,12 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from smallcoder_jax.base.files import read_regular
+from smallcoder_jax.data.decode import decode_source
 from smallcoder_jax.data.documents import Document, Skipped
-from smallcoder_jax.data.local import files_of_packages, package_licenses
+from smallcoder_jax.data.licenses import package_licenses
+from smallcoder_jax.data.local import MAX_FILE_BYTES, walk_packages
+from smallcoder_jax.data.tree import File
 
 _PAGES = (".md", ".rst")
 _DESCRIPTION = "METADATA"
@@ -26,13 +30,11 @@ _DOCSTRING = re.compile(
 def read_prose(source: str) -> Iterator[Document | Skipped]:
     """Every such document, in sorted order of the files; the top-level package is the repository."""
     licenses = package_licenses()
-    for root, path in files_of_packages():
-        relative = path.relative_to(root).as_posix()
-        if path.suffix not in (".py", *_PAGES) and path.name != _DESCRIPTION:
-            continue
+    for file in files_of_prose():
+        relative = file.relative
         try:
-            text = _prose_of(path)
-        except (OSError, UnicodeDecodeError):
+            text = _prose_of(file.path)
+        except (OSError, ValueError):
             yield Skipped("unreadable", relative)
             continue
         if text:
@@ -40,8 +42,15 @@ def read_prose(source: str) -> Iterator[Document | Skipped]:
             yield Document(text, source, relative, package, "text", licenses.get(package, ""))
 
 
+def files_of_prose() -> Iterator[File]:
+    """The files of the installed packages that may hold prose."""
+    for item in walk_packages():
+        if isinstance(item, File) and (item.path.suffix in (".py", *_PAGES) or item.path.name == _DESCRIPTION):
+            yield item
+
+
 def _prose_of(path: Path) -> str:
-    text = path.read_text(encoding="utf-8")
+    text = decode_source(read_regular(path, MAX_FILE_BYTES)).replace("\r\n", "\n")
     if path.suffix in _PAGES:
         return text
     if path.name == _DESCRIPTION:

@@ -11,6 +11,7 @@ import dataclasses
 import gzip
 import hashlib
 import io
+import os
 import re
 import zlib
 from collections.abc import Collection, Iterator, Mapping
@@ -90,7 +91,7 @@ def find_files(source: str, kind: str, location: str, split: str | None) -> RowF
     Of a folder are taken the files whose names tell the `split`; without one, those of `train`, if there are any. A
     name that tells none is of `train`. Raises UserError where nothing is found.
     """
-    path = Path(location).expanduser()
+    path = Path(os.path.expanduser(location))  # ~NAME of nobody stays as it is
     with _named(source, path):
         if path.is_dir():
             return _of_folder(source, kind, path, split)

@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 
+from smallcoder_jax.base.display import one_line
 from smallcoder_jax.data.clean import REASONS
 from smallcoder_jax.data.documents import Document
 from smallcoder_jax.data.shards import Manifest
 
 PERCENTILES = (5, 25, 50, 75, 95, 99, 100)
+_SHOWN_PATHS = 3  # for each reason; the accounting file has more
 _SHOWN = 8  # languages and licences in a table; the accounting file has all
 
 
@@ -66,11 +68,23 @@ def format_report(manifest: Manifest) -> str:
         lines.append("  licences:  " + _most_common(source["statistics"]["licenses"]))
         marks = sorted(source["statistics"]["length_percentiles"].items(), key=lambda item: int(item[0]))
         lines.append("  bytes per document: " + ", ".join(f"p{p} {mark:,}" for p, mark in marks))
-        if source["passed_over"]:
-            lines.append("  passed over: " + _most_common(source["passed_over"]))
+        lines += _left_out(source, manifest.accounting["left_out"].get(source["spec"], {}))
         if source["dummy"]:
             lines.append(f"  DUMMY: generated text, because the source could not be read: {source['dummy']}")
     return "\n".join(lines)
+
+
+def _left_out(source: Mapping[str, Any], examples: Mapping[str, Sequence[str]]) -> list[str]:
+    """One line for each reason why something was not kept, with the first paths."""
+    counts = {**source["dropped"], "duplicate": source["duplicates"], "unreadable": source["unreadable"]}
+    counts |= source["passed_over"]
+    rows = []
+    for name, count in counts.items():
+        if count:
+            shown = [one_line(path) for path in examples.get(name, ())[:_SHOWN_PATHS]]
+            more = ["..."] * (count > len(shown) > 0)
+            rows.append(f"    {name} {count:,}" + (": " + ", ".join([*shown, *more]) if shown else ""))
+    return ["  not kept:", *rows] if rows else []
 
 
 _COLUMNS = ("read", "kept", *REASONS, "duplicate", "unreadable", "train", "valid.", "MB", "tokens", "bytes/token")

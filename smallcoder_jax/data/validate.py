@@ -51,9 +51,10 @@ def _check_corpus(prepared: Prepared) -> list[str]:
             for document in read_split(folder, split, source["spec"]):
                 documents, size = documents + 1, size + len(document.text.encode("utf-8"))
                 fingerprint.add(split, document)
-                if document.hash in sides:
-                    problems.append(f"{document.path}: the same text is in {sides[document.hash]} and again in {split}")
-                sides[document.hash] = split
+                identity = document.identity
+                if identity in sides:
+                    problems.append(f"{document.path}: the same text is in {sides[identity]} and again in {split}")
+                sides[identity] = split
                 if document.repository and source["split_by"] == "repository":
                     repositories[source["spec"], document.repository].add(split)
             stored[split] += documents

@@ -18,6 +18,7 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import sentencepiece
@@ -35,6 +36,7 @@ SPACE = "\u2581"  # how sentencepiece writes a space inside an entry
 _NEWLINE, _TAB = "\ue00a", "\ue009"
 _RESERVED = re.compile(f"[{_NEWLINE}{_TAB}{SPACE}\0]+")
 _ModelProto = vars(sentencepiece_model_pb2)["ModelProto"]  # protobuf makes its classes when the module is imported
+_TOO_SMALL = re.compile(r"smaller than required_chars\. \d+ vs (\d+)")
 _LINE_CHARACTERS = 4000  # longer lines are cut; the trainer's limit is in bytes, at most four to a character
 _TRAINER_SETTINGS = {
     "model_type": "bpe",
@@ -129,27 +131,53 @@ def read_sentencepiece(folder: Path) -> SentencePieceTokenizer:
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, max_bytes: int) -> SentencePieceTokenizer:
     """Trains on the first `max_bytes` UTF-8 bytes of `texts`; the same input gives the same model, byte for byte.
 
-    Raises UserError, with sentencepiece's cause, when the vocabulary is too small or too large for the texts.
+    Raises UserError, with the sizes that work, when the vocabulary is too small or too large for the texts.
     """
     counts = collections.Counter(_sentences(texts, max_bytes))
     if not counts:
         raise UserError("there is no text to train a tokenizer on; check data.sources and the accounting of the data")
-    buffer = io.BytesIO()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "sentences.tsv"
         with path.open("w", encoding="utf-8", newline="\n") as file:
             file.writelines(f"{sentence}\t{count}\n" for sentence, count in sorted(counts.items()))
         try:
-            sentencepiece.SentencePieceTrainer.train(
-                input=str(path), input_format="tsv", model_writer=buffer, vocab_size=vocab_size, **_TRAINER_SETTINGS
-            )
+            model = _train(path, vocab_size)
         except RuntimeError as error:
             raise UserError(
-                f"a tokenizer with model.vocab_size={vocab_size} cannot be trained on this text "
-                f"({counts.total()} lines): {str(error).rstrip('. ')}. Change model.vocab_size or give more text "
-                "in data.sources"
+                f"a tokenizer with model.vocab_size={vocab_size} cannot be trained on this text ({counts.total()} "
+                f"lines): {_working_size(path, vocab_size, error)}. Or give more text in data.sources, or train on "
+                "bytes, which needs no text: --config.tokenizer.kind=bytes --config.model.vocab_size=256"
             ) from error
-    return SentencePieceTokenizer(_restore(buffer.getvalue()))
+    return SentencePieceTokenizer(_restore(model))
+
+
+def _train(path: Path, vocab_size: int, **settings: Any) -> bytes:
+    buffer = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(path),
+        input_format="tsv",
+        model_writer=buffer,
+        vocab_size=vocab_size,
+        **_TRAINER_SETTINGS,
+        **settings,
+    )
+    return buffer.getvalue()
+
+
+def _working_size(path: Path, vocab_size: int, error: RuntimeError) -> str:
+    """Why the trainer refused the size, and the nearest one that it takes."""
+    too_small = _TOO_SMALL.search(str(error))
+    if too_small:
+        size, why = int(too_small[1]), "its characters, the 256 bytes and the special pieces alone are"
+    else:
+        try:  # as many as the text has
+            size = len(_ModelProto.FromString(_train(path, vocab_size, hard_vocab_limit=False)).pieces)
+        except RuntimeError:
+            return str(error).rpartition("] ")[2].rstrip(". ")
+        why = "it fills at most"
+    return (
+        f"{why} {size:,} entries. Set --config.model.vocab_size={size} (--vocab-size={size} of tools.train_tokenizer)"
+    )
 
 
 def _sentences(texts: Iterable[str], max_bytes: int) -> Iterator[str]:

@@ -1,4 +1,7 @@
+import dataclasses
+import io
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +11,9 @@ import pyarrow.parquet
 import pytest
 
 from smallcoder_jax.base.errors import UserError
+from smallcoder_jax.data import local
 from smallcoder_jax.data.documents import Document, Skipped
+from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.data.sources import parse_sources, read_source, source_identity
 from tests.data.conftest import code
 
@@ -42,6 +47,15 @@ def test_specs_with_weights_and_marks() -> None:
         ("stdlib:here", "should read stdlib"),
         ("hf:a/b?splt=train", "unknown option 'splt'.*did you mean 'split'"),
         ("stdlib,stdlib@2", "names stdlib twice"),
+        ("stdlib@1/2", "unknown kind"),
+        ("dir:a@x", 'positive number after @; a path .* can be quoted: dir:"PATH"'),
+        ("jsonl:a?colum=b", "unknown option 'colum'.*did you mean 'column'.*can be quoted"),
+        ('dir:"a"b', "goes on behind the quoted path with 'b'"),
+        ('dir:""', "dir:PATH"),
+        ("/my/code", "a path needs its kind before it: did you mean 'dir:/my/code'"),
+        ("stdlib,./rows.jsonl@2", "did you mean 'jsonl:./rows.jsonl@2'"),
+        ("~/rows.jsonl.gz", "did you mean 'jsonl:~/rows.jsonl.gz'"),
+        ("data/rows.parquet", "did you mean 'parquet:data/rows.parquet'"),
     ],
 )
 def test_bad_specs(text: str, message: str) -> None:
@@ -51,6 +65,67 @@ def test_bad_specs(text: str, message: str) -> None:
 
 def test_a_newline_in_a_path_is_part_of_it() -> None:
     assert parse_sources("dir:a\nb@2")[0].location == "a\nb"
+
+
+NAMES = [
+    "jane@corp",
+    "a, b",
+    "a,b@2",
+    "what?",
+    "x?ignored=keep",
+    "so!nofim",
+    "2 @ 3!nofim",
+    "a,,b",
+    'say "x"',
+    "@",
+    "?",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ["dir", "jsonl", "parquet"])
+def test_what_exists_as_it_is_written_is_a_path(tmp_path: Path, kind: str, name: str) -> None:
+    (tmp_path / name).mkdir()
+    path = str(tmp_path / name)
+    others = parse_sources(f"stdlib,{kind}:{path},installed@2")
+    assert [spec.kind for spec in others] == ["stdlib", kind, "installed"]
+    (spec,) = parse_sources(f"{kind}:{path}")
+    assert (spec.location, spec.options, spec.weight, spec.fim) == (path, (), 1.0, True)
+    (spec,) = parse_sources(f"{kind}:{path}@0.5!nofim")
+    assert (spec.location, spec.options, spec.weight, spec.fim) == (path, (), 0.5, False)
+    option = "ignored=keep" if kind == "dir" else "column=a+b"
+    (spec,) = parse_sources(f"{kind}:{path}?{option}@3")
+    assert (spec.location, spec.options, spec.weight) == (path, (tuple(option.split("=")),), 3.0)
+    assert parse_sources(spec.text)[0].location == path
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if '"' not in name])
+def test_a_quoted_path_is_a_path(name: str) -> None:
+    stdlib, spec, other = parse_sources(f'stdlib, dir:"gone/{name}"?ignored=keep@2!nofim , installed')
+    assert (stdlib.kind, other.kind) == ("stdlib", "installed")
+    assert (spec.location, dict(spec.options), spec.weight, spec.fim) == (
+        f"gone/{name}",
+        {"ignored": "keep"},
+        2.0,
+        False,
+    )
+    assert parse_sources(spec.text)[0] == dataclasses.replace(spec, weight=1.0, fim=True)
+
+
+def test_a_path_that_does_not_exist_is_named_whole() -> None:
+    for location in ("/home/jane@corp/x", "/a/what?/b", "/a/!x"):
+        with pytest.raises(UserError, match=f"{re.escape(location)}.* does not exist"):
+            read(f"dir:{location}")
+
+
+def test_every_source_is_looked_for_before_one_is_read(tree: Path, make_config: Callable, tmp_path: Path) -> None:
+    from smallcoder_jax.data.prepare import prepare_corpus
+
+    said = io.StringIO()
+    for spec in (f"dir:{tmp_path}/no", f"jsonl:{tmp_path}/no.jsonl", f"parquet:{tmp_path}/no", f"dir:{tree}/f00.py"):
+        with pytest.raises(UserError, match=r"does not exist|is not a folder"):
+            prepare_corpus(make_config(f"dir:{tree},{spec}"), Progress(said))
+    assert said.getvalue() == ""
 
 
 def test_stdlib_is_sorted_and_without_installed_packages() -> None:
@@ -73,69 +148,6 @@ def test_installed_packages_are_repositories() -> None:
             break
     assert found["absl"].path.startswith("absl/")
     assert "Apache" in found["absl"].license
-
-
-def test_folder_skips_and_counts_what_is_no_source(tree: Path) -> None:
-    (tree / "program.bin").write_bytes(b"\x7fELF\0\0")
-    (tree / "notes.xyz").write_text("no known kind")
-    (tree / "null.py").write_bytes(b"a = '\0'\n")
-    (tree / "latin.py").write_bytes("# é\n".encode("latin-1"))
-    (tree / ".hidden").mkdir()
-    (tree / ".hidden" / "secret.py").write_text(code(99))
-    outside = tree.parent / "outside.py"
-    outside.write_text(code(98))
-    (tree / "escape.py").symlink_to(outside)
-    (tree / "broken.py").symlink_to(tree / "nothing.py")
-    (tree / "inside.py").symlink_to(tree / "f00.py")
-    (tree / "elsewhere").symlink_to(tree.parent)
-    documents, skipped = read(f"dir:{tree}")
-    assert len(documents) == 41
-    assert {(reason, Path(path).name) for reason, path in skipped} == {
-        ("binary", "program.bin"),
-        ("not_source", "notes.xyz"),
-        ("binary", "null.py"),
-        ("unreadable", "latin.py"),
-        ("hidden", ".hidden"),
-        ("link", "escape.py"),
-        ("unreadable", "broken.py"),
-        ("link", "elsewhere"),
-    }
-
-
-def test_file_that_the_system_refuses_is_skipped(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = Path.read_bytes
-
-    def refuse(path: Path) -> bytes:
-        if path.name == "f07.py":
-            raise PermissionError(13, "Permission denied")
-        return real(path)
-
-    monkeypatch.setattr(Path, "read_bytes", refuse)
-    documents, skipped = read(f"dir:{tree}")
-    assert len(documents) == 39
-    assert skipped == [("unreadable", "f07.py")]
-
-
-def test_repositories_of_a_tree(tmp_path: Path) -> None:
-    for path in ("one/a.py", "one/sub/b.rs", "two/.git/HEAD", "two/c.js", "top.py", "one/deep/three/.git/x"):
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_text("x")
-    (tmp_path / "one/deep/three/d.c").write_text("x")
-    documents, _ = read(f"dir:{tmp_path}")
-    assert {document.path: (document.repository, document.language) for document in documents} == {
-        "one/a.py": ("one", "python"),
-        "one/sub/b.rs": ("one", "rust"),
-        "two/c.js": ("two", "javascript"),
-        "one/deep/three/d.c": ("one/deep/three", "c"),
-        "top.py": ("", "python"),
-    }
-
-
-def test_a_clone_is_one_repository(tmp_path: Path) -> None:
-    for path in ("clone/.git/HEAD", "clone/src/a.py", "clone/tests/b.py"):
-        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / path).write_text("x")
-    assert {document.repository for document in read(f"dir:{tmp_path / 'clone'}")[0]} == {"clone"}
 
 
 def test_missing_paths(tmp_path: Path, tree: Path) -> None:
@@ -271,6 +283,21 @@ def test_identity_follows_the_files(tree: Path) -> None:
     assert source_identity(spec, ELSEWHERE) == before
     (tree / "f00.py").write_text(code(77) + "\n")
     assert source_identity(spec, ELSEWHERE) != before
+
+
+def test_identity_of_stdlib_and_packages_is_that_of_what_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "_package_roots", lambda: [tmp_path])
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "a.py").write_text(code(1))
+    installed, prose = parse_sources("installed,prose")
+    first = [source_identity(spec, ELSEWHERE) for spec in (installed, prose)]
+    (tmp_path / "package" / "cache.bin").write_text("grows")
+    assert [source_identity(spec, ELSEWHERE) for spec in (installed, prose)] == first
+    (tmp_path / "package" / "guide.md").write_text("# Guide")
+    assert source_identity(installed, ELSEWHERE) == first[0]
+    assert source_identity(prose, ELSEWHERE) != first[1]
 
 
 def test_tfds_rows(tree: Path, make_config: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

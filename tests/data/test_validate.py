@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from smallcoder_jax.base.errors import CheckFailed, UserError
-from smallcoder_jax.data import prepare, shards
+from smallcoder_jax.data import documents, prepare, shards
 from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.data.validate import validate
 from tests.data.conftest import code
@@ -103,6 +103,18 @@ def test_changed_records_are_found(arguments: list[str], tmp_path: Path) -> None
     plain["fingerprint"] = "0" * 64
     accounting_path.write_text(json.dumps(plain))
     with pytest.raises(CheckFailed, match="corpus's fingerprint"):
+        validate_data.main(arguments)
+
+
+def test_a_text_that_is_there_with_other_line_ends_is_found(
+    arguments: list[str], tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for path in sorted(tree.iterdir()):
+        path.with_name(f"crlf_{path.name}").write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    with monkeypatch.context() as patch:
+        patch.setattr(documents, "normalized", lambda text: text)
+        prepare_data.main(arguments)
+    with pytest.raises(CheckFailed, match="the same text is in"):
         validate_data.main(arguments)
 
 

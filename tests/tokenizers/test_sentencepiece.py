@@ -1,5 +1,6 @@
 import contextlib
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,9 +83,20 @@ def test_saved_and_loaded_is_the_same(trained: SentencePieceTokenizer, tmp_path:
 
 
 @pytest.mark.parametrize("vocab_size", [100, 100_000])
-def test_vocabulary_that_does_not_fit_the_text(code: list[str], vocab_size: int) -> None:
-    with pytest.raises(UserError, match=f"vocab_size={vocab_size}.*(?i:vocab).*data.sources"):
+def test_a_size_that_does_not_fit_the_text_names_one_that_does(code: list[str], vocab_size: int) -> None:
+    with pytest.raises(
+        UserError, match=f"vocab_size={vocab_size} cannot be trained on this text.*data.sources"
+    ) as told:
         train_sentencepiece(code[:2], vocab_size=vocab_size, max_bytes=50_000)
+    assert not re.search("INTERNAL|trainer|character_coverage|<=", str(told.value))
+    assert "--config.tokenizer.kind=bytes --config.model.vocab_size=256" in str(told.value)
+    named = re.search(r"--config\.model\.vocab_size=(\d+) \(--vocab-size=\1 of tools.train_tokenizer", str(told.value))
+    assert named
+    size = int(named[1])
+    assert train_sentencepiece(code[:2], vocab_size=size, max_bytes=50_000).vocab_size == size
+    beyond = size + 1 if vocab_size > size else size - 1
+    with pytest.raises(UserError, match=f"vocab_size={size} "):
+        train_sentencepiece(code[:2], vocab_size=beyond, max_bytes=50_000)
 
 
 def test_nothing_to_train_on() -> None:
