@@ -14,7 +14,6 @@ import jinja2
 
 from smallcoder_jax.base.display import printable
 from smallcoder_jax.base.files import read_json, utc_now, write_bytes
-from smallcoder_jax.config import counted
 from smallcoder_jax.train.run_folder import RunFolder
 from smallcoder_jax.train.terminal import human_count, human_time
 
@@ -182,7 +181,7 @@ def _figures(info: Mapping[str, Any], results: Mapping[str, Any]) -> list[tuple[
         figures += [
             ("parameters", human_count(info["parameters"])),
             ("steps", f"{info['steps']:,}"),
-            (f"{counted(info['config']['stage']['name'])} seen", human_count(info["tokens_seen"])),
+            ("tokens seen", human_count(info["tokens_seen"])),
             ("training time", human_time(info["train_seconds"])),
         ]
         if info["best_val_loss"] is not None:

@@ -1,7 +1,6 @@
 """report.html: everything in one file, and nothing from the run is taken as HTML."""
 
 import html.parser
-import json
 from pathlib import Path
 from typing import Any
 
@@ -106,14 +105,6 @@ def test_records_of_many_columns_become_columns_themselves(folder: RunFolder) ->
     assert len(table.rows) == 31
     (table,) = report.tables({"rows": [dict.fromkeys("abcdefghi", 1)] * 2})
     assert list(table.headers) == ["", "1", "2"]
-
-
-def test_a_stage_of_pairs_counts_pairs(folder: RunFolder) -> None:
-    write_info(folder, dummy_data=False)
-    info = json.loads(folder.training_info_json.read_text())
-    info["config"]["stage"]["name"] = "reward"
-    write_json(folder.training_info_json, info)
-    assert "pairs seen" in Page(report.write_report(folder, {}, {}).read_text()).text
 
 
 def test_the_page_loads_nothing_from_elsewhere(folder: RunFolder) -> None:
