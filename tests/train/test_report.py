@@ -194,6 +194,16 @@ def test_a_folder_that_is_not_a_run(tmp_path: Path) -> None:
         report.write_report(RunFolder(tmp_path), {}, {})
 
 
+@pytest.mark.parametrize("name", ["config.json", "run.json", "training_info.json", "text_samples.json"])
+def test_damaged_files_of_a_run_are_one_message(folder: RunFolder, name: str) -> None:
+    for text in ("[", "[" * 100_000, "[1]", "null", '"x"', '{"step": 1}', '[{"step": "x"}]', '[{"step": 1}]'):
+        (folder.path / name).write_text(text)
+        if (name, text) == ("run.json", '{"step": 1}'):
+            continue  # shown as it is
+        with pytest.raises(UserError, match=name):
+            report.write_report(folder, {}, {})
+
+
 def test_newest_samples_come_first_and_older_ones_are_thinned() -> None:
     samples = [{"step": step, "input": "", "output": "", "accuracy": None} for step in range(1, 201)]
     steps = [step for step, _ in report._samples_by_step(samples)]
