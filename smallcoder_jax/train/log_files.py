@@ -73,7 +73,8 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(read_bytes(path, "a log of a run", MAX_LOG_BYTES).split(b"\n")[:-1], start=1):
         try:
             row = parse_json(line)
-            row = {name: value if value is None else value + 0 for name, value in row.items()}  # only numbers add up
+            if not all(isinstance(value, int | float | None) for value in row.values()):
+                raise ValueError
             rows.append({**row, "step": int(row["step"])})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(
