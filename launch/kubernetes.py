@@ -20,6 +20,7 @@ import sys
 from typing import Any
 
 from launch.platforms import PLATFORMS, settings_of
+from smallcoder_jax.base.arguments import ArgumentParser
 from smallcoder_jax.base.errors import NOT_TRIED_AGAIN
 
 PORT = 8476
@@ -95,7 +96,7 @@ def _selector(text: str) -> tuple[str, str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m launch.kubernetes",
         usage="%(prog)s [options] -- ARGUMENTS OF smallcoder_jax.main",
         description=__doc__,

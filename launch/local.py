@@ -25,6 +25,7 @@ from types import FrameType
 from typing import NamedTuple
 
 from launch.platforms import PLATFORMS, settings_of
+from smallcoder_jax.base.arguments import ArgumentParser
 from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import NOT_TRIED_AGAIN
 
@@ -132,7 +133,7 @@ def _failure(processes: Sequence[subprocess.Popen[bytes]]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m launch.local",
         usage="%(prog)s [options] -- ARGUMENTS OF smallcoder_jax.main",
         description=__doc__,

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from smallcoder_jax import distributed
+from smallcoder_jax.base.arguments import ArgumentParser
 from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import EXIT_INTERRUPTED, CheckFailed, UserError, run_cli
 from smallcoder_jax.config import Config, from_config_dict
@@ -32,7 +33,7 @@ again, as launch/ does, and they continue from the last checkpoint."""
 
 def main(argv: list[str] | None = None) -> int:
     arguments, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m smallcoder_jax.main",
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -119,6 +119,16 @@ def test_every_command_shows_text_through_the_one_function_that_makes_it_visible
     assert printing == as_it_is
 
 
+def test_every_command_parses_its_flags_alike() -> None:
+    # launch.platforms runs without the package.
+    found = {
+        path.relative_to(ROOT).as_posix()
+        for path in [*FILES, *(ROOT / "tools").glob("*.py"), *(ROOT / "launch").glob("*.py")]
+        if "argparse.ArgumentParser(" in path.read_text().replace("class ArgumentParser(argparse.ArgumentParser)", "")
+    }
+    assert found == {"launch/platforms.py"}
+
+
 def test_a_higher_room_would_be_noticed(tmp_path: Path) -> None:
     probe = tmp_path / "probe.py"
     probe.write_text("from smallcoder_jax.train import loop\nimport smallcoder_jax.stages.run\n")

@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from smallcoder_jax.base.arguments import ArgumentParser
 from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import CheckFailed, UserError, run_cli
 from smallcoder_jax.configfile import load_config, split_overrides
@@ -32,7 +33,7 @@ SECONDS_PER_GB, SHARE = 0.3, 0.02
 
 def main(argv: list[str] | None = None) -> int | None:
     arguments, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--config", required=True)

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from smallcoder_jax.base.arguments import ArgumentParser
 from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import CheckFailed, UserError, run_cli
 from smallcoder_jax.config import Config, DataConfig, ModelConfig, TokenizerConfig
@@ -40,7 +41,7 @@ TOKENIZER_BYTES = 4_000_000
 
 
 def main(argv: list[str] | None = None) -> int | None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sources", default="stdlib", help="documents, written as in data.sources")
     parser.add_argument("--data-dir", type=Path, help="where prepared data is kept; default: a temporary folder")
     parser.add_argument("--vocab-size", type=int, default=8192)

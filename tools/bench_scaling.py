@@ -21,6 +21,7 @@ import statistics
 import sys
 from typing import Any
 
+from smallcoder_jax.base.arguments import ArgumentParser
 from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import UserError, run_cli
 from smallcoder_jax.config import Config, MeshConfig, to_dict
@@ -34,7 +35,7 @@ AXES = ("data", "fsdp", "context", "tensor")
 
 def main(argv: list[str] | None = None) -> int | None:
     arguments, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--config", required=True)

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from smallcoder_jax import distributed
+from smallcoder_jax.base.arguments import ArgumentParser
 from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import CheckFailed, run_cli
 
@@ -286,7 +287,7 @@ def examine(options: argparse.Namespace, cluster: Any) -> list[Finding]:
 
 def main(argv: list[str] | None = None) -> int | None:
     """Examines and prints. Raises CheckFailed where a check failed."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m tools.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--folder", type=Path, default=Path("runs"), help="where run folders will be (default: runs)")

@@ -24,6 +24,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from smallcoder_jax.base.arguments import ArgumentParser
 from smallcoder_jax.base.display import say, show
 from smallcoder_jax.base.errors import UserError, run_cli
 from smallcoder_jax.base.files import MAX_RECORD_BYTES, parse_json, read_json, read_text, reason
@@ -80,7 +81,7 @@ def read_line(prompt: str) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """Every flag of the command."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m tools.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     default = SamplingOptions()

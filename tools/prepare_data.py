@@ -11,6 +11,7 @@ import argparse
 import shlex
 import sys
 
+from smallcoder_jax.base.arguments import ArgumentParser
 from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import run_cli
 from smallcoder_jax.configfile import load_config, split_overrides
@@ -21,7 +22,7 @@ from smallcoder_jax.data.statistics import format_report
 
 def main(argv: list[str] | None = None) -> None:
     others, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="config file; --config.key=value overrides a key")
     arguments = parser.parse_args(others)
     prepared = prepare(load_config(arguments.config, overrides), Progress(sys.stderr))

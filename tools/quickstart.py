@@ -9,7 +9,6 @@ Exit code 3 when the model needs more bits per byte than `xz -9e` file by file, 
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import sys
 import time
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from smallcoder_jax.base.arguments import ArgumentParser
 from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import EXIT_INTERRUPTED, CheckFailed, UserError, run_cli
 from smallcoder_jax.config import Config
@@ -34,7 +34,7 @@ PROMPT = "def read_lines(path):\n    with open("
 
 def main(argv: list[str] | None = None) -> int:
     arguments, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="python -m tools.quickstart", description=__doc__)
+    parser = ArgumentParser(prog="python -m tools.quickstart", description=__doc__)
     parser.add_argument("--workdir", type=Path, default="runs/quickstart", help="the run folder")
     parser.add_argument("--checker", type=Path, help="file that appears when torch and transformers are installed")
     options = parser.parse_args(arguments)

@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+from smallcoder_jax.base.arguments import ArgumentParser
 from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import EXIT_INTERRUPTED, CheckFailed, UserError, run_cli
 from smallcoder_jax.config import ModelConfig
@@ -23,7 +24,7 @@ from smallcoder_jax.configfile import split_overrides
 
 def main(argv: list[str] | None = None) -> int:
     arguments, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m tools.run_stages", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--variant", required=True, help="a file in configs/: nano, tiny, small, staged_medium, ...")

@@ -31,6 +31,7 @@ from typing import Any
 
 from launch.platforms import settings_of
 from launch.presets import PRESETS, Preset, find_preset, preset_overrides
+from smallcoder_jax.base.arguments import ArgumentParser
 from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import (
     EXIT_CHECK_FAILED,
@@ -111,7 +112,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """Every flag of the command."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m tools.train_all_variants",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from smallcoder_jax.base.arguments import ArgumentParser
 from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import CheckFailed, UserError, run_cli
 from smallcoder_jax.config import DataConfig
@@ -25,7 +26,7 @@ from smallcoder_jax.tokenizers.base import Tokenizer
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sources", required=True, help="as data.sources: stdlib, dir:PATH, jsonl:PATH, hf:NAME, ...")
     parser.add_argument("--vocab-size", type=int, required=True, help="entries, special pieces and bytes included")
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist or be empty")

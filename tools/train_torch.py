@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from smallcoder_jax.base.arguments import ArgumentParser
 from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import EXIT_INTERRUPTED, UserError, run_cli
 from smallcoder_jax.config import Config
@@ -46,7 +47,7 @@ class Row:
 
 def main(argv: list[str] | None = None) -> int:
     arguments, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m tools.train_torch", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, help="config file; --config.key=value overrides a key")

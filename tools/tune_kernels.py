@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from smallcoder_jax.base.arguments import ArgumentParser
 from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import CheckFailed, UserError, run_cli
 from smallcoder_jax.configfile import load_config
@@ -77,7 +78,7 @@ class Outcome(NamedTuple):
 
 
 def main(argv: list[str] | None = None) -> int | None:
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m tools.tune_kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(

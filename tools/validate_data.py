@@ -13,6 +13,7 @@ import sys
 
 from google.protobuf.json_format import ParseError
 
+from smallcoder_jax.base.arguments import ArgumentParser
 from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import CheckFailed, UserError, run_cli
 from smallcoder_jax.configfile import load_config, split_overrides
@@ -25,7 +26,7 @@ MAX_SHOWN = 20
 
 def main(argv: list[str] | None = None) -> None:
     others, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="config file; --config.key=value overrides a key")
     parser.add_argument("--all", action="store_true", help="compare every document's ids with its text, not a sample")
     arguments = parser.parse_args(others)

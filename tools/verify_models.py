@@ -14,6 +14,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+from smallcoder_jax.base.arguments import ArgumentParser
 from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import CheckFailed, UserError, run_cli
 
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> int | None:
 
 def build_parser() -> argparse.ArgumentParser:
     """Every flag of the command."""
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="python -m tools.verify_models", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     what = parser.add_mutually_exclusive_group(required=True)

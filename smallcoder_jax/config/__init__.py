@@ -13,7 +13,7 @@ from smallcoder_jax.config.schema import (
     to_dict,
     validate,
 )
-from smallcoder_jax.config.stages import DistillConfig, DpoConfig, LoraConfig, RLConfig, StageConfig, counted
+from smallcoder_jax.config.stages import DistillConfig, DpoConfig, LoraConfig, RLConfig, StageConfig
 from smallcoder_jax.config.training import (
     CheckpointConfig,
     EvalConfig,
@@ -45,7 +45,6 @@ __all__ = [
     "TokenizerConfig",
     "TrainConfig",
     "build",
-    "counted",
     "default_config",
     "eval_rows",
     "evaluated_on",

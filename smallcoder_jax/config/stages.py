@@ -26,11 +26,6 @@ class StageConfig(Section):
         return self.name == "ppo"
 
 
-def counted(stage: str) -> str:
-    """What the loss of a stage is a mean over, and a run counts as seen."""
-    return "pairs" if stage in ("reward", "dpo") else "tokens"
-
-
 @dataclasses.dataclass(frozen=True)
 class DistillConfig(Section):
     """What a student learns from a teacher, beside the text: alpha CE + (1 - alpha) T^2 KL(teacher || student)."""

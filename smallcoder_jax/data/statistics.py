@@ -60,7 +60,8 @@ def format_report(manifest: Manifest) -> str:
     """The accounting table of prepared data, then its statistics, as text."""
     sources = manifest.accounting["sources"]
     rows = [_accounting_row(source, entry) for source, entry in zip(sources, manifest.sources, strict=True)]
-    lines = [_table(("source", *_COLUMNS), rows)]
+    head, *counts = zip(("source", *_COLUMNS), *rows, strict=True)  # a column each: there are few sources
+    lines = [_table(head, counts)]
     for source in sources:
         lines.append("")
         lines.append(f"{source['spec']}: split by {source['split_by']}")

@@ -17,7 +17,7 @@ import jax
 from smallcoder_jax import distributed, loading
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import reason
-from smallcoder_jax.config import Config, counted, eval_rows, evaluated_on, to_dict
+from smallcoder_jax.config import Config, eval_rows, evaluated_on, to_dict
 from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.evaluate.sound import check_measures, check_parameters
 from smallcoder_jax.export import names
@@ -204,7 +204,7 @@ def _results(config: Config, outcome: Outcome, references: dict[str, float]) -> 
     """The results of `write_report`. The model was evaluated on a part of what the compressors were given: both say."""
     return {
         "steps": outcome.step,
-        f"{counted(config.stage.name)} seen": human_count(outcome.tokens_seen),
+        "tokens seen": human_count(outcome.tokens_seen),
         **{name.replace("_", " "): round(value, 4) for name, value in outcome.evaluation.items()},
         **({"evaluated on": evaluated_on(config)} if outcome.evaluation else {}),
         **(
@@ -223,8 +223,7 @@ def _say_end(config: Config, folder: RunFolder, outcome: Outcome, terminal: Term
     if outcome.interrupted:
         title = f"interrupted at step {outcome.step} of {config.train.steps}; saved, the same command continues"
     else:
-        seen = f"{human_count(outcome.tokens_seen)} {counted(config.stage.name)}"
-        title = f"trained {config.name}: {outcome.step} steps, {seen}"
+        title = f"trained {config.name}: {outcome.step} steps, {human_count(outcome.tokens_seen)} tokens"
     terminal.end_summary(
         title,
         {name: f"{value:.4f}" for name, value in outcome.evaluation.items()},

@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from smallcoder_jax.base.errors import UserError
-from smallcoder_jax.base.files import finite, read_json, write_bytes, write_json
+from smallcoder_jax.base.files import (
+    finite,
+    parse_json,
+    read_bytes,
+    read_json,
+    read_json_object,
+    write_bytes,
+    write_json,
+)
 from smallcoder_jax.train.run_folder import RunFolder
 
 TRAINING_COLUMNS = (
@@ -33,6 +41,7 @@ TRAINING_COLUMNS = (
 EVALUATION_COLUMNS = ("step", "loss", "perplexity", "bits_per_byte", "accuracy", "top5_accuracy")
 HISTORY_NAMES = {"step": "steps", "tokens_per_second": "throughput"}  # the rest keep their names
 SAMPLE_KEYS = ("input", "output", "accuracy")
+MAX_LOG_BYTES = 1 << 32  # hundreds of bytes a step, of millions of steps
 
 
 class JsonLines:
@@ -57,19 +66,20 @@ def _json_line(row: Mapping[str, Any]) -> str:
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """The rows of a JSON-lines file; none if there is no file. A last line that was cut off while it was written is
-    left out. Raises UserError on any other line without a step."""
+    left out. Raises UserError on any other line that is not numbers by name, with a step."""
     if not path.exists():
         return []
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(True), start=1):
-        if not line.endswith("\n"):
-            break
+    for number, line in enumerate(read_bytes(path, "a log of a run", MAX_LOG_BYTES).split(b"\n")[:-1], start=1):
         try:
-            row = json.loads(line)
-            row["step"] = int(row["step"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}, line {number}: expected a JSON object with a 'step'; remove the line") from error
-        rows.append(row)
+            row = parse_json(line)
+            if not all(isinstance(value, int | float | None) for value in row.values()):
+                raise ValueError
+            rows.append({**row, "step": int(row["step"])})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{path}, line {number}: expected a JSON object of numbers with a 'step'; remove the line"
+            ) from error
     return rows
 
 
@@ -115,14 +125,14 @@ def read_csv(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
     line that was cut off is left out. Raises UserError if another line has no step."""
     if not path.exists():
         return [], []
-    text = path.read_text(encoding="utf-8", errors="replace")
+    text = read_bytes(path, "a log of a run", MAX_LOG_BYTES).decode("utf-8", "replace")
     reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
-    columns = list(reader.fieldnames or [])
     try:
+        columns = list(reader.fieldnames or [])
         rows = [
             {name: _number(cell) for name, cell in row.items() if cell} | {"step": int(row["step"])} for row in reader
         ]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
         raise UserError(f"{path}: expected a CSV file of numbers with a column 'step' ({error}); remove it") from error
     return columns, rows
 
@@ -134,13 +144,33 @@ def _number(cell: str) -> int | float:
         return float(cell)
 
 
+def read_samples(path: Path) -> list[dict[str, Any]]:
+    """What `text_samples.json` holds; nothing if there is no file. Raises UserError where it is damaged."""
+    what = "a list of text samples, with step, input, output and accuracy each; remove it"
+    samples = read_json(path, what) if path.exists() else []
+    kinds = {"step": int, "input": str, "output": str, "accuracy": int | float | None}
+    if not isinstance(samples, list) or not all(
+        isinstance(sample, dict) and all(key in sample and isinstance(sample[key], kind) for key, kind in kinds.items())
+        for sample in samples
+    ):
+        raise UserError(f"{path} is damaged; expected {what}")
+    return samples
+
+
+def read_references(path: Path) -> dict[str, float]:
+    """The bits per byte by compressor of `metrics_history.json`; none if there is no file. Raises UserError where it is
+    damaged."""
+    references = read_json_object(path, "a metrics history; remove it").get("references", {}) if path.exists() else {}
+    if not isinstance(references, dict) or not all(isinstance(value, int | float) for value in references.values()):
+        raise UserError(f"{path} is damaged: expected numbers by name in 'references'; remove it")
+    return references
+
+
 class Samples:
     """`text_samples.json`: what the model wrote at which step."""
 
-    def __init__(self, path: Path, resume_step: int) -> None:
-        self._path = path
-        recorded = read_json(path, "a list of text samples") if resume_step > 0 and path.exists() else []
-        self.rows: list[dict[str, Any]] = [row for row in recorded if row["step"] <= resume_step]
+    def __init__(self, path: Path, rows: list[dict[str, Any]]) -> None:
+        self._path, self.rows = path, rows
         write_json(path, self.rows)
 
     def append(self, step: int, samples: Iterable[Mapping[str, Any]]) -> None:
@@ -157,21 +187,21 @@ class LogFiles:
         train_columns, train_rows = read_csv(folder.training_log_csv)
         eval_columns, eval_rows = read_csv(folder.eval_log_csv)
         json_rows = read_json_lines(folder.metrics_jsonl)
+        samples = read_samples(folder.text_samples_json) if evaluated_step else []
+        self._history_path = folder.metrics_history_json
+        self.references = read_references(self._history_path) if resume_step else {}  # bits per byte by compressor
+        # All is read: a start that is refused has changed no log.
 
         def kept(rows: list[dict[str, Any]], last: int = resume_step) -> list[dict[str, Any]]:
             return [row for row in rows if row["step"] <= last] if resume_step else []
 
         eval_rows = kept(eval_rows, evaluated_step)
-        self._history_path = folder.metrics_history_json
         self._jsonl = JsonLines(folder.metrics_jsonl, kept(json_rows))
         self._train = CsvLog(folder.training_log_csv, _columns(train_columns, TRAINING_COLUMNS), kept(train_rows))
         self._evaluation = CsvLog(folder.eval_log_csv, _columns(eval_columns, EVALUATION_COLUMNS), eval_rows)
-        self._samples = Samples(folder.text_samples_json, evaluated_step)
+        self._samples = Samples(folder.text_samples_json, [row for row in samples if row["step"] <= evaluated_step])
         self._train_history = Columns(TRAINING_COLUMNS, kept(json_rows))
         self._eval_history = Columns(EVALUATION_COLUMNS, eval_rows)
-        self.references: dict[str, float] = {}  # bits per byte by compressor
-        if resume_step and self._history_path.exists():
-            self.references = read_json(self._history_path, "a metrics history").get("references", {})
         self.write_history()
 
     def train(self, row: Mapping[str, Any]) -> None:

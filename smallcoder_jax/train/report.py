@@ -13,12 +13,22 @@ from typing import Any
 import jinja2
 
 from smallcoder_jax.base.display import printable
-from smallcoder_jax.base.files import read_json, utc_now, write_bytes
-from smallcoder_jax.config import counted
+from smallcoder_jax.base.errors import UserError
+from smallcoder_jax.base.files import read_json_object, utc_now, write_bytes
+from smallcoder_jax.config import to_dict
+from smallcoder_jax.configfile import load_config
+from smallcoder_jax.train.log_files import read_samples
 from smallcoder_jax.train.run_folder import RunFolder
 from smallcoder_jax.train.terminal import human_count, human_time
 
 TEMPLATES = Path(__file__).parent / "templates"
+INFO = {
+    "parameters",
+    "steps",
+    "tokens_seen",
+    "train_seconds",
+    "best_val_loss",
+}  # of training_info.json, shown at the top
 MOST_COLUMNS = 8  # of a table of records; with more, each record is a column
 NAMES = ("spec", "source", "name", "variant")  # what a record is called by, where it has one of these
 OLDER_SAMPLES = 20  # steps with samples shown beside the last one, spread over the run
@@ -51,10 +61,14 @@ def write_report(folder: RunFolder, accounting: Mapping[str, Any], results: Mapp
 
     Raises UserError if a file of the run is missing or damaged.
     """
-    config = read_json(folder.config_json, "the configuration of a run; is this a run folder?")
-    info = _read_optional(folder.training_info_json, "training information", {})
-    run = _read_optional(folder.run_json, "the identity of a run", {})
-    samples = _read_optional(folder.text_samples_json, "a list of text samples", [])
+    if not folder.config_json.exists():
+        raise UserError(f"{folder.config_json} does not exist; is this a run folder?")
+    config = to_dict(load_config(str(folder.config_json), []))
+    info = _read_optional(folder.training_info_json, "training information")
+    if info and not info.keys() >= INFO:
+        raise UserError(f"{folder.training_info_json} lacks {', '.join(sorted(INFO - info.keys()))}; remove it")
+    run = _read_optional(folder.run_json, "the identity of a run")
+    samples = read_samples(folder.text_samples_json)
     page = _template("report.html").render(
         name=info.get("variant_name", config["name"]),
         written_at=utc_now(),
@@ -182,7 +196,7 @@ def _figures(info: Mapping[str, Any], results: Mapping[str, Any]) -> list[tuple[
         figures += [
             ("parameters", human_count(info["parameters"])),
             ("steps", f"{info['steps']:,}"),
-            (f"{counted(info['config']['stage']['name'])} seen", human_count(info["tokens_seen"])),
+            ("tokens seen", human_count(info["tokens_seen"])),
             ("training time", human_time(info["train_seconds"])),
         ]
         if info["best_val_loss"] is not None:
@@ -240,8 +254,8 @@ def _commands(folder: RunFolder, run: Mapping[str, Any], config: Mapping[str, An
     ]
 
 
-def _read_optional(path: Path, what: str, otherwise: Any) -> Any:
-    return read_json(path, what) if path.exists() else otherwise
+def _read_optional(path: Path, what: str) -> dict[str, Any]:
+    return read_json_object(path, what) if path.exists() else {}
 
 
 def _inline_png(path: Path) -> str | None:

@@ -145,6 +145,12 @@ class RunFolder:
         run trains in it.
         """
         try:
+            str(self.path).encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{self.path} is no name in UTF-8, which its logs have to hold; choose another --workdir"
+            ) from error
+        try:
             self.path.mkdir(parents=True, exist_ok=True)
             file = self.lock.open("a")
         except OSError as error:

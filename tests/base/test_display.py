@@ -4,7 +4,10 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 from smallcoder_jax.base import display
+from smallcoder_jax.base.arguments import ArgumentParser
 
 ESCAPE, BACKWARDS, HALF = "\x1b[2J", "\u202e", "\ud800"
 
@@ -39,3 +42,10 @@ def test_a_terminal_of_any_encoding_is_no_traceback() -> None:
         rb"\xe9\udcff\x1b" + b"\n",
         rb"error: \xe9\udcff\x1b" + b"\n",
     )
+
+
+def test_a_flag_that_is_not_known_is_repeated_so_that_it_can_be_seen(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        ArgumentParser(prog="x").parse_args([f"--{ESCAPE}{BACKWARDS}"])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith("x: error: unrecognized arguments: --\\x1b[2J\\u202e\n")

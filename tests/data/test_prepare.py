@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -347,6 +348,9 @@ def test_accounting_counts_everything(tree: Path, make_config: MakeConfig) -> No
     assert read_accounting(prepared.corpus_folder)["fingerprint"] == prepared.accounting["fingerprint"]
     report = format_report(prepared.manifest)
     assert "unreadable" in report
+    assert re.search(r"\nread +47\nkept +40\n", report)
+    table = report.split("\n\n")[0].splitlines()
+    assert max(map(len, table)) == len(f"source       dir:{tree}")
     assert "python 40" in report
 
 

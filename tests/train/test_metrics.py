@@ -192,6 +192,42 @@ def test_a_damaged_log_is_one_message(folder: RunFolder) -> None:
         open_log(folder, resume_step=5)
 
 
+DAMAGED = [
+    "[", "[" * 100_000, "[1]",
+    '[{"step":"x"}]', '[{"step":1}]', "null", '"x"', '{"references": 5}', '{"references": {"a": "b"}}',
+    '{"step": Infinity}\n', "[]\n", '{"step": 1, "loss": "x"}\n', '{"step": 1, "loss": [1]}\n', '{"step": 1e400}\n',
+    "step,loss\n1,2\x00\n", "step\n1,2,3\n", '"' * 200_000 + "\n", "step\n" + "9" * 5000 + "\n",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "training_log.csv", "eval_log.csv", "metrics_history.json", "text_samples.json"]
+)
+def test_whatever_a_log_holds_it_is_read_or_refused_with_one_message(folder: RunFolder, name: str) -> None:
+    refused: list[str] = []
+    folder.path.mkdir()
+    for text in DAMAGED:
+        for path in folder.path.iterdir():
+            path.unlink()
+        (folder.path / name).write_text(text)
+        try:
+            files = log_files.LogFiles(folder, 5, 5)
+        except UserError as error:
+            refused.append(str(error))
+            assert [path.name for path in folder.path.iterdir()] == [name]  # and nothing else is written
+            continue
+        files.train({"step": 6, "loss": 1.0})
+        files.samples(6, [{"input": "a", "output": "b"}])
+        history = files.history()
+        for prefix in ("", "eval_"):
+            charts._Curves(history, prefix).get("loss")
+        assert all(isinstance(value, int | float) for value in history["references"].values())
+        files.close()
+        log_files.read_samples(folder.text_samples_json)
+    assert len(refused) >= 3
+    assert all(name in message for message in refused)
+
+
 def test_not_a_number_is_null_in_json(folder: RunFolder) -> None:
     log = open_log(folder)
     values: dict[str, Any] = {"loss": math.nan, "grad_norm": math.inf, "learning_rate": np.float32(0.5), "mfu": None}

@@ -1,7 +1,6 @@
 """report.html: everything in one file, and nothing from the run is taken as HTML."""
 
 import html.parser
-import json
 from pathlib import Path
 from typing import Any
 
@@ -108,14 +107,6 @@ def test_records_of_many_columns_become_columns_themselves(folder: RunFolder) ->
     assert list(table.headers) == ["", "1", "2"]
 
 
-def test_a_stage_of_pairs_counts_pairs(folder: RunFolder) -> None:
-    write_info(folder, dummy_data=False)
-    info = json.loads(folder.training_info_json.read_text())
-    info["config"]["stage"]["name"] = "reward"
-    write_json(folder.training_info_json, info)
-    assert "pairs seen" in Page(report.write_report(folder, {}, {}).read_text()).text
-
-
 def test_the_page_loads_nothing_from_elsewhere(folder: RunFolder) -> None:
     page = Page(report.write_report(folder, {}, {}).read_text())
     assert all(address.startswith(("#", "data:image/png;base64,")) for address in page.addresses)
@@ -201,6 +192,16 @@ def test_the_command_that_tries_a_run_fits_what_it_learned(tmp_path: Path, chang
 def test_a_folder_that_is_not_a_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is this a run folder"):
         report.write_report(RunFolder(tmp_path), {}, {})
+
+
+@pytest.mark.parametrize("name", ["config.json", "run.json", "training_info.json", "text_samples.json"])
+def test_damaged_files_of_a_run_are_one_message(folder: RunFolder, name: str) -> None:
+    for text in ("[", "[" * 100_000, "[1]", "null", '"x"', '{"step": 1}', '[{"step": "x"}]', '[{"step": 1}]'):
+        (folder.path / name).write_text(text)
+        if (name, text) == ("run.json", '{"step": 1}'):
+            continue  # shown as it is
+        with pytest.raises(UserError, match=name):
+            report.write_report(folder, {}, {})
 
 
 def test_newest_samples_come_first_and_older_ones_are_thinned() -> None:

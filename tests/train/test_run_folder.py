@@ -48,6 +48,13 @@ def test_another_process_is_kept_out_until_it_ends(tmp_path: Path) -> None:
         assert folder.path.is_dir()
 
 
+def test_a_folder_that_utf8_cannot_name_is_refused_before_it_is_made(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "a\udcff")
+    with pytest.raises(UserError, match="no name in UTF-8"), folder.locked():
+        pytest.fail("made")
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_lock_ends_with_its_block(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     with folder.locked(), pytest.raises(UserError, match="another process trains in"), folder.locked():
