@@ -67,7 +67,7 @@ def _records(spec: SourceSpec, rows: Iterable[Row], count: int, account: Account
     seen: set[bytes] = set()
     for row in rows:
         try:
-            if row.columns is None:
+            if row.problem:
                 raise ValueError(row.problem)
             conversation, loose = dialog_rows.conversation_of(row.columns)
         except (UserError, ValueError) as error:

@@ -149,7 +149,7 @@ def _given(source: str, files: RowFiles, account: Account) -> Iterator[Preferenc
     """The pair of each usable row; the others are in the account. Raises UserError where there are only others."""
     for row in files.rows(preference_given.WANTED):
         try:
-            if row.columns is None:
+            if row.problem:
                 raise ValueError(row.problem)
             pair = preference_given.preference_of(row.columns, {"source": source, "row": row.place})
         except (UserError, ValueError) as error:

@@ -22,9 +22,9 @@ from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import open_regular, parse_json, reason
 from smallcoder_jax.data.rows import Row
 
-MAX_ROW_BYTES = 16 << 20  # of a line, or of an item of an array
-MAX_ARRAY_BYTES = 256 << 20  # of a JSON array, which is read whole
-_PARQUET_ROWS = 64  # that are in memory at a time
+MAX_ROW_BYTES = 16 << 20  # of a line, of an item of an array, of a cell of a table
+MAX_ARRAY_BYTES = 256 << 20  # of a JSON array or of objects over several lines, which are read whole
+_BATCH_ROWS, _BATCH_BYTES = 1024, 16 << 20  # of a table, in memory at a time
 _KINDS: Mapping[str, tuple[str, ...]] = {
     "jsonl": tuple(name + packed for packed in ("", ".gz", ".zst") for name in (".jsonl", ".ndjson", ".json")),
     "parquet": (".parquet",),
@@ -43,7 +43,9 @@ _OTHER = {  # what a file may be that is neither text nor compressed text that i
     b"\xff\xfe": "UTF-16; convert it with iconv -f UTF-16 -t UTF-8",
     b"\xfe\xff": "UTF-16; convert it with iconv -f UTF-16 -t UTF-8",
 }
-_ARRAY = re.compile(rb"(?:\xef\xbb\xbf)?\s*\[\s*(?:\{|\]|\Z)")  # the beginning of an array of objects
+_BOM = b"\xef\xbb\xbf"
+# The beginning of an array of objects, or of an object that goes over several lines.
+_NO_LINES = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:\[\s*(?:\{|\]|\Z)|\{[ \t]*\r?\n)")
 _STRUCTURE = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[\[\]{},]', re.DOTALL)
 _DAMAGE = (OSError, EOFError, zlib.error)
 
@@ -152,22 +154,22 @@ def _named(source: str, path: Path) -> Iterator[None]:
 def _json_rows(source: str, name: str, path: Path) -> Iterator[Row]:
     with _named(source, path), contextlib.closing(open_regular(path)) as file:
         stream = _decompressed(source, path, file)
-        array = _ARRAY.match(stream.peek(4096)[:4096])
-        for number, text in _items_of_array(source, path, stream) if array else _lines(stream):
+        whole = _NO_LINES.match(stream.peek(4096)[:4096])
+        for number, text in _items(source, path, stream) if whole else _lines(stream):
             yield _json_row(f"{name}:{number}", text)
 
 
 def _json_row(place: str, text: bytes | None) -> Row:
     if text is None:
-        return Row(place, None, f"longer than {MAX_ROW_BYTES:,} bytes")
+        return Row(place, {}, f"longer than {MAX_ROW_BYTES:,} bytes")
     try:
         value = parse_json(text.decode("utf-8"), finite_only=False)
     except UnicodeDecodeError as error:
-        return Row(place, None, f"not UTF-8: {error.reason} at byte {error.start:,}")
+        return Row(place, {}, f"not UTF-8: {error.reason} at byte {error.start:,}")
     except ValueError as error:
-        return Row(place, None, f"no JSON: {error}")
+        return Row(place, {}, f"no JSON: {error}")
     if not isinstance(value, dict):
-        return Row(place, None, f"a JSON {type(value).__name__} and no object")
+        return Row(place, {}, f"a JSON {type(value).__name__} and no object")
     return Row(place, value)
 
 
@@ -199,7 +201,7 @@ def _lines(stream: Any) -> Iterator[tuple[int, bytes | None]]:
     while line := stream.readline(MAX_ROW_BYTES + 1):
         number += 1
         if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")
+            line = line.removeprefix(_BOM)
         if len(line) > MAX_ROW_BYTES and not line.endswith(b"\n"):
             while (rest := stream.readline(1 << 20)) and not rest.endswith(b"\n"):
                 pass
@@ -208,30 +210,34 @@ def _lines(stream: Any) -> Iterator[tuple[int, bytes | None]]:
             yield number, line
 
 
-def _items_of_array(source: str, path: Path, stream: Any) -> Iterator[tuple[int, bytes | None]]:
-    """The number and text of every item of the array that the stream holds, so that a bad one costs itself alone."""
+def _items(source: str, path: Path, stream: Any) -> Iterator[tuple[int, bytes | None]]:
+    """The number and text of every item of an array, or of every object of those that stand one after the other, so
+    that a bad one costs itself alone."""
     content = stream.read(MAX_ARRAY_BYTES + 1)
     if len(content) > MAX_ARRAY_BYTES:
         raise UserError(
-            f"data source {source}: {path} is one JSON array of more than {MAX_ARRAY_BYTES:,} bytes; write one object "
-            "a line: jq -c '.[]' rows.json > rows.jsonl"
+            f"data source {source}: {path} is one JSON array, or objects over several lines, of more than "
+            f"{MAX_ARRAY_BYTES:,} bytes; write one object a line: jq -c '.[]' rows.json > rows.jsonl"
         )
+    content = content.removeprefix(_BOM)
+    array = content.lstrip().startswith(b"[")
     depth, number, start = 0, 0, 0
     for mark in _STRUCTURE.finditer(content):
         sign = content[mark.start()]
+        closes = sign in b"]}"
         if sign in b"[{":
             depth += 1
-            start = mark.end() if depth == 1 else start
-        elif sign in b"]}":
-            depth -= 1
-        if depth == 0 or (depth == 1 and sign == ord(b",")):
-            item, start = content[start : mark.start()].strip(), mark.end()
+            start = mark.end() if array and depth == 1 else start
+        elif closes:
+            depth = max(depth - 1, 0)
+        if (closes and depth == 0) or (array and depth == 1 and sign == ord(b",")):
+            item, start = content[start : mark.start() if array else mark.end()].strip(), mark.end()
             if item:
                 number += 1
                 yield number, item if len(item) <= MAX_ROW_BYTES else None
-        if depth == 0:
+        if closes and depth == 0 and array:
             break
-    if content[start:].strip():  # an array that is cut off, or text behind it
+    if content[start:].strip():  # what is cut off, or text behind an array
         yield number + 1, content[start : start + MAX_ROW_BYTES]
 
 
@@ -249,7 +255,7 @@ def _parquet_rows(source: str, name: str, path: Path, wanted: Collection[str]) -
             for number, cells in enumerate(rows, 1):
                 bad = next((f"{column}: {cell.why}" for column, cell in cells.items() if isinstance(cell, _Bad)), "")
                 # All names are there, so that an error can say which; what is not wanted stays unread.
-                yield Row(f"{name}:{number}", None if bad else {**dict.fromkeys(names), **cells}, bad)
+                yield Row(f"{name}:{number}", {**dict.fromkeys(names), **cells}, bad)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(
             f"data source {source}: {path} cannot be read as Parquet: {reason(error)}; copy it again"
@@ -262,17 +268,23 @@ class _Bad:
 
 
 def _cells_of_rows(file: Any, columns: list[str]) -> Iterator[dict[str, Any]]:
-    for batch in file.iter_batches(batch_size=_PARQUET_ROWS, columns=columns):
+    groups = [file.metadata.row_group(index) for index in range(file.num_row_groups)]
+    widest = max((group.total_byte_size / max(group.num_rows, 1) for group in groups), default=0)
+    size = max(1, min(_BATCH_ROWS, int(_BATCH_BYTES / max(widest, 1))))
+    for batch in file.iter_batches(batch_size=size, columns=columns):
         for cells in zip(*map(_cells, batch.columns), strict=True):
             yield dict(zip(batch.schema.names, cells, strict=True))
 
 
 def _cells(column: Any) -> list[Any]:
-    """The values of a column; `_Bad` where one has no value in Python (invalid UTF-8, a time that is out of range)."""
+    """The values of a column; `_Bad` where one is too long or has no value in Python (invalid UTF-8, a time that is out
+    of range)."""
     try:
-        return column.to_pylist()
+        cells = column.to_pylist()
     except (ValueError, OverflowError):
-        return [_cell(value) for value in column]
+        cells = [_cell(value) for value in column]
+    too_long = _Bad(f"longer than {MAX_ROW_BYTES:,} bytes")
+    return [too_long if isinstance(cell, str | bytes) and len(cell) > MAX_ROW_BYTES else cell for cell in cells]
 
 
 def _cell(value: Any) -> Any:

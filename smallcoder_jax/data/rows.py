@@ -18,11 +18,11 @@ _COLUMNS = 30  # names of columns that a message shows
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A row by its columns. `place` is the file, or the split, and the number of the line or row from 1. Where
-    `columns` is None, the row cannot be read, and `problem` says why."""
+    """A row by its columns, as far as these are known. `place` is the file, or the split, and the number of the line or
+    row from 1. `problem` says why the row cannot be read; empty where it can."""
 
     place: str
-    columns: Mapping[str, Any] | None
+    columns: Mapping[str, Any]
     problem: str = ""
 
 
@@ -69,7 +69,7 @@ class Account:
         if len(self.named) < _NAMED:
             self.named.append(said)
         if not self.used and len(self._columns) <= _COLUMNS:  # they are shown where none was of use
-            self._columns |= dict.fromkeys(map(str, row.columns or ()))
+            self._columns |= dict.fromkeys(map(str, row.columns))
         return said
 
     def line(self) -> str:

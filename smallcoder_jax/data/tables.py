@@ -125,7 +125,7 @@ def _hub_rows(source: str, path: str, name: str | None, wanted: Collection[str],
             rows = rows.select_columns([column for column in names if column in wanted])
         for row in rows:
             yield {**dict.fromkeys(names), **row}  # all names, so that an error can say which there are
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, DatasetsError) as error:
         raise UserError(_ways_out(source, error, "HF_HOME")) from error
 
 
@@ -142,7 +142,7 @@ def _ways_out(source: str, error: Exception, cache: str) -> str:
 def _numbered(name: str, rows: Iterable[Any]) -> Iterator[Row]:
     for number, row in enumerate(rows, 1):
         mapping = isinstance(row, Mapping)
-        yield Row(f"{name}:{number}", row if mapping else None, "" if mapping else "no columns")
+        yield Row(f"{name}:{number}", row if mapping else {}, "" if mapping else "no columns")
 
 
 class _Columns:
@@ -162,7 +162,7 @@ class _Columns:
     def checked(self, rows: Iterable[Row]) -> Iterator[Row]:
         """The same rows, of a table: all have the columns of the first. Raises UserError where these are not those."""
         for number, row in enumerate(rows):
-            columns = row.columns or ()
+            columns = row.columns
             if number == 0 and not (all if self._joined else any)(name in columns for name in self._names):
                 found = ", ".join(map(str, columns)) or "none"
                 raise UserError(f"data source {self._source}: found the columns {found}; expected {self._expected}")
@@ -185,7 +185,7 @@ class _Columns:
 
     def _text(self, row: Row) -> str:
         """Raises ValueError for a row that has none of the columns, or has no text in them."""
-        if row.columns is None:
+        if row.problem:
             raise ValueError(row.problem)
         names = [name for name in self._names if name in row.columns]
         if not names:
@@ -196,7 +196,6 @@ class _Columns:
 
 
 def _document(source: str, text: str, row: Row) -> Document:
-    assert row.columns is not None
     path = _first(row.columns, _PATH_COLUMNS) or row.place
     language = _first(row.columns, _LANGUAGE_COLUMNS).lower() or language_of(path) or ""
     repository, license_name = (_first(row.columns, names) for names in (_REPOSITORY_COLUMNS, _LICENSE_COLUMNS))

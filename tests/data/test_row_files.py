@@ -27,6 +27,7 @@ from smallcoder_jax.data.sources import parse_sources, read_source
 ROWS = [{"content": f"x = {number}  # é, [{{", "n": number} for number in range(5)]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).encode()
 ARRAY = json.dumps(ROWS, indent=1, ensure_ascii=False).encode()
+OVER_LINES = "\n".join(json.dumps(row, indent=2, ensure_ascii=False) for row in ROWS).encode()  # as jq writes them
 BOM = b"\xef\xbb\xbf"
 
 
@@ -42,7 +43,10 @@ def zstd(content: bytes) -> bytes:
     return pyarrow.compress(content, "zstd", asbytes=True)
 
 
-@pytest.mark.parametrize("text", [LINES, BOM + LINES, LINES.replace(b"\n", b"\r\n\r\n"), ARRAY, BOM + b"\n" + ARRAY])
+@pytest.mark.parametrize(
+    "text",
+    [LINES, BOM + LINES, LINES.replace(b"\n", b"\r\n\r\n"), ARRAY, BOM + b"\n" + ARRAY, OVER_LINES, BOM + OVER_LINES],
+)
 @pytest.mark.parametrize(
     "packed", [bytes, gzip.compress, zstd, lambda text: gzip.compress(text[:9]) + gzip.compress(text[9:])]
 )
@@ -85,7 +89,7 @@ def test_a_bad_row_costs_itself_alone(tmp_path: Path, monkeypatch: pytest.Monkey
     path.write_bytes(b"[" + b", ".join(items) + b"]" if form == "array" else b"\n".join(items))
     first, found, last = read(path)
     assert (first.columns, last.columns) == ({"n": 1}, {"n": 2})
-    assert found.columns is None
+    assert found.columns == {}
     assert found.place == "rows.json:2"
     assert found.problem.startswith(problem)
 
@@ -99,6 +103,10 @@ def test_a_bad_row_costs_itself_alone(tmp_path: Path, monkeypatch: pytest.Monkey
         (b'[{"n": 1}] rest', 1, "no JSON"),
         (b'[{"n": 1},]', 1, None),
         (b"[]", 0, None),
+        (b'{\n"n": 1}\n{"n": 2', 1, "no JSON"),
+        (b'{\n"n": 1}}\n', 1, "no JSON"),
+        (b'{\n"n": 1}\nrest', 1, "no JSON"),
+        (b'{\n"n": 1}\n,{"n": 2}', 1, "no JSON"),
     ],
 )
 def test_arrays_that_are_cut_off_or_go_on(tmp_path: Path, text: bytes, count: int, problem: str | None) -> None:
@@ -114,7 +122,7 @@ def test_an_array_has_a_size_that_is_named(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(row_files, "MAX_ARRAY_BYTES", 100)
     path = tmp_path / "rows.json.gz"
     path.write_bytes(gzip.compress(ARRAY))
-    with pytest.raises(UserError, match=r"one JSON array of more than 100 bytes; write one object a line: jq"):
+    with pytest.raises(UserError, match=r"one JSON array, or .* of more than 100 bytes; write one object a line: jq"):
         read(path)
 
 
@@ -146,7 +154,7 @@ resource.setrlimit(resource.RLIMIT_AS, (used + (200 << 20),) * 2)
 print([(row.columns, row.problem) for row in files.rows(())])
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
-    assert done.stdout == str([({"n": 1}, ""), (None, "longer than 16,777,216 bytes"), ({"n": 2}, "")]) + "\n", done
+    assert done.stdout == str([({"n": 1}, ""), ({}, "longer than 16,777,216 bytes"), ({"n": 2}, "")]) + "\n", done
 
 
 @pytest.mark.parametrize(
@@ -260,6 +268,14 @@ def invalid_utf8(count: int, bad: int) -> pyarrow.Array:
     return pyarrow.Array.from_buffers(pyarrow.string(), count, buffers)
 
 
+def test_a_cell_of_a_table_that_is_too_long_costs_its_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_files, "MAX_ROW_BYTES", 1000)
+    monkeypatch.setattr(row_files, "_BATCH_BYTES", 1000)  # so the batches are of a row each
+    pyarrow.parquet.write_table(pyarrow.table({"a": ["x", "x" * 9000, "y"]}), tmp_path / "rows.parquet")
+    first, bad, last = read(tmp_path / "rows.parquet", "parquet", wanted=("a",))
+    assert (first.columns, bad.problem, last.columns) == ({"a": "x"}, "a: longer than 1,000 bytes", {"a": "y"})
+
+
 def test_parquet_reads_the_wanted_columns_alone_and_a_bad_cell_costs_its_row(tmp_path: Path) -> None:
     count = 200
     table = pyarrow.table(
@@ -283,7 +299,10 @@ def test_parquet_reads_the_wanted_columns_alone_and_a_bad_cell_costs_its_row(tmp
         )
     ]
     assert len(items) == count
-    with pytest.raises(UserError, match=r"200 of 200 rows cannot be used: rows.parquet:1 \(year: .*found are none"):
+    with pytest.raises(
+        UserError,
+        match=r"200 of 200 rows .* rows.parquet:1 \(year: .*found are content, author, when, year; expected",
+    ):
         list(read_source(parse_sources(f"parquet:{path}?column=year")[0], Path("/nowhere")))
     with pytest.raises(UserError, match="The columns found are content, author, when, year; expected column body"):
         list(read_source(parse_sources(f"parquet:{path}?column=body")[0], Path("/nowhere")))

@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from smallcoder_jax.data.conversation_tools import TOOLS
-from smallcoder_jax.evaluate.tool_calls import Count, Generate, ToolScores, score_tool_calls
+from smallcoder_jax.evaluate.tool_calls import Count, Generate, ToolScores, call_levels, score_tool_calls
 from smallcoder_jax.tokenizers import base, chat
 from smallcoder_jax.tokenizers.chat import Conversation, Message, ToolCall
+from smallcoder_jax.tokenizers.chat_parser import parse
 from smallcoder_jax.tokenizers.sentencepiece import SentencePieceTokenizer, train_sentencepiece
 
 SEARCH = ToolCall("search_docs", {"query": "heap", "limit": 2})
@@ -113,6 +114,17 @@ def test_broken_json_and_turns_without_end(tokenizer: SentencePieceTokenizer) ->
     assert rights(score(tokenizer, lambda _: broken)) == [0, 0, 0, 2, 5]
     behind = [[*ids[:-2], *tokenizer.encode(" so"), *ids[-2:]] for ids in good(_prompts(tokenizer))]
     assert rights(score(tokenizer, lambda _: behind)) == [0, 0, 0, 2, 5], "text behind a call is not well-formed"
+
+
+@pytest.mark.parametrize(
+    "body", ['{"name": "f", "parameters": {"a": 1}}', '{"name": "f", "arguments": "{\\"a\\": 1}"}', '{"name": "f"}']
+)
+def test_a_score_is_strict_where_a_reader_is_not(body: str, tokenizer: SentencePieceTokenizer) -> None:
+    start, stop, end = (tokenizer.specials[piece] for piece in ("<tool_call>", "</tool_call>", base.IM_END))
+    for text, strict in ((body, False), ('{"name": "f", "arguments": {"a": 1}}', True)):
+        found = parse([start, *tokenizer.encode(text), stop, end], tokenizer, [{"function": {"name": "f"}}])
+        assert len(found.message.tool_calls) == 1
+        assert call_levels(found, found.message.tool_calls) == (strict,) * 3
 
 
 def _prompts(tokenizer: SentencePieceTokenizer) -> list[list[int]]:
