@@ -73,7 +73,7 @@ def test_a_model_learns_to_answer_and_to_stop(root: Path, tmp_path: Path) -> Non
     folder = sft.prepare(config, None).folder
 
     class One:
-        counts, fingerprint = {"train": 1, "validation": 1}, "one"
+        counts, fingerprint, unusable = {"train": 1, "validation": 1}, "one", ()
 
         def read(self, side: str) -> list[Any]:
             return [only]
