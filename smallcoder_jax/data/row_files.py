@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import open_regular, parse_json, reason
-from smallcoder_jax.data.rows import Row
+from smallcoder_jax.data.rows import Row, without_nulls
 
 MAX_ROW_BYTES = 16 << 20  # of a line, of an item of an array, of a cell of a table
 MAX_ARRAY_BYTES = 256 << 20  # of a JSON array or of objects over several lines, which are read whole
@@ -283,8 +283,12 @@ def _cells(column: Any) -> list[Any]:
         cells = column.to_pylist()
     except (ValueError, OverflowError):
         cells = [_cell(value) for value in column]
-    too_long = _Bad(f"longer than {MAX_ROW_BYTES:,} bytes")
-    return [too_long if isinstance(cell, str | bytes) and len(cell) > MAX_ROW_BYTES else cell for cell in cells]
+    return [_bounded(without_nulls(cell)) for cell in cells]
+
+
+def _bounded(cell: Any) -> Any:
+    long = isinstance(cell, str | bytes) and len(cell) > MAX_ROW_BYTES
+    return _Bad(f"longer than {MAX_ROW_BYTES:,} bytes") if long else cell
 
 
 def _cell(value: Any) -> Any:

@@ -45,6 +45,13 @@ def text_of(value: Any) -> str:
     return text
 
 
+def without_nulls(value: Any) -> Any:
+    """A nested value of a table, whose objects have the fields of all rows: those that are null are not there."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
 class Account:
     """Which rows of a source were of use. `expected`: the columns that a row needs, in words.
 

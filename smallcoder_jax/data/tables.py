@@ -10,7 +10,7 @@ from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.data.documents import Document, Skipped
 from smallcoder_jax.data.languages import language_of
 from smallcoder_jax.data.row_files import find_files
-from smallcoder_jax.data.rows import Account, Row, text_of
+from smallcoder_jax.data.rows import Account, Row, text_of, without_nulls
 
 TEXT_COLUMNS = ("content", "text", "code")
 _PATH_COLUMNS = ("path", "max_stars_repo_path", "file_path", "filename", "id")
@@ -124,7 +124,8 @@ def _hub_rows(source: str, path: str, name: str | None, wanted: Collection[str],
         if any(column in wanted for column in names):
             rows = rows.select_columns([column for column in names if column in wanted])
         for row in rows:
-            yield {**dict.fromkeys(names), **row}  # all names, so that an error can say which there are
+            # All names, so that an error can say which there are.
+            yield {**dict.fromkeys(names), **{name: without_nulls(cell) for name, cell in row.items()}}
     except (OSError, ValueError, RuntimeError, ImportError, DatasetsError) as error:
         raise UserError(_ways_out(source, error, "HF_HOME")) from error
 

@@ -208,6 +208,31 @@ def test_calls_in_other_forms_are_used_and_counted(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("kind", ["parquet", "hf"])
+def test_the_fields_of_other_rows_are_no_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """In a table all calls have the arguments of all functions, null where a call has none."""
+    import datasets
+
+    def row(number: int) -> dict[str, Any]:
+        name, arguments = ("add", {"a": number}) if number % 2 else ("find", {"text": str(number)})
+        schema = {"type": "object", "properties": {key: {"type": "string"} for key in arguments}}
+        call = {"role": "assistant", "tool_calls": [{"function": {"name": name, "arguments": arguments}}]}
+        return {
+            "messages": [{"role": "user", "content": f"{name} {number}"}, call],
+            "tools": [{"name": name, "parameters": schema}],
+        }
+
+    table = datasets.Dataset.from_list([row(number) for number in range(100)])
+    assert table[1]["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"a": 1, "text": None}
+    table.to_parquet(tmp_path / "rows.parquet")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: table)
+    dialogs = prepare_dialogs(tmp_path / "data", {"hf": "hf:own/rows", "parquet": f"parquet:{tmp_path}"}[kind], 0)
+    assert "unusable" not in dialogs.counts
+    for record in dialogs.read("train"):
+        (tool,), call = record.conversation.tools, record.conversation.messages[1].tool_calls[0]
+        assert list(call.arguments) == list(tool["function"]["parameters"]["properties"])
+
+
 def test_a_folder_gives_its_training_split(tmp_path: Path) -> None:
     write(tmp_path / "train.jsonl", ROWS)
     write(tmp_path / "test.jsonl", [alpaca(300)])
