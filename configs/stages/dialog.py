@@ -9,7 +9,7 @@ Time:      not measured.
 Expected:  answers that end (`ended` of --mode=evaluate); the loss on held-out answers falls.
 
 A row is one conversation, so that steps are epochs: 1, 2 and 3 of them. Without a network:
---config.dialogs.source=jsonl:PATH (or parquet:PATH), rows with instruction, input and output.
+--config.dialogs.source=jsonl:PATH (or parquet:PATH), rows of one of the forms in docs/data.md.
 """
 
 from pathlib import Path

@@ -113,13 +113,18 @@ def parse_json(text: str | bytes, *, finite_only: bool = True, unique_keys: bool
         value = json.loads(text, **hooks)
     except RecursionError as error:
         raise ValueError("brackets nested too deep") from error
+    check_depth(value)
+    return value
+
+
+def check_depth(value: Any, most: int = MAX_DEPTH) -> None:
+    """Raises ValueError for objects and lists that are nested deeper."""
     level, depth = [value], 0
     while level:
-        if depth > MAX_DEPTH:
-            raise ValueError(f"brackets nested deeper than {MAX_DEPTH}")
+        if depth > most:
+            raise ValueError(f"brackets nested deeper than {most}")
         level = [item for outer in level for item in _items(outer)]
         depth += 1
-    return value
 
 
 def write_json(path: Path, value: Any) -> None:

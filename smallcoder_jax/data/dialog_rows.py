@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from smallcoder_jax.base.files import parse_json
+from smallcoder_jax.base.files import MAX_DEPTH, check_depth, parse_json
 from smallcoder_jax.data.rows import text_of
 from smallcoder_jax.tokenizers.chat import Conversation, content_text
 from smallcoder_jax.tokenizers.chat_wire import from_wire
@@ -106,6 +106,7 @@ def tools_of(row: Mapping[str, Any]) -> list[Any]:
         return []
     if not isinstance(tools, list):
         raise ValueError(f"tools is a {type(tools).__name__}; expected a list of functions, or its JSON")
+    check_depth(tools, MAX_DEPTH // 2)  # what is made of the row has them deeper than the row, and is read again
     return tools
 
 

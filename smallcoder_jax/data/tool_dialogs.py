@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from smallcoder_jax.base.errors import UserError
-from smallcoder_jax.base.files import read_json_object, write_json
+from smallcoder_jax.base.files import open_regular, parse_json, read_json_object, reason, write_json
 from smallcoder_jax.data.conversation_tools import Execute
 from smallcoder_jax.data.conversations import FORMAT, Draft, Record, complete, draw
 from smallcoder_jax.data.progress import Progress
@@ -42,8 +42,12 @@ class Dialogs:
 
     def read(self, side: str) -> list[Record]:
         """The records of a side, in order. Raises UserError for a line that is none."""
-        with (self.folder / f"{side}.jsonl").open(encoding="utf-8", newline="\n") as lines:
-            return [Record.from_json(json.loads(line)) for line in lines]
+        path = self.folder / f"{side}.jsonl"
+        try:
+            with open_regular(path) as lines:
+                return [Record.from_json(parse_json(line.decode("utf-8"))) for line in lines]
+        except (OSError, ValueError) as error:
+            raise UserError(f"{path} cannot be read: {reason(error)}. Delete {self.folder}") from error
 
 
 def prepare_tool_dialogs(
@@ -106,7 +110,7 @@ def open_dialogs(folder: Path) -> Dialogs:
         dialogs = Dialogs(folder, facts["fingerprint"], facts["counts"], tuple(facts.get("unusable", ())))
         sound = dialogs.fingerprint == _fingerprint(folder)
     except (UserError, OSError, KeyError) as error:
-        raise UserError(f"the conversations in {folder} cannot be read: {error}. Delete the folder") from error
+        raise UserError(f"the conversations in {folder} cannot be read: {reason(error)}. Delete the folder") from error
     if not sound:
         raise UserError(f"the conversations in {folder} were changed since they were made. Delete the folder")
     return dialogs
@@ -129,5 +133,9 @@ def different(seed: int, count: int) -> Iterator[Draft]:
 def _fingerprint(folder: Path) -> str:
     digest = hashlib.sha256()
     for side in SIDES:
-        digest.update(hashlib.sha256((folder / f"{side}.jsonl").read_bytes()).digest())
+        with open_regular(folder / f"{side}.jsonl") as file:
+            content = hashlib.sha256()
+            while part := file.read(1 << 20):
+                content.update(part)
+            digest.update(content.digest())
     return digest.hexdigest()

@@ -182,6 +182,7 @@ def test_the_forms_of_data_sets(row: dict[str, Any], expected: Conversation) -> 
             "Expecting",
         ),
         ({"instruction": "c", "output": "x", "tools": "{}"}, "tools is a dict"),
+        ({"instruction": "c", "output": "x", "tools": "[" * 99 + "]" * 99}, "brackets nested deeper than 50"),
     ],
 )
 def test_what_is_not_used_is_refused_by_name(row: dict[str, Any], reason: str) -> None:

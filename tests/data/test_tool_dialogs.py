@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,7 @@ import pytest
 
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.data.conversations import draw
-from smallcoder_jax.data.tool_dialogs import Dialogs, different, prepare_tool_dialogs
+from smallcoder_jax.data.tool_dialogs import Dialogs, different, open_dialogs, prepare_tool_dialogs
 
 
 def answer(name: str, arguments: dict[str, Any]) -> str:
@@ -53,3 +56,14 @@ def test_changed_files_are_refused(dialogs: Dialogs, tmp_path: Path) -> None:
     path.write_text(path.read_text().replace("execute", "exequte"))
     with pytest.raises(UserError, match="were changed since they were made"):
         prepare_tool_dialogs(tmp_path, 60, 3, answer)
+
+
+def test_what_is_no_regular_file_is_refused_and_not_waited_for(dialogs: Dialogs, tmp_path: Path) -> None:
+    folder = tmp_path / "other"
+    shutil.copytree(dialogs.folder, folder)
+    (folder / "train.jsonl").unlink()
+    os.mkfifo(folder / "train.jsonl")
+    with pytest.raises(UserError, match="it is a pipe, not a file"):
+        open_dialogs(folder)
+    with pytest.raises(UserError, match="it is a pipe, not a file"):
+        dataclasses.replace(dialogs, folder=folder).read("train")
