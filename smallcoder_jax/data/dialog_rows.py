@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from smallcoder_jax.base.files import MAX_DEPTH, check_depth, parse_json
-from smallcoder_jax.data.rows import text_of
+from smallcoder_jax.data.rows import text_of, without_gaps
 from smallcoder_jax.tokenizers.chat import Conversation, content_text
 from smallcoder_jax.tokenizers.chat_wire import from_wire
 
@@ -45,6 +45,7 @@ def conversation_of(row: Mapping[str, Any]) -> tuple[Conversation, int]:
 
     Raises ValueError or UserError, which say what is missing, not known, or no text.
     """
+    row = without_gaps(row)
     refuse_unused(row)
     turns = talk_of(row)
     if _first(row, TALKS) is None:
@@ -147,6 +148,8 @@ def _turn(turn: dict[str, Any]) -> dict[str, Any]:
 
 
 def _history(history: Any) -> list[dict[str, Any]]:
+    if not isinstance(history, Sequence | None) or isinstance(history, str):
+        raise ValueError(f"history is {history!r:.80}; expected pairs of a question and an answer")
     turns = []
     for pair in history or ():
         if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:

@@ -7,7 +7,7 @@ from typing import Any
 
 from smallcoder_jax.data import dialog_rows
 from smallcoder_jax.data.preferences import Preference
-from smallcoder_jax.data.rows import text_of
+from smallcoder_jax.data.rows import text_of, without_gaps
 from smallcoder_jax.tokenizers.chat import Message, to_json
 from smallcoder_jax.tokenizers.chat_wire import from_wire, to_wire
 
@@ -28,9 +28,12 @@ def preference_of(row: Mapping[str, Any], provenance: Mapping[str, Any]) -> Pref
     whose next turn is the answer. Raises ValueError or UserError, which say what is missing, not known, or the same in
     both answers.
     """
+    if not any(name in row for name in _ANSWERS):
+        raise ValueError("no chosen and no rejected")
+    row = without_gaps(row)
     dialog_rows.refuse_unused(row)
     if missing := [name for name in _ANSWERS if row.get(name) in (None, [], {})]:
-        raise ValueError(f"no {missing[0]}" if any(name in row for name in _ANSWERS) else "no chosen and no rejected")
+        raise ValueError(f"no {missing[0]}")
     answers = [row[name] for name in _ANSWERS]
     around = {name for name in dialog_rows.ASKING if row.get(name) not in (None, "", [], {})}
     given = row.get("prompt") or ""
@@ -57,7 +60,7 @@ def _talk(row: Mapping[str, Any], answers: Sequence[Any]) -> tuple[Any, Any, Any
     before, tools = _before(row), dialog_rows.tools_of(row)
     prompt = row.get("prompt")
     if isinstance(prompt, dict) and "messages" in prompt:
-        before, tools = prompt["messages"], prompt.get("tools") or tools
+        before, tools = dialog_rows.turns_of(prompt["messages"]), prompt.get("tools") or tools
     turns = [None if _is_reply(answer) else _turns_of(answer) for answer in answers]
     chosen, rejected = turns
     if chosen is not None and rejected is not None:

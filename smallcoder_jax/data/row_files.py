@@ -256,7 +256,7 @@ def _parquet_rows(source: str, name: str, path: Path, wanted: Collection[str]) -
                 bad = next((f"{column}: {cell.why}" for column, cell in cells.items() if isinstance(cell, _Bad)), "")
                 # All names are there, so that an error can say which; what is not wanted stays unread.
                 yield Row(f"{name}:{number}", {**dict.fromkeys(names), **cells}, bad)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # ValueError: a name is no UTF-8
         raise UserError(
             f"data source {source}: {path} cannot be read as Parquet: {reason(error)}; copy it again"
         ) from error

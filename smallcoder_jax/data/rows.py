@@ -33,7 +33,7 @@ def text_of(value: Any) -> str:
     """
     if hasattr(value, "tolist"):  # numpy, as TensorFlow Datasets has it
         value = value.tolist()
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if _is_gap(value):
         return ""
     try:
         if isinstance(value, bytes):
@@ -43,6 +43,15 @@ def text_of(value: Any) -> str:
     except (UnicodeDecodeError, UnicodeEncodeError) as error:
         raise ValueError(f"text that is not valid Unicode: {error.reason}") from error
     return text
+
+
+def without_gaps(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row's columns without those that are null or NaN, which is how pandas writes a text that is not there."""
+    return {name: cell for name, cell in row.items() if not _is_gap(cell)}
+
+
+def _is_gap(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def without_nulls(value: Any) -> Any:

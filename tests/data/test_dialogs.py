@@ -83,6 +83,7 @@ BASIC = conversation(("user", "Why?"), ("assistant", "So.\n"))
 LONGER = conversation(
     ("system", "Be brief."), ("user", "Who?"), ("assistant", "Me."), ("user", "Why?"), ("assistant", "So.\n")
 )
+NAN = float("nan")
 HISTORY, SYSTEM = [["Who?", "Me."]], "Be brief."
 OPENAI = [{"role": message.role, "content": message.content} for message in LONGER.messages]
 NAMES = {"user": "human", "assistant": "gpt", "system": "system"}
@@ -110,6 +111,10 @@ CALLING = Conversation(
         ({"instruction": "Why?", "context": None, "response": "So.\n"}, BASIC),
         ({"input": "Why?", "output": "So.\n"}, BASIC),
         ({"instruction": "Why?", "input": "", "output": "So.\n", "system": None, "history": []}, BASIC),
+        (
+            {"instruction": "Why?", "input": NAN, "output": "So.\n", "history": NAN, "tools": NAN, "messages": NAN},
+            BASIC,
+        ),
         ({"instruction": "Why?", "output": "So.\n", "system": SYSTEM, "history": HISTORY}, LONGER),
         ({"prompt": OPENAI[:-1], "completion": OPENAI[-1:]}, LONGER),
         ({"prompt": "Why?", "completion": OPENAI[-1:]}, BASIC),
@@ -165,6 +170,7 @@ def test_the_forms_of_data_sets(row: dict[str, Any], expected: Conversation) -> 
         ({"instruction": "c", "output": "\ud800"}, "not valid Unicode"),
         ({"instruction": "c", "output": "x", "images": ["a.png"]}, "the column images cannot be used"),
         ({"instruction": "c", "output": "x", "history": [["a"]]}, "history holds"),
+        ({"instruction": "c", "output": "x", "history": 3}, "history is 3"),
         ({"messages": OPENAI, "functions": [TOOL]}, "the column functions cannot be used"),
         ({"messages": OPENAI, "system": "Be long."}, "another text in the column system"),
         ({"messages": OPENAI[2:]}, "begins with a turn of the assistant"),

@@ -415,6 +415,7 @@ def test_the_forms_of_data_sets(row: dict[str, Any], expected: Preference) -> No
             {"prompt": "Who?", "chosen": [USER, REPLY], "rejected": [USER, OTHER]},
             "another conversation than the prompt",
         ),
+        ({"prompt": {"messages": 3}, "chosen": [USER, REPLY], "rejected": [USER, OTHER]}, "the messages are 3"),
         ({"prompt": [USER, REPLY], "chosen": [OTHER], "rejected": [REPLY]}, "ends with a turn of the assistant"),
         ({"prompt": "p", "chosen": "\ud800", "rejected": "r"}, "not valid Unicode"),
         ({"prompt": "p", "chosen": "c", "rejected": "r", "images": ["x"]}, "the column images cannot be used"),
