@@ -11,7 +11,7 @@ from smallcoder_jax.data import dialog_rows, tables
 from smallcoder_jax.data.conversations import Record, side_of
 from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.data.row_files import find_files
-from smallcoder_jax.data.rows import Account, Row
+from smallcoder_jax.data.rows import Account, Row, valid_text
 from smallcoder_jax.data.sources import SourceSpec, parse_sources, source_identity
 from smallcoder_jax.data.storage import short_key
 from smallcoder_jax.data.tool_dialogs import Dialogs, open_dialogs, write_dialogs
@@ -81,6 +81,6 @@ def _records(spec: SourceSpec, rows: Iterable[Row], count: int, account: Account
         account.add_used()
         account.notes["calls without arguments"] += loose
         said = "\n".join(message.content for message in conversation.messages if message.role == "user")
-        yield Record(conversation, side_of(said), {"source": spec.text, "row": row.place})
+        yield Record(conversation, side_of(said), {"source": valid_text(spec.text), "row": row.place})
         if len(seen) == count:
             return

@@ -8,7 +8,7 @@ from typing import Any
 from smallcoder_jax.data import dialog_rows
 from smallcoder_jax.data.preferences import Preference
 from smallcoder_jax.data.rows import text_of, without_gaps
-from smallcoder_jax.tokenizers.chat import Message, to_json
+from smallcoder_jax.tokenizers.chat import Message, from_json, to_json
 from smallcoder_jax.tokenizers.chat_wire import from_wire, to_wire
 
 _ANSWERS = ("chosen", "rejected")
@@ -41,7 +41,7 @@ def preference_of(row: Mapping[str, Any], provenance: Mapping[str, Any]) -> Pref
     prompt, chosen, rejected = _texts(given, *map(text_of, answers)) if texts else _talk(row, answers)
     own = {key: row[key] for key in _OWN if row.get(key) is not None}
     found = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "provenance": dict(provenance), **own}
-    return Preference.from_json(found)
+    return Preference.from_json(from_json(to_json(found, "the pair")))  # as it will be stored and read
 
 
 def _texts(prompt: str, chosen: str, rejected: str) -> tuple[str, str, str]:

@@ -30,7 +30,7 @@ from smallcoder_jax.data.preferences import (
 )
 from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.data.row_files import RowFiles, find_files
-from smallcoder_jax.data.rows import Account
+from smallcoder_jax.data.rows import Account, valid_text
 from smallcoder_jax.data.sources import parse_sources
 from smallcoder_jax.data.storage import new_folder, short_key
 
@@ -151,7 +151,7 @@ def _given(source: str, files: RowFiles, account: Account) -> Iterator[Preferenc
         try:
             if row.problem:
                 raise ValueError(row.problem)
-            pair = preference_given.preference_of(row.columns, {"source": source, "row": row.place})
+            pair = preference_given.preference_of(row.columns, {"source": valid_text(source), "row": row.place})
         except (UserError, ValueError) as error:
             account.add_bad(row, str(error))
             continue

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import open_regular, parse_json, reason
-from smallcoder_jax.data.rows import Row, without_nulls
+from smallcoder_jax.data.rows import Row, valid_text, without_nulls
 
 MAX_ROW_BYTES = 16 << 20  # of a line, of an item of an array, of a cell of a table
 MAX_ARRAY_BYTES = 256 << 20  # of a JSON array or of objects over several lines, which are read whole
@@ -103,13 +103,13 @@ def find_files(source: str, kind: str, location: str, split: str | None) -> RowF
             )
     if split not in (None, _ALL):
         raise UserError(f"data source {source}: split={split} chooses among the files of a folder; {path} is a file")
-    return RowFiles(source, kind, {_valid(path.name): path}, ())
+    return RowFiles(source, kind, {valid_text(path.name): path}, ())
 
 
 def _of_folder(source: str, kind: str, folder: Path, split: str | None) -> RowFiles:
     endings = _KINDS[kind]
     found = {
-        _valid(path.relative_to(folder).as_posix()): path
+        valid_text(path.relative_to(folder).as_posix()): path
         for where in (folder, folder / _SUBFOLDER)
         if where.is_dir()
         for path in sorted(where.iterdir())
@@ -132,11 +132,6 @@ def _of_folder(source: str, kind: str, folder: Path, split: str | None) -> RowFi
 def _split_of(name: str) -> str:
     word = _SPLIT_WORD.search(name.rpartition("/")[2])
     return _SPLITS.get(word[1].lower(), "validation") if word else "train"
-
-
-def _valid(name: str) -> str:
-    """A file's name as it can be stored: the system lets bytes through that are not UTF-8."""
-    return name.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 @contextlib.contextmanager

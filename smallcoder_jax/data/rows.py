@@ -45,6 +45,11 @@ def text_of(value: Any) -> str:
     return text
 
 
+def valid_text(text: str) -> str:
+    """A path, or what holds one, as it can be stored: the system lets bytes through that are not UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def without_gaps(row: Mapping[str, Any]) -> dict[str, Any]:
     """A row's columns without those that are null or NaN, which is how pandas writes a text that is not there."""
     return {name: cell for name, cell in row.items() if not _is_gap(cell)}

@@ -10,7 +10,7 @@ from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.data.documents import Document, Skipped
 from smallcoder_jax.data.languages import language_of
 from smallcoder_jax.data.row_files import find_files
-from smallcoder_jax.data.rows import Account, Row, text_of, without_nulls
+from smallcoder_jax.data.rows import Account, Row, text_of, valid_text, without_nulls
 
 TEXT_COLUMNS = ("content", "text", "code")
 _PATH_COLUMNS = ("path", "max_stars_repo_path", "file_path", "filename", "id")
@@ -209,4 +209,4 @@ def _first(row: Mapping[str, Any], names: tuple[str, ...]) -> str:
     if isinstance(value, bytes):
         return value.decode("utf-8", "backslashreplace")
     text = ", ".join(sorted(map(str, value))) if isinstance(value, (list, tuple)) else str(value)
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+    return valid_text(text)

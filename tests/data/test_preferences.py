@@ -343,6 +343,7 @@ def test_sources_that_cannot_be_are_refused(tmp_path: Path) -> None:
 USER, REPLY, OTHER = (
     {"role": role, "content": text} for role, text in (("user", "Why?"), ("assistant", "So.\n"), ("assistant", "No."))
 )
+NAN = float("nan")
 SYSTEM = {"role": "system", "content": "Be brief."}
 ASKED = Conversation((Message("user", "Why?"),))
 BRIEF = Conversation((Message("system", "Be brief."), *ASKED.messages))
@@ -420,6 +421,8 @@ def test_the_forms_of_data_sets(row: dict[str, Any], expected: Preference) -> No
         ({"prompt": "p", "chosen": "\ud800", "rejected": "r"}, "not valid Unicode"),
         ({"prompt": "p", "chosen": "c", "rejected": "r", "images": ["x"]}, "the column images cannot be used"),
         ({"prompt": "p", "chosen": "c", "rejected": "r", "criteria": 3}, "criteria is 3"),
+        ({"prompt": "p", "chosen": "c", "rejected": "r", "reason": "\ud800"}, "the pair cannot be written as JSON"),
+        ({"prompt": "p", "chosen": "c", "rejected": "r", "provenance": {"a": [NAN]}}, "cannot be written as JSON"),
     ],
 )
 def test_what_gives_no_preference_says_why(row: dict[str, Any], reason: str) -> None:
