@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from smallcoder_jax.base.display import one_line
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import DataConfig
 from smallcoder_jax.data.clean import REASONS, drop_reason
@@ -18,6 +19,7 @@ from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.data.sources import SourceSpec, read_source
 from smallcoder_jax.data.statistics import DocumentStatistics
 
+_NAMED = 3  # of what cannot be read, in the line that is printed
 DUMMY_SOURCE = "dummy"
 _DUMMY_DOCUMENTS = 400
 MAX_EXAMPLES = 20  # paths for each reason
@@ -56,8 +58,9 @@ def collect_source(
     if progress:
         progress.start(f"reading {spec.text}")
     collector = _Collector(spec, data, seen, progress)
+    unread: list[str] = []
     try:
-        report = collector.collect(read_source(spec, Path(data.dir)), spool, dummy="")
+        report = collector.collect(_naming(read_source(spec, Path(data.dir)), unread), spool, dummy="")
     except UserError as error:
         if not data.allow_dummy_data:
             raise
@@ -66,7 +69,21 @@ def collect_source(
     seen |= collector.own
     if progress:
         progress.finish()
+        if report.unreadable:
+            named = one_line("; ".join(unread))
+            more = " and more" if report.unreadable > len(unread) else ""
+            progress.note(f"{spec.text}: {report.unreadable:,} of {report.read:,} cannot be read: {named}{more}")
+        if others := report.passed_over.get("other_split"):
+            progress.note(f"{spec.text}: {others:,} files are of other splits by their names; ?split=all takes all")
     return report
+
+
+def _naming(items: Iterator[Document | Skipped], unread: list[str]) -> Iterator[Document | Skipped]:
+    """The same items; the first of those that cannot be read are named in `unread`."""
+    for item in items:
+        if isinstance(item, Skipped) and item.reason == "unreadable" and len(unread) < _NAMED:
+            unread.append(item.path)
+        yield item
 
 
 class _Collector:

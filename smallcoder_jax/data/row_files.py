@@ -45,7 +45,7 @@ _OTHER = {  # what a file may be that is neither text nor compressed text that i
 }
 _BOM = b"\xef\xbb\xbf"
 # The beginning of an array of objects, or of an object that goes over several lines.
-_NO_LINES = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:\[\s*(?:\{|\]|\Z)|\{[ \t]*\r?\n)")
+_NO_LINES = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:\[\s*(?:\{|\]|\Z)|\{[ \t]*\r?\n\s*[\x22}])")
 _STRUCTURE = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[\[\]{},]', re.DOTALL)
 _DAMAGE = (OSError, EOFError, zlib.error)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import os
@@ -18,8 +19,11 @@ import pyarrow.parquet
 import pytest
 
 from smallcoder_jax.base.errors import UserError
+from smallcoder_jax.config import DataConfig
 from smallcoder_jax.data import row_files
+from smallcoder_jax.data.collect import collect_source
 from smallcoder_jax.data.documents import Document, Skipped
+from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.data.row_files import find_files
 from smallcoder_jax.data.rows import Account, Row, text_of
 from smallcoder_jax.data.sources import parse_sources, read_source
@@ -105,6 +109,7 @@ def test_a_bad_row_costs_itself_alone(tmp_path: Path, monkeypatch: pytest.Monkey
         (b"[]", 0, None),
         (b'{\n"n": 1}\n{"n": 2', 1, "no JSON"),
         (b'{\n"n": 1}}\n', 1, "no JSON"),
+        (b"{\n}\n", 0, ""),
         (b'{\n"n": 1}\nrest', 1, "no JSON"),
         (b'{\n"n": 1}\n,{"n": 2}', 1, "no JSON"),
     ],
@@ -147,6 +152,7 @@ def test_a_line_without_an_end_takes_no_memory(tmp_path: Path, packed: str) -> N
                 stream.write(part)
     program = f"""
 import resource, pyarrow
+from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.data.row_files import find_files
 files = find_files("s", "jsonl", {str(path)!r}, None)
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
@@ -246,6 +252,22 @@ def test_documents_leave_other_splits_out_and_count_them(tmp_path: Path) -> None
     assert items[0] == Skipped("other_split", "test.jsonl")
     assert len(items) == 6
     assert len(list(read_source(parse_sources(f"jsonl:{root}?split=all")[0], Path("/nowhere")))) == 10
+
+
+def test_bad_rows_are_counted_and_the_first_three_said_in_one_line(tmp_path: Path) -> None:
+    root, said = folder_of(tmp_path / "rows", ["test.jsonl"]), io.StringIO()
+    good = [json.dumps({"content": f"x = {number}"}) for number in range(5)]
+    (root / "train.jsonl").write_text("\n".join(["{", *good, "[]", '{"a": 1}', "\x1b"]))
+    (spec,) = parse_sources(f"jsonl:{root}")
+    data = DataConfig(sources=spec.text, dir=str(tmp_path), min_characters=1)
+    report = collect_source(spec, data, tmp_path / "spool", set(), Progress(said))
+    assert (report.read, report.kept, report.unreadable, report.passed_over) == (9, 5, 4, {"other_split": 1})
+    bad, split = said.getvalue().splitlines()[-2:]
+    assert bad.startswith(f"jsonl:{root}: 4 of 9 cannot be read: train.jsonl:1 (no JSON: ")
+    assert (
+        "; train.jsonl:7 (a JSON list and no object); train.jsonl:8 (no column content or text or code) and more" in bad
+    )
+    assert split == f"jsonl:{root}: 1 files are of other splits by their names; ?split=all takes all"
 
 
 def test_the_hash_is_that_of_names_and_contents(tmp_path: Path) -> None:
