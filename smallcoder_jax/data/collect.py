@@ -58,9 +58,8 @@ def collect_source(
     if progress:
         progress.start(f"reading {spec.text}")
     collector = _Collector(spec, data, seen, progress)
-    unread: list[str] = []
     try:
-        report = collector.collect(_naming(read_source(spec, Path(data.dir)), unread), spool, dummy="")
+        report = collector.collect(read_source(spec, Path(data.dir)), spool, dummy="")
     except UserError as error:
         if not data.allow_dummy_data:
             raise
@@ -70,20 +69,12 @@ def collect_source(
     if progress:
         progress.finish()
         if report.unreadable:
-            named = one_line("; ".join(unread))
-            more = " and more" if report.unreadable > len(unread) else ""
+            named = one_line("; ".join(report.examples.get("unreadable", ())[:_NAMED]))
+            more = " and more" if report.unreadable > _NAMED else ""
             progress.note(f"{spec.text}: {report.unreadable:,} of {report.read:,} cannot be read: {named}{more}")
         if others := report.passed_over.get("other_split"):
             progress.note(f"{spec.text}: {others:,} files are of other splits by their names; ?split=all takes all")
     return report
-
-
-def _naming(items: Iterator[Document | Skipped], unread: list[str]) -> Iterator[Document | Skipped]:
-    """The same items; the first of those that cannot be read are named in `unread`."""
-    for item in items:
-        if isinstance(item, Skipped) and item.reason == "unreadable" and len(unread) < _NAMED:
-            unread.append(item.path)
-        yield item
 
 
 class _Collector:
