@@ -163,7 +163,10 @@ def _parse(current: Any, text: str, key: str) -> Any:
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError) as error:
         raise UserError(f"--config.{key}={text}: expected {wanted}") from error
     if isinstance(current, float) and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
+        try:
+            value = float(value)
+        except OverflowError:
+            raise UserError(f"--config.{key}: the integer is too large for a float") from None
     if isinstance(current, int) and not isinstance(current, bool) and isinstance(value, float) and value.is_integer():
         value = int(value)  # 1e4 steps
     if isinstance(current, tuple | list) and isinstance(value, tuple | list):

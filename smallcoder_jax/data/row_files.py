@@ -23,6 +23,7 @@ from smallcoder_jax.base.files import open_regular, parse_json, reason
 from smallcoder_jax.data.rows import Row, valid_text, without_nulls
 
 MAX_ROW_BYTES = 16 << 20  # of a line, of an item of an array, of a cell of a table
+MAX_LINE_BYTES = 1 << 30  # read in search of its end; what has a longer line holds no rows
 MAX_ARRAY_BYTES = 256 << 20  # of a JSON array or of objects over several lines, which are read whole
 _BATCH_ROWS, _BATCH_BYTES = 1024, 16 << 20  # of a table, in memory at a time
 _KINDS: Mapping[str, tuple[str, ...]] = {
@@ -76,14 +77,12 @@ class RowFiles:
                 yield from _json_rows(self.source, name, path)
 
     def hash(self) -> str:
-        """Over the names and contents of the files. Raises UserError for one that cannot be read."""
+        """Over the names, sizes and times of change of the files. Raises UserError for one that is not there."""
         digest = hashlib.sha256()
         for name, path in self.paths.items():
-            with _named(self.source, path), open_regular(path) as file:
-                content = hashlib.sha256()
-                while part := file.read(1 << 20):
-                    content.update(part)
-                digest.update(f"{name}|{content.hexdigest()}\n".encode())
+            with _named(self.source, path):
+                found = path.stat()
+            digest.update(f"{name}|{found.st_size}|{found.st_mtime_ns}\n".encode())
         return digest.hexdigest()
 
 
@@ -150,7 +149,7 @@ def _json_rows(source: str, name: str, path: Path) -> Iterator[Row]:
     with _named(source, path), contextlib.closing(open_regular(path)) as file:
         stream = _decompressed(source, path, file)
         whole = _NO_LINES.match(stream.peek(4096)[:4096])
-        for number, text in _items(source, path, stream) if whole else _lines(stream):
+        for number, text in _items(source, path, stream) if whole else _lines(source, path, stream):
             yield _json_row(f"{name}:{number}", text)
 
 
@@ -190,16 +189,23 @@ def _decompressed(source: str, path: Path, file: BinaryIO) -> Any:
     return file
 
 
-def _lines(stream: Any) -> Iterator[tuple[int, bytes | None]]:
-    """The number and text of every line that is not empty; None for one that is too long, which is never held."""
+def _lines(source: str, path: Path, stream: Any) -> Iterator[tuple[int, bytes | None]]:
+    """The number and text of every line that is not empty; None for one that is too long, which is never held. Raises
+    UserError for one without an end in sight."""
     number = 0
     while line := stream.readline(MAX_ROW_BYTES + 1):
         number += 1
         if number == 1:
             line = line.removeprefix(_BOM)
         if len(line) > MAX_ROW_BYTES and not line.endswith(b"\n"):
+            length = len(line)
             while (rest := stream.readline(1 << 20)) and not rest.endswith(b"\n"):
-                pass
+                length += len(rest)
+                if length > MAX_LINE_BYTES:
+                    raise UserError(
+                        f"data source {source}: line {number:,} of {path} is longer than {MAX_LINE_BYTES:,} bytes; "
+                        "expected a file with one JSON object a line"
+                    )
             yield number, None
         elif line.strip():
             yield number, line

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import io
+import itertools
 import json
 import lzma
 import os
@@ -270,13 +271,28 @@ def test_bad_rows_are_counted_and_the_first_three_said_in_one_line(tmp_path: Pat
     assert split == f"jsonl:{root}: 1 files are of other splits by their names; ?split=all takes all"
 
 
-def test_the_hash_is_that_of_names_and_contents(tmp_path: Path) -> None:
+def test_the_hash_is_that_of_names_sizes_and_times(tmp_path: Path) -> None:
     root = folder_of(tmp_path / "one", ["a.jsonl", "b.jsonl"])
     other = folder_of(tmp_path / "two", ["a.jsonl", "b.jsonl"])
+    for folder, name in itertools.product((root, other), ("a.jsonl", "b.jsonl")):
+        os.utime(folder / name, (1, 1))
     found = find_files("s", "jsonl", str(root), None).hash()
     assert find_files("s", "jsonl", str(other), None).hash() == found
-    (other / "a.jsonl").write_bytes(LINES[:-1])
+    os.utime(other / "a.jsonl", (1, 2))
     assert find_files("s", "jsonl", str(other), None).hash() != found
+    (other / "a.jsonl").write_bytes(LINES[:-1])
+    os.utime(other / "a.jsonl", (1, 1))
+    assert find_files("s", "jsonl", str(other), None).hash() != found
+
+
+def test_a_line_without_an_end_in_sight_is_no_file_of_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_files, "MAX_LINE_BYTES", 3 << 20)
+    monkeypatch.setattr(row_files, "MAX_ROW_BYTES", 1000)
+    (tmp_path / "a.jsonl").write_bytes(b'{"a": 1}\n' + b"x" * (5 << 20) + b"\n")
+    rows = find_files("s", "jsonl", str(tmp_path / "a.jsonl"), None).rows(())
+    assert next(rows).problem == ""
+    with pytest.raises(UserError, match=r"line 2 of .*a\.jsonl is longer than 3,145,728 bytes"):
+        next(rows)
 
 
 def invalid_utf8(count: int, bad: int) -> pyarrow.Array:

@@ -198,7 +198,8 @@ def tokens(folder: Path) -> Target:
 def exports(folder: Path) -> Target:
     """An exported model with its tokenizer."""
     from smallcoder_jax import loading
-    from smallcoder_jax.export.huggingface import read_record, write_export
+    from smallcoder_jax.export import record
+    from smallcoder_jax.export.huggingface import write_export
     from tests.export.conftest import CODE as TEXT
     from tests.export.conftest import llama, random_params, train_sentencepiece
 
@@ -208,7 +209,7 @@ def exports(folder: Path) -> Target:
     write_export(folder / "export", model=model, params=random_params(model), tokenizer=tokenizer, card=card)
 
     def read(rng: random.Random) -> object:
-        return [read_record, loading.origin, lambda path: repr(loading.load(path))][rng.randrange(3)](folder / "export")
+        return [record.read, loading.origin, lambda path: repr(loading.load(path))][rng.randrange(3)](folder / "export")
 
     return Target(folder, _files(folder / "export"), read)
 
