@@ -109,7 +109,7 @@ def _open(path: Path, stack: contextlib.ExitStack) -> _File:
         return _File(path, stack.enter_context(safetensors.safe_open(path, framework="numpy")))
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist, which {INDEX} names; download the model again") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, MemoryError) as error:  # MemoryError: it is mapped as a whole
         raise UserError(f"{path} cannot be read: {files.reason(error)}. Export or download the model again") from error
     except safetensors.SafetensorError as error:
         raise UserError(f"{path} is damaged: {error}. Export or download it again") from error
