@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from smallcoder_jax.base.errors import UserError
+from smallcoder_jax.base.errors import Diverged, UserError
 from smallcoder_jax.config import CheckpointConfig, Config, DataConfig, EvalConfig, LogConfig, TokenizerConfig
 from smallcoder_jax.data import shards
 from smallcoder_jax.data.progress import Progress
@@ -26,6 +26,7 @@ from smallcoder_jax.preflight.target import Target
 from smallcoder_jax.stages import pretrain, run
 from smallcoder_jax.train import loop
 from smallcoder_jax.train.checkpoint import Checkpointer
+from smallcoder_jax.train.log_files import read_csv
 from smallcoder_jax.train.run_folder import RunFolder
 from smallcoder_jax.train.terminal import Terminal
 from tests.helpers import tiny_config, tiny_model
@@ -148,12 +149,39 @@ def test_a_failed_run_has_its_save_finished_before_the_folder_is_free(
         raise Broken
 
     monkeypatch.setattr(loop.Trainer, "_write_info", fail)
-    monkeypatch.setattr(loop.Trainer, "_train", lambda trainer, stop: (trainer._save(False), fail()))
+    monkeypatch.setattr(loop.Trainer, "_train", lambda trainer, stop: (trainer._save(False, 3), fail()))
     with pytest.raises(Broken):
         run.train(config_of(root), tmp_path)
     assert (tmp_path / "checkpoints" / "0" / "manifest.json").exists()
     with RunFolder(tmp_path).locked():
         assert Checkpointer(tmp_path / "checkpoints", 3).steps() == [0]
+
+
+def test_a_run_that_diverges_keeps_its_last_sound_checkpoints(root: Path, tmp_path: Path) -> None:
+    """With samples, which cannot be drawn from such a model."""
+    config = changed(config_of(root), "train", steps=60)
+    config = changed(config, "optimizer", learning_rate=1e3, clip_norm=0.0)
+    config = changed(config, "eval", every=2, sample_tokens=4)
+    config = changed(changed(config, "checkpoint", every=2, keep=1), "guard", max_skipped=7)
+    with pytest.raises(
+        Diverged, match=r"7 updates in a row were skipped.* The newest sound checkpoint is step (\d+)\."
+    ):
+        run.train(config, tmp_path)
+    _, rows = read_csv(tmp_path / "eval_log.csv")
+    finite = [row["step"] for row in rows if np.isfinite(row["loss"])]
+    assert 2 <= finite[-1] < rows[-1]["step"]
+    # The best, and the newest that was evaluated before the loss was no number any more.
+    assert Checkpointer(tmp_path / "checkpoints", 9).steps() == sorted({2, finite[-1]})
+
+
+def test_a_run_does_not_end_with_a_model_that_is_not_finite(root: Path, tmp_path: Path) -> None:
+    with trainer_in(tmp_path, config_of(root)) as trainer:
+        trainer.task = dataclasses.replace(trainer.task, summarise=lambda sums: {"loss": float("nan")})
+        with pytest.raises(
+            Diverged, match=r"loss of step 2, the last one, is not finite.* sound checkpoint is step 1\."
+        ):
+            trainer.run()
+        assert trainer.checkpointer.steps() == [1]
 
 
 def test_logged_gradients_are_per_token(root: Path, tmp_path: Path) -> None:
