@@ -75,11 +75,9 @@ def test_a_flipped_bit_is_refused_and_the_step_before_used(runs: Runs) -> None:
 
 def test_a_full_disk_ends_the_run_and_leaves_the_step_before(runs: Runs) -> None:
     runs.finish("full", "--inject=diskfull@save:2", "checkpoint.every=2", code=EXIT_USER_ERROR)
-    said = runs.log("full")[runs.log("full").index("injected: diskfull") :].splitlines()
+    said = runs.log("full").splitlines()
     assert said[-1].startswith("error: could not save a checkpoint under")
-    assert all(
-        line.startswith(("injected", "error", *(f"{step}/" for step in range(10)))) for line in map(str.strip, said)
-    )
+    assert not [line for line in said if "Traceback" in line or "site-packages" in line]
     assert runs.steps("full") == [2]
     assert verify_step(runs.root / "full" / "checkpoints" / "2") == []
     runs.finish("full")

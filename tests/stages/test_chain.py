@@ -228,3 +228,10 @@ def test_a_chain_of_a_tiny_model(
     monkeypatch.setattr(chain, "failures", lambda done: ["nothing got better"])
     with pytest.raises(CheckFailed, match="nothing got better"):
         run_stages.main([flag for flag in flags if flag != "--no-check"])
+
+
+def test_every_run_of_a_chain_is_verified() -> None:
+    planned = chain.plan("nano", chain.STAGES, WORKDIR, [])
+    assert [folder.relative_to(WORKDIR).as_posix() for folder in chain.runs_of(planned)] == [
+        *("language", "code", "tools", "reward", "dpo", "ppo", "grpo", "distill", "distill_alone")
+    ]
