@@ -83,8 +83,7 @@ def check_export(model: ModelConfig) -> None:
 
 
 def finish(policies: list[Path], runs: list[Path], *, export: bool) -> None:
-    """Exports the last of `policies`, checked in transformers, where that is wanted, and verifies every run of the chain.
-    """
+    """Exports the last of `policies`, checked in transformers, where that is wanted, and verifies all `runs`."""
     from tools import export as exporter
     from tools import verify_models
 

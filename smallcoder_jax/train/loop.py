@@ -50,6 +50,8 @@ from smallcoder_jax.train.terminal import Terminal, human_bytes, human_time
 from smallcoder_jax.train.watchdog import Watchdog
 from smallcoder_jax.train.whereabouts import keep_tokenizer
 
+_AT_STEP = "the step or the batch of an evaluation that it is at"
+
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
@@ -107,6 +109,8 @@ class Trainer:
         self.evaluation: dict[str, float] = {}
         self.owes_evaluation = False  # of the newest step: a signal came first
         self.owes_save = False  # it was due while updates were being skipped
+        self.saved_step: int | None = None
+        self.at_work = _AT_STEP  # for who interrupts it
         self.data_state: Any = None
         self.state = self._restore_or_init(program.optimizer)
         self.step = int(self.state.step)
@@ -192,6 +196,7 @@ class Trainer:
         self.evaluation = restored.meta["evaluation"]
         self.owes_evaluation = restored.meta.get("owes_evaluation", False)
         self.data_state = restored.data_state
+        self.saved_step = int(restored.state.step)
         self.terminal.note(f"resuming at step {int(restored.state.step)} of {self.folder.path}")
         return restored.state
 
@@ -213,8 +218,8 @@ class Trainer:
 
     def run(self) -> Outcome:
         """Trains until `train.steps`, or until SIGTERM or SIGINT, and saves. Raises what the data or a save raised."""
-        seconds = self.config.guard.stop_seconds
-        stop = StopRequest(lambda: self.watchdog.limit("the end, after a signal (guard.stop_seconds)", seconds))
+        began, owed = self.step, self.owes_evaluation
+        stop = StopRequest(self._hear)
         with contextlib.closing(self.log), self.watchdog, stop:
             try:
                 if self.owes_evaluation and self._evaluate(stop):
@@ -225,10 +230,19 @@ class Trainer:
                 # A signal must not kill the last save, nor the folder be free before its end.
                 with self.watchdog.wait("a checkpoint (guard.save_seconds)", self.config.guard.save_seconds):
                     self.checkpointer.wait()
-        if is_first():
+        # Of a run that was finished already, nothing is new.
+        if is_first() and (self.step > began or owed or not self.folder.training_info_json.exists()):
             self._write_info()
         interrupted = self.vote.passed and (self.step < self.config.train.steps or self.owes_evaluation)
         return Outcome(self.step, interrupted, self.evaluation, self.tokens_seen)
+
+    def _hear(self) -> None:
+        """What the handler of a signal does at once; anything else waits for the end of a step."""
+        self.watchdog.limit("the end, after a signal (guard.stop_seconds)", self.config.guard.stop_seconds)
+        since = "nothing is saved" if self.saved_step is None else f"what came after step {self.saved_step} is lost"
+        self.terminal.at_once(
+            f"asked to stop: it ends, and is saved, after {self.at_work}. Ctrl-C from now on ends it at once: {since}"
+        )
 
     def _train(self, stop: StopRequest) -> None:
         batches = self.task.train_batches(process_rows(self.mesh, self.config.train.batch_size))
@@ -242,8 +256,10 @@ class Trainer:
             batch, data_state, waited = self._draw(drawn)
             self.faults.reach("compile")
             compile_start = time.monotonic()
+            self.at_work = "the step is compiled, which can take minutes, and taken once"
             compiled = self.train_step.lower(self.state, batch, self.frozen).compile()
             give_back_memory()
+            self.at_work = _AT_STEP
             self._show_start(compiled, time.monotonic() - compile_start)
             meter = Meter(self.config, self.mesh)
             pending: Dispatched | None = None
@@ -473,6 +489,7 @@ class Trainer:
         self.log.flush()  # a run that continues from this step has its lines
         with self.watchdog.wait("a checkpoint (guard.save_seconds)", self.config.guard.save_seconds):
             self.checkpointer.save(self.state, meta, self.data_state, best=best, keep=keep)
+        self.saved_step = self.step
 
     def _histograms(self) -> None:
         """Weights, and gradients on the first rows of the validation split, as histograms by path."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from smallcoder_jax.base import files
 from smallcoder_jax.base.errors import Diverged, UserError
 from smallcoder_jax.config import CheckpointConfig, Config, DataConfig, EvalConfig, LogConfig, TokenizerConfig
 from smallcoder_jax.data import shards
@@ -24,7 +26,7 @@ from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.ops import cross_entropy
 from smallcoder_jax.preflight.target import Target
 from smallcoder_jax.stages import pretrain, run
-from smallcoder_jax.train import loop
+from smallcoder_jax.train import log_files, loop
 from smallcoder_jax.train.checkpoint import Checkpointer
 from smallcoder_jax.train.log_files import read_csv
 from smallcoder_jax.train.run_folder import RunFolder
@@ -137,6 +139,58 @@ def test_sigterm_while_the_last_save_is_written_waits_for_it(
             assert not outcome.interrupted  # there is nothing left to continue
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_an_interrupt_while_the_step_is_compiled_is_answered_at_once(root: Path, tmp_path: Path) -> None:
+    config = changed(config_of(root), "checkpoint", every=2)
+    with trainer_in(tmp_path, config) as trainer:
+        lower = trainer.train_step.lower
+
+        class Slow:
+            def lower(self, *given: Any) -> Any:
+                os.kill(os.getpid(), signal.SIGINT)
+                heard.append((tmp_path / "terminal").read_text())
+                return lower(*given)
+
+        heard: list[str] = []
+        trainer.train_step = Slow()
+        assert trainer.run().interrupted
+        assert trainer.checkpointer.steps() == [1]
+    assert heard[0].endswith(
+        "asked to stop: it ends, and is saved, after the step is compiled, which can take minutes, and taken once. "
+        "Ctrl-C from now on ends it at once: nothing is saved\n"
+    )
+
+
+def test_a_finished_run_that_is_started_again_changes_no_record(root: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(root / "run", tmp_path / "run", symlinks=True)
+    info = json.loads((folder / "training_info.json").read_text())
+    (folder / "training_info.json").write_text(json.dumps({**info, "trained_at": "then"}))
+    assert run.train(config_of(root), folder).step == 2
+    assert json.loads((folder / "training_info.json").read_text()) == {**info, "trained_at": "then"}
+
+
+@pytest.mark.parametrize("place", ["tokens.json", "metrics.jsonl", "checkpoints"])
+def test_a_folder_without_an_inode_left_is_one_message(
+    place: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device", str(tmp_path / place))
+    if place == "checkpoints":
+        monkeypatch.setattr(Checkpointer, "_make_room", raises(full))
+    else:
+        write = files.write_bytes
+        failing = lambda path, content: raises(full)() if path.name == place else write(path, content)  # noqa: E731
+        for module in (files, log_files):
+            monkeypatch.setattr(module, "write_bytes", failing)
+    with pytest.raises(UserError, match=rf"{place} cannot be written: No space left on device.*df -i"):
+        run.train(config_of(root), tmp_path)
+
+
+def raises(error: Exception) -> Any:
+    def call(*_: object) -> None:
+        raise error
+
+    return call
 
 
 def test_a_failed_run_has_its_save_finished_before_the_folder_is_free(
