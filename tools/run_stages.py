@@ -58,13 +58,13 @@ def main(argv: list[str] | None = None) -> int:
             return EXIT_INTERRUPTED
         done.append(result)
         chain.write_report(workdir, options.variant, done)
-    finish([each.folder for each in policies], chain.runs_of(planned), export=not options.no_export)
     rows = [
         [stage, measure, *("-" if number is None else f"{number:.4f}" for number in change)]
         for stage, measure, change in chain.table_rows(done)
     ]
     say("\n" + format_table(["stage", "held-out measure", "before", "after", "standard error"], rows))
     say("\n" + format_table(["stage", "time"], [[each.stage, human_time(each.seconds)] for each in done]))
+    finish([each.folder for each in policies], chain.runs_of(planned), export=not options.no_export)
     say(f"\nall in {human_time(time.monotonic() - start)}; report {workdir / 'stages.html'}")
     failed = [] if options.no_check else chain.failures(done)
     if failed:
