@@ -86,10 +86,10 @@ def test_without_an_export_every_run_is_still_verified(tmp_path: Path, monkeypat
     called: list[tuple[str, list[str]]] = []
     monkeypatch.setattr("tools.export.main", lambda flags: called.append(("export", flags)))
     monkeypatch.setattr("tools.verify_models.main", lambda flags: called.append(("verify", flags)))
-    run_stages.finish(tmp_path, ["language", "code"], export=False)
+    run_stages.finish([tmp_path / "code"], [tmp_path / "language", tmp_path / "code"], export=False)
     verified = ("verify", [f"--run={tmp_path / 'language'}", f"--run={tmp_path / 'code'}"])
     assert called == [verified]
-    run_stages.finish(tmp_path, ["language", "code"], export=True)
+    run_stages.finish([tmp_path / "code"], [tmp_path / "language", tmp_path / "code"], export=True)
     assert called == [verified, ("export", [f"--checkpoint={tmp_path / 'code'}"]), verified]
 
 
