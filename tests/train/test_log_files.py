@@ -14,14 +14,14 @@ from smallcoder_jax.train.run_folder import RunFolder
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("metrics.jsonl", '{"step": Infinity}\n', "line 1: expected a JSON object with a 'step'"),
+        ("metrics.jsonl", '{"step": Infinity}\n', "line 1: expected a JSON object of numbers with a 'step'"),
         ("metrics.jsonl", "[" * 100_000 + "\n", "line 1: expected a JSON object"),
         ("metrics.jsonl", "[1]\n", "line 1: expected a JSON object"),
-        ("text_samples.json", '{"step": 1}', "is of another form"),
+        ("text_samples.json", '{"step": 1}', "is damaged; expected a list of text samples"),
         ("text_samples.json", '[{"step": NaN}]', "NaN is no JSON number"),
-        ("text_samples.json", '[{"step": "1"}]', "is of another form"),
+        ("text_samples.json", '[{"step": "1"}]', "is damaged; expected a list of text samples"),
         ("metrics_history.json", "[]", "holds a list, not a JSON object"),
-        ("metrics_history.json", '{"references": [1]}', "'references' is of another form"),
+        ("metrics_history.json", '{"references": [1]}', "is damaged: expected numbers by name in 'references'"),
         ("training_log.csv", "step,loss\n1,\x00\n", "expected a CSV file of numbers"),
         ("training_log.csv", "loss\n1\n", "expected a CSV file of numbers"),
         ("training_log.csv", "step,loss\n1,2,3\n", "expected a CSV file of numbers"),
