@@ -58,13 +58,13 @@ def main(argv: list[str] | None = None) -> int:
             return EXIT_INTERRUPTED
         done.append(result)
         chain.write_report(workdir, options.variant, done)
-    finish(workdir, [each.stage for each in policies], export=not options.no_export)
     rows = [
         [stage, measure, *("-" if number is None else f"{number:.4f}" for number in change)]
         for stage, measure, change in chain.table_rows(done)
     ]
     say("\n" + format_table(["stage", "held-out measure", "before", "after", "standard error"], rows))
     say("\n" + format_table(["stage", "time"], [[each.stage, human_time(each.seconds)] for each in done]))
+    finish([each.folder for each in policies], chain.runs_of(planned), export=not options.no_export)
     say(f"\nall in {human_time(time.monotonic() - start)}; report {workdir / 'stages.html'}")
     failed = [] if options.no_check else chain.failures(done)
     if failed:
@@ -82,20 +82,16 @@ def check_export(model: ModelConfig) -> None:
         raise UserError(f"{error}. To train and verify it without an export, add --no-export") from error
 
 
-def finish(workdir: Path, stages: list[str], *, export: bool) -> None:
-    """Exports the last model, checked in transformers, where that is wanted, and verifies every run of the chain."""
+def finish(policies: list[Path], runs: list[Path], *, export: bool) -> None:
+    """Exports the last of `policies`, checked in transformers, where that is wanted, and verifies all `runs`."""
     from tools import export as exporter
     from tools import verify_models
 
-    if not stages:
-        return
-    last = workdir / stages[-1]
-    if export:
-        say(f"\nexporting {last}, and checking the export in transformers ...")
-        exporter.main([f"--checkpoint={last}"])
-    code = verify_models.main([f"--run={workdir / stage}" for stage in stages])
-    if code:
-        raise CheckFailed("a run of the chain did not verify")
+    if policies and export:
+        say(f"\nexporting {policies[-1]}, and checking the export in transformers ...")
+        exporter.main([f"--checkpoint={policies[-1]}"])
+    if runs:
+        verify_models.main([f"--run={run}" for run in runs])
 
 
 if __name__ == "__main__":

@@ -22,6 +22,10 @@ class UserError(Exception):
     """A mistake in what the user gave. Printed as one message, without a traceback, with exit code 2."""
 
 
+class NotFinite(UserError):
+    """A model whose scores are not finite numbers."""
+
+
 class CheckFailed(Exception):
     """A promised check did not hold. Printed as one message, without a traceback, with exit code 3."""
 

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from smallcoder_jax.base.errors import UserError
 
 KEY_LENGTH = 16
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_SMALL = 1 << 20  # bytes that are as good as none
 
 
 def short_key(value: Any) -> str:
@@ -55,14 +57,30 @@ def new_folder(final: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def full_disk_as_user_error(folder: Path) -> Iterator[None]:
-    """Turns the errors of a full disk, or a used-up quota, into one that says what to do."""
+    """Turns the errors of a full disk, or a used-up quota, into one that says which it is and what to do."""
     try:
         yield
     except (OSError, RuntimeError) as error:  # array_record raises RuntimeError with the system's words
         full = getattr(error, "errno", None) in _FULL or "No space left on device" in str(error)
         if not full:
             raise
+        temporary = Path(tempfile.gettempdir())
+        if is_full(temporary) and not is_full(folder):
+            raise UserError(
+                f"the disk of {temporary}, where temporary files go, is full ({error}). Nothing half-made was kept. "
+                "Free some space, or let the environment variable TMPDIR name a folder on a larger disk; then run the "
+                "same command again"
+            ) from error
         raise UserError(
             f"the disk of {folder} is full ({error}). Nothing half-made was kept. Free some space, set data.dir to a "
             "larger disk, or read less with data.max_documents; then run the same command again"
         ) from error
+
+
+def is_full(folder: Path) -> bool:
+    """Whether the file system of a folder has next to no room, or no inode, left."""
+    try:
+        found = os.statvfs(next(path for path in (folder, *folder.parents) if path.exists()))
+    except OSError:
+        return False
+    return found.f_bavail * found.f_frsize < _SMALL or (found.f_files > 0 and found.f_favail == 0)

@@ -88,11 +88,7 @@ class _Failure(Exception):
 
 
 def _verify_run(folder: RunFolder, reevaluate: Reevaluate, batches: int | None, data: Path | None) -> Verdict:
-    steps = sorted(
-        int(path.name)
-        for path in folder.checkpoints.glob("*")
-        if path.name.isdecimal() and (path / checkpoint.MANIFEST).exists()
-    )
+    steps = checkpoint.complete_steps(folder.checkpoints)
     if not steps:
         raise _Failure("no_checkpoint", f"no complete checkpoint under {folder.checkpoints}")
     step = steps[-1]

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from smallcoder_jax.base.errors import UserError
+from smallcoder_jax.base.errors import NotFinite, UserError
 from smallcoder_jax.config import ComputeConfig, ModelConfig
 from smallcoder_jax.generate import prompts as prompting
 from smallcoder_jax.generate import step
@@ -185,7 +185,7 @@ class _Row:
     def accept(self, token: int, logprob: float, now: float, token_bytes: bytes | None) -> str:
         """Takes the next token; returns the text that it makes certain."""
         if not math.isfinite(logprob):
-            raise UserError(
+            raise NotFinite(
                 f"the model's scores after {len(self.prompt.ids) + len(self.token_ids)} tokens are not finite "
                 "numbers; its training diverged or its file is damaged: use an earlier checkpoint"
             )

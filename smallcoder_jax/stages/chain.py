@@ -183,6 +183,16 @@ def run_stage(each: Planned, workdir: Path) -> Done | None:
     return done
 
 
+def runs_of(planned: Sequence[Planned]) -> list[Path]:
+    """Every run folder that a chain makes, in its order."""
+    return [folder for each in planned for folder in (each.folder, *_beside(each))]
+
+
+def _beside(each: Planned) -> list[Path]:
+    """The run that a stage is judged beside: of a student, the same model that had no teacher."""
+    return [each.folder.with_name(f"{each.folder.name}_alone")] if each.stage == "distill" else []
+
+
 def write_report(workdir: Path, variant: str, done: Sequence[Done]) -> Path:
     """Writes `stages.html` and returns its path."""
     path = workdir / "stages.html"
@@ -222,9 +232,8 @@ def _measures(each: Planned) -> dict[str, Change] | None:
         before, after = [run.evaluate_run(Path(path), config) for path in (config.stage.start, each.folder)]
     else:
         before, after = _logged(each.folder)
-    if each.stage == "distill":  # beside the same model that had no teacher
+    for folder in _beside(each):
         alone = dataclasses.replace(config, distill=dataclasses.replace(config.distill, alpha=1.0))
-        folder = each.folder.with_name(f"{each.folder.name}_alone")
         if run.train(alone, folder).interrupted:
             return None
         before = _logged(folder)[1]

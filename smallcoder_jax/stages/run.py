@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import importlib
 import os
 import shlex
@@ -41,6 +42,8 @@ from smallcoder_jax.train.task import Task, run_identity
 from smallcoder_jax.train.terminal import Terminal, human_count
 from smallcoder_jax.train.whereabouts import data_folders
 
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EIO)
+
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -66,6 +69,7 @@ def train(config: Config, workdir: Path, *, faults: Faults = NONE, allow_changed
         # First: preparing data can take hours.
         folder.check_shared(distributed.from_first(lambda: stack.enter_context(folder.locked())))
         output = sys.stderr if distributed.is_first() else stack.enter_context(open(os.devnull, "w"))
+        stack.enter_context(disk_explained(workdir))
         stack.enter_context(memory_explained(config))
         with interruptible():
             faults.reach("prepare")
@@ -176,6 +180,20 @@ def preflight(config: Config, topology: str, tokens: float | None = None, price:
     if config.stage.name not in ("pretrain", "sft"):
         raise UserError(f"preflight knows the steps of pretrain and sft, not yet those of {config.stage.name}")
     return examine(config, language.make_loss(config), target_of(topology), tokens=tokens, price=price)
+
+
+@contextlib.contextmanager
+def disk_explained(workdir: Path) -> Iterator[None]:
+    """Turns a disk's want of space, of inodes or of rights in the body into a UserError that names the file."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _OF_THE_DISK:
+            raise
+        raise UserError(
+            f"{error.filename or workdir} cannot be written: {error.strerror}. Free space (df) or files (df -i) there, "
+            "or choose another --workdir; what was saved is intact and the same command continues"
+        ) from error
 
 
 @contextlib.contextmanager

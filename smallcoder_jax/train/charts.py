@@ -34,7 +34,7 @@ OTHER_MEASURES = {
 }
 
 
-def draw_training(history: Mapping[str, Any], folder: RunFolder) -> Path:
+def draw_training(history: Mapping[str, Any], folder: RunFolder, step: int) -> Path:
     """Draws the six panels of a run: loss, bits per byte, accuracy, learning rate, gradient norm, throughput; of a
     policy, reward and divergence in place of bits and accuracy.
 
@@ -43,13 +43,13 @@ def draw_training(history: Mapping[str, Any], folder: RunFolder) -> Path:
         eval_bits_per_byte, eval_accuracy`, and `references`, bits per byte by compressor. None and NaN leave gaps;
         keys may be missing.
       folder: where the chart goes: `charts/training_step_NNNNNN.png` and `charts/training_latest.png`.
+      step: that the run has come to; the last one that was logged may be an earlier one.
 
     Returns:
       The path of the numbered chart.
     """
-    content = _render(history, folder.path.name)
-    steps = history.get("steps", [])
-    path = folder.charts / f"training_step_{steps[-1] if steps else 0:06d}.png"
+    content = _render(history, folder.path.name, step)
+    path = folder.charts / f"training_step_{step:06d}.png"
     write_bytes(path, content)
     write_bytes(folder.latest_chart, content)
     return path
@@ -62,7 +62,7 @@ def read_png(path: Path) -> np.ndarray:
     return np.round(image.imread(path) * 255).astype(np.uint8)
 
 
-def _render(history: Mapping[str, Any], name: str) -> bytes:
+def _render(history: Mapping[str, Any], name: str, step: int) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -89,7 +89,7 @@ def _render(history: Mapping[str, Any], name: str) -> bytes:
     last_step = max(train.last_step, evaluation.last_step)
     for axes in panels.flat:
         _step_axis(axes, last_step)
-    title = f"{one_line(name)}   ·   step {last_step:,}"
+    title = f"{one_line(name)}   ·   step {step:,}"
     style = {"fontsize": 14, "fontweight": "bold", "color": INK}
     figure.suptitle(title, x=0.012, ha="left", parse_math=False, **style)  # a name may hold dollars
     buffer = io.BytesIO()

@@ -14,11 +14,14 @@ Of several processes each writes its part of the arrays, and process 0 everythin
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
+import itertools
+import logging
 import os
 import shutil
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,13 +30,35 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from smallcoder_jax import distributed
-from smallcoder_jax.base.errors import UserError
-from smallcoder_jax.base.files import read_json, write_json
+from smallcoder_jax.base.errors import Interrupted, UserError
+from smallcoder_jax.base.files import read_json, sha256, write_json
 from smallcoder_jax.faults import NONE, Faults, flip_bit
 from smallcoder_jax.mesh import path_name
 from smallcoder_jax.train.state import TrainState
 
 MANIFEST = "manifest.json"
+BEST = "best"
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    orbax = f"{os.sep}orbax{os.sep}"
+    return not (orbax in record.pathname or (record.name == "asyncio" and orbax in record.getMessage()))
+
+
+def _without_closed_loops(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """`hook`, but for what the threads of TensorStore leave when Orbax's loop has ended before their work has."""
+
+    def show(unraisable: Any) -> None:
+        if not (isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"):
+            hook(unraisable)
+
+    return show
+
+
+# Of every error that it raises Orbax tells more: the stacks of its threads, hundreds of lines before our one.
+for _name in ("absl", "asyncio"):
+    logging.getLogger(_name).addFilter(_not_of_orbax)
+sys.unraisablehook = _without_closed_loops(sys.unraisablehook)
 
 
 class Damaged(UserError):
@@ -60,13 +85,22 @@ class Checkpointer:
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.iterdir():  # of a process that was killed while saving
             ours = leftover.name.isdecimal() and leftover.is_dir() and not leftover.is_symlink()
-            if ours and not (leftover / MANIFEST).exists():
+            if ours and not (leftover / MANIFEST).is_file():
                 shutil.rmtree(leftover)
+        link = self.folder / BEST
+        if link.is_dir() and not link.is_symlink():  # of a copy that followed links
+            link.rename(_free_name(self.folder, f"{BEST}.copied"))
+        best = best_step(self.folder)  # the process may have been killed before it had moved the link
+        if best is not None:
+            self._mark_best(best)
 
-    def save(self, state: TrainState, meta: dict[str, Any], data_state: Any, *, best: bool = False) -> None:
+    def save(
+        self, state: TrainState, meta: dict[str, Any], data_state: Any, *, best: bool = False, keep: int | None = None
+    ) -> None:
         """Starts saving `state` under its step. Raises what an earlier save raised.
 
-        Returns when the arrays are copied from the device; `best` also makes this step the best one.
+        Returns when the arrays are copied from the device; `best` also makes this step the best one. `keep` is how many
+        steps stay, this one among them, in place of what the checkpointer was made with; 0: all.
         """
         self.wait()
         step = int(state.step)
@@ -97,7 +131,7 @@ class Checkpointer:
                     write_json(target / MANIFEST, {"format": 1, "files": checksums(target)})
                     if best:
                         self._mark_best(step)
-                    self._prune()
+                    self._prune(self.keep if keep is None else keep)
                     if "bitflip" in self.faults.reach("checkpoint"):
                         flip_bit(target)
             except BaseException as error:  # whatever it is: the next call on the main thread is all that can tell
@@ -121,15 +155,11 @@ class Checkpointer:
 
     def steps(self) -> list[int]:
         """Complete steps, ascending, as process 0 sees them."""
-        return distributed.from_first(self._steps)
-
-    def _steps(self) -> list[int]:
-        names = (path.name for path in self.folder.iterdir() if (path / MANIFEST).exists() and not path.is_symlink())
-        return sorted(int(name) for name in names if name.isdecimal())
+        return distributed.from_first(lambda: complete_steps(self.folder))
 
     def best(self) -> int | None:
-        link = self.folder / "best"
-        return int(os.readlink(link)) if link.is_symlink() else None
+        """The step that the link `best` names."""
+        return _linked(self.folder)
 
     def restore(
         self, step: int, abstract: TrainState, check: Callable[[dict[str, Any]], None] = lambda meta: None
@@ -148,8 +178,11 @@ class Checkpointer:
         check(meta)
         _check_leaves(meta["leaves"], leaves_of(abstract.params), target)
         rest = {name: value for name, value in abstract._asdict().items() if name != "params"}
-        loaded = ocp.load_checkpointables(_orbax_path(target), {"params": abstract.params, "rest": rest})
+        with _interrupts_as_they_are():
+            loaded = ocp.load_checkpointables(_orbax_path(target), {"params": abstract.params, "rest": rest})
         state = TrainState(params=loaded["params"], **loaded["rest"])
+        if int(state.step) != step:
+            raise Damaged(f"checkpoint {target} holds the state of step {int(state.step)}")
         return Restored(state, meta, read_json(target / "data.json", "the place of a checkpoint in the data"))
 
     def restore_newest(
@@ -173,7 +206,7 @@ class Checkpointer:
 
     def _newest_sound(self) -> tuple[int | None, list[tuple[int, str]]]:
         reasons = []
-        for step in reversed(self._steps()):
+        for step in reversed(complete_steps(self.folder)):
             try:
                 verified(self.folder / str(step))
                 return step, reasons
@@ -187,7 +220,7 @@ class Checkpointer:
             damaged = self.folder / f"{step}.damaged"
             shutil.rmtree(damaged, ignore_errors=True)
             target.rename(damaged)
-        return (target / MANIFEST).exists()
+        return (target / MANIFEST).is_file()
 
     def _failure(self, error: BaseException) -> BaseException:
         # Another process died while this one waited for it: nobody's mistake, and worth another try.
@@ -199,17 +232,52 @@ class Checkpointer:
         )
 
     def _mark_best(self, step: int) -> None:
-        link = self.folder / "best.new"
+        link = self.folder / f"{BEST}.new"
         link.unlink(missing_ok=True)
         link.symlink_to(str(step))
-        os.replace(link, self.folder / "best")
+        os.replace(link, self.folder / BEST)
 
-    def _prune(self) -> None:
+    def _prune(self, keep: int) -> None:
         best = self.best()
-        for step in [step for step in self._steps() if step not in self._refused][: -self.keep]:
+        for step in [step for step in complete_steps(self.folder) if step not in self._refused][:-keep]:
             if step != best:
                 (self.folder / str(step) / MANIFEST).unlink()  # first: a half-removed step is no step
                 shutil.rmtree(self.folder / str(step))
+
+
+def complete_steps(folder: Path) -> list[int]:
+    """The steps under a run's checkpoints whose save was finished, ascending; links are none."""
+    if not folder.is_dir():
+        return []
+    names = (path.name for path in folder.iterdir() if not path.is_symlink() and (path / MANIFEST).is_file())
+    return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
+
+
+def best_step(folder: Path) -> int | None:
+    """The complete step with the lowest validation loss that was recorded at its save, the first of several; where none
+    was recorded, or not all can be read, that of the link `best`. None where there is neither."""
+    recorded = []
+    for step in complete_steps(folder):
+        try:
+            meta = read_meta(folder / str(step))
+        except UserError:  # it may be the best: whoever loads it is told
+            return _linked(folder)
+        evaluation, best = meta.get("evaluation"), meta.get("best_loss")
+        if isinstance(best, float) and isinstance(evaluation, dict) and evaluation.get("loss") == best:
+            recorded.append((best, step))
+    return min(recorded)[1] if recorded else _linked(folder)
+
+
+def _linked(folder: Path) -> int | None:
+    """The complete step that the link `best` names. One that leads elsewhere is not followed."""
+    link = folder / BEST
+    name = os.readlink(link) if link.is_symlink() else ""
+    return int(name) if name.isdecimal() and int(name) in complete_steps(folder) else None
+
+
+def _free_name(folder: Path, name: str) -> Path:
+    taken = (folder / f"{name}{number or ''}" for number in itertools.count())
+    return next(path for path in taken if not path.exists())
 
 
 def find_step(folder: Path, step: int | str | None) -> Path:
@@ -217,16 +285,17 @@ def find_step(folder: Path, step: int | str | None) -> Path:
 
     Raises UserError when there is none.
     """
-    steps = sorted(int(p.name) for p in folder.glob("*") if p.name.isdecimal() and (p / MANIFEST).exists())
+    steps = complete_steps(folder)
     if not steps:
         raise UserError(f"no complete checkpoint under {folder}; train first, or name another run")
-    if step in (None, "best") and (folder / "best" / MANIFEST).exists():
-        return (folder / "best").resolve()
+    if step in (None, BEST):
+        best = best_step(folder)
+        step = best if best is not None else step
     if step is None:
         step = steps[-1]
     if not str(step).isdecimal() or int(step) not in steps:
         raise UserError(f"no checkpoint '{step}' under {folder}; there are: {', '.join(map(str, steps))}")
-    return folder / str(step)
+    return folder / str(int(step))
 
 
 def load_params(step_folder: Path, abstract: Any) -> tuple[Any, dict[str, Any]]:
@@ -234,7 +303,22 @@ def load_params(step_folder: Path, abstract: Any) -> tuple[Any, dict[str, Any]]:
     target = verified(step_folder)
     meta = read_meta(target)
     _check_leaves(meta["leaves"], leaves_of(abstract), target)
-    return ocp.load_checkpointables(_orbax_path(target), {"params": abstract})["params"], meta
+    with _interrupts_as_they_are():
+        return ocp.load_checkpointables(_orbax_path(target), {"params": abstract})["params"], meta
+
+
+@contextlib.contextmanager
+def _interrupts_as_they_are() -> Iterator[None]:
+    """Raises a signal's exception in the body as itself: Orbax turns it into one of its own."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if isinstance(cause, KeyboardInterrupt | Interrupted):
+                raise cause from None
+            cause = cause.__cause__ or cause.__context__
+        raise
 
 
 def read_meta(step_folder: Path) -> dict[str, Any]:
@@ -250,7 +334,7 @@ def read_meta(step_folder: Path) -> dict[str, Any]:
 def verify_step(step_folder: Path) -> list[str]:
     """What is wrong with the files of a step, one line each; empty when every checksum matches."""
     manifest = step_folder / MANIFEST
-    if not manifest.exists():
+    if not manifest.is_file():
         return [f"{manifest}: missing, so the save was never finished"]
     try:
         recorded = read_json(manifest, "the checksums of a checkpoint")["files"]
@@ -262,7 +346,19 @@ def verify_step(step_folder: Path) -> list[str]:
     problems = [f"{step_folder / name}: missing" for name in sorted(recorded.keys() - found.keys())]
     problems += [f"{step_folder / name}: not in the manifest" for name in sorted(found.keys() - recorded.keys())]
     changed = sorted(name for name in recorded.keys() & found.keys() if recorded[name] != found[name])
-    return problems + [f"{step_folder / name}: content does not match its checksum" for name in changed]
+    problems += [f"{step_folder / name}: content does not match its checksum" for name in changed]
+    return problems or _misnamed(step_folder)
+
+
+def _misnamed(step_folder: Path) -> list[str]:
+    """Whether the folder of a step, which its number names, holds another."""
+    try:
+        step = read_meta(step_folder).get("step")
+    except UserError:  # in a form that was sealed so: whoever reads it is told
+        return []
+    if not step_folder.name.isdecimal() or step == int(step_folder.name):  # not a step's name: one that was put aside
+        return []
+    return [f"{step_folder / 'meta.json'}: it is of step {step}: the folder was renamed"]
 
 
 def verified(step_folder: Path) -> Path:
@@ -279,9 +375,7 @@ def checksums(step_folder: Path) -> dict[str, dict[str, Any]]:
     files += sorted(path for path in (step_folder / "state").rglob(MANIFEST) if path.is_file())
 
     def one(path: Path) -> tuple[str, dict[str, Any]]:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return path.relative_to(step_folder).as_posix(), {"bytes": path.stat().st_size, "sha256": digest}
+        return path.relative_to(step_folder).as_posix(), {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
     with ThreadPoolExecutor(4) as pool:
         return dict(pool.map(one, files))

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from smallcoder_jax.base.errors import Diverged, UserError
+from smallcoder_jax.base.errors import Diverged, NotFinite, UserError
 from smallcoder_jax.base.files import write_json
 from smallcoder_jax.config import Config, eval_rows, to_dict
 from smallcoder_jax.data.prefetch import DevicePrefetcher
@@ -49,6 +49,8 @@ from smallcoder_jax.train.task import Task, run_identity
 from smallcoder_jax.train.terminal import Terminal, human_bytes, human_time
 from smallcoder_jax.train.watchdog import Watchdog
 from smallcoder_jax.train.whereabouts import keep_tokenizer
+
+_AT_STEP = "the step or the batch of an evaluation that it is at"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,9 +108,13 @@ class Trainer:
         self.last_loss: float | None = None
         self.evaluation: dict[str, float] = {}
         self.owes_evaluation = False  # of the newest step: a signal came first
+        self.owes_save = False  # it was due while updates were being skipped
+        self.saved_step: int | None = None
+        self.at_work = _AT_STEP  # for who interrupts it
         self.data_state: Any = None
         self.state = self._restore_or_init(program.optimizer)
         self.step = int(self.state.step)
+        self.skipped_in_a_row = int(self.state.guard.skipped_in_a_row)
         self.verified_at = self.step  # the step at which the data have to be verified
         if task.manifest is not None:
             tokens = config.train.batch_size * config.train.sequence_length
@@ -190,6 +196,7 @@ class Trainer:
         self.evaluation = restored.meta["evaluation"]
         self.owes_evaluation = restored.meta.get("owes_evaluation", False)
         self.data_state = restored.data_state
+        self.saved_step = int(restored.state.step)
         self.terminal.note(f"resuming at step {int(restored.state.step)} of {self.folder.path}")
         return restored.state
 
@@ -211,22 +218,31 @@ class Trainer:
 
     def run(self) -> Outcome:
         """Trains until `train.steps`, or until SIGTERM or SIGINT, and saves. Raises what the data or a save raised."""
-        seconds = self.config.guard.stop_seconds
-        stop = StopRequest(lambda: self.watchdog.limit("the end, after a signal (guard.stop_seconds)", seconds))
+        began, owed = self.step, self.owes_evaluation
+        stop = StopRequest(self._hear)
         with contextlib.closing(self.log), self.watchdog, stop:
             try:
                 if self.owes_evaluation and self._evaluate(stop):
-                    self._save(best=True)
+                    self._save(True, self.config.checkpoint.keep)
                 if self.step < self.config.train.steps and not self.vote.passed:
                     self._train(stop)
             finally:
                 # A signal must not kill the last save, nor the folder be free before its end.
                 with self.watchdog.wait("a checkpoint (guard.save_seconds)", self.config.guard.save_seconds):
                     self.checkpointer.wait()
-        if is_first():
+        # Of a run that was finished already, nothing is new.
+        if is_first() and (self.step > began or owed or not self.folder.training_info_json.exists()):
             self._write_info()
         interrupted = self.vote.passed and (self.step < self.config.train.steps or self.owes_evaluation)
         return Outcome(self.step, interrupted, self.evaluation, self.tokens_seen)
+
+    def _hear(self) -> None:
+        """What the handler of a signal does at once; anything else waits for the end of a step."""
+        self.watchdog.limit("the end, after a signal (guard.stop_seconds)", self.config.guard.stop_seconds)
+        since = "nothing is saved" if self.saved_step is None else f"what came after step {self.saved_step} is lost"
+        self.terminal.at_once(
+            f"asked to stop: it ends, and is saved, after {self.at_work}. Ctrl-C from now on ends it at once: {since}"
+        )
 
     def _train(self, stop: StopRequest) -> None:
         batches = self.task.train_batches(process_rows(self.mesh, self.config.train.batch_size))
@@ -240,8 +256,10 @@ class Trainer:
             batch, data_state, waited = self._draw(drawn)
             self.faults.reach("compile")
             compile_start = time.monotonic()
+            self.at_work = "the step is compiled, which can take minutes, and taken once"
             compiled = self.train_step.lower(self.state, batch, self.frozen).compile()
             give_back_memory()
+            self.at_work = _AT_STEP
             self._show_start(compiled, time.monotonic() - compile_start)
             meter = Meter(self.config, self.mesh)
             pending: Dispatched | None = None
@@ -283,6 +301,8 @@ class Trainer:
 
     def _is_due(self) -> bool:
         config = self.config
+        if self.owes_save:
+            return True
         every = (config.eval.every, config.checkpoint.every, config.log.charts_every, config.log.histograms_every)
         return any(period and self.step % period == 0 for period in every)
 
@@ -292,18 +312,54 @@ class Trainer:
         """
         config, step = self.config, self.step
         finished = step >= config.train.steps
-        best = False
         with jax.transfer_guard("allow"):
+            best = None
             if finished or (config.eval.every and step % config.eval.every == 0):
                 best = self._evaluate(stop)
             last = finished or self.vote.passed
-            if best or last or step % config.checkpoint.every == 0:
-                self._save(best)
+            if best or last or self.owes_save or step % config.checkpoint.every == 0:
+                self._save_sound(best, last)
             if config.log.histograms_every and step % config.log.histograms_every == 0:
                 self._histograms()
         if last or (config.log.charts_every and step % config.log.charts_every == 0):
             self.log.charts(step)
         return last
+
+    def _save_sound(self, best: bool | None, last: bool) -> None:
+        """Saves, but for parameters that may be spoiled: where updates are being skipped or the evaluation was not
+        finite, the steps before are all that is left of the run. The save then waits for an update that is made; that
+        of a run which ends replaces none. `best` is what `_evaluate` found at this step.
+
+        Raises Diverged where the run would end with a model that is not finite.
+        """
+        keep = self.config.checkpoint.keep
+        if best or (self.is_finite and not self.skipped_in_a_row):
+            self.owes_save = False
+            # What no evaluation has seen is not all that stays: whether it is finite is known after the next step.
+            self._save(bool(best), max(keep, 2) if best is None else keep)
+        elif last and (self.is_finite or self.vote.passed):
+            self._save(False, 0)
+        elif last:
+            self.log.flush()
+            raise Diverged(
+                f"the validation loss of step {self.step}, the last one, is not finite: nothing of it is saved. "
+                f"{self._sound_steps()} Lower optimizer.learning_rate, or begin anew from sound data"
+            )
+        elif not self.owes_save:
+            self.owes_save = bool(self.skipped_in_a_row)
+            cause = "updates are being skipped" if self.skipped_in_a_row else "the validation loss is not finite"
+            self.terminal.note(f"step {self.step} is not saved: {cause}")
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the newest evaluation was, if there was any."""
+        loss = self.evaluation.get("loss", 0.0)
+        return loss is not None and bool(np.isfinite(loss))  # None: as JSON holds it
+
+    def _sound_steps(self) -> str:
+        self.checkpointer.wait()
+        steps = self.checkpointer.steps()
+        return f"The newest sound checkpoint is step {steps[-1]}." if steps else "There is no checkpoint yet."
 
     def _report(self, meter: Meter, dispatched: Dispatched) -> None:
         """Reads the metrics of a step that was dispatched before the newest one. Raises Diverged."""
@@ -313,6 +369,7 @@ class Trainer:
         self.vote.count(values)
         # The weights of a bad batch may be what is not finite.
         tokens, in_a_row = int(np.nan_to_num(values.pop("tokens"), posinf=0)), int(values.pop("skipped_in_a_row"))
+        self.skipped_in_a_row = in_a_row
         if values.pop("skipped"):
             self._skipped(dispatched, values, in_a_row)
         self.tokens_seen += tokens
@@ -353,15 +410,15 @@ class Trainer:
             self.log.flush()
             raise Diverged(
                 f"{in_a_row} updates in a row were skipped (guard.max_skipped), the last at step {step}: {reason}. The "
-                f"batches are in {path.parent}; the newest checkpoint is from before. Look at them, lower "
+                f"batches are in {path.parent}. {self._sound_steps()} Look at them, lower "
                 "optimizer.learning_rate, or raise guard.spike_sigma if they are no spikes to you"
             )
 
-    def _evaluate(self, stop: StopRequest) -> bool:
-        """Evaluates, logs, writes samples, unless a signal comes first. Returns whether the loss is the best so far."""
+    def _evaluate(self, stop: StopRequest) -> bool | None:
+        """Evaluates, logs, writes samples. Whether the loss is the best so far; None where a signal came first."""
         self.owes_evaluation = True
         if self.vote.passed:
-            return False
+            return None
         self.faults.reach("evaluation")
         if self.task.see is not None:
             self.task.see(self.params)
@@ -378,7 +435,7 @@ class Trainer:
             stop,
         )
         if sums is None:
-            return False
+            return None
         self.owes_evaluation = False
         self.evaluation = total = self.task.summarise(sums.compute())
         self.log.evaluation(self.step, total)
@@ -387,7 +444,10 @@ class Trainer:
         values = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in total.items())
         self.terminal.note(f"step {self.step}, validation: {values}{' (best so far)' if best else ''}")
         if self.config.eval.sample_tokens:
-            self._samples(total.get("accuracy"))
+            try:
+                self._samples(total.get("accuracy"))
+            except NotFinite as error:  # the guard decides what becomes of the run
+                self.terminal.note(f"no samples: {error}")
         return best
 
     def _samples(self, accuracy: float | None) -> None:
@@ -412,7 +472,7 @@ class Trainer:
         if samples:
             self.terminal.sample(samples[0]["input"], samples[0]["output"])
 
-    def _save(self, best: bool) -> None:
+    def _save(self, best: bool, keep: int) -> None:
         meta = {
             "config": to_dict(self.config),
             "identity": self.identity,
@@ -428,7 +488,8 @@ class Trainer:
         }
         self.log.flush()  # a run that continues from this step has its lines
         with self.watchdog.wait("a checkpoint (guard.save_seconds)", self.config.guard.save_seconds):
-            self.checkpointer.save(self.state, meta, self.data_state, best=best)
+            self.checkpointer.save(self.state, meta, self.data_state, best=best, keep=keep)
+        self.saved_step = self.step
 
     def _histograms(self) -> None:
         """Weights, and gradients on the first rows of the validation split, as histograms by path."""

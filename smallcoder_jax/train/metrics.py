@@ -236,7 +236,7 @@ class MetricsLog:
 
     def _draw_charts(self, step: int) -> None:
         self._files.write_history()
-        path = charts.draw_training(self._files.history(), self._folder)
+        path = charts.draw_training(self._files.history(), self._folder, step)
         self._write_image(step, "charts/training", path)
 
 

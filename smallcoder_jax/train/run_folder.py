@@ -226,7 +226,13 @@ class RunFolder:
 
     def read_run_json(self) -> dict[str, Any]:
         """The content of `run.json`. Raises UserError if it is missing or damaged."""
-        return read_json_object(self.run_json, "the identity of a run; is this a run folder?")
+        content = read_json_object(self.run_json, "the identity of a run; is this a run folder?")
+        starts = content.get("starts", [])
+        if not isinstance(starts, list) or not all(
+            isinstance(s, dict) and {"at", "command"} <= s.keys() for s in starts
+        ):
+            raise UserError(f"{self.run_json}: 'starts' is not the list that was written; take the file from a copy")
+        return content
 
 
 def compare_identity(recorded: Any, current: Any) -> list[str]:

@@ -5,6 +5,7 @@ Standard library only, so that every command can use it at no cost.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import sys
@@ -139,6 +140,11 @@ class Terminal:
         """Prints a line of its own: notices, evaluations, saved checkpoints."""
         self._clear()
         say(text, self._stream)
+
+    def at_once(self, text: str) -> None:
+        """Prints a line from the handler of a signal, which may have come in the middle of a write to the stream."""
+        with contextlib.suppress(OSError, ValueError):  # closed, or no file at all
+            os.write(self._stream.fileno(), f"\n{text}\n".encode())
 
     def sample(self, prompt: str, text: str) -> None:
         """Prints what the model made of a prompt, at most SAMPLE_LINES lines of it."""

@@ -14,7 +14,7 @@ import pytest
 
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import Config, from_config_dict, to_dict
-from smallcoder_jax.data import collect, corpus, prepare, shards
+from smallcoder_jax.data import collect, corpus, prepare, shards, storage
 from smallcoder_jax.data.corpus import read_accounting, read_split
 from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.data.statistics import format_report
@@ -419,6 +419,28 @@ def test_full_disk_while_the_corpus_is_written(
             prepare.prepare(config)
     assert list((tmp_path / "data" / "corpus").iterdir()) == []
     assert prepare.prepare(config).manifest.sources[0].train.documents > 0
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "full"), RuntimeError("No space left on device")])
+def test_a_full_disk_of_temporary_files_is_not_that_of_the_data(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = {"temporary": True, "data": False}
+    monkeypatch.setattr(storage.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
+    monkeypatch.setattr(storage, "is_full", lambda folder: full[folder.name])
+    with (
+        pytest.raises(UserError, match=r"disk of .*temporary, where .*TMPDIR"),
+        storage.full_disk_as_user_error(tmp_path / "data"),
+    ):
+        raise error
+    full["data"] = True
+    with (
+        pytest.raises(UserError, match=r"disk of .*data is full .*data\.dir"),
+        storage.full_disk_as_user_error(tmp_path / "data"),
+    ):
+        raise error
+    monkeypatch.undo()
+    assert not storage.is_full(tmp_path / "not" / "there")
 
 
 def test_full_disk_while_tokens_are_written(

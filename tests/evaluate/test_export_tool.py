@@ -38,7 +38,7 @@ def test_run_to_export_to_export(trained: Path, tmp_path: Path, capsys: pytest.C
     assert "| bits per byte of all held-out files, xz -9e, all in one |" in card
     assert "rows of the held-out files, or all if fewer |" in card
     assert "| unknown | 80 |" in card
-    assert f"| dir:{trained / 'code'} |" in card
+    assert "| dir:code |" in card  # and not where it is on this machine
     assert "with the model it was made from" in card
 
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from smallcoder_jax.base.errors import EXIT_DIVERGED, EXIT_INTERRUPTED, EXIT_STALLED, EXIT_USER_ERROR
-from smallcoder_jax.loading import load
 from smallcoder_jax.train.checkpoint import verify_step
 from tests.faults.runs import STEPS, Runs
 
@@ -76,7 +75,9 @@ def test_a_flipped_bit_is_refused_and_the_step_before_used(runs: Runs) -> None:
 
 def test_a_full_disk_ends_the_run_and_leaves_the_step_before(runs: Runs) -> None:
     runs.finish("full", "--inject=diskfull@save:2", "checkpoint.every=2", code=EXIT_USER_ERROR)
-    assert "could not save a checkpoint under" in runs.log("full")
+    said = runs.log("full").splitlines()
+    assert said[-1].startswith("error: could not save a checkpoint under")
+    assert not [line for line in said if "Traceback" in line or "site-packages" in line]
     assert runs.steps("full") == [2]
     assert verify_step(runs.root / "full" / "checkpoints" / "2") == []
     runs.finish("full")
@@ -85,8 +86,7 @@ def test_a_full_disk_ends_the_run_and_leaves_the_step_before(runs: Runs) -> None
 
 def test_a_nan_batch_is_skipped_and_kept(runs: Runs) -> None:
     runs.finish("nan", "--inject=nan@step:3", "checkpoint.every=1")
-    before, after = (load(runs.root / "nan", step=step).params for step in (2, 3))
-    np.testing.assert_array_equal(before["final_norm"]["scale"], after["final_norm"]["scale"])
+    assert runs.steps("nan") == [1, 2, *range(4, STEPS + 1)]  # what a skipped update leaves waits for one that is made
     losses = [loss for _, loss, _, _ in runs.curve("nan")]
     assert [step for step, loss in enumerate(losses, 1) if loss is None] == [3]
     assert losses[:2] == [loss for _, loss, _, _ in runs.curve("straight")][:2]

@@ -86,10 +86,10 @@ def test_without_an_export_every_run_is_still_verified(tmp_path: Path, monkeypat
     called: list[tuple[str, list[str]]] = []
     monkeypatch.setattr("tools.export.main", lambda flags: called.append(("export", flags)))
     monkeypatch.setattr("tools.verify_models.main", lambda flags: called.append(("verify", flags)))
-    run_stages.finish(tmp_path, ["language", "code"], export=False)
+    run_stages.finish([tmp_path / "code"], [tmp_path / "language", tmp_path / "code"], export=False)
     verified = ("verify", [f"--run={tmp_path / 'language'}", f"--run={tmp_path / 'code'}"])
     assert called == [verified]
-    run_stages.finish(tmp_path, ["language", "code"], export=True)
+    run_stages.finish([tmp_path / "code"], [tmp_path / "language", tmp_path / "code"], export=True)
     assert called == [verified, ("export", [f"--checkpoint={tmp_path / 'code'}"]), verified]
 
 
@@ -228,3 +228,10 @@ def test_a_chain_of_a_tiny_model(
     monkeypatch.setattr(chain, "failures", lambda done: ["nothing got better"])
     with pytest.raises(CheckFailed, match="nothing got better"):
         run_stages.main([flag for flag in flags if flag != "--no-check"])
+
+
+def test_every_run_of_a_chain_is_verified() -> None:
+    planned = chain.plan("nano", chain.STAGES, WORKDIR, [])
+    assert [folder.relative_to(WORKDIR).as_posix() for folder in chain.runs_of(planned)] == [
+        *("language", "code", "tools", "reward", "dpo", "ppo", "grpo", "distill", "distill_alone")
+    ]

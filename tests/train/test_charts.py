@@ -45,8 +45,8 @@ ONE = {name: values[:1] if isinstance(values, list) else values for name, values
 )
 def test_charts_are_png_files_of_the_stated_size(tmp_path: Path, values: dict[str, Any]) -> None:
     folder = RunFolder(tmp_path)
-    path = charts.draw_training(values, folder)
-    assert path == folder.charts / f"training_step_{(values.get('steps') or [0])[-1]:06d}.png"
+    path = charts.draw_training(values, folder, 70)
+    assert path == folder.charts / "training_step_000070.png"  # whatever was logged last
     assert path.read_bytes() == folder.latest_chart.read_bytes()
     pixels = charts.read_png(path)
     assert pixels.shape == (840, 1500, 4)
@@ -94,7 +94,7 @@ import matplotlib
 before = matplotlib.rcParams.copy()
 from smallcoder_jax.train import charts, run_folder
 folder = run_folder.RunFolder(pathlib.Path(sys.argv[1]))
-charts.draw_training(json.loads((folder.path / "history.json").read_text()), folder)
+charts.draw_training(json.loads((folder.path / "history.json").read_text()), folder, 1)
 assert "matplotlib.pyplot" not in sys.modules
 assert matplotlib.rcParams.copy() == before
 """
@@ -123,7 +123,7 @@ def test_a_stage_shows_what_it_is_judged_by(
     panel = charts._panel
     monkeypatch.setattr(charts, "_panel", lambda axes, title, unit: (drawn.append(title), panel(axes, title, unit))[1])
     values = {name: value for name, value in history(3).items() if name not in ("eval_bits_per_byte", "references")}
-    charts.draw_training(values | {f"eval_{name}": value for name, value in measures.items()}, RunFolder(tmp_path))
+    charts.draw_training(values | {f"eval_{name}": value for name, value in measures.items()}, RunFolder(tmp_path), 1)
     assert drawn[1:3] == titles
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import logging
 import os
 import shutil
+import types
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import numpy as np
 import optax
 import pytest
 
-from smallcoder_jax.base.errors import UserError
+from smallcoder_jax.base.errors import Interrupted, UserError
 from smallcoder_jax.config import MeshConfig
 from smallcoder_jax.faults import flip_bit
 from smallcoder_jax.mesh import make_mesh
@@ -338,3 +340,125 @@ def test_no_sound_step_is_an_error_and_no_step_at_all_is_none(tmp_path: Path) ->
         damage(tmp_path / "old" / step, "flipped")
     with pytest.raises(UserError, match=r"no checkpoint under .* is sound:(.|\n)*2 is damaged(.|\n)*1 is damaged"):
         Checkpointer(tmp_path / "old", 3).restore_newest(wanted, lambda meta: None, lambda text: None)
+
+
+def save_evaluated(folder: Path, losses: dict[int, float | None], keep: int = 9) -> Checkpointer:
+    """Steps with a validation loss or, None, with what the evaluation before them left."""
+    checkpointer, evaluation, best = Checkpointer(folder, keep), {}, float("inf")
+    for step, loss in losses.items():
+        evaluation = evaluation if loss is None else {"loss": loss}
+        is_best = loss is not None and loss < best
+        best = min(best, loss if loss is not None else best)
+        meta = {**META, "evaluation": evaluation, "best_loss": best if np.isfinite(best) else None}
+        checkpointer.save(state_at(step, seed=step), meta, DATA_STATE, best=is_best)
+    checkpointer.wait()
+    return checkpointer
+
+
+def test_the_best_step_is_what_was_recorded_however_the_link_was_left(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    save_evaluated(folder, {1: None, 2: 3.0, 3: None, 4: 2.0, 5: None, 6: 2.5})
+    link = folder / "best"
+    shutil.copytree(folder / "6", tmp_path / "other" / "6")
+
+    def again(to: str | None) -> None:
+        shutil.rmtree(link) if link.is_dir() and not link.is_symlink() else link.unlink(missing_ok=True)
+        if to is not None:
+            link.symlink_to(to)
+
+    for to in ("4", "2", None, "99", "../other/6", str(tmp_path / "other" / "6"), "best", "4\n"):
+        again(to)  # "2": killed between the manifest of 4 and the link
+        assert find_step(folder, None) == find_step(folder, "best") == folder / "4"
+        assert Checkpointer(folder, 3).best() == 4
+        assert os.readlink(link) == "4"
+    again(None)
+    shutil.copytree(folder / "2", link)  # a copy that followed links
+    assert find_step(folder, "best") == folder / "4"
+    assert Checkpointer(folder, 3).best() == 4
+    assert (folder / "best.copied" / MANIFEST).is_file()
+    (folder / "4" / "meta.json").write_text("{")  # whoever loads it is told, and not given another
+    assert find_step(folder, "best") == folder / "4"
+
+
+def test_a_link_is_no_step(saved: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(saved, tmp_path / "checkpoints")
+    (folder / "9").symlink_to(saved / "2")
+    (folder / "007").mkdir()
+    (folder / "8" / MANIFEST).mkdir(parents=True)
+    assert checkpoint.complete_steps(folder) == [2]
+    assert find_step(folder, None) == folder / "2"
+    with pytest.raises(UserError, match="no checkpoint '9'"):
+        find_step(folder, 9)
+    assert Checkpointer(folder, 3).steps() == [2]
+    assert (saved / "2" / MANIFEST).is_file()
+
+
+def test_swapped_folders_are_refused(tmp_path: Path) -> None:
+    save(tmp_path, 1, 2)
+    for name, other in (("1", "3"), ("2", "1"), ("3", "2")):
+        (tmp_path / name).rename(tmp_path / other)
+    checkpointer, notes = Checkpointer(tmp_path, 3), []
+    with pytest.raises(
+        UserError, match=r"no checkpoint under .* is sound:(.|\n)*it is of step 1: the folder was renamed"
+    ):
+        checkpointer.restore_newest(abstract_of(state_at(1)), lambda meta: None, notes.append)
+    with pytest.raises(UserError, match=r"1/meta.json: it is of step 2"):
+        load_params(find_step(tmp_path, 1), abstract_of(state_at(1)).params)
+    # As someone who knows about checksums would leave it.
+    meta = tmp_path / "2" / "meta.json"
+    meta.write_text(meta.read_text().replace('"step": 1', '"step": 2'))
+    (tmp_path / "2" / MANIFEST).write_text(json.dumps({"format": 1, "files": checkpoint.checksums(tmp_path / "2")}))
+    with pytest.raises(UserError, match="holds the state of step 1"):
+        checkpointer.restore(2, abstract_of(state_at(1)))
+
+
+def test_a_save_may_replace_none(tmp_path: Path) -> None:
+    checkpointer = save(tmp_path, 1, 2, keep=1)
+    assert checkpointer.steps() == [2]
+    for step, keep in ((3, 0), (4, 2), (5, None)):
+        checkpointer.save(state_at(step), META, DATA_STATE, keep=keep)
+        checkpointer.wait()
+        assert checkpointer.steps() == {3: [2, 3], 4: [3, 4], 5: [5]}[step]
+
+
+@pytest.mark.parametrize("value", ["Infinity", "NaN", '"3"', "null", "1e400", "[" * 100_000])
+def test_a_step_that_is_no_number_is_named(value: str, saved: Path, tmp_path: Path) -> None:
+    step = shutil.copytree(saved, tmp_path / "checkpoints") / "2"
+    (step / "meta.json").write_text((step / "meta.json").read_text().replace('"step": 2', f'"step": {value}'))
+    (step / MANIFEST).write_text(json.dumps({"format": 1, "files": checkpoint.checksums(step)}))
+    with pytest.raises(UserError, match=r"meta\.json"):
+        load_params(step, abstract_of(state_at(2)).params)
+    with pytest.raises(UserError, match=r"meta\.json"):
+        Checkpointer(step.parent, 3).restore_newest(abstract_of(state_at(2)), lambda meta: None, lambda text: None)
+
+
+@pytest.mark.parametrize("signalled", [KeyboardInterrupt, Interrupted])
+def test_an_interrupt_while_arrays_are_read_stays_one(
+    signalled: type[BaseException], saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: object) -> None:  # as Orbax does
+        try:
+            raise signalled
+        except BaseException as error:
+            raise RuntimeError("could not load") from error
+
+    monkeypatch.setattr(checkpoint.ocp, "load_checkpointables", load)
+    with pytest.raises(signalled):
+        load_params(saved / "2", abstract_of(state_at(2)).params)
+    with pytest.raises(signalled):
+        Checkpointer(saved, 3).restore(2, abstract_of(state_at(2)))
+
+
+def test_orbax_and_its_threads_tell_nothing_beside_the_error(caplog: pytest.LogCaptureFixture) -> None:
+    heard: list[str] = []
+    show = checkpoint._without_closed_loops(lambda unraisable: heard.append(str(unraisable.exc_value)))
+    for text in ("Event loop is closed", "something else"):
+        show(types.SimpleNamespace(exc_value=RuntimeError(text)))
+    assert heard == ["something else"]
+    for name, path, text in (
+        ("absl", "/site/orbax/checkpoint/_src/futures/future.py", "of Orbax"),
+        ("absl", "/site/grain/here.py", "of another"),
+        ("asyncio", "/lib/asyncio/base_events.py", "task: coro=<run_sync() running at /site/orbax/utils.py:1>"),
+    ):
+        logging.getLogger(name).handle(logging.LogRecord(name, logging.ERROR, path, 1, text, None, None))
+    assert [record.getMessage() for record in caplog.records] == ["of another"]

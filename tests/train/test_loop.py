@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import shutil
@@ -17,15 +18,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from smallcoder_jax.base.errors import UserError
+from smallcoder_jax.base import files
+from smallcoder_jax.base.errors import Diverged, UserError
 from smallcoder_jax.config import CheckpointConfig, Config, DataConfig, EvalConfig, LogConfig, TokenizerConfig
 from smallcoder_jax.data import shards
 from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.ops import cross_entropy
 from smallcoder_jax.preflight.target import Target
 from smallcoder_jax.stages import pretrain, run
-from smallcoder_jax.train import loop
+from smallcoder_jax.train import log_files, loop
 from smallcoder_jax.train.checkpoint import Checkpointer
+from smallcoder_jax.train.log_files import read_csv
 from smallcoder_jax.train.run_folder import RunFolder
 from smallcoder_jax.train.terminal import Terminal
 from tests.helpers import tiny_config, tiny_model
@@ -138,6 +141,58 @@ def test_sigterm_while_the_last_save_is_written_waits_for_it(
         signal.signal(signal.SIGTERM, before)
 
 
+def test_an_interrupt_while_the_step_is_compiled_is_answered_at_once(root: Path, tmp_path: Path) -> None:
+    config = changed(config_of(root), "checkpoint", every=2)
+    with trainer_in(tmp_path, config) as trainer:
+        lower = trainer.train_step.lower
+
+        class Slow:
+            def lower(self, *given: Any) -> Any:
+                os.kill(os.getpid(), signal.SIGINT)
+                heard.append((tmp_path / "terminal").read_text())
+                return lower(*given)
+
+        heard: list[str] = []
+        trainer.train_step = Slow()
+        assert trainer.run().interrupted
+        assert trainer.checkpointer.steps() == [1]
+    assert heard[0].endswith(
+        "asked to stop: it ends, and is saved, after the step is compiled, which can take minutes, and taken once. "
+        "Ctrl-C from now on ends it at once: nothing is saved\n"
+    )
+
+
+def test_a_finished_run_that_is_started_again_changes_no_record(root: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(root / "run", tmp_path / "run", symlinks=True)
+    info = json.loads((folder / "training_info.json").read_text())
+    (folder / "training_info.json").write_text(json.dumps({**info, "trained_at": "then"}))
+    assert run.train(config_of(root), folder).step == 2
+    assert json.loads((folder / "training_info.json").read_text()) == {**info, "trained_at": "then"}
+
+
+@pytest.mark.parametrize("place", ["tokens.json", "metrics.jsonl", "checkpoints"])
+def test_a_folder_without_an_inode_left_is_one_message(
+    place: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = OSError(errno.ENOSPC, "No space left on device", str(tmp_path / place))
+    if place == "checkpoints":
+        monkeypatch.setattr(Checkpointer, "_make_room", raises(full))
+    else:
+        write = files.write_bytes
+        failing = lambda path, content: raises(full)() if path.name == place else write(path, content)  # noqa: E731
+        for module in (files, log_files):
+            monkeypatch.setattr(module, "write_bytes", failing)
+    with pytest.raises(UserError, match=rf"{place} cannot be written: No space left on device.*df -i"):
+        run.train(config_of(root), tmp_path)
+
+
+def raises(error: Exception) -> Any:
+    def call(*_: object) -> None:
+        raise error
+
+    return call
+
+
 def test_a_failed_run_has_its_save_finished_before_the_folder_is_free(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -148,12 +203,39 @@ def test_a_failed_run_has_its_save_finished_before_the_folder_is_free(
         raise Broken
 
     monkeypatch.setattr(loop.Trainer, "_write_info", fail)
-    monkeypatch.setattr(loop.Trainer, "_train", lambda trainer, stop: (trainer._save(False), fail()))
+    monkeypatch.setattr(loop.Trainer, "_train", lambda trainer, stop: (trainer._save(False, 3), fail()))
     with pytest.raises(Broken):
         run.train(config_of(root), tmp_path)
     assert (tmp_path / "checkpoints" / "0" / "manifest.json").exists()
     with RunFolder(tmp_path).locked():
         assert Checkpointer(tmp_path / "checkpoints", 3).steps() == [0]
+
+
+def test_a_run_that_diverges_keeps_its_last_sound_checkpoints(root: Path, tmp_path: Path) -> None:
+    """With samples, which cannot be drawn from such a model."""
+    config = changed(config_of(root), "train", steps=60)
+    config = changed(config, "optimizer", learning_rate=1e3, clip_norm=0.0)
+    config = changed(config, "eval", every=2, sample_tokens=4)
+    config = changed(changed(config, "checkpoint", every=2, keep=1), "guard", max_skipped=7)
+    with pytest.raises(
+        Diverged, match=r"7 updates in a row were skipped.* The newest sound checkpoint is step (\d+)\."
+    ):
+        run.train(config, tmp_path)
+    _, rows = read_csv(tmp_path / "eval_log.csv")
+    finite = [row["step"] for row in rows if np.isfinite(row["loss"])]
+    assert 2 <= finite[-1] < rows[-1]["step"]
+    # The best, and the newest that was evaluated before the loss was no number any more.
+    assert Checkpointer(tmp_path / "checkpoints", 9).steps() == sorted({2, finite[-1]})
+
+
+def test_a_run_does_not_end_with_a_model_that_is_not_finite(root: Path, tmp_path: Path) -> None:
+    with trainer_in(tmp_path, config_of(root)) as trainer:
+        trainer.task = dataclasses.replace(trainer.task, summarise=lambda sums: {"loss": float("nan")})
+        with pytest.raises(
+            Diverged, match=r"loss of step 2, the last one, is not finite.* sound checkpoint is step 1\."
+        ):
+            trainer.run()
+        assert trainer.checkpointer.steps() == [1]
 
 
 def test_logged_gradients_are_per_token(root: Path, tmp_path: Path) -> None:

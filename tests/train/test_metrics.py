@@ -270,12 +270,12 @@ def test_references_survive_a_restart_and_reach_the_chart(folder: RunFolder, mon
     log.close()
     drawn = []
     draw = charts.draw_training
-    monkeypatch.setattr(charts, "draw_training", lambda history, to: drawn.append(history) or draw(history, to))
+    monkeypatch.setattr(charts, "draw_training", lambda history, *to: drawn.append(history) or draw(history, *to))
     log = open_log(folder, resume_step=2)
-    log.charts(2)
+    log.charts(50)  # behind the last step that was logged
     log.close()
     assert drawn[0]["references"] == {"xz -9e": 1.87}
-    assert (folder.charts / "training_step_000002.png").exists()
+    assert (folder.charts / "training_step_000050.png").exists()
     assert folder.latest_chart.exists()
 
 
@@ -381,7 +381,7 @@ def test_tensorboard_holds_histograms_and_images(folder: RunFolder) -> None:
     log.train(1, train_values(1))
     log.histograms(1, {"embed/embedding": np.ones((3, 2))}, {"embed/embedding": np.zeros((3, 2))})
     log.charts(1)
-    log.image(1, "attention", charts.draw_training({}, RunFolder(folder.path / "other")))
+    log.image(1, "attention", charts.draw_training({}, RunFolder(folder.path / "other"), 0))
     log.close()
     steps = tags(events(folder))
     expected = ("weights/embed/embedding", "gradients/embed/embedding", "charts/training", "attention")

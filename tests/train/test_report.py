@@ -55,7 +55,7 @@ def folder(tmp_path: Path) -> RunFolder:
     folder = RunFolder(tmp_path / "nano")
     folder.write_config(Config(name="nano"))
     folder.write_run_json({"data": {"fingerprint": "ab12"}}, {})
-    charts.draw_training({"steps": [1, 2], "loss": [3.0, 2.0]}, folder)
+    charts.draw_training({"steps": [1, 2], "loss": [3.0, 2.0]}, folder, 2)
     samples = [{"step": step, "input": "def f():\n", "output": ATTACK, "accuracy": None} for step in (10, 20)]
     write_json(folder.text_samples_json, [*samples, {"step": 20, "input": "x", "output": "y", "accuracy": 0.25}])
     return folder
