@@ -4,6 +4,7 @@ An error message holds three things: what was given, what was expected, what to 
 """
 
 import io
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -15,6 +16,7 @@ EXIT_CHECK_FAILED = 3  # a check that the command promises did not hold (parity,
 EXIT_DIVERGED = 4  # too many updates in a row were skipped: loss or gradient not finite, or a spike
 EXIT_STALLED = 5  # a wait took too long; the stacks of all threads were written
 EXIT_INTERRUPTED = 75  # SIGTERM or SIGINT: what there was is saved, the same command continues
+EXIT_NO_READER = 141  # the output goes into a pipe whose reader has ended, such as head
 NOT_TRIED_AGAIN = (EXIT_USER_ERROR, EXIT_CHECK_FAILED, EXIT_DIVERGED)  # the same command would end alike
 
 
@@ -45,6 +47,11 @@ def run_cli(main: Callable[[], int | None]) -> None:
             stream.reconfigure(errors="backslashreplace")  # whatever the encoding of the terminal cannot show
     try:
         code = main() or 0
+        sys.stdout.flush()  # here, where it is known what to do about a pipe that nobody reads
+    except BrokenPipeError:
+        # As a program that SIGPIPE ends. What is left to write goes nowhere: the interpreter flushes once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = EXIT_NO_READER
     except (UserError, CheckFailed, Diverged, Interrupted, KeyboardInterrupt) as error:
         code = report(error)
     sys.exit(code)

@@ -174,7 +174,7 @@ def run_doctests(code: str, text: str, *, limits: Limits | None = None) -> TestR
     """Loads the code, executes the examples (`>>>`) of `text` after it, and compares here what they print.
 
     Only the examples' sources go inside, so the code can satisfy them by printing the right thing and by nothing else.
-    `text` is trusted; its option flags are honoured. UserError: malformed examples, or this machine cannot isolate.
+    `text` is trusted; its option flags are honoured, and `True` is no `1`. UserError: malformed examples, or this machine cannot isolate.
     """
     import doctest
 
@@ -189,7 +189,7 @@ def run_doctests(code: str, text: str, *, limits: Limits | None = None) -> TestR
         if index >= len(outcome.results):
             tests.append(Test(name, f"not run: {outcome.error or outcome.ended}"))
             continue
-        flags = sum(flag for flag, on in example.options.items() if on)
+        flags = doctest.DONT_ACCEPT_TRUE_FOR_1 | sum(flag for flag, on in example.options.items() if on)
         tests.append(Test(name, _compare_example(example.want, example.exc_msg, outcome.results[index], flags)))
     return TestReport(tuple(tests), dataclasses.replace(outcome, results=()))
 

@@ -152,7 +152,9 @@ class RunFolder:
             ) from error
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            file = self.lock.open("a")
+            # Without O_NONBLOCK, a pipe of that name would be waited for.
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
+            file = os.fdopen(os.open(self.lock, flags, 0o666), "a")
         except OSError as error:
             raise UserError(f"{self.path} cannot be written: {error}; choose another --workdir") from error
         with file:  # the system releases the lock with the file, however the process ends

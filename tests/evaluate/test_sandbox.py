@@ -530,6 +530,13 @@ def test_always_equal_object_passes_no_doctest() -> None:
 
 
 @attack
+def test_true_is_no_one_in_a_doctest() -> None:
+    """Which doctest itself takes for the same."""
+    report = run_doctests("def f(x): return x", ">>> f(True)\n1\n>>> f(False)\n0\n>>> f(1)\n1\n")
+    assert [test.error is None for test in report.tests] == [False, False, True]
+
+
+@attack
 def test_patched_test_frameworks_do_not_change_doctests() -> None:
     """What `run_tests` cannot keep out, and says so: comparing here is what does."""
     code = (

@@ -55,6 +55,12 @@ def test_a_folder_that_utf8_cannot_name_is_refused_before_it_is_made(tmp_path: P
     assert not list(tmp_path.iterdir())
 
 
+def test_a_pipe_in_the_place_of_the_lock_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / ".lock")
+    with pytest.raises(UserError, match="cannot be written"), RunFolder(tmp_path).locked():
+        pass
+
+
 def test_the_lock_ends_with_its_block(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     with folder.locked(), pytest.raises(UserError, match="another process trains in"), folder.locked():
