@@ -174,7 +174,8 @@ def run_doctests(code: str, text: str, *, limits: Limits | None = None) -> TestR
     """Loads the code, executes the examples (`>>>`) of `text` after it, and compares here what they print.
 
     Only the examples' sources go inside, so the code can satisfy them by printing the right thing and by nothing else.
-    `text` is trusted; its option flags are honoured, and `True` is no `1`. UserError: malformed examples, or this machine cannot isolate.
+    `text` is trusted; its option flags are honoured, and `True` is no `1`. UserError: malformed examples, or this
+    machine cannot isolate.
     """
     import doctest
 

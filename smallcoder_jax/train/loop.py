@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,15 +24,14 @@ from smallcoder_jax.data.prefetch import DevicePrefetcher
 from smallcoder_jax.data.verification import steps_until_repeated
 from smallcoder_jax.distributed import StopVote, is_first
 from smallcoder_jax.faults import NONE, Faults
-from smallcoder_jax.generate.engine import Generator
-from smallcoder_jax.generate.sampling import SamplingOptions
 from smallcoder_jax.mesh import batch_sharding, check_rows, on_mesh, path_name, place_batch, process_rows
 from smallcoder_jax.models import build
 from smallcoder_jax.ops.precision import multiplying
 from smallcoder_jax.runtime import give_back_memory
 from smallcoder_jax.train.checkpoint import Checkpointer
+from smallcoder_jax.train.evaluation import draw_samples, evaluate
 from smallcoder_jax.train.meter import Meter
-from smallcoder_jax.train.metrics import EvalMetrics, MetricsLog, SilentLog
+from smallcoder_jax.train.metrics import MetricsLog, SilentLog
 from smallcoder_jax.train.profile import StepProfile
 from smallcoder_jax.train.program import make_program
 from smallcoder_jax.train.run_folder import (
@@ -42,11 +41,12 @@ from smallcoder_jax.train.run_folder import (
     split_allowed,
     write_training_info,
 )
+from smallcoder_jax.train.start_table import start_sections
 from smallcoder_jax.train.state import TrainState, init_state
 from smallcoder_jax.train.step import make_eval_step
 from smallcoder_jax.train.stop import StopRequest
 from smallcoder_jax.train.task import Task, run_identity
-from smallcoder_jax.train.terminal import Terminal, human_bytes, human_time
+from smallcoder_jax.train.terminal import Terminal, human_time
 from smallcoder_jax.train.watchdog import Watchdog
 from smallcoder_jax.train.whereabouts import keep_tokenizer
 
@@ -97,11 +97,10 @@ class Trainer:
         check_allowed(allow_changed, self.identity)
         if folder.run_json.exists():
             self._refuse_another_run(folder.read_run_json().get("identity"))
-        program = make_program(config, task.loss_fn, reported=task.reported, frozen=task.frozen)
+        self.program = program = make_program(config, task.loss_fn, reported=task.reported, frozen=task.frozen)
         self.mesh, self.train_step = program.mesh, program.step
         self.abstract, self.shardings = program.state, program.shardings
         self.frozen = jax.device_put(task.frozen, program.frozen_shardings)
-        self.attention, self.cross_entropy, self.matmul = program.attention, program.cross_entropy, program.matmul
         check_rows(self.mesh.shape, eval_rows(config), "eval.batch_size")
         self.checkpointer = Checkpointer(folder.checkpoints, config.checkpoint.keep, faults)
         self.tokens_seen, self.train_seconds, self.best_loss = 0, 0.0, float("inf")
@@ -121,7 +120,7 @@ class Trainer:
             self.verified_at += steps_until_repeated(task.manifest, config.data, tokens)
         self.eval_step = make_eval_step(
             task.loss_fn,
-            matmul=self.matmul.kind,
+            matmul=program.matmul.kind,
             mesh=self.mesh,
             shardings=self.shardings.params,
             frozen_shardings=program.frozen_shardings,
@@ -131,14 +130,14 @@ class Trainer:
             loss_sum, weight_sum, _ = task.loss_fn({**frozen, **params}, batch, None)
             return loss_sum / jnp.maximum(weight_sum, 1.0)
 
-        gradient = multiplying(self.matmul.kind, jax.grad(mean_loss))  # per token, as in the training step
+        gradient = multiplying(program.matmul.kind, jax.grad(mean_loss))  # per token, as in the training step
         self.gradient = jax.jit(on_mesh(self.mesh, gradient))
         self.vote = StopVote(self.mesh)
         self.log = self._open_log() if is_first() else SilentLog()
 
     def _open_log(self) -> MetricsLog:
         """Writes what the run is, and opens its logs."""
-        config, folder, task = self.config, self.folder, self.task
+        config, folder, task, program = self.config, self.folder, self.task, self.program
         folder.write_config(config)
         keep_tokenizer(folder, task.tokenizer)
         if task.manifest is not None:
@@ -150,9 +149,9 @@ class Trainer:
                 "dummy_data": task.dummy_data,
                 "started_from": self._started_from(),
                 "data_folder": folder.relative(Path(config.data.dir).expanduser()),
-                "attention": {"implementation": self.attention.implementation, "reason": self.attention.reason},
-                "cross_entropy": self.cross_entropy._asdict(),
-                "matmul": self.matmul._asdict(),
+                "attention": {"implementation": program.attention.implementation, "reason": program.attention.reason},
+                "cross_entropy": program.cross_entropy._asdict(),
+                "matmul": program.matmul._asdict(),
             },
         )
         log = MetricsLog(
@@ -445,32 +444,13 @@ class Trainer:
         self.terminal.note(f"step {self.step}, validation: {values}{' (best so far)' if best else ''}")
         if self.config.eval.sample_tokens:
             try:
-                self._samples(total.get("accuracy"))
+                samples = draw_samples(self.config, self.task, self.params, total.get("accuracy"))
+                self.log.samples(self.step, samples)
+                if samples:
+                    self.terminal.sample(samples[0]["input"], samples[0]["output"])
             except NotFinite as error:  # the guard decides what becomes of the run
                 self.terminal.note(f"no samples: {error}")
         return best
-
-    def _samples(self, accuracy: float | None) -> None:
-        config = self.config
-        prompts = self.task.prompts
-        if prompts is None:
-            prompts = {prompt: prompt for prompt in config.eval.sample_prompts}
-        params = build.to_unrolled(build.decoder_params(self.params))
-        generator = Generator(config.model, config.compute, params, self.task.tokenizer)
-        options = SamplingOptions(
-            max_tokens=config.eval.sample_tokens,
-            temperature=config.eval.sample_temperature,
-            seed=config.train.seed,
-            truncate_prompt=True,
-        )
-        completions = generator.generate(list(prompts.values()), options)
-        samples = [
-            {"step": self.step, "input": prompt, "output": completion.text, "accuracy": accuracy}
-            for prompt, completion in zip(prompts, completions, strict=True)
-        ]
-        self.log.samples(self.step, samples)
-        if samples:
-            self.terminal.sample(samples[0]["input"], samples[0]["output"])
 
     def _save(self, best: bool, keep: int) -> None:
         meta = {
@@ -505,44 +485,19 @@ class Trainer:
         self.log.histograms(self.step, *named)
 
     def _show_start(self, compiled: Any, compile_seconds: float) -> None:
-        config, mesh = self.config, self.mesh
-        count, beside = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (self.state.params, self.frozen))
-        memory = compiled.memory_analysis()
-        choice, chunk = self.attention, self.cross_entropy.chunk
-        device = mesh.devices.flat[0]
-        self.terminal.start_table(
-            f"{config.name}: {config.train.steps} steps of {config.train.batch_size} x {config.train.sequence_length} "
-            f"tokens, from step {self.step}",
-            {
-                "model": {
-                    "parameters": f"{count:,}" + (f" trained, {beside:,} beside them" if beside else ""),
-                    "shape": f"width {config.model.width}, layers {config.model.layers}, heads {config.model.heads}:"
-                    f"{config.model.kv_heads} x {config.model.head_size}, MLP {config.model.mlp_width}, "
-                    f"vocabulary {config.model.vocab_size}",
-                    "compute": f"{config.compute.dtype}, layers {config.compute.layers}, remat {config.compute.remat}",
-                    "products": f"{self.matmul.kind} ({self.matmul.reason})",
-                    "attention": f"{choice.implementation} ({choice.reason})",
-                    "cross-entropy": f"{'all tokens at once' if chunk is None else f'{chunk} tokens at a time'} "
-                    f"({self.cross_entropy.reason})",
-                },
-                "memory": {
-                    "state": human_bytes(sum(leaf.nbytes for leaf in jax.tree.leaves(self.state)) / mesh.devices.size),
-                    "step": f"{human_bytes(memory.temp_size_in_bytes)} of temporaries per device",
-                }
-                if memory is not None
-                else {},
-                "mesh": {
-                    "devices": f"{mesh.devices.size} x {device.device_kind}",
-                    "axes": ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
-                },
-                "data": self.task.facts,
-                "start": {
-                    "compiled in": human_time(compile_seconds),
-                    "first step after": human_time(time.monotonic() - self.started),
-                },
-            },
+        title = (
+            f"{self.config.name}: {self.config.train.steps} steps of {self.config.train.batch_size} x "
+            f"{self.config.train.sequence_length} tokens, from step {self.step}"
         )
-        for warning in filter(None, (config.optimizer.schedule_fault(config.train.steps), *self.task.warnings)):
+        sections = start_sections(self.config, self.program, self.state, self.frozen, compiled.memory_analysis())
+        times = {
+            "compiled in": human_time(compile_seconds),
+            "first step after": human_time(time.monotonic() - self.started),
+        }
+        self.terminal.start_table(title, {**sections, "data": self.task.facts, "start": times})
+        for warning in filter(
+            None, (self.config.optimizer.schedule_fault(self.config.train.steps), *self.task.warnings)
+        ):
             self.terminal.note(f"warning: {warning}")
 
     def _write_info(self) -> None:
@@ -564,35 +519,6 @@ class Trainer:
             dummy_data=self.task.dummy_data,
             started_from=started["path"] if (started := self._started_from()) else None,
         )
-
-
-def evaluate(
-    eval_step: Any,
-    params: Any,
-    batches: Iterable[dict[str, np.ndarray]],
-    sharding: Any,
-    vote: StopVote,
-    stop: StopRequest,
-) -> EvalMetrics | None:
-    """The sums of an evaluation over `batches` (numpy, this process's rows); None where a signal comes before."""
-    total = EvalMetrics.empty()
-
-    def counted(sums: dict[str, jax.Array]) -> EvalMetrics:
-        values = jax.device_get(sums)
-        vote.count(values)
-        return total.merge(EvalMetrics.from_model_output(**values))
-
-    pending = None
-    for batch in batches:
-        sums = {**eval_step(params, place_batch(sharding, batch)), **vote.cast(stop.requested)}
-        if pending is not None:
-            total = counted(pending)
-        if vote.passed:
-            return None
-        pending = sums
-    if pending is None:
-        raise UserError("there is nothing to evaluate on: the validation split is empty")
-    return counted(pending)
 
 
 def poisoned(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:

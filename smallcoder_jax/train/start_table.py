@@ -1,0 +1,44 @@
+"""What a run says of itself before its first step: model, memory, mesh."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from smallcoder_jax.config import Config
+from smallcoder_jax.train.program import Program
+from smallcoder_jax.train.state import TrainState
+from smallcoder_jax.train.terminal import human_bytes
+
+
+def start_sections(
+    config: Config, program: Program, state: TrainState, frozen: Any, memory: Any
+) -> dict[str, dict[str, str]]:
+    """Section -> name -> value. `memory` is XLA's analysis of the compiled step, None where there is none."""
+    model, mesh = config.model, program.mesh
+    count, beside = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.params, frozen))
+    chunk = program.cross_entropy.chunk
+    sections = {
+        "model": {
+            "parameters": f"{count:,}" + (f" trained, {beside:,} beside them" if beside else ""),
+            "shape": f"width {model.width}, layers {model.layers}, heads {model.heads}:{model.kv_heads} x "
+            f"{model.head_size}, MLP {model.mlp_width}, vocabulary {model.vocab_size}",
+            "compute": f"{config.compute.dtype}, layers {config.compute.layers}, remat {config.compute.remat}",
+            "products": f"{program.matmul.kind} ({program.matmul.reason})",
+            "attention": f"{program.attention.implementation} ({program.attention.reason})",
+            "cross-entropy": f"{'all tokens at once' if chunk is None else f'{chunk} tokens at a time'} "
+            f"({program.cross_entropy.reason})",
+        },
+        "memory": {},
+        "mesh": {
+            "devices": f"{mesh.devices.size} x {mesh.devices.flat[0].device_kind}",
+            "axes": ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items()),
+        },
+    }
+    if memory is not None:
+        sections["memory"] = {
+            "state": human_bytes(sum(leaf.nbytes for leaf in jax.tree.leaves(state)) / mesh.devices.size),
+            "step": f"{human_bytes(memory.temp_size_in_bytes)} of temporaries per device",
+        }
+    return sections
