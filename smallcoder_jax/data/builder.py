@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
 
+from smallcoder_jax.base.errors import UserError
+from smallcoder_jax.base.files import open_regular, reason
 from smallcoder_jax.data.documents import Document
 
 _FIELDS = ("text", "source", "path", "repository", "language", "license")
@@ -51,15 +53,35 @@ def store(folder: Path, splits: dict[str, Callable[[], Iterator[Document]]]) -> 
 
 
 def count(info: Path, split: str) -> int:
-    """How many documents a split holds; `info` is the data set's `dataset_info.json`."""
-    builder: Any = tfds.builder_from_directory(info.parent)
-    return len(builder.as_data_source(split))
+    """How many documents a split holds; `info` is the data set's `dataset_info.json`. Raises UserError for damage."""
+    with _damage_named(info.parent):
+        return len(_open(info.parent, split))
 
 
 def load_range(info: Path, split: str, start: int, stop: int) -> Iterator[Document]:
-    """Documents number `start` up to `stop` of a split; `info` is the data set's `dataset_info.json`."""
-    builder: Any = tfds.builder_from_directory(info.parent)
-    records = builder.as_data_source(split)
+    """Documents number `start` up to `stop` of a split; `info` is the data set's `dataset_info.json`. Raises UserError
+    for damage."""
+    with _damage_named(info.parent):
+        records = _open(info.parent, split)
     for first in range(start, stop, _READ_AHEAD):
-        for record in records.__getitems__(list(range(first, min(first + _READ_AHEAD, stop)))):
-            yield Document(**{name: record[name].decode("utf-8") for name in _FIELDS})
+        with _damage_named(info.parent):
+            found = records.__getitems__(list(range(first, min(first + _READ_AHEAD, stop))))
+            documents = [Document(**{name: record[name].decode("utf-8") for name in _FIELDS}) for record in found]
+        yield from documents
+
+
+def _open(folder: Path, split: str) -> Any:
+    for path in folder.iterdir():
+        open_regular(path).close()  # what follows would wait for a pipe
+    builder: Any = tfds.builder_from_directory(folder)
+    return builder.as_data_source(split)
+
+
+@contextlib.contextmanager
+def _damage_named(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # damaged files make the libraries raise anything
+        raise UserError(
+            f"the corpus in {folder} is damaged: {reason(error)}. Delete {folder.parents[1]} and prepare the data again"
+        ) from error

@@ -74,8 +74,27 @@ def ensure_corpus(specs: Sequence[SourceSpec], data: DataConfig, final: Path, pr
 
 def read_accounting(folder: Path) -> dict[str, Any]:
     """What was read, kept and dropped, per source. Raises UserError where `folder` is no corpus."""
-    return read_json_object(
-        folder / ACCOUNTING, f"the accounting of a corpus. Delete {folder} and prepare the data again"
+    what = f"the accounting of a corpus. Delete {folder} and prepare the data again"
+    content = read_json_object(folder / ACCOUNTING, what)
+    sources = content.get("sources")
+    if not (
+        isinstance(content.get("fingerprint"), str)
+        and isinstance(content.get("dummy"), bool)
+        and isinstance(sources, list)
+        and all(map(_is_source, sources))
+    ):
+        raise UserError(f"{folder / ACCOUNTING} has another form than what was written; expected {what}")
+    return content
+
+
+def _is_source(entry: Any) -> bool:
+    """Whether an entry of an accounting has what its readers take for granted."""
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("spec", "split_by")):
+        return False
+    sides = [entry.get(split) for split in SPLITS]
+    return all(
+        isinstance(side, dict) and all(type(side.get(key)) is int and side[key] >= 0 for key in ("documents", "bytes"))
+        for side in sides
     )
 
 

@@ -118,7 +118,10 @@ def _check_shards(prepared: Prepared) -> list[str]:
 
 def _check_texts(prepared: Prepared, sample_share: float) -> tuple[list[str], int]:
     manifest, tokenizer = prepared.manifest, prepared.tokenizer
-    encoder = DocumentEncoder(tokenizer, manifest.accounting["repository_order"])
+    in_order = manifest.accounting.get("repository_order")
+    if not isinstance(in_order, bool):
+        return ["the manifest's accounting does not say whether documents are in repository order"], 0
+    encoder = DocumentEncoder(tokenizer, in_order)
     draw = random.Random(0)
     problems, checked = [], 0
     for source in manifest.sources:

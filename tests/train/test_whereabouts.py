@@ -5,7 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from smallcoder_jax import loading
 from smallcoder_jax.base.errors import UserError
@@ -50,19 +52,23 @@ def test_an_older_run_names_its_tokenizer(tmp_path: Path) -> None:
     assert read_tokenizer(folder, tokenizer.hash)[1] == folder.tokenizer
 
 
+def write_weights(folder: Path, value: float) -> None:
+    save_file({"a": np.full(1, value, np.float32)}, folder / "model.safetensors")
+
+
 def test_a_model_is_found_beside_a_run_that_moved_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     export = tmp_path / "new" / "chain" / "language"
     export.mkdir(parents=True)
-    (export / "model.safetensors").write_bytes(b"weights")
+    write_weights(export, 1.0)
     wanted, run = loading.origin(export)["hash"], tmp_path / "new" / "chain" / "dpo"
     run.mkdir()
     monkeypatch.chdir(tmp_path)
     for recorded in ("../language", "runs/chain/language", "/old/machine/chain/language", str(export)):
         assert loading.find_model(run, recorded, wanted, None, "it").resolve() == export
     (tmp_path / "chain" / "language").mkdir(parents=True)  # another, where the first was
-    (tmp_path / "chain" / "language" / "model.safetensors").write_bytes(b"others")
+    write_weights(tmp_path / "chain" / "language", 2.0)
     assert loading.find_model(run, "chain/language", wanted, None, "it") == export
-    (export / "model.safetensors").write_bytes(b"changed")
+    write_weights(export, 3.0)
     with pytest.raises(UserError, match=r"it, which has changed: .*chain/language: its hash is"):
         loading.find_model(run, "chain/language", wanted, None, "it")
     with pytest.raises(UserError, match=r"it, which is gone \(.*nowhere"):
