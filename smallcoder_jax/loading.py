@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import os
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +15,7 @@ import jax
 
 from smallcoder_jax.base.display import one_line
 from smallcoder_jax.base.errors import UserError
-from smallcoder_jax.base.files import read_json, read_json_object, reason, sha256
+from smallcoder_jax.base.files import read_bytes, read_json, read_json_object, reason
 from smallcoder_jax.config import ComputeConfig, ModelConfig, from_config_dict, nearest, parameter_count
 from smallcoder_jax.export import weights
 from smallcoder_jax.export.huggingface import read_export
@@ -138,7 +139,8 @@ def origin(path: Path, step: int | str | None = None) -> dict[str, Any]:
         number, digest = None, weights.digest(path)
     else:
         target = checkpoint.find_step(RunFolder(path).checkpoints, step)
-        number, digest = int(target.name), sha256(target / checkpoint.MANIFEST)
+        content = read_bytes(target / checkpoint.MANIFEST, "the checksums of a checkpoint")
+        number, digest = int(target.name), hashlib.sha256(content).hexdigest()
     return {"path": str(path.absolute()), "step": number, "hash": digest}
 
 

@@ -55,10 +55,13 @@ def read_regular(path: Path, limit: int) -> bytes:
     """The content of a regular file of at most `limit` bytes. Raises OSError; TooLarge before anything is read."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        content = b"" if size > limit else file.read(limit + 1)  # a file that grows, and those of /proc, have no size
+        content = bytearray()
+        # A file that grows, and those of /proc, hold more than their size.
+        while size <= limit and len(content) <= limit and (part := file.read(max(size + 1 - len(content), 1 << 16))):
+            content += part
         if size > limit or len(content) > limit:
             raise TooLarge(None, f"larger than {limit:,} bytes", str(path))
-        return content
+        return bytes(content)
 
 
 def sha256(path: Path) -> str:
