@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import sys
 
-from google.protobuf.json_format import ParseError
-
 from smallcoder_jax.base.arguments import ArgumentParser
 from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import CheckFailed, UserError, run_cli
@@ -32,14 +30,9 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(others)
     prepared = find_prepared(load_config(arguments.config, overrides))
     try:
-        problems = validate(prepared, 1.0 if arguments.all else SAMPLE_SHARE, print)
-    except (UserError, OSError, RuntimeError, ValueError) as error:  # what a damaged record file raises
-        raise CheckFailed(f"prepared data cannot be read: {error}. Delete it and prepare it again") from error
-    except (LookupError, TypeError, ParseError) as error:  # accounting.json, dataset_info.json or manifest.json
-        raise UserError(
-            f"the records of the prepared data are damaged: {error!r}. Delete {prepared.corpus_folder} and "
-            f"{prepared.tokens_folder} and prepare the data again"
-        ) from error
+        problems = validate(prepared, 1.0 if arguments.all else SAMPLE_SHARE, say)
+    except UserError as error:
+        raise CheckFailed(f"prepared data cannot be read: {error}") from error
     if problems:
         more = [f"and {len(problems) - MAX_SHOWN} more"] if len(problems) > MAX_SHOWN else []
         raise CheckFailed("\n  ".join(["prepared data differs from its records:", *problems[:MAX_SHOWN], *more]))

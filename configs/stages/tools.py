@@ -24,8 +24,8 @@ def get_config(variant: str = "small") -> ConfigDict:
     config.eval.update(every=200, batches=0)
     if variant == "nano":
         config.dialogs.count = 1600
-        config.train.update(steps=600, batch_size=4, sequence_length=512, microbatch_size=2)
+        config.train.update(steps=800, batch_size=4, sequence_length=512, microbatch_size=2)
         config.optimizer.update(learning_rate=0.008, muon_learning_rate=0.03, warmup_steps=20)
-        config.eval.update(every=600, batches=6, batch_size=8, sample_tokens=96)
-        config.checkpoint.update(every=300)
+        config.eval.update(every=800, batches=6, batch_size=8, sample_tokens=96)
+        config.checkpoint.update(every=400)
     return config

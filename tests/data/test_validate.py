@@ -186,7 +186,12 @@ def test_damaged_records_are_one_message(arguments: list[str], tmp_path: Path, d
         plain = json.loads(path.read_text())
         del (plain if key else plain["accounting"])[key or "repository_order"]
         path.write_text(json.dumps(plain))
-    with pytest.raises(UserError, match="damaged"):
+    said = {
+        "dataset_info": "the corpus in .* is damaged",
+        "accounting": r"accounting\.json has another form",
+        "manifest": "does not say whether documents are in repository order",
+    }
+    with pytest.raises(CheckFailed, match=said[damage]):
         validate_data.main(arguments)
 
 
