@@ -53,6 +53,8 @@ def split_body(before: str, text: str) -> tuple[str, str]:
     ends with a newline and nothing else. Where Python finds no end, all is body.
     """
     text = text.replace("\r\n", "\n").replace("\r", "\n")  # as the compiler reads them
+    if "\0" in text:  # no Python; the tokenizer of CPython 3.13 raises SystemError for it
+        return text, ""
     lines, first = io.StringIO(before + text).readlines(), before.count("\n")
     depth, end = 0, first
     try:

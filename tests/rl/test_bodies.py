@@ -257,7 +257,7 @@ def test_true_bodies_of_the_questions_from_code_earn_all() -> None:
                 assert not rest
                 assert bodies.share_right(question.facts, body) == 1.0, before
             names[side].add(node.name)
-        assert len(found) >= (200 if side == "train" else 20)
+        assert len(found) >= (200 if side == "train" else 10)  # Python 3.13 has fewer such functions than 3.11
     assert names["train"].isdisjoint(names["validation"])
 
 
