@@ -156,7 +156,8 @@ def _losses(logits_XV: Array, targets_X: Array) -> TokenLosses:
     largest_X = logits_XV.max(axis=-1)
     exponent_XV = jnp.exp(logits_XV.astype(jnp.float32) - largest_X.astype(jnp.float32)[:, None])
     log_z_X = largest_X.astype(jnp.float32) + jnp.log(exponent_XV.sum(axis=-1))
-    rank_X = jnp.sum(logits_XV > target_logit_X[:, None], axis=-1, dtype=jnp.int32)
+    # What is not known to be at most the target's counts: where scores are not numbers, the target is last, not first.
+    rank_X = jnp.sum(~(logits_XV <= target_logit_X[:, None]), axis=-1, dtype=jnp.int32)
     return TokenLosses(log_z_X - target_logit_X.astype(jnp.float32), log_z_X, target_logit_X >= largest_X, rank_X)
 
 

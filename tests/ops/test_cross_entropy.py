@@ -90,6 +90,16 @@ def test_rank_counts_better_entries(function):
     assert found.best_X.tolist() == [rank == 0 for rank in want]
 
 
+@pytest.mark.parametrize("function", [whole_losses, in_chunks_of(16)])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_scores_that_are_no_numbers_are_never_right(function, bad):
+    hidden, unembed, targets = case(jnp.float32)
+    found = jax.jit(function)(hidden.at[3].set(bad), unembed.at[:, 0].set(bad), targets)
+    assert not np.isfinite(found.nll_X[3])
+    assert not found.best_X[3]
+    assert found.rank_X[3] == unembed.shape[0]
+
+
 def test_bfloat16_logits_are_not_kept_in_float32():
     hidden, unembed, targets = case(jnp.bfloat16)
     _, pull = jax.vjp(lambda h: token_losses(h, unembed, targets).nll_X, hidden)
