@@ -82,6 +82,6 @@ def test_a_model_learns_to_answer_and_to_stop(tmp_path: Path) -> None:
     assert run.evaluation["loss"] < 0.1
     info = json.loads((tmp_path / "dialog" / "training_info.json").read_text())
     assert info["dataset"] == config.dialogs.source
-    assert info["started_from"] == str(tmp_path / "first")
+    assert info["started_from"] == "../first"  # from the run folder
     samples = json.loads((tmp_path / "dialog" / "text_samples.json").read_text())
     assert samples[-1]["output"].strip().startswith("yes")
