@@ -81,6 +81,8 @@ def _open(folder: Path, split: str) -> Any:
 def _damage_named(folder: Path) -> Iterator[None]:
     try:
         yield
+    except (ImportError, MemoryError):  # of this machine, not of the files
+        raise
     except Exception as error:  # damaged files make the libraries raise anything
         raise UserError(
             f"the corpus in {folder} is damaged: {reason(error)}. Delete {folder.parents[1]} and prepare the data again"

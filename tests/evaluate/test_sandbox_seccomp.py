@@ -15,20 +15,9 @@ import pytest
 
 from smallcoder_jax.evaluate import sandbox_seccomp as filters
 from smallcoder_jax.evaluate.sandbox import Call, run_python
+from tests.evaluate.test_sandbox import PRELUDE
 
 ROOT = Path(__file__).resolve().parents[2]
-PRELUDE = """
-import ctypes, os, socket, sys
-libc = ctypes.CDLL(None, use_errno=True)
-def code_of(result):
-    return 0 if result >= 0 else ctypes.get_errno()
-def attempt(function, *args):
-    try:
-        function(*args)
-    except OSError as error:
-        return error.errno
-    return 0
-"""
 
 
 def test_what_is_not_listed_is_denied() -> None:

@@ -172,12 +172,13 @@ def test_a_model_that_changes_the_text_is_refused(
 
 def test_a_damaged_model_is_read_or_refused(trained: SentencePieceTokenizer) -> None:
     rng = np.random.default_rng(0)
-    whole = trained._model
+    whole, read = trained._model, 0
     for _ in range(60):
         damaged = bytearray(whole)
         damaged[int(rng.integers(len(whole)))] = int(rng.integers(256))
         with contextlib.suppress(UserError):
-            SentencePieceTokenizer(bytes(damaged))
+            read += SentencePieceTokenizer(bytes(damaged)).vocab_size > 0
+    assert 0 < read < 60  # a byte of a score is still a model
 
 
 def test_a_model_that_is_no_file(trained: SentencePieceTokenizer, tmp_path: Path) -> None:
