@@ -14,7 +14,7 @@ import jinja2
 
 from smallcoder_jax.base.display import printable
 from smallcoder_jax.base.errors import UserError
-from smallcoder_jax.base.files import read_json_object, utc_now, write_bytes
+from smallcoder_jax.base.files import read_bytes, read_json_object, utc_now, write_bytes
 from smallcoder_jax.config import to_dict
 from smallcoder_jax.configfile import load_config
 from smallcoder_jax.train.log_files import read_samples
@@ -262,4 +262,4 @@ def _inline_png(path: Path) -> str | None:
     """A PNG as a data URL, so that the page is one file; None if there is none yet."""
     if not path.exists():
         return None
-    return "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode("ascii")
+    return "data:image/png;base64," + base64.b64encode(read_bytes(path, "a chart as PNG")).decode("ascii")

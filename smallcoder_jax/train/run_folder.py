@@ -24,7 +24,7 @@ import numpy as np
 
 from smallcoder_jax import config as config_module
 from smallcoder_jax.base.errors import UserError
-from smallcoder_jax.base.files import finite, read_json_object, utc_now, write_json
+from smallcoder_jax.base.files import finite, read_json_object, read_text, utc_now, write_json
 
 VERSIONED_PACKAGES = (
     "smallcoder_jax",
@@ -176,7 +176,7 @@ class RunFolder:
 
     def check_shared(self, token: str) -> None:
         """Raises UserError where this process does not see the folder whose lock holds `token`."""
-        if not self.lock.exists() or self.lock.read_text() != token:
+        if not self.lock.exists() or read_text(self.lock, "the lock of a run") != token:
             raise UserError(
                 f"{self.path} is not the folder in which process 0 trains: all processes of a run write its "
                 "checkpoints; choose a --workdir on a file system that all machines share"

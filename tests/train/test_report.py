@@ -1,6 +1,7 @@
 """report.html: everything in one file, and nothing from the run is taken as HTML."""
 
 import html.parser
+import os
 from pathlib import Path
 from typing import Any
 
@@ -223,3 +224,10 @@ def test_nested_values_become_tables() -> None:
     assert list(dropped.headers) == ["", "short", "binary"]
     assert [[cell.text for cell in row] for row in dropped.rows] == [["a", "1", "2"], ["b", "3", "4"]]
     assert licenses.title == "licenses"
+
+
+def test_a_pipe_in_the_place_of_a_chart_is_one_message(folder: RunFolder) -> None:
+    folder.latest_chart.unlink()
+    os.mkfifo(folder.latest_chart)
+    with pytest.raises(UserError, match=r"it is a pipe, not a file.*expected a chart"):
+        report.write_report(folder, {}, {})
