@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import tensorflow_datasets as tfds
 
 from smallcoder_jax.base.errors import UserError
-from smallcoder_jax.base.files import open_regular, reason
+from smallcoder_jax.base.files import MAX_RECORD_BYTES, open_regular, read_regular, reason
 from smallcoder_jax.data.documents import Document
 
 _FIELDS = ("text", "source", "path", "repository", "language", "license")
@@ -71,8 +71,11 @@ def load_range(info: Path, split: str, start: int, stop: int) -> Iterator[Docume
 
 
 def _open(folder: Path, split: str) -> Any:
-    for path in folder.iterdir():
-        open_regular(path).close()  # what follows would wait for a pipe
+    for path in folder.iterdir():  # what follows would wait for a pipe, and read a record of any size
+        if path.suffix == ".json":
+            read_regular(path, MAX_RECORD_BYTES)
+        else:
+            open_regular(path).close()
     builder: Any = tfds.builder_from_directory(folder)
     return builder.as_data_source(split)
 
