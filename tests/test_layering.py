@@ -17,7 +17,7 @@ PACKAGE = ROOT / "smallcoder_jax"
 LEVELS = [
     ["base"],
     ["faults", "config", "configfile", "runtime", "distributed", "kernels"],
-    ["mesh", "tokenizers"],
+    ["mesh", "tokenizers", "sandbox"],
     ["ops"],
     ["layers", "losses"],
     ["models", "data", "optim"],

@@ -6,7 +6,7 @@ import inspect
 from typing import Any
 
 from smallcoder_jax.data import conversation_tools
-from smallcoder_jax.evaluate import sandbox
+from smallcoder_jax.sandbox import run as sandbox
 from smallcoder_jax.tokenizers.chat import ToolCall
 
 

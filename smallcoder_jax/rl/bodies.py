@@ -17,9 +17,9 @@ import sys
 import tokenize
 from typing import Any
 
-from smallcoder_jax.evaluate import sandbox
 from smallcoder_jax.evaluate.completions import tree_of
 from smallcoder_jax.rl.questions import Body
+from smallcoder_jax.sandbox import run as sandbox
 
 LIMITS = sandbox.Limits(wall_s=5.0, cpu_s=5, memory_bytes=512 << 20)
 CACHED = 10_000  # runs whose outcome is remembered

@@ -22,7 +22,6 @@ from jax import Array
 
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import RLConfig
-from smallcoder_jax.evaluate import sandbox
 from smallcoder_jax.evaluate.tool_calls import call_levels
 from smallcoder_jax.generate.engine import bucket
 from smallcoder_jax.loading import LoadedModel
@@ -31,6 +30,7 @@ from smallcoder_jax.models.heads import scores_at
 from smallcoder_jax.rl.bodies import CACHED, LIMITS, share_right, split_body
 from smallcoder_jax.rl.questions import Turn
 from smallcoder_jax.rl.rollouts import Answer
+from smallcoder_jax.sandbox import run as sandbox
 from smallcoder_jax.tokenizers.base import Tokenizer
 from smallcoder_jax.tokenizers.chat import ToolCall
 from smallcoder_jax.tokenizers.chat_parser import Parsed, parse, same_value

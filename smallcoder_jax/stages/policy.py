@@ -22,7 +22,6 @@ from jax.sharding import Mesh
 from smallcoder_jax import loading
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import Config, eval_rows
-from smallcoder_jax.evaluate import sandbox
 from smallcoder_jax.loading import LoadedModel
 from smallcoder_jax.mesh import make_mesh, params_sharding
 from smallcoder_jax.models import build
@@ -30,6 +29,7 @@ from smallcoder_jax.rl import questions
 from smallcoder_jax.rl.experience import REPORTED, Experience, Learn, grpo_rows
 from smallcoder_jax.rl.rewards import VERSION, CheckedReward, Reward, RewardModel
 from smallcoder_jax.rl.rollouts import Question, RolloutEngine, fitting
+from smallcoder_jax.sandbox import run as sandbox
 from smallcoder_jax.stages.start import load_start, need_start, one_process, start_of
 from smallcoder_jax.tokenizers.base import Tokenizer
 from smallcoder_jax.train.metrics import ratio

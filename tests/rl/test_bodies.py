@@ -12,7 +12,7 @@ import pytest
 
 from smallcoder_jax.config import RLConfig
 from smallcoder_jax.data.conversation_code import draw_callable
-from smallcoder_jax.evaluate import sandbox
+from smallcoder_jax.sandbox import run as sandbox
 from smallcoder_jax.rl import bodies, questions
 from smallcoder_jax.rl.questions import Body
 from smallcoder_jax.rl.rewards import CheckedReward

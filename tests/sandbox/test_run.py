@@ -25,8 +25,9 @@ from typing import Any
 import pytest
 
 from smallcoder_jax.base.errors import UserError
-from smallcoder_jax.evaluate import sandbox, sandbox_launch, sandbox_worker
-from smallcoder_jax.evaluate.sandbox import Call, Limits, run_command, run_doctests, run_python, run_tests, same_value
+from smallcoder_jax.sandbox import memory, process, worker
+from smallcoder_jax.sandbox import run as sandbox
+from smallcoder_jax.sandbox.run import Call, Limits, run_command, run_doctests, run_python, run_tests, same_value
 
 ROOT = Path(__file__).resolve().parents[2]
 ALLOW_ALL = struct.pack("=HBBI", 0x06, 0, 0, 0x7FFF0000)
@@ -236,7 +237,7 @@ def attempt(function, *args):
 """
 # name, body of f(x), what f must return, with the filter or without; x is a dict of what the test prepared.
 REACHING: list[tuple[str, str, Any, bool]] = [
-    ("environment", "return dict(os.environ)", sandbox.ENVIRONMENT, True),
+    ("environment", "return dict(os.environ)", process.ENVIRONMENT, True),
     ("files_of_the_host", "return [p for p in x['paths'] if os.path.exists(p)]", [], True),
     ("no_proc_no_sys", "return [os.path.exists(p) for p in ('/proc', '/sys', '/host', '/etc/passwd')]", [False] * 4,
      False),
@@ -423,7 +424,7 @@ def test_daemon_does_not_outlive_the_run() -> None:
 def test_nothing_outlives_a_caller_that_is_killed() -> None:
     name = secrets.token_hex(6)
     code = CALL_MYSELF.format(name=name) + "time.sleep(99)"
-    program = f"from smallcoder_jax.evaluate.sandbox import *\nrun_python({code!r}, limits=Limits(wall_s=60))"
+    program = f"from smallcoder_jax.sandbox.run import *\nrun_python({code!r}, limits=Limits(wall_s=60))"
     caller = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
     until = time.monotonic() + 20
     while not named(name) and time.monotonic() < until:
@@ -602,13 +603,13 @@ def test_forged_records_of_any_form() -> None:
 @attack
 def test_a_value_has_one_spelling() -> None:
     """What a caller reads can be written again, and is the same: nothing that `encode` refuses comes in."""
-    for value in [*VALUES, (1 << sandbox_worker.MAX_INT_BITS) - 1, {math.nan}, [math.nan, -math.inf, 5e-324]]:
-        data = json.loads(json.dumps(sandbox_worker.encode(value)))
-        assert same_value(sandbox_worker.decode(data), value)
+    for value in [*VALUES, (1 << worker.MAX_INT_BITS) - 1, {math.nan}, [math.nan, -math.inf, 5e-324]]:
+        data = json.loads(json.dumps(worker.encode(value)))
+        assert same_value(worker.decode(data), value)
     for data in (["int", "0x02"], ["float", "0x1p0"], ["bytes", "00 00"], ["bytes", "FF"], ["set", None, None],
                  ["set", "b", "a"], ["dict", ["a", None], ["a", True]], ["float", "-0x0.0p+0"]):  # fmt: skip
         with pytest.raises(ValueError, match="form"):
-            sandbox_worker.decode(data)
+            worker.decode(data)
 
 
 def test_at_a_limit_only_what_is_below_is_killed() -> None:
@@ -618,10 +619,10 @@ def test_at_a_limit_only_what_is_below_is_killed() -> None:
             subprocess.Popen(["sleep", "60"]) as other:  # fmt: skip
         assert top.stdout is not None
         assert top.stdout.readline() == b"\n"
-        usage = sandbox_launch.Usage(top.pid, 0)
+        usage = memory.Usage(top.pid, 0)
         below = [pid for pid in usage.processes if pid != top.pid]
         usage.processes.append(other.pid)
-        sandbox_launch.kill_at_once(usage, top.pid)
+        memory.kill_at_once(usage, top.pid)
         for _ in range(200):
             states = [re.findall(r"State:\s+(\w)", Path(f"/proc/{pid}/status").read_text())[0] for pid in below]
             if states == ["Z"] * 3:
@@ -638,10 +639,10 @@ def test_at_a_limit_only_what_is_below_is_killed() -> None:
 def test_the_host_s_files_are_not_memory_of_a_run() -> None:
     """Init has them before it builds the sandbox's own, which may take longer than the first look."""
     with subprocess.Popen(["sleep", "60"]) as init:
-        assert sandbox_launch.Usage(init.pid, 0).disk == 0
+        assert memory.Usage(init.pid, 0).disk == 0
         init.kill()
     with subprocess.Popen(["bash", "-c", "sleep 60; true"], start_new_session=True) as parent:
-        while len((usage := sandbox_launch.Usage(parent.pid, 0)).processes) < 2:
+        while len((usage := memory.Usage(parent.pid, 0)).processes) < 2:
             time.sleep(0.01)
         assert usage.disk > 0
         os.killpg(parent.pid, signal.SIGKILL)
@@ -798,10 +799,10 @@ def test_many_at_once_do_not_meet() -> None:
 def test_refused_where_namespaces_are_forbidden(tmp_path: Path) -> None:
     """A real refusal: in a process that may not unshare, as in many containers."""
     program = (
-        "import sys\nfrom smallcoder_jax.evaluate import sandbox, sandbox_launch, sandbox_seccomp\n"
-        "sandbox_launch.libc.prctl(38, 1, 0, 0, 0)\n"
-        "sandbox_launch.install_filter(sandbox_seccomp.seccomp_filter())\n"
-        "from smallcoder_jax.base.errors import run_cli\nrun_cli(lambda: sandbox.check_isolation())"
+        "from smallcoder_jax.sandbox import launch, run, seccomp\n"
+        "launch.libc.prctl(38, 1, 0, 0, 0)\n"
+        "launch.install_filter(seccomp.seccomp_filter())\n"
+        "from smallcoder_jax.base.errors import run_cli\nrun_cli(run.check_isolation)"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2, done
@@ -816,8 +817,8 @@ def test_refused_where_namespaces_are_forbidden(tmp_path: Path) -> None:
      ({"binds": []}, "No such file")],
 )  # fmt: skip
 def test_refused_where_a_step_fails(change: Any, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = sandbox._plan
-    monkeypatch.setattr(sandbox, "_plan", lambda *args: plan(*args) | change)
+    plan = sandbox.make_plan
+    monkeypatch.setattr(sandbox, "make_plan", lambda *args: plan(*args) | change)
     with pytest.raises(UserError, match=message):
         run_python("print(1)")
 
@@ -851,6 +852,6 @@ def test_check_isolation_holds_here() -> None:
 
 
 def test_import_is_light() -> None:
-    program = "import sys, smallcoder_jax.evaluate.sandbox\nprint([m for m in ('jax', 'numpy') if m in sys.modules])"
+    program = "import sys, smallcoder_jax.sandbox.run\nprint([m for m in ('jax', 'numpy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from smallcoder_jax.evaluate import sandbox_seccomp as filters
-from smallcoder_jax.evaluate.sandbox import Call, run_python
-from tests.evaluate.test_sandbox import PRELUDE
+from smallcoder_jax.sandbox import seccomp as filters
+from smallcoder_jax.sandbox.run import Call, run_python
+from tests.sandbox.test_run import PRELUDE
 
 ROOT = Path(__file__).resolve().parents[2]
 

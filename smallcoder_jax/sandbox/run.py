@@ -24,61 +24,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import secrets
-import selectors
 import signal
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Mapping, Sequence
-from functools import cache
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, Literal
+from typing import Any
 
 from smallcoder_jax.base.errors import UserError
-from smallcoder_jax.evaluate import sandbox_launch, sandbox_worker
-from smallcoder_jax.evaluate.sandbox_seccomp import seccomp_filter
+from smallcoder_jax.sandbox import worker
+from smallcoder_jax.sandbox.process import Ended, Limits, Sandbox, make_plan, python
 
-# How a run ended: by itself ("exited": before its harness was done); by a signal; at a limit (of `Limits`); or because
-# it wrote records that its harness did not ("forged").
-Ended = Literal["finished", "exited", "signal", "wall", "cpu", "memory", "output", "results", "forged"]
-
-ENVIRONMENT = {"PATH": "/sandbox/bin:/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8"}
-SYSTEM = ("/usr/bin", "/usr/lib", "/usr/lib64", "/bin", "/lib", "/lib64", "/usr/share/zoneinfo")
-SYSTEM_FILES = ("/etc/ld.so.cache", "/etc/alternatives")
-DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
-NOBODY = 65534
-GRACE_S = 10.0  # beyond the wall clock's limit, after which the launcher itself is killed
-MAX_STATUS = 65536
 FORGED = (ValueError, TypeError, RecursionError)  # of reading what the harness would not have written
 MAX_ARGUMENT = 128 << 10  # bytes, of Linux
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """What one run may use.
-
-    `memory_bytes` holds for each process (address space), and for all together: pages, page tables, mappings, `/tmp`,
-    and pipes and sockets as if they were full. Shared anonymous memory (`mmap.mmap(-1, n)`) is denied.
-    """
-
-    wall_s: float = 10.0
-    cpu_s: int = 10  # of each process
-    memory_bytes: int = 1 << 30
-    disk_bytes: int = 16 << 20  # of /tmp, and of each file
-    processes: int = 32  # threads count as processes
-    open_files: int = 64  # of each process
-    output_bytes: int = 64 << 10  # of stdout, and of stderr
-    result_bytes: int = 1 << 20  # of all results together, as they travel
-
-    def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            numbers = (int, float) if field.name == "wall_s" else (int,)
-            if type(value) not in numbers or not 0 < value < float("inf"):
-                raise UserError(f"Limits.{field.name} is {value!r}; expected a number above 0, whole but for wall_s")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +98,7 @@ def same_value(one: Any, other: Any) -> bool:
 
     ValueError for a value that is not plain, or larger than a result may be.
     """
-    return json.dumps(sandbox_worker.encode(one)) == json.dumps(sandbox_worker.encode(other))
+    return json.dumps(worker.encode(one)) == json.dumps(worker.encode(other))
 
 
 def check_isolation() -> None:
@@ -158,10 +115,7 @@ def run_python(code: str, *, calls: Sequence[Call] = (), limits: Limits | None =
     UserError: this machine cannot isolate, or an argument is not a plain value.
     """
     try:
-        items = [
-            [call.function, sandbox_worker.encode(tuple(call.args)), sandbox_worker.encode(dict(call.kwargs))]
-            for call in calls
-        ]
+        items = [[call.function, worker.encode(tuple(call.args)), worker.encode(dict(call.kwargs))] for call in calls]
     except ValueError as error:
         raise UserError(f"a call's arguments hold {error}; pass plain values, which can be copied inside") from None
     outcome = _run_job("calls" if items else "script", code, items, limits or Limits())
@@ -238,8 +192,8 @@ def run_command(script: str, *, files: Mapping[str, str] | None = None, limits: 
         raise UserError(f"{len(given)} files take {size} bytes, above Limits.disk_bytes = {limits.disk_bytes}")
     if len(script.encode()) >= MAX_ARGUMENT or "\0" in script:
         raise UserError(f"a script of {len(script)} characters; expected less than {MAX_ARGUMENT} bytes, without NUL")
-    plan = _plan(["/bin/bash", "-c", script], None, limits) | {"files": {n: t.hex() for n, t in given.items()}}
-    run = _Run(plan, limits)
+    plan = make_plan(["/bin/bash", "-c", script], None, limits) | {"files": {n: t.hex() for n, t in given.items()}}
+    run = Sandbox(plan, limits)
     return Outcome(_ended(run, limits) or "finished", (), None, run.exit_code, run.text(1), run.text(2), run.seconds)
 
 
@@ -247,8 +201,8 @@ def _run_job(kind: str, code: str, items: list[Any], limits: Limits) -> Outcome:
     """Runs the worker. `results` are those that came back, in order; none if records were forged."""
     nonce = secrets.token_hex(16)
     job = json.dumps({"kind": kind, "nonce": nonce, "code": code, "items": items})
-    argv = [_python()[0], "-I", "-S", "-B", "-X", "utf8", "-c", Path(sandbox_worker.__file__).read_text()]
-    run = _Run(_plan(argv, job, limits), limits)
+    argv = [python()[0], "-I", "-S", "-B", "-X", "utf8", "-c", Path(worker.__file__).read_text()]
+    run = Sandbox(make_plan(argv, job, limits), limits)
     try:
         results, error, done = _read_records(bytes(run.received["records"]), nonce, kind, len(items))
         forged = False
@@ -288,169 +242,13 @@ def _result(record: list[Any], index: int) -> Result:
     _, number, value, error = record
     if type(number) is not int or number != index or type(error) not in (str, type(None)):
         raise ValueError("a record out of turn")
-    return Result(sandbox_worker.decode(value), error)
+    return Result(worker.decode(value), error)
 
 
-def _ended(run: _Run, limits: Limits) -> Ended | None:
+def _ended(run: Sandbox, limits: Limits) -> Ended | None:
     """What ended the program, if it did not end by itself."""
     if run.reason is not None:
         return run.reason
     if run.signal is None:
         return None
     return "cpu" if run.signal == signal.SIGXCPU or run.cpu_s >= limits.cpu_s else "signal"
-
-
-@cache
-def _python() -> tuple[str, tuple[str, ...], tuple[str, ...]]:
-    """The interpreter below a virtual environment, what it needs, and the packages installed in it (to be hidden)."""
-    base = os.path.realpath(sys.base_prefix)
-    name = f"python{sys.version_info.major}.{sys.version_info.minor}"
-    program = os.path.realpath(os.path.join(base, "bin", name))
-    if not os.access(program, os.X_OK):
-        raise UserError(f"the sandbox starts {program}, which is not there; run with a Python installed in bin and lib")
-    folders = [os.path.join(base, folder) for folder in ("lib", "lib64")]
-    libraries = [folder for folder in folders if os.path.isdir(folder)]
-    packages = [f"{folder}/{name}/{kind}" for folder in libraries for kind in ("site-packages", "dist-packages")]
-    packages += ["/usr/lib/python3/dist-packages"]
-    return program, (program, *libraries), tuple(package for package in packages if os.path.isdir(package))
-
-
-@cache
-def _view() -> dict[str, Any]:
-    """What of the host is seen inside, read-only (`binds`), which of it is hidden (`masks`), and symbolic links."""
-    program, interpreter, packages = _python()
-    wanted = sorted({path for path in (*SYSTEM, *SYSTEM_FILES, *DEVICES, *interpreter) if os.path.exists(path)})
-    links = {path: os.readlink(path) for path in wanted if os.path.islink(path)}
-    binds: list[str] = []
-    for path in wanted:
-        if path not in links and not any(path.startswith(above + "/") for above in binds):
-            binds.append(path)
-    links |= {"/sandbox/bin/python": program, "/sandbox/bin/python3": program}
-    return {"binds": binds, "masks": [path for path in packages if not os.path.islink(path)], "links": links}
-
-
-def _plan(argv: list[str], job: str | None, limits: Limits) -> dict[str, Any]:
-    """What the launcher is told. Root becomes nobody, so that even outside nothing would belong to the code."""
-    user, group, inside = os.geteuid(), os.getegid(), sandbox_launch.INSIDE_ID
-    maps = [f"{inside} {user} 1", f"{inside} {group} 1"]
-    if user == 0:
-        maps = [f"0 0 1\n{inside} {NOBODY} 1"] * 2
-    return {
-        "argv": argv,
-        "env": ENVIRONMENT,
-        "job": job,
-        "files": {},
-        "limits": dataclasses.asdict(limits),
-        "socket_bytes": _socket_bytes(),
-        "filter": seccomp_filter().hex(),
-        "uid_map": maps[0],
-        "gid_map": maps[1],
-        "drop_groups": user == 0,
-        **_view(),
-    }
-
-
-@cache
-def _socket_bytes() -> int:
-    """What can wait in one end of a socketpair, at most: its buffer, and half of it once more with the last message."""
-    one, other = socket.socketpair()
-    with one, other:
-        return 3 * one.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) // 2
-
-
-class _Run:
-    """One sandbox from start to end, and what came out of it. When it returns, no process of it is left."""
-
-    def __init__(self, plan: dict[str, Any], limits: Limits) -> None:
-        if sys.platform != "linux":
-            raise UserError(f"the sandbox needs Linux's namespaces, and this is {sys.platform}: execute code on Linux")
-        self.reason: Ended | None = None
-        self.exit_code: int | None = None
-        self.signal: int | None = None
-        self.cpu_s = 0.0
-        self.received = {1: bytearray(), 2: bytearray(), "records": bytearray(), "status": bytearray()}
-        self.room = {1: limits.output_bytes, 2: limits.output_bytes, "records": limits.result_bytes,
-                     "status": MAX_STATUS}  # fmt: skip
-        start = time.monotonic()
-        status, status_end = os.pipe()
-        records, records_end = os.pipe()
-        command = [_python()[0], "-I", "-S", "-B", sandbox_launch.__file__, str(status_end), str(records_end)]
-        with open(status, "rb", buffering=0) as status_file, open(records, "rb", buffering=0) as records_file:
-            try:
-                # A new program and not a fork: threads of this process may hold any lock.
-                process = subprocess.Popen(
-                    command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={}, cwd="/",
-                    pass_fds=(status_end, records_end), start_new_session=True,
-                )  # fmt: skip
-            finally:
-                os.close(status_end)
-                os.close(records_end)
-            with process:
-                try:
-                    self._talk(process, plan, status_file, records_file, start + limits.wall_s + GRACE_S)
-                except BaseException:
-                    process.kill()  # init hears of it and dies, and everything inside with it
-                    raise
-        self.seconds = time.monotonic() - start
-        self._read_status()
-
-    def text(self, stream: Literal[1, 2]) -> str:
-        return self.received[stream].decode(errors="replace")
-
-    def _talk(self, process: subprocess.Popen[bytes], plan: dict[str, Any], status: IO[bytes], records: IO[bytes],
-              deadline: float) -> None:  # fmt: skip
-        """Sends the plan and reads everything to its end. Closing `stdin` has the launcher take the sandbox down."""
-        assert process.stdin is not None  # as the pipes above
-        assert process.stdout is not None
-        assert process.stderr is not None
-        try:
-            process.stdin.write(json.dumps(plan).encode() + b"\n")
-            process.stdin.flush()
-        except BrokenPipeError:
-            pass  # it ended; its status says why
-        with selectors.DefaultSelector() as selector:
-            for name, file in ((1, process.stdout), (2, process.stderr), ("records", records), ("status", status)):
-                selector.register(file, selectors.EVENT_READ, name)
-            while selector.get_map():
-                for key, _ in selector.select(max(0.0, deadline - time.monotonic())):
-                    part = os.read(key.fd, 65536)
-                    if not part:
-                        selector.unregister(key.fileobj)
-                    elif not self._keep(key.data, part):
-                        process.stdin.close()
-                if time.monotonic() >= deadline:
-                    self.reason = "wall"
-                    process.kill()
-                    return
-
-    def _keep(self, name: Any, part: bytes) -> bool:
-        """Whether there is still room for what is read from a stream."""
-        self.received[name] += part[: self.room[name] - len(self.received[name])]
-        if len(self.received[name]) < self.room[name]:
-            return True
-        self.reason = self.reason or ("results" if name == "records" else "output")
-        return False
-
-    def _read_status(self) -> None:
-        lines = [json.loads(line) for line in self.received["status"].splitlines()]
-        said: dict[str, Any] = {name: value for line in lines for name, value in line.items()}
-        if "refused" in said:
-            raise UserError(_refusal(said["refused"]))
-        if "killed" in said and self.reason is None:
-            self.reason = said["killed"]
-        if "status" in said:
-            self.cpu_s = said["cpu_s"]
-            code = os.waitstatus_to_exitcode(said["status"])
-            self.exit_code, self.signal = (code, None) if code >= 0 else (None, -code)
-        elif self.reason is None:
-            raise UserError(_refusal(f"its launcher ended without a word; it printed: {self.text(2)[-2000:]!r}"))
-
-
-def _refusal(why: str) -> str:
-    return (
-        f"code is not executed: the sandbox cannot isolate it here ({why}). It needs Linux 5.14 or newer with seccomp, "
-        "and user namespaces that this user may create. As an ordinary user, look at the settings "
-        "kernel.unprivileged_userns_clone (1), kernel.apparmor_restrict_unprivileged_userns (0) and "
-        "user.max_user_namespaces (above 0); in a container, allow unshare and mount "
-        "(Docker: --security-opt seccomp=unconfined --security-opt apparmor=unconfined --cap-add SYS_ADMIN)"
-    )

@@ -1,7 +1,7 @@
 """Builds the sandbox around one program: namespaces, mounts, limits; waits for it and takes everything down again.
 
-`sandbox.py` starts this file as a program of its own, because a process with JAX's threads must not fork. It uses the
-standard library only. Three processes follow each other:
+`process.py` starts this module as a program of its own, because a process with JAX's threads must not fork. It and
+`memory.py` use the standard library only. Three processes follow each other:
 
     helper   in the namespaces of users, network, pids, ipc, host name; outside the mount namespace.
              Watches clock, memory and `stdin`, whose end means that whoever asked is gone; then kills init.
@@ -15,7 +15,6 @@ line; the program never holds it.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import fcntl
 import json
@@ -28,6 +27,17 @@ import time
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from smallcoder_jax.sandbox.memory import (
+    BYTES_PER_S,
+    LOOK_LEAST_S,
+    LOOK_S,
+    Group,
+    Usage,
+    kill_at_once,
+    libc,
+    make_group,
+)  # fmt: skip
+
 CLONE = {"NEWNS": 0x20000, "NEWCGROUP": 0x2000000, "NEWUTS": 0x4000000, "NEWIPC": 0x8000000,
          "NEWUSER": 0x10000000, "NEWPID": 0x20000000, "NEWNET": 0x40000000}  # fmt: skip
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_BIND, MS_REC, MS_PRIVATE, MNT_DETACH = 1, 2, 4, 4096, 16384, 1 << 18, 2
@@ -35,7 +45,6 @@ PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NE
 PR_SET_THP_DISABLE = 41
 SECCOMP_MODE_FILTER = 2
 SYS_MOUNT_SETATTR, SYS_PIVOT_ROOT, SYS_CAPSET = 442, {"x86_64": 155, "aarch64": 41}, {"x86_64": 126, "aarch64": 91}
-SYS_KCMP, KCMP_VM = {"x86_64": 312, "aarch64": 272}, 1
 AT_RECURSIVE = 0x8000
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV = 1, 2, 4
 INSIDE_ID = 1000  # user and group of the program, as it sees them
@@ -44,17 +53,7 @@ MAX_FILES = 4096  # in the sandbox's /tmp
 # /dev/zero mapped as shared is memory that nothing counts; /dev/full reads as zeros too, and cannot be mapped.
 DEVICE_SOURCES = {"/dev/zero": "/dev/full"}
 
-# Memory of all processes together is looked at often enough that it cannot pass the limit by much in between: by what
-# every processor could touch, page by page.
-LOOK_S, LOOK_LEAST_S = 0.05, 0.001
-BYTES_PER_S = 4 << 30  # of one processor, and some time to be late
-OWN_PAGES, ADDRESS_SPACE = (b"RssAnon:", b"VmSwap:", b"VmPTE:"), b"VmSize:"  # of /proc/PID/status
-# What the kernel holds for a process beside its pages, at most.
-MAPPING_BYTES = 512
-PIPE_BYTES = 16 * resource.getpagesize()
-
 Report = Callable[..., None]
-libc = ctypes.CDLL(None, use_errno=True)
 
 
 class MountAttr(ctypes.Structure):
@@ -226,8 +225,10 @@ def run_program(plan: dict[str, Any], descriptors: list[int]) -> NoReturn:
     os.execve(plan["argv"][0], plan["argv"], plan["env"])
 
 
-def init(plan: dict[str, Any], alive: int, records: int, report: Report) -> NoReturn:
+def init(plan: dict[str, Any], alive: int, records: int, group: Group | None, report: Report) -> NoReturn:
     """Pid 1: builds the sandbox, starts the program, reaps. `alive` ends when the helper does."""
+    if group is not None:
+        group.join()
     os.setsid()
     check("sethostname", libc.sethostname(b"sandbox", 7))
     descriptors = [-1, 1, 2]
@@ -254,106 +255,9 @@ def init(plan: dict[str, Any], alive: int, records: int, report: Report) -> NoRe
             os._exit(0)
 
 
-class Usage:
-    """What the processes of a run hold together, in one look.
-
-    Pages of their own, in memory or swapped out, where pages shared after a fork count for each; tables of pages;
-    mappings; `/tmp`; pipes and sockets as if they were full, each once however many processes have it open.
-    """
-
-    def __init__(self, pid: int, socket_bytes: int) -> None:
-        self.processes: list[int] = []
-        self.pages = self.address_space = self.disk = 0
-        self.buffers: dict[str, int] = {}  # by the name of the pipe or socket
-        self.memories: list[str] = []  # a thread of each process with memory of its own
-        self.costs = {"pipe": PIPE_BYTES, "socket": socket_bytes}
-        self._add(pid, None)
-
-    def _add(self, pid: int, parent: int | None) -> None:
-        """Adds a process and all below it. What ends meanwhile is left out."""
-        self.processes.append(pid)
-        lent = parent is not None and _same_memory(parent, pid)  # as between vfork and exec
-        threads = [f"/proc/{pid}/task/{name}" for name in _names(f"/proc/{pid}/task")]
-        for thread in threads:
-            sizes = _sizes(f"{thread}/status")
-            if not sizes:
-                continue  # it has ended, and shows nothing of the memory that others use still
-            if not lent or thread != f"/proc/{pid}/task/{pid}":
-                self.memories.append(thread)
-                self.pages += sum(sizes.get(name, 0) for name in OWN_PAGES)
-                self.address_space += sizes.get(ADDRESS_SPACE, 0)
-            if parent is not None:  # init begins with the host's files
-                with contextlib.suppress(OSError):
-                    disk = os.statvfs(f"{thread}/root/tmp")
-                    self.disk = (disk.f_blocks - disk.f_bfree) * disk.f_frsize
-            break
-        for thread in threads:
-            for name in _names(f"{thread}/fd"):  # threads need not share descriptors
-                with contextlib.suppress(OSError):
-                    target = os.readlink(f"{thread}/fd/{name}")
-                    if (cost := self.costs.get(target.partition(":")[0])) is not None:
-                        self.buffers[target] = cost
-            for child in _read(f"{thread}/children").split():
-                self._add(int(child), pid)
-
-    def bytes(self, limit: int) -> int:
-        """All of it. Mappings are counted, which takes time, where as many as there is room for would pass `limit`."""
-        counted = self.pages + self.disk + sum(self.buffers.values())
-        at_most = counted + self.address_space // resource.getpagesize() * MAPPING_BYTES
-        if at_most <= limit:
-            return at_most
-        for thread in self.memories:
-            with contextlib.suppress(OSError), open(f"{thread}/maps", "rb", buffering=0) as file:
-                while counted <= limit and (part := file.read(1 << 16)):
-                    counted += part.count(b"\n") * MAPPING_BYTES
-        return counted
-
-
-def _same_memory(one: int, other: int) -> bool:
-    """Whether the first threads of two processes use one memory; also where both have ended."""
-    number = ctypes.c_long(SYS_KCMP[os.uname().machine])
-    return libc.syscall(number, one, other, KCMP_VM, ctypes.c_ulong(0), ctypes.c_ulong(0)) == 0
-
-
-def _names(folder: str) -> list[str]:
-    try:
-        return os.listdir(folder)
-    except OSError:
-        return []
-
-
-def _read(path: str) -> bytes:
-    try:
-        with open(path, "rb", buffering=0) as file:
-            return file.readall()
-    except OSError:
-        return b""
-
-
-def _sizes(path: str) -> dict[bytes, int]:
-    """What `/proc/PID/status` says of memory, in bytes; nothing of a thread that has ended."""
-    lines = (line.split() for line in _read(path).split(b"\n") if line.startswith((*OWN_PAGES, ADDRESS_SPACE)))
-    return {name: int(number) * 1024 for name, number, _ in lines}
-
-
-def kill_at_once(usage: Usage, pid: int) -> None:
-    """Kills everything below `pid`. The kernel does so too when init ends, but not before init's turn has come.
-
-    Meanwhile memory would grow. A number that has passed to another process since `usage` was taken is left alone: it
-    is not below `pid` when looked up once more, after the descriptors were opened.
-    """
-    descriptors: dict[int, int] = {}
-    for process in usage.processes:
-        with contextlib.suppress(OSError):
-            descriptors[process] = os.pidfd_open(process)
-    for process in Usage(pid, 0).processes:
-        if process != pid and process in descriptors:
-            with contextlib.suppress(OSError):
-                signal.pidfd_send_signal(descriptors[process], signal.SIGKILL)
-
-
-def watch(pid: int, limits: dict[str, Any], socket_bytes: int, report: Report) -> None:
+def watch(pid: int, plan: dict[str, Any], group: Group | None, report: Report) -> None:
     """Waits for init, whose end is the end of all; kills it at a limit, or when nobody waits any more."""
+    limits = plan["limits"]
     deadline = time.monotonic() + limits["wall_s"]
     ended = os.pidfd_open(pid)
     events = select.poll()
@@ -372,15 +276,17 @@ def watch(pid: int, limits: dict[str, Any], socket_bytes: int, report: Report) -
         elif left <= 0:
             reason = "wall"
         else:
-            usage = Usage(pid, socket_bytes)
+            usage = Usage(pid, plan["socket_bytes"])
             used = usage.bytes(limits["memory_bytes"])
-            if used > limits["memory_bytes"]:
+            if used > limits["memory_bytes"] or (group is not None and group.killed()):
                 reason = "memory"
                 kill_at_once(usage, pid)
     if reason is not None:
         report(killed=reason)
         os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
+    if reason is None and group is not None and group.killed():
+        report(killed="memory")
 
 
 def main() -> None:
@@ -413,16 +319,17 @@ def run(plan: dict[str, Any], records: int, report: Report) -> None:
     """The helper's part."""
     _write("/proc/self/oom_score_adj", "1000")  # if memory ends, this ends first
     os.stat(f"/proc/self/task/{os.getpid()}/children")  # without which nothing below could be counted
-    enter_namespaces(plan, report)
-    alive, held = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        os.close(held)
-        init(plan, alive, records, report)
-    for descriptor in (1, 2, records):
-        os.close(descriptor)  # their readers see an end when the sandbox ends
-    watch(pid, plan["limits"], plan["socket_bytes"], report)
-
-
-if __name__ == "__main__":
-    main()
+    group, helper = make_group(plan["limits"]["memory_bytes"]), os.getpid()
+    try:
+        enter_namespaces(plan, report)
+        alive, held = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            os.close(held)
+            init(plan, alive, records, group, report)
+        for descriptor in (1, 2, records):
+            os.close(descriptor)  # their readers see an end when the sandbox ends
+        watch(pid, plan, group, report)
+    finally:
+        if group is not None and os.getpid() == helper:  # an error of init comes here too
+            group.remove()
