@@ -18,7 +18,7 @@ from smallcoder_jax.data.tool_dialogs import Dialogs, open_dialogs, write_dialog
 from smallcoder_jax.tokenizers.chat import to_json
 from smallcoder_jax.tokenizers.chat_wire import to_wire
 
-FORMAT = 2  # raised when the same rows begin to give other conversations
+FORMAT = 3  # raised when the same rows begin to give other conversations
 _KINDS = ("jsonl", "parquet", "hf")
 
 

@@ -2,20 +2,20 @@
 
 `DIR/preferences/KEY/` holds `train.jsonl`, `validation.jsonl` (one pair a line, see `preferences.Preference`) and
 `accounting.json`: of each side, how many pairs there are by criterion; `left_out`, those that were there before or
-whose prompt is on the other side; `unusable`, of each file how many rows gave no pair, and the first of them.
+whose prompt is on the other side; `unusable`, of each file how many rows gave no pair, and the first of them;
+`files` and `fingerprint`, by which a change of the two files is seen.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-import hashlib
 import platform
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from smallcoder_jax.base.errors import UserError
-from smallcoder_jax.base.files import write_json
+from smallcoder_jax.base.files import read_json_object, write_json
 from smallcoder_jax.config import PreferencesConfig
 from smallcoder_jax.data import conversations, preference_calls, preference_code, preference_given
 from smallcoder_jax.data.conversations import VALIDATION_SHARE, side_of
@@ -32,10 +32,12 @@ from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.data.row_files import RowFiles, find_files
 from smallcoder_jax.data.rows import Account, valid_text
 from smallcoder_jax.data.sources import parse_sources
-from smallcoder_jax.data.storage import new_folder, short_key
+from smallcoder_jax.data.storage import check_sealed, new_folder, sealed, short_key
 
-FORMAT = 2  # raised when the same settings begin to give other files
+FORMAT = 3  # raised when the same settings begin to give other files
 KINDS = "code, conversations, jsonl:PATH"
+_ACCOUNTING = "accounting.json"
+_FILES = tuple(f"{side}.jsonl" for side in SIDES)
 _DRAWN = ("code", "conversations")  # made here; all others are files
 
 
@@ -92,10 +94,16 @@ def ensure_preferences(
             accounting: dict[str, object] = {side: dict(sorted(counts[side].items())) for side in SIDES}
             accounting["left_out"] = sum(len(drawn[side]) - len(sides[side]) for side in SIDES)
             accounting["unusable"] = {name: {"rows": a.bad, "first": a.named} for name, a in accounts.items()}
-            write_json(temporary / "accounting.json", accounting)
-    train, validation = (tuple(read_preferences(folder / f"{side}.jsonl")) for side in SIDES)
-    digest = hashlib.sha256(b"".join((folder / f"{side}.jsonl").read_bytes() for side in SIDES))
-    return PreferenceSet(folder, train, validation, digest.hexdigest())
+            write_json(temporary / _ACCOUNTING, {**accounting, **sealed(temporary, _FILES)})
+    return _open(folder)
+
+
+def _open(folder: Path) -> PreferenceSet:
+    """What is kept in `folder`. Raises UserError where it is not what was written there."""
+    facts = read_json_object(folder / _ACCOUNTING, f"the account of preferences; delete {folder}")
+    check_sealed(folder, facts, _FILES, "preferences")
+    train, validation = (tuple(read_preferences(folder / name)) for name in _FILES)
+    return PreferenceSet(folder, train, validation, facts["fingerprint"])
 
 
 def _identity(source: str, corpus: Path | None) -> str:

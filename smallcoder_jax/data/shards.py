@@ -18,8 +18,9 @@ from typing import Any, Literal
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
+from smallcoder_jax.base.checksums import checksums_of, is_checksum
 from smallcoder_jax.base.errors import UserError
-from smallcoder_jax.base.files import read_json, reason, sha256, write_json
+from smallcoder_jax.base.files import read_json, reason, write_json
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -116,10 +117,7 @@ def write_tokens(
         dummy,
         tuple(entries),
         accounting(entries),
-        {
-            name: {"bytes": (folder / name).stat().st_size, "sha256": sha256(folder / name)}
-            for name in _file_names(entries)
-        },
+        checksums_of(folder, _file_names(entries)),
     )
     write_json(folder / MANIFEST, dataclasses.asdict(manifest))
     return manifest
@@ -255,14 +253,13 @@ def _check_values(manifest: Manifest) -> None:
     counts = [
         (split.documents, split.tokens, split.bytes) for s in manifest.sources for split in (s.train, s.validation)
     ]
-    sums = [(entry["bytes"], entry["sha256"]) for entry in manifest.checksums.values()]
     sound = (
         all(isinstance(text, str) for text in (manifest.fingerprint, manifest.tokenizer_hash, *names)),
         manifest.dtype in ("uint16", "uint32"),
         all(type(number) is int and number >= 0 for number in (manifest.vocab_size, *itertools.chain(*counts))),
         all(isinstance(source.weight, int | float) and source.weight >= 0 for source in manifest.sources),
-        all(type(size) is int and isinstance(digest, str) for size, digest in sums),
-        not sums or manifest.checksums.keys() == set(names),
+        all(map(is_checksum, manifest.checksums.values())),
+        not manifest.checksums or manifest.checksums.keys() == set(names),
     )
     if not all(sound):
         raise ValueError("a value in it has another form than what was written")

@@ -9,10 +9,11 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from smallcoder_jax.base.checksums import check_file, checksums_of, is_checksum
 from smallcoder_jax.base.errors import UserError
 
 KEY_LENGTH = 16
@@ -23,6 +24,28 @@ _SMALL = 1 << 20  # bytes that are as good as none
 def short_key(value: Any) -> str:
     """A folder's name: the start of a hash over everything that decides what the folder holds."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:KEY_LENGTH]
+
+
+def sealed(folder: Path, names: Sequence[str]) -> dict[str, Any]:
+    """What says of these files of `folder` whether they are changed later: `files`, their checksums, and `fingerprint`,
+    a hash over them. Raises OSError."""
+    files = checksums_of(folder, names)
+    return {"files": files, "fingerprint": _fingerprint(files)}
+
+
+def check_sealed(folder: Path, facts: Mapping[str, Any], names: Sequence[str], what: str) -> None:
+    """Raises UserError where `facts`, which hold what `sealed` gave of `names`, and the files do not agree."""
+    again = f"Delete the folder {folder}, and the same command makes it again"
+    files = facts.get("files", {})
+    sound = isinstance(files, dict) and list(files) == list(names) and all(map(is_checksum, files.values()))
+    if not sound or facts.get("fingerprint") != _fingerprint(files):
+        raise UserError(f"the {what} in {folder}: their checksums are damaged. {again}")
+    for name in names:
+        check_file(folder / name, files[name], "they were made", again)
+
+
+def _fingerprint(files: Mapping[str, Mapping[str, Any]]) -> str:
+    return hashlib.sha256("".join(entry["sha256"] for entry in files.values()).encode()).hexdigest()
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Conversations kept as JSON lines under `data.dir`; and those that call functions, made once and kept there.
 
 dialogs/KEY/train.jsonl, validation.jsonl    a `conversations.Record` a line
-dialogs/KEY/dialogs.json                     counts, the first rows that were of no use, a fingerprint of both files
+dialogs/KEY/dialogs.json                     counts, the first rows that were of no use, checksums and fingerprint
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import hashlib
 import itertools
 import json
 import os
@@ -24,10 +23,11 @@ from smallcoder_jax.data.conversation_tools import Execute
 from smallcoder_jax.data.conversations import FORMAT, Draft, Record, complete, draw
 from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.data.rows import Account
-from smallcoder_jax.data.storage import new_folder, short_key
+from smallcoder_jax.data.storage import check_sealed, new_folder, sealed, short_key
 
 SIDES: tuple[str, ...] = ("train", "validation")
-_FACTS = "dialogs.json"
+_FACTS, _FILES = "dialogs.json", tuple(f"{side}.jsonl" for side in SIDES)
+_STORE = 2  # raised when these files change their form
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ def prepare_tool_dialogs(
     Raises UserError where this machine cannot run them, and on a full disk.
     """
     version = platform.python_version()
-    folder = root.expanduser() / "dialogs" / short_key([FORMAT, version, count, seed])
+    folder = root.expanduser() / "dialogs" / short_key([_STORE, FORMAT, version, count, seed])
     if not folder.is_dir():
         if progress:
             progress.start(f"conversations, whose calls are executed, {count:,}")
@@ -96,7 +96,7 @@ def write_dialogs(
         if not all(written[side] for side in SIDES):
             raise UserError(f"{what}: {dict(written)}; both sides of the split need some, give more conversations")
         facts = {"counts": dict(written), "unusable": account.named if account else []}
-        write_json(temporary / _FACTS, {**facts, "fingerprint": _fingerprint(temporary)})
+        write_json(temporary / _FACTS, {**facts, **sealed(temporary, _FILES)})
     if progress:
         progress.finish()
         if account and account.bad:
@@ -105,15 +105,13 @@ def write_dialogs(
 
 def open_dialogs(folder: Path) -> Dialogs:
     """What `write_dialogs` stored. Raises UserError where it is not that any more."""
-    try:
-        facts = read_json_object(folder / _FACTS, "what was made of the conversations")
-        dialogs = Dialogs(folder, facts["fingerprint"], facts["counts"], tuple(facts.get("unusable", ())))
-        sound = dialogs.fingerprint == _fingerprint(folder)
-    except (UserError, OSError, KeyError) as error:
-        raise UserError(f"the conversations in {folder} cannot be read: {reason(error)}. Delete the folder") from error
-    if not sound:
-        raise UserError(f"the conversations in {folder} were changed since they were made. Delete the folder")
-    return dialogs
+    facts = read_json_object(folder / _FACTS, f"the account of conversations; delete {folder}")
+    check_sealed(folder, facts, _FILES, "conversations")
+    counts, unusable = facts.get("counts", {}), facts.get("unusable", [])
+    known = isinstance(counts, dict) and isinstance(unusable, list) and all(isinstance(line, str) for line in unusable)
+    if not known or not all(type(counts.get(side)) is int for side in SIDES):
+        raise UserError(f"{folder / _FACTS} has another form than what was written. Delete the folder {folder}")
+    return Dialogs(folder, facts["fingerprint"], counts, tuple(unusable))
 
 
 def different(seed: int, count: int) -> Iterator[Draft]:
@@ -128,14 +126,3 @@ def different(seed: int, count: int) -> Iterator[Draft]:
         if len(seen) > count:
             return
         yield draft
-
-
-def _fingerprint(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for side in SIDES:
-        with open_regular(folder / f"{side}.jsonl") as file:
-            content = hashlib.sha256()
-            while part := file.read(1 << 20):
-                content.update(part)
-            digest.update(content.digest())
-    return digest.hexdigest()

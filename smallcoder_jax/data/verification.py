@@ -11,8 +11,9 @@ import sys
 import threading
 from pathlib import Path
 
+from smallcoder_jax.base.checksums import check_file
 from smallcoder_jax.base.errors import UserError
-from smallcoder_jax.base.files import reason, sha256
+from smallcoder_jax.base.files import reason
 from smallcoder_jax.config import DataConfig
 from smallcoder_jax.data.shards import Manifest, compute_fingerprint
 
@@ -78,16 +79,7 @@ def verify_shards(folder: Path, manifest: Manifest) -> None:
     which older manifests lack, by the fingerprint of all."""
     again = f"Prepare the data again: delete {folder} and run the same command"
     for name, recorded in manifest.checksums.items():
-        path = folder / name
-        try:
-            found = sha256(path)
-        except OSError as error:
-            raise UserError(f"{path} cannot be read ({reason(error)}). {again}") from error
-        if found != recorded["sha256"]:
-            raise UserError(
-                f"{path} is not the file that was prepared: its checksum is {found[:12]}, the manifest says "
-                f"{recorded['sha256'][:12]}. {again}"
-            )
+        check_file(folder / name, recorded, "it was prepared", again)
     if not manifest.checksums:
         found = compute_fingerprint(folder, manifest)
         if found != manifest.fingerprint:

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
+from smallcoder_jax.base.checksums import check_file, checksums_of, is_checksum
 from smallcoder_jax.base.errors import UserError
-from smallcoder_jax.base.files import read_json_object, reason, sha256, write_json
+from smallcoder_jax.base.files import read_json_object, write_json
 
 RECORD, CARD, GENERATION_CONFIG = "export.json", "README.md", "generation_config.json"
 FORMAT = 1
@@ -27,7 +28,7 @@ class Record(NamedTuple):
 def write(folder: Path, record: Record) -> None:
     """Writes the record of `folder`, with the checksums of the files that are in it."""
     files = sorted(path for path in folder.iterdir() if path.name not in _EDITED)
-    checksums = {path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)} for path in files}
+    checksums = checksums_of(folder, (path.name for path in files))
     content = {"format": FORMAT, "dtype": record.dtype, "card": record.card, "checksums": checksums}
     write_json(folder / RECORD, content)
 
@@ -50,18 +51,8 @@ def verify(folder: Path) -> None:
     if not os.path.exists(folder / RECORD):
         return
     for name, expected in _content(folder).get("checksums", {}).items():
-        try:
-            size = os.stat(folder / name).st_size
-            # The size first: a file that was blown up is not read for hours.
-            found = {"bytes": size, "sha256": sha256(folder / name) if size == expected["bytes"] else None}
-        except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
-            raise UserError(f"{folder / name} cannot be read: {reason(error)}; it was there at the export") from error
-        if found != expected:
-            raise UserError(
-                f"{folder / name} is damaged or was changed since the export: {_shown(found)}, not "
-                f"{_shown(expected)} as {RECORD} says. Export or copy it again; if the change is meant, delete "
-                f"{RECORD}"
-            )
+        again = f"Export or copy it again; if the change is meant, delete {RECORD}"
+        check_file(folder / name, expected, "the export", again)
 
 
 def _content(folder: Path) -> dict[str, Any]:
@@ -70,21 +61,13 @@ def _content(folder: Path) -> dict[str, Any]:
     if content.get("format") != FORMAT or content.get("dtype") not in get_args(Dtype):
         raise UserError(f"{path} has format {content.get('format')!r}; this version reads format {FORMAT}")
     checksums = content.get("checksums", {})
-    if not isinstance(checksums, dict) or not all(map(_is_checksum, checksums, checksums.values())):
+    if not isinstance(checksums, dict) or not all(
+        is_checksum(value) and Path(name).name == name for name, value in checksums.items()
+    ):
         raise UserError(f"{path} holds no checksums by file of this folder; export the model again, or delete it")
     if fault := _fault(content.get("card")):
         raise UserError(f"{path} holds no model card: {fault}. Export the model again from its run")
     return content
-
-
-def _is_checksum(name: str, value: Any) -> bool:
-    sound = isinstance(value, dict) and type(value.get("bytes")) is int and isinstance(value.get("sha256"), str)
-    return sound and Path(name).name == name
-
-
-def _shown(checksum: Mapping[str, Any]) -> str:
-    digest = checksum["sha256"]
-    return f"{checksum['bytes']:,} bytes" + ("" if digest is None else f" with the SHA-256 {digest[:12]}...")
 
 
 def _fault(card: Any) -> str:

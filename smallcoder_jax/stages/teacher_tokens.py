@@ -11,8 +11,12 @@ Shapes: B rows of a batch, T places, K likeliest tokens.
 from __future__ import annotations
 
 import itertools
+import math
 import os
+import struct
+import tokenize
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +26,7 @@ import numpy as np
 from jax import Array
 
 from smallcoder_jax.base.errors import UserError
+from smallcoder_jax.base.files import open_regular, reason
 from smallcoder_jax.config import Config
 from smallcoder_jax.data.prefetch import BatchIterator
 from smallcoder_jax.data.progress import Progress
@@ -37,6 +42,8 @@ Batch = dict[str, np.ndarray]
 Score = Callable[[Mapping[str, np.ndarray]], Batch]
 
 FORMAT = 1  # raised when the same settings begin to give other files
+# What a damaged archive makes zipfile and numpy raise, beside OSError, ValueError and KeyError.
+DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, SyntaxError, tokenize.TokenError, struct.error)
 FILE_BYTES = 64 << 20  # at most, unless one batch is more
 
 
@@ -85,6 +92,7 @@ class KeptTokens:
 
     def __init__(self, folder: Path, *, rows: int, length: int, count: int):
         self._folder = folder
+        self._shape = (rows, length, count)
         self._per_file = max(FILE_BYTES // (rows * length * count * 8), 1)
 
     def make(self, batches: Iterable[Mapping[str, np.ndarray]], score: Score, progress: Progress) -> None:
@@ -109,7 +117,7 @@ class KeptTokens:
             path = self._find(start)
             if path is None:
                 return
-            ids, log_probs = _read(path)
+            ids, log_probs = _read(path, self._shape, self._per_file)
             for index in range(max(first - start, 0), len(ids)):
                 yield {"teacher_ids": ids[index].astype(np.int32), "teacher_log_probs": log_probs[index]}
 
@@ -166,9 +174,29 @@ def _write(path: Path, batches: list[Batch]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
+def _read(path: Path, shape: tuple[int, ...], most: int) -> tuple[np.ndarray, np.ndarray]:
+    """`ids` and `log_probs` of at most `most` batches of this shape; the archive's own checksums are compared."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return arrays["ids"], arrays["log_probs"]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged ({error}); delete it, and the same command makes it again") from error
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+            ids, log_probs = (_array(archive, f"{name}.npy", shape, most) for name in ("ids", "log_probs"))
+        if ids.dtype.kind not in "iu" or log_probs.dtype.kind != "f" or len(ids) != len(log_probs):
+            raise ValueError(f"{len(ids)} of {ids.dtype} and {len(log_probs)} of {log_probs.dtype}")
+    except (OSError, ValueError, KeyError, *DAMAGED) as error:
+        raise UserError(
+            f"{path} is damaged ({reason(error)}); delete it, and the same command makes it again"
+        ) from error
+    return ids, log_probs
+
+
+def _array(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], most: int) -> np.ndarray:
+    with archive.open(name) as file:
+        major, _ = np.lib.format.read_magic(file)
+        read_header = np.lib.format.read_array_header_1_0 if major == 1 else np.lib.format.read_array_header_2_0
+        found, fortran_order, dtype = read_header(file)
+        if found[1:] != shape or found[0] > most or fortran_order or dtype.hasobject:
+            raise ValueError(f"{name} is {found} of {dtype}; expected up to {most} batches of {shape}")
+        size = math.prod(found) * dtype.itemsize
+        content = file.read(size + 1)  # and one more: the checksum is compared at the end
+        if len(content) != size:
+            raise ValueError(f"{name} has {len(content):,} bytes, not {size:,}")
+    return np.frombuffer(content, dtype).reshape(found)

@@ -30,8 +30,9 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from smallcoder_jax import distributed
+from smallcoder_jax.base.checksums import checksum
 from smallcoder_jax.base.errors import Interrupted, UserError
-from smallcoder_jax.base.files import read_json, sha256, write_json
+from smallcoder_jax.base.files import read_json, write_json
 from smallcoder_jax.faults import NONE, Faults, flip_bit
 from smallcoder_jax.mesh import path_name
 from smallcoder_jax.train.state import TrainState
@@ -371,15 +372,13 @@ def verified(step_folder: Path) -> Path:
 
 def checksums(step_folder: Path, recorded: Mapping[str, Any] | None = None) -> dict[str, dict[str, Any]]:
     """Size and SHA-256 of every file of a step but its manifest, by relative path. With `recorded`, only files of the
-    size that it says are read, so that one that was blown up is not read for hours; of others the hash is None."""
+    size that it says are read; of others the hash is None."""
     files = sorted(path for path in step_folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     files += sorted(path for path in (step_folder / "state").rglob(MANIFEST) if path.is_file())
 
     def one(path: Path) -> tuple[str, dict[str, Any]]:
-        name, size = path.relative_to(step_folder).as_posix(), path.stat().st_size
-        entry = {"bytes": size} if recorded is None else recorded.get(name)
-        alike = isinstance(entry, Mapping) and entry.get("bytes") == size
-        return name, {"bytes": size, "sha256": sha256(path) if alike else None}
+        name = path.relative_to(step_folder).as_posix()
+        return name, checksum(path, None if recorded is None else recorded.get(name, {}))
 
     with ThreadPoolExecutor(4) as pool:
         return dict(pool.map(one, files))

@@ -316,6 +316,20 @@ def test_a_set_is_drawn_once_and_divided(corpus: Path, tmp_path: Path) -> None:
     assert ensure_preferences(settings, tmp_path, corpus).folder != found.folder
 
 
+@pytest.mark.parametrize("name", ["train.jsonl", "validation.jsonl"])
+def test_pairs_that_were_changed_are_refused_by_name(name: str, tmp_path: Path) -> None:
+    lines = [{"prompt": f"Say {i}.", "chosen": f"{i}", "rejected": f"not {i}"} for i in range(40)]
+    (tmp_path / "given.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings = PreferencesConfig(sources=f"jsonl:{tmp_path / 'given.jsonl'}")
+    found = ensure_preferences(settings, tmp_path, None)
+    (found.folder / name).write_text((found.folder / name).read_text().replace("not ", "no "))
+    with pytest.raises(UserError, match=rf"{name} is damaged or was changed since they were made: .* Delete"):
+        ensure_preferences(settings, tmp_path, None)
+    (found.folder / "accounting.json").write_text(json.dumps({"files": {}, "fingerprint": found.fingerprint}))
+    with pytest.raises(UserError, match="their checksums are damaged"):
+        ensure_preferences(settings, tmp_path, None)
+
+
 def test_sources_that_cannot_be_are_refused(tmp_path: Path) -> None:
     for text in ("", "code,", "code,code", "jsonl:", "other", "jsonl"):
         with pytest.raises(UserError, match="expected some of code, conversations, jsonl:PATH"):

@@ -54,7 +54,7 @@ def test_they_are_made_once(dialogs: Dialogs, tmp_path: Path) -> None:
 def test_changed_files_are_refused(dialogs: Dialogs, tmp_path: Path) -> None:
     path = dialogs.folder / "train.jsonl"
     path.write_text(path.read_text().replace("execute", "exequte"))
-    with pytest.raises(UserError, match="were changed since they were made"):
+    with pytest.raises(UserError, match=r"train.jsonl is damaged or was changed since they were made"):
         prepare_tool_dialogs(tmp_path, 60, 3, answer)
 
 

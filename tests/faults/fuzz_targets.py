@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import random
 from pathlib import Path
@@ -193,6 +194,50 @@ def tokens(folder: Path) -> Target:
         return [held_out_references, lambda prepared: validate(prepared, 1.0, print)][rng.randrange(2)](prepared)
 
     return Target(folder, [path for path in _files(folder / "data") if path.suffix != ".py"], read)
+
+
+def stores(folder: Path) -> Target:
+    """What stages keep below `data.dir`: conversations, preferences, a teacher's tokens."""
+    import numpy as np
+
+    from smallcoder_jax.config import PreferencesConfig
+    from smallcoder_jax.data.dialogs import prepare_dialogs
+    from smallcoder_jax.data.preference_sets import ensure_preferences
+    from smallcoder_jax.data.progress import Progress
+    from smallcoder_jax.stages.teacher_tokens import KeptTokens
+
+    given, data = folder / "given", folder / "data"
+    given.mkdir()
+    asked = [{"instruction": f"What is {i}?", "input": "", "output": f"    {i}\n"} for i in range(40)]
+    pairs = [{"prompt": f"Say {i}.", "chosen": f"{i}", "rejected": f"not {i}"} for i in range(40)]
+    for name, lines in (("asked", asked), ("pairs", pairs)):
+        (given / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    kept = KeptTokens(data / "teachers", rows=2, length=8, count=3)
+    part = {"ids": np.zeros((2, 8, 3), np.uint16), "log_probs": np.zeros((2, 8, 3), np.float32)}
+    kept.make([{}] * 4, lambda _: part, Progress(io.StringIO()))
+
+    def dialogs() -> object:
+        made = prepare_dialogs(data, f"jsonl:{given}/asked.jsonl", 0)
+        return [made.read(side) for side in ("train", "validation")]
+
+    preferences = PreferencesConfig(sources=f"jsonl:{given}/pairs.jsonl")
+    readers = {
+        "dialogs": dialogs,
+        "preferences": lambda: ensure_preferences(preferences, data, None),
+        "teachers": lambda: list(kept.read()),
+    }
+    for reader in readers.values():
+        reader()
+
+    def read(rng: random.Random) -> object:
+        problem = None
+        for reader in readers.values():
+            problem = _message(reader) or problem
+        if problem is not None:
+            raise problem
+        return None
+
+    return Target(folder, _files(data), read)
 
 
 def exports(folder: Path) -> Target:

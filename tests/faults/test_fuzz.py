@@ -12,14 +12,15 @@ from tests.faults.runs import ROOT
 # Cases of each target: the dear ones read a model.
 CASES = {
     "configs": 3000,
-    "sources": 2000,
-    "rows": 1500,
+    "sources": 1800,
+    "rows": 1300,
     "runs": 1200,
     "tokens": 700,
     "exports": 1000,
+    "stores": 400,
     "prompts": 600,
 }
-QUICK = {"configs": 200, "prompts": 100, "sources": 50}
+QUICK = {"configs": 200, "prompts": 100, "sources": 50, "stores": 50}
 
 
 def fuzz(target: str, count: int, folder: Path) -> None:

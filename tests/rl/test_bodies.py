@@ -12,11 +12,11 @@ import pytest
 
 from smallcoder_jax.config import RLConfig
 from smallcoder_jax.data.conversation_code import draw_callable
-from smallcoder_jax.sandbox import run as sandbox
 from smallcoder_jax.rl import bodies, questions
 from smallcoder_jax.rl.questions import Body
 from smallcoder_jax.rl.rewards import CheckedReward
 from smallcoder_jax.rl.rollouts import Answer, Question
+from smallcoder_jax.sandbox import run as sandbox
 from smallcoder_jax.tokenizers.bytes import ByteTokenizer
 
 HEAD = 'def median(data):\n    r"""\n    >>> median([1, 2, 3])\n    2\n    """\n'

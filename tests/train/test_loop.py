@@ -112,7 +112,7 @@ def test_data_that_are_not_those_that_were_prepared_end_a_run_before_it_is_saved
     source = shards.SourceTokens("other", 1.0, True, [(ids, 1) for ids in documents], [(documents[0], 1)])
     shards.write_tokens(tmp_path / "other", [source], vocab_size=256, tokenizer_hash="", tokenizer="")
     shutil.copy(tmp_path / "other" / shard.name, shard)
-    with pytest.raises(UserError, match=rf"{shard} is not the file that was prepared"):
+    with pytest.raises(UserError, match=rf"{shard} is damaged or was changed since it was prepared"):
         run.train(changed(config_of(root), "data", dir=str(data)), tmp_path / "run")
     with RunFolder(tmp_path / "run").locked():
         assert Checkpointer(tmp_path / "run" / "checkpoints", 3).steps() == []
