@@ -13,13 +13,13 @@ import os
 import sys
 from pathlib import Path
 
-from smallcoder_jax import distributed
+from smallcoder_jax.base import distributed
 from smallcoder_jax.base.arguments import ArgumentParser
 from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import EXIT_INTERRUPTED, CheckFailed, UserError, run_cli
+from smallcoder_jax.base.faults import KINDS, PLACES, Faults
 from smallcoder_jax.config import Config, from_config_dict
 from smallcoder_jax.configfile import load_config, split_overrides
-from smallcoder_jax.faults import KINDS, PLACES, Faults
 
 DESCRIPTION = """Trains the model of a config file, or continues the run that the workdir holds.
 
@@ -159,9 +159,9 @@ def list_configs() -> str:
     """A table of the project's config files, variants and then stages: name, true parameter count, context and data.
     Imports no model.
     """
+    from smallcoder_jax.base.terminal import format_table
     from smallcoder_jax.config import parameter_count
     from smallcoder_jax.configfile import config_files, config_folder, read_config_file
-    from smallcoder_jax.train.terminal import format_table
 
     folder = config_folder()
     configs = [(path, from_config_dict(read_config_file(str(path)))) for path in config_files(folder)]

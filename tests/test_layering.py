@@ -16,7 +16,7 @@ PACKAGE = ROOT / "smallcoder_jax"
 # Rooms from the bottom up; a room imports rooms of lower levels only, or itself.
 LEVELS = [
     ["base"],
-    ["faults", "config", "configfile", "runtime", "distributed", "kernels"],
+    ["config", "configfile", "kernels"],
     ["mesh", "tokenizers", "sandbox"],
     ["ops"],
     ["layers", "losses"],

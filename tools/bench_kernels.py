@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 from smallcoder_jax.base.arguments import ArgumentParser
 from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import EXIT_USER_ERROR, CheckFailed, UserError, run_cli
-from smallcoder_jax.train.terminal import format_table
+from smallcoder_jax.base.terminal import format_table
 from tools.packed_rows import ALL, BOUND, Shape
 
 ROOT = Path(__file__).resolve().parents[1]

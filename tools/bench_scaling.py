@@ -24,9 +24,9 @@ from typing import Any
 from smallcoder_jax.base.arguments import ArgumentParser
 from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import UserError, run_cli
+from smallcoder_jax.base.terminal import format_table, human_time
 from smallcoder_jax.config import Config, MeshConfig, to_dict
 from smallcoder_jax.configfile import load_config, split_overrides
-from smallcoder_jax.train.terminal import format_table, human_time
 from tools.bench_step import documents_of, run_contender, warn_of_company
 from tools.step_timing import cores
 

@@ -45,9 +45,9 @@ from typing import TYPE_CHECKING, Any
 from smallcoder_jax.base.arguments import ArgumentParser
 from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import EXIT_USER_ERROR, CheckFailed, UserError, run_cli
+from smallcoder_jax.base.terminal import format_table, human_bytes, human_time
 from smallcoder_jax.config import Config, from_config_dict, parameter_count, to_dict
 from smallcoder_jax.configfile import load_config, split_overrides
-from smallcoder_jax.train.terminal import format_table, human_bytes, human_time
 from tools import op_profile
 from tools.step_timing import BATCHES, cores, random_batches, resident_set, timed, visible_share
 from tools.step_torch import BUILDERS, CAUSAL, check_llama, measure_torch
@@ -182,9 +182,9 @@ def measure_ours(config: Config, steps: int, documents: int | None, *, profile: 
     """Runs the project's training step; with `profile` a few more of them, which are traced."""
     import jax
 
+    from smallcoder_jax.base.runtime import give_back_memory
     from smallcoder_jax.mesh import batch_sharding
     from smallcoder_jax.models.build import flops_per_token
-    from smallcoder_jax.runtime import give_back_memory
     from smallcoder_jax.stages.language import make_loss
     from smallcoder_jax.train.flops import peak_flops
     from smallcoder_jax.train.program import make_program, memory_bytes

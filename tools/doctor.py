@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from smallcoder_jax import distributed
+from smallcoder_jax.base import distributed
 from smallcoder_jax.base.arguments import ArgumentParser
 from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import CheckFailed, run_cli

@@ -205,7 +205,7 @@ def _split(text: str) -> list[str]:
 
 def table(rows: Sequence[Row], most: int = 25) -> str:
     """The dearest operations as text, those that are left as one row, and the sum."""
-    from smallcoder_jax.train.terminal import format_table, human_time
+    from smallcoder_jax.base.terminal import format_table, human_time
 
     *operations, idle = rows
     left = operations[most:]

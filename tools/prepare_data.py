@@ -14,9 +14,9 @@ import sys
 from smallcoder_jax.base.arguments import ArgumentParser
 from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import run_cli
+from smallcoder_jax.base.progress import Progress
 from smallcoder_jax.configfile import load_config, split_overrides
 from smallcoder_jax.data.prepare import prepare
-from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.data.statistics import format_report
 
 

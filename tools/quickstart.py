@@ -46,11 +46,11 @@ def main(argv: list[str] | None = None) -> int:
     start = time.monotonic()
     import smallcoder_jax
     from smallcoder_jax.base.display import printable
+    from smallcoder_jax.base.terminal import format_table, human_count, human_time
     from smallcoder_jax.config import parameter_count
     from smallcoder_jax.evaluate.completions import share
     from smallcoder_jax.export import parity
     from smallcoder_jax.stages.run import evaluate_run
-    from smallcoder_jax.train.terminal import format_table, human_count, human_time
     from tools import export
 
     if options.checker is None and not (workdir / "export").is_dir():
@@ -96,8 +96,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def complete_held_out(config: Config, model: LoadedModel) -> list[Written]:
     """Greedy completions of the beginnings of held-out files (`evaluate.completions`)."""
+    from smallcoder_jax.base.progress import Progress
     from smallcoder_jax.data.prepare import prepare
-    from smallcoder_jax.data.progress import Progress
     from smallcoder_jax.evaluate.bits_per_byte import held_out_texts
     from smallcoder_jax.evaluate.completions import complete
     from smallcoder_jax.generate.engine import Generator

@@ -35,10 +35,10 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--no-check", action="store_true", help="do not fail where a stage made nothing better")
     options = parser.parse_args(arguments)
-    from smallcoder_jax.data.progress import Progress
+    from smallcoder_jax.base.progress import Progress
+    from smallcoder_jax.base.terminal import format_table, human_time
     from smallcoder_jax.export import parity
     from smallcoder_jax.stages import chain
-    from smallcoder_jax.train.terminal import format_table, human_time
 
     start = time.monotonic()
     workdir = options.workdir or Path("runs") / f"stages_{options.variant}"

@@ -18,9 +18,9 @@ from pathlib import Path
 from smallcoder_jax.base.arguments import ArgumentParser
 from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import CheckFailed, UserError, run_cli
+from smallcoder_jax.base.progress import Progress
 from smallcoder_jax.config import DataConfig
 from smallcoder_jax.data.corpus import read_split
-from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.data.tokenizer import make_tokenizer
 from smallcoder_jax.tokenizers.base import Tokenizer
 

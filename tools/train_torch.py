@@ -86,7 +86,7 @@ def check(config: Config, learning_rate: float) -> None:
 def compare(config: Config, workdir: Path, learning_rate: float) -> list[Row] | None:
     """Trains all three, one after the other; None where a signal ended ours."""
     import smallcoder_jax
-    from smallcoder_jax.data.progress import Progress
+    from smallcoder_jax.base.progress import Progress
     from smallcoder_jax.stages import documents
     from smallcoder_jax.stages.run import evaluate_run
 
@@ -149,7 +149,7 @@ def train(
 
 def bits_per_byte(config: Config, folder: Path, prepared: Any) -> float:
     """Of a model that transformers saved in `folder`, by the evaluation that ours is judged by."""
-    from smallcoder_jax.data.progress import Progress
+    from smallcoder_jax.base.progress import Progress
     from smallcoder_jax.evaluate.sound import check_measures
     from smallcoder_jax.export.huggingface import read_export
     from smallcoder_jax.loading import LoadedModel
@@ -170,7 +170,7 @@ def bits_per_byte(config: Config, folder: Path, prepared: Any) -> float:
 
 def table(rows: list[Row]) -> str:
     """The rows as text."""
-    from smallcoder_jax.train.terminal import format_table
+    from smallcoder_jax.base.terminal import format_table
 
     cells = [
         [row.name, f"{row.steps:,}", f"{row.tokens:,}", f"{row.seconds:.0f} s", f"{row.bits_per_byte:.3f}"]

@@ -29,10 +29,10 @@ import jax
 from smallcoder_jax.base.arguments import ArgumentParser
 from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import CheckFailed, UserError, run_cli
+from smallcoder_jax.base.terminal import format_table
 from smallcoder_jax.configfile import load_config
 from smallcoder_jax.kernels import tile_table
 from smallcoder_jax.kernels.tiles import HopperTiles, TpuTiles
-from smallcoder_jax.train.terminal import format_table
 from tools import attention_jax, packed_rows
 from tools.attention_jax import KERNELS, Kernel
 from tools.packed_rows import BOUND, Shape

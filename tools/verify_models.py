@@ -23,8 +23,8 @@ def main(argv: list[str] | None = None) -> int | None:
     """Verifies and prints. Raises UserError where there is nothing to verify, CheckFailed where one is not verified."""
     args = build_parser().parse_args(argv)
     runs = find_runs(args.runs) if args.all else args.run
+    from smallcoder_jax.base.runtime import configure_jax
     from smallcoder_jax.evaluate.verify import verify
-    from smallcoder_jax.runtime import configure_jax
     from smallcoder_jax.stages.run import reevaluate
 
     configure_jax()

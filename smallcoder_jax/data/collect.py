@@ -12,10 +12,10 @@ from typing import Any
 
 from smallcoder_jax.base.display import one_line
 from smallcoder_jax.base.errors import UserError
+from smallcoder_jax.base.progress import Progress
 from smallcoder_jax.config import DataConfig
 from smallcoder_jax.data.clean import REASONS, drop_reason
 from smallcoder_jax.data.documents import Document, Skipped
-from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.data.sources import SourceSpec, read_source
 from smallcoder_jax.data.statistics import DocumentStatistics
 

@@ -14,15 +14,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from smallcoder_jax.base.artifacts import new_folder, short_key
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import read_json_object, write_json
+from smallcoder_jax.base.progress import Progress
 from smallcoder_jax.config import DataConfig
 from smallcoder_jax.data.collect import SourceReport, collect_source
 from smallcoder_jax.data.documents import Document
-from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.data.shards import SPLITS
 from smallcoder_jax.data.sources import SourceSpec, check_source, source_identity
-from smallcoder_jax.data.storage import new_folder, short_key
 
 FORMAT = 3  # raised when the same sources and settings begin to give another corpus
 ACCOUNTING = "accounting.json"

@@ -6,14 +6,14 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from smallcoder_jax.base.artifacts import short_key
 from smallcoder_jax.base.errors import UserError
+from smallcoder_jax.base.progress import Progress
 from smallcoder_jax.data import dialog_rows, tables
 from smallcoder_jax.data.conversations import Record, side_of
-from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.data.row_files import find_files
 from smallcoder_jax.data.rows import Account, Row, valid_text
 from smallcoder_jax.data.sources import SourceSpec, parse_sources, source_identity
-from smallcoder_jax.data.storage import short_key
 from smallcoder_jax.data.tool_dialogs import Dialogs, open_dialogs, write_dialogs
 from smallcoder_jax.tokenizers.chat import to_json
 from smallcoder_jax.tokenizers.chat_wire import to_wire

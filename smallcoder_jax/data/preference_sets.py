@@ -14,8 +14,10 @@ import platform
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from smallcoder_jax.base.artifacts import check_sealed, new_folder, sealed, short_key
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import read_json_object, write_json
+from smallcoder_jax.base.progress import Progress
 from smallcoder_jax.config import PreferencesConfig
 from smallcoder_jax.data import conversations, preference_calls, preference_code, preference_given
 from smallcoder_jax.data.conversations import VALIDATION_SHARE, side_of
@@ -28,11 +30,9 @@ from smallcoder_jax.data.preferences import (
     separate,
     write_preferences,
 )
-from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.data.row_files import RowFiles, find_files
 from smallcoder_jax.data.rows import Account, valid_text
 from smallcoder_jax.data.sources import parse_sources
-from smallcoder_jax.data.storage import check_sealed, new_folder, sealed, short_key
 
 FORMAT = 3  # raised when the same settings begin to give other files
 KINDS = "code, conversations, jsonl:PATH"

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from smallcoder_jax.faults import NONE, Faults
+from smallcoder_jax.base.faults import NONE, Faults
 from smallcoder_jax.mesh import place_batch
 
 

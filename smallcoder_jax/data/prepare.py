@@ -13,16 +13,16 @@ from typing import Any
 
 import numpy as np
 
+from smallcoder_jax.base.artifacts import new_folder, short_key
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import read_json_object, write_json
+from smallcoder_jax.base.progress import Progress
 from smallcoder_jax.config import Config
 from smallcoder_jax.data import shards
 from smallcoder_jax.data.corpus import corpus_key, ensure_corpus, read_accounting, read_split, training_texts
 from smallcoder_jax.data.encode import DocumentEncoder
-from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.data.sources import SourceSpec, parse_sources
 from smallcoder_jax.data.statistics import token_statistics
-from smallcoder_jax.data.storage import new_folder, short_key
 from smallcoder_jax.tokenizers.base import Tokenizer
 from smallcoder_jax.tokenizers.load import check_tokenizer, load_tokenizer, open_tokenizer, spare_rows
 from smallcoder_jax.tokenizers.sentencepiece import train_sentencepiece

@@ -6,9 +6,9 @@ import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from smallcoder_jax.base.progress import Progress
 from smallcoder_jax.config import DataConfig
 from smallcoder_jax.data.corpus import corpus_key, ensure_corpus, training_texts
-from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.data.sources import parse_sources
 from smallcoder_jax.tokenizers.base import Tokenizer
 from smallcoder_jax.tokenizers.sentencepiece import train_sentencepiece

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from smallcoder_jax.base.terminal import human_bytes, human_count, human_time, named_values, screen_width
 from smallcoder_jax.preflight.examine import Report
-from smallcoder_jax.train.terminal import human_bytes, human_count, human_time, named_values, screen_width
 
 
 def table(report: Report) -> str:

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from smallcoder_jax import loading
+from smallcoder_jax.base.artifacts import new_folder, short_key
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import read_json, write_json
+from smallcoder_jax.base.progress import Progress
 from smallcoder_jax.config import Config, nearest, to_dict
 from smallcoder_jax.configfile import load_config
-from smallcoder_jax.data.progress import Progress
-from smallcoder_jax.data.storage import new_folder, short_key
 from smallcoder_jax.data.tokenizer import make_tokenizer
 from smallcoder_jax.stages import run, sft
 from smallcoder_jax.tokenizers import chat

@@ -16,8 +16,8 @@ from jax import Array
 
 from smallcoder_jax import loading, losses
 from smallcoder_jax.base.errors import UserError
+from smallcoder_jax.base.progress import Progress
 from smallcoder_jax.config import ComputeConfig, Config, ModelConfig, eval_rows
-from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.loading import LoadedModel
 from smallcoder_jax.mesh import flat_tokens
 from smallcoder_jax.models import build

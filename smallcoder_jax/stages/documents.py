@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from smallcoder_jax import distributed
+from smallcoder_jax.base import distributed
 from smallcoder_jax.base.errors import UserError
+from smallcoder_jax.base.progress import Progress
+from smallcoder_jax.base.terminal import human_count
 from smallcoder_jax.config import Config, eval_rows, from_config_dict
 from smallcoder_jax.data import pipeline, shards
 from smallcoder_jax.data.prepare import Prepared, prepare
-from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.data.shards import Manifest
 from smallcoder_jax.data.verification import begin_verification
 from smallcoder_jax.evaluate.bits_per_byte import held_out_references
@@ -24,7 +25,6 @@ from smallcoder_jax.train.metrics import language_summary
 from smallcoder_jax.train.run_folder import RunFolder
 from smallcoder_jax.train.step import LossFn
 from smallcoder_jax.train.task import Start, Task
-from smallcoder_jax.train.terminal import human_count
 from smallcoder_jax.train.whereabouts import find_tokens
 
 MOST_EPOCHS = 4

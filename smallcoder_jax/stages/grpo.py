@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from smallcoder_jax import losses
+from smallcoder_jax.base.progress import Progress
 from smallcoder_jax.config import Config
-from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.loading import LoadedModel
 from smallcoder_jax.mesh import flat_tokens
 from smallcoder_jax.models import build

@@ -17,13 +17,13 @@ import numpy as np
 from jax import Array
 
 from smallcoder_jax.base.errors import UserError
+from smallcoder_jax.base.progress import Progress
 from smallcoder_jax.config import Config, eval_rows
 from smallcoder_jax.data.corpus import read_accounting
 from smallcoder_jax.data.preference_rows import EncodedPair, PairBatches, encode_pairs, fitting
 from smallcoder_jax.data.preference_sets import ensure_preferences, parse_preference_sources
 from smallcoder_jax.data.preferences import SIDES
 from smallcoder_jax.data.prepare import prepare_corpus
-from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.loading import LoadedModel
 from smallcoder_jax.models.decoder import Decoder
 from smallcoder_jax.ops import precision

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from smallcoder_jax.base.progress import Progress
 from smallcoder_jax.config import Config
-from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.loading import LoadedModel
 from smallcoder_jax.stages import documents, language
 from smallcoder_jax.stages.start import check_tokenizer, start_of

@@ -13,8 +13,8 @@ from jax import Array
 
 from smallcoder_jax import losses
 from smallcoder_jax.base.errors import UserError
+from smallcoder_jax.base.progress import Progress
 from smallcoder_jax.config import Config
-from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.loading import LoadedModel
 from smallcoder_jax.models import build
 from smallcoder_jax.models.heads import scores_at

@@ -15,19 +15,21 @@ from typing import Any
 
 import jax
 
-from smallcoder_jax import distributed, loading
+from smallcoder_jax import loading
+from smallcoder_jax.base import distributed
 from smallcoder_jax.base.errors import UserError
+from smallcoder_jax.base.faults import NONE, Faults
 from smallcoder_jax.base.files import reason
+from smallcoder_jax.base.progress import Progress
+from smallcoder_jax.base.runtime import configure_jax
+from smallcoder_jax.base.terminal import Terminal, human_count
 from smallcoder_jax.config import Config, eval_rows, evaluated_on, to_dict
-from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.evaluate.sound import check_measures, check_parameters
 from smallcoder_jax.export import names
-from smallcoder_jax.faults import NONE, Faults
 from smallcoder_jax.mesh import batch_sharding, place_batch
 from smallcoder_jax.preflight.examine import Report, examine
 from smallcoder_jax.preflight.show import table
 from smallcoder_jax.preflight.target import target_here, target_of
-from smallcoder_jax.runtime import configure_jax
 from smallcoder_jax.stages import language
 from smallcoder_jax.stages.start import load_start, with_base
 from smallcoder_jax.train.checkpoint import load_params
@@ -39,7 +41,6 @@ from smallcoder_jax.train.run_folder import RunFolder, compare_identity
 from smallcoder_jax.train.step import make_eval_step
 from smallcoder_jax.train.stop import interruptible
 from smallcoder_jax.train.task import Task, run_identity
-from smallcoder_jax.train.terminal import Terminal, human_count
 from smallcoder_jax.train.whereabouts import data_folders
 
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EIO)

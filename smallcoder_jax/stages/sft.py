@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from smallcoder_jax.base.progress import Progress
+from smallcoder_jax.base.terminal import human_count
 from smallcoder_jax.config import Config, eval_rows
 from smallcoder_jax.data.conversation_rows import ConversationBatches
 from smallcoder_jax.data.conversations import Record
 from smallcoder_jax.data.dialogs import prepare_dialogs
-from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.data.tool_dialogs import Dialogs, prepare_tool_dialogs
 from smallcoder_jax.evaluate.execute import execute
 from smallcoder_jax.evaluate.tool_calls import score_tool_calls
@@ -25,7 +26,6 @@ from smallcoder_jax.tokenizers import chat
 from smallcoder_jax.tokenizers.base import Tokenizer
 from smallcoder_jax.train.metrics import language_summary
 from smallcoder_jax.train.task import Task
-from smallcoder_jax.train.terminal import human_count
 
 _SHOWN = 2  # held-out conversations whose first turn is sampled during training
 _ANSWER_TOKENS = 256  # of a turn, when calls are scored

@@ -25,13 +25,13 @@ import jax
 import numpy as np
 from jax import Array
 
+from smallcoder_jax.base.artifacts import full_disk_as_user_error, short_key
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import open_regular, reason
+from smallcoder_jax.base.progress import Progress
 from smallcoder_jax.config import Config
 from smallcoder_jax.data.prefetch import BatchIterator
-from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.data.shards import token_dtype
-from smallcoder_jax.data.storage import full_disk_as_user_error, short_key
 from smallcoder_jax.loading import LoadedModel
 from smallcoder_jax.mesh import batch_sharding, make_mesh, on_mesh, params_sharding, place_batch
 from smallcoder_jax.models import build

@@ -29,11 +29,11 @@ from typing import Any, NamedTuple
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from smallcoder_jax import distributed
+from smallcoder_jax.base import distributed
 from smallcoder_jax.base.checksums import checksum
 from smallcoder_jax.base.errors import Interrupted, UserError
+from smallcoder_jax.base.faults import NONE, Faults, flip_bit
 from smallcoder_jax.base.files import read_json, write_json
-from smallcoder_jax.faults import NONE, Faults, flip_bit
 from smallcoder_jax.mesh import path_name
 from smallcoder_jax.train.state import TrainState
 

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from smallcoder_jax.base.distributed import StopVote
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import Config
-from smallcoder_jax.distributed import StopVote
 from smallcoder_jax.generate.engine import Generator
 from smallcoder_jax.generate.sampling import SamplingOptions
 from smallcoder_jax.mesh import place_batch

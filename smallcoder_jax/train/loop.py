@@ -17,17 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from smallcoder_jax.base.distributed import StopVote, is_first
 from smallcoder_jax.base.errors import Diverged, NotFinite, UserError
+from smallcoder_jax.base.faults import NONE, Faults
 from smallcoder_jax.base.files import write_json
+from smallcoder_jax.base.runtime import give_back_memory
+from smallcoder_jax.base.terminal import Terminal, human_time
 from smallcoder_jax.config import Config, eval_rows, to_dict
 from smallcoder_jax.data.prefetch import DevicePrefetcher
 from smallcoder_jax.data.verification import steps_until_repeated
-from smallcoder_jax.distributed import StopVote, is_first
-from smallcoder_jax.faults import NONE, Faults
 from smallcoder_jax.mesh import batch_sharding, check_rows, on_mesh, path_name, place_batch, process_rows
 from smallcoder_jax.models import build
 from smallcoder_jax.ops.precision import multiplying
-from smallcoder_jax.runtime import give_back_memory
 from smallcoder_jax.train.checkpoint import Checkpointer
 from smallcoder_jax.train.evaluation import draw_samples, evaluate
 from smallcoder_jax.train.meter import Meter
@@ -46,7 +47,6 @@ from smallcoder_jax.train.state import TrainState, init_state
 from smallcoder_jax.train.step import make_eval_step
 from smallcoder_jax.train.stop import StopRequest
 from smallcoder_jax.train.task import Task, run_identity
-from smallcoder_jax.train.terminal import Terminal, human_time
 from smallcoder_jax.train.watchdog import Watchdog
 from smallcoder_jax.train.whereabouts import keep_tokenizer
 

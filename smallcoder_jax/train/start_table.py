@@ -6,10 +6,10 @@ from typing import Any
 
 import jax
 
+from smallcoder_jax.base.terminal import human_bytes
 from smallcoder_jax.config import Config
 from smallcoder_jax.train.program import Program
 from smallcoder_jax.train.state import TrainState
-from smallcoder_jax.train.terminal import human_bytes
 
 
 def start_sections(

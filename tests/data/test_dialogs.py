@@ -12,10 +12,10 @@ import pyarrow.parquet
 import pytest
 
 from smallcoder_jax.base.errors import UserError
+from smallcoder_jax.base.progress import Progress
 from smallcoder_jax.data.conversations import side_of
 from smallcoder_jax.data.dialog_rows import conversation_of
 from smallcoder_jax.data.dialogs import prepare_dialogs
-from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.tokenizers.chat import Conversation, Message, ToolCall
 from smallcoder_jax.tokenizers.chat_wire import to_wire
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from smallcoder_jax.base.errors import UserError
+from smallcoder_jax.base.progress import Progress
 from smallcoder_jax.config import DataConfig, PreferencesConfig
 from smallcoder_jax.data import preference_code
 from smallcoder_jax.data.conversations import side_of
@@ -31,7 +32,6 @@ from smallcoder_jax.data.preferences import (
     separate,
     write_preferences,
 )
-from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.data.sources import parse_sources
 from smallcoder_jax.tokenizers.chat import Conversation, Message, ToolCall, from_json
 from smallcoder_jax.tokenizers.chat_parser import check_call

@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from smallcoder_jax.base import artifacts
 from smallcoder_jax.base.errors import UserError
+from smallcoder_jax.base.progress import Progress
 from smallcoder_jax.config import Config, from_config_dict, to_dict
-from smallcoder_jax.data import collect, corpus, prepare, shards, storage
+from smallcoder_jax.data import collect, corpus, prepare, shards
 from smallcoder_jax.data.corpus import read_accounting, read_split
-from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.data.statistics import format_report
 from smallcoder_jax.tokenizers import base
 from smallcoder_jax.tokenizers.bytes import ByteTokenizer
@@ -426,21 +427,21 @@ def test_a_full_disk_of_temporary_files_is_not_that_of_the_data(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = {"temporary": True, "data": False}
-    monkeypatch.setattr(storage.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
-    monkeypatch.setattr(storage, "is_full", lambda folder: full[folder.name])
+    monkeypatch.setattr(artifacts.tempfile, "gettempdir", lambda: str(tmp_path / "temporary"))
+    monkeypatch.setattr(artifacts, "is_full", lambda folder: full[folder.name])
     with (
         pytest.raises(UserError, match=r"disk of .*temporary, where .*TMPDIR"),
-        storage.full_disk_as_user_error(tmp_path / "data"),
+        artifacts.full_disk_as_user_error(tmp_path / "data"),
     ):
         raise error
     full["data"] = True
     with (
         pytest.raises(UserError, match=r"disk of .*data is full .*data\.dir"),
-        storage.full_disk_as_user_error(tmp_path / "data"),
+        artifacts.full_disk_as_user_error(tmp_path / "data"),
     ):
         raise error
     monkeypatch.undo()
-    assert not storage.is_full(tmp_path / "not" / "there")
+    assert not artifacts.is_full(tmp_path / "not" / "there")
 
 
 def test_full_disk_while_tokens_are_written(

@@ -20,11 +20,11 @@ import pyarrow.parquet
 import pytest
 
 from smallcoder_jax.base.errors import UserError
+from smallcoder_jax.base.progress import Progress
 from smallcoder_jax.config import DataConfig
 from smallcoder_jax.data import row_files
 from smallcoder_jax.data.collect import collect_source
 from smallcoder_jax.data.documents import Document, Skipped
-from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.data.row_files import find_files
 from smallcoder_jax.data.rows import Account, Row, text_of
 from smallcoder_jax.data.sources import parse_sources, read_source
@@ -153,7 +153,7 @@ def test_a_line_without_an_end_takes_no_memory(tmp_path: Path, packed: str) -> N
                 stream.write(part)
     program = f"""
 import resource, pyarrow
-from smallcoder_jax.data.progress import Progress
+from smallcoder_jax.base.progress import Progress
 from smallcoder_jax.data.row_files import find_files
 files = find_files("s", "jsonl", {str(path)!r}, None)
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()

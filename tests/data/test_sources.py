@@ -11,9 +11,9 @@ import pyarrow.parquet
 import pytest
 
 from smallcoder_jax.base.errors import UserError
+from smallcoder_jax.base.progress import Progress
 from smallcoder_jax.data import local
 from smallcoder_jax.data.documents import Document, Skipped
-from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.data.sources import parse_sources, read_source, source_identity
 from tests.data.conftest import code
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import smallcoder_jax
+from smallcoder_jax.base.progress import Progress
 from smallcoder_jax.config import DataConfig
-from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.data.tokenizer import CONVERSATIONS_SHARE, make_tokenizer
 from smallcoder_jax.tokenizers.base import Tokenizer
 

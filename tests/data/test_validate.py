@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from smallcoder_jax.base.errors import CheckFailed, UserError
+from smallcoder_jax.base.progress import Progress
 from smallcoder_jax.data import documents, prepare, shards
-from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.data.validate import validate
 from tests.data.conftest import code
 from tools import prepare_data, train_tokenizer, validate_data

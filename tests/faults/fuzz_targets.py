@@ -200,10 +200,10 @@ def stores(folder: Path) -> Target:
     """What stages keep below `data.dir`: conversations, preferences, a teacher's tokens."""
     import numpy as np
 
+    from smallcoder_jax.base.progress import Progress
     from smallcoder_jax.config import PreferencesConfig
     from smallcoder_jax.data.dialogs import prepare_dialogs
     from smallcoder_jax.data.preference_sets import ensure_preferences
-    from smallcoder_jax.data.progress import Progress
     from smallcoder_jax.stages.teacher_tokens import KeptTokens
 
     given, data = folder / "given", folder / "data"

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from smallcoder_jax.base.distributed import HEARTBEAT_SECONDS
 from smallcoder_jax.base.errors import EXIT_INTERRUPTED, EXIT_USER_ERROR
-from smallcoder_jax.distributed import HEARTBEAT_SECONDS
 from smallcoder_jax.train.checkpoint import verify_step
 from tests.faults.runs import PATIENCE, ROOT, STEPS, Runs
 from tests.faults.test_resume import ALL_AT_ONCE

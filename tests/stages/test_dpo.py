@@ -14,9 +14,9 @@ import pytest
 
 from smallcoder_jax import loading
 from smallcoder_jax.base.errors import UserError
+from smallcoder_jax.base.progress import Progress
 from smallcoder_jax.config import DpoConfig, StageConfig
 from smallcoder_jax.data.preference_rows import fill_pairs
-from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.models import build
 from smallcoder_jax.stages import dpo, run
 from smallcoder_jax.stages import pairs as preference_pairs

@@ -17,6 +17,7 @@ import pytest
 
 from smallcoder_jax import loading
 from smallcoder_jax.base.errors import UserError
+from smallcoder_jax.base.progress import Progress
 from smallcoder_jax.config import (
     ComputeConfig,
     Config,
@@ -28,7 +29,6 @@ from smallcoder_jax.config import (
     to_dict,
 )
 from smallcoder_jax.data.conversations import Record
-from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.data.tool_dialogs import Dialogs
 from smallcoder_jax.evaluate.verify import verify
 from smallcoder_jax.generate.sampling import SamplingOptions

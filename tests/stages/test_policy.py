@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 
 from smallcoder_jax.base.errors import UserError
+from smallcoder_jax.base.progress import Progress
+from smallcoder_jax.base.terminal import Terminal
 from smallcoder_jax.config import (
     CheckpointConfig,
     Config,
@@ -25,7 +27,6 @@ from smallcoder_jax.config import (
     StageConfig,
     TrainConfig,
 )
-from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.loading import LoadedModel
 from smallcoder_jax.models import build
 from smallcoder_jax.models.heads import init_head
@@ -34,7 +35,6 @@ from smallcoder_jax.stages import grpo, policy, ppo
 from smallcoder_jax.tokenizers.bytes import ByteTokenizer
 from smallcoder_jax.train.loop import Outcome, Trainer
 from smallcoder_jax.train.run_folder import RunFolder
-from smallcoder_jax.train.terminal import Terminal
 from tests.helpers import FLOAT32, max_difference, tiny_config, tiny_model
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")

@@ -19,8 +19,8 @@ import optax
 import pytest
 
 from smallcoder_jax.base.errors import Interrupted, UserError
+from smallcoder_jax.base.faults import flip_bit
 from smallcoder_jax.config import MeshConfig
-from smallcoder_jax.faults import flip_bit
 from smallcoder_jax.mesh import make_mesh
 from smallcoder_jax.models import build
 from smallcoder_jax.train import checkpoint

@@ -20,9 +20,10 @@ import pytest
 
 from smallcoder_jax.base import files
 from smallcoder_jax.base.errors import Diverged, UserError
+from smallcoder_jax.base.progress import Progress
+from smallcoder_jax.base.terminal import Terminal
 from smallcoder_jax.config import CheckpointConfig, Config, DataConfig, EvalConfig, LogConfig, TokenizerConfig
 from smallcoder_jax.data import shards
-from smallcoder_jax.data.progress import Progress
 from smallcoder_jax.ops import cross_entropy
 from smallcoder_jax.preflight.target import Target
 from smallcoder_jax.stages import pretrain, run
@@ -30,7 +31,6 @@ from smallcoder_jax.train import log_files, loop
 from smallcoder_jax.train.checkpoint import Checkpointer
 from smallcoder_jax.train.log_files import read_csv
 from smallcoder_jax.train.run_folder import RunFolder
-from smallcoder_jax.train.terminal import Terminal
 from tests.helpers import tiny_config, tiny_model
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")

@@ -11,8 +11,8 @@ from safetensors.numpy import save_file
 
 from smallcoder_jax import loading
 from smallcoder_jax.base.errors import UserError
+from smallcoder_jax.base.faults import flip_bit
 from smallcoder_jax.base.files import write_json
-from smallcoder_jax.faults import flip_bit
 from smallcoder_jax.tokenizers.bytes import ByteTokenizer
 from smallcoder_jax.tokenizers.load import load_tokenizer
 from smallcoder_jax.tokenizers.sentencepiece import train_sentencepiece

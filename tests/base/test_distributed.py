@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from smallcoder_jax import distributed
+from smallcoder_jax.base import distributed
+from smallcoder_jax.base.distributed import AUTO, Cluster, find_cluster
 from smallcoder_jax.base.errors import CheckFailed, UserError, report
-from smallcoder_jax.distributed import AUTO, Cluster, find_cluster
 
 SLURM = {
     "SLURM_JOB_ID": "7",

@@ -5,9 +5,9 @@ import math
 
 import pytest
 
+from smallcoder_jax.base import terminal
 from smallcoder_jax.base.display import printable
-from smallcoder_jax.train import terminal
-from smallcoder_jax.train.terminal import Terminal, format_table, human_bytes, human_count, human_time, progress_line
+from smallcoder_jax.base.terminal import Terminal, format_table, human_bytes, human_count, human_time, progress_line
 
 METRICS = {
     "loss": 3.14159,

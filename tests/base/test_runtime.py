@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from smallcoder_jax.runtime import give_back_memory
+from smallcoder_jax.base.runtime import give_back_memory
 
 BLOCK, COUNT = 64 << 10, 2000  # below malloc's threshold for a mapping of its own, 125 MiB in all
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from smallcoder_jax.base.errors import UserError
-from smallcoder_jax.faults import Faults, flip_bit
+from smallcoder_jax.base.faults import Faults, flip_bit
 
 
 @pytest.mark.parametrize(
