@@ -24,11 +24,11 @@ from smallcoder_jax.generate.chat import Reply, ReplyStream
 from smallcoder_jax.generate.engine import Completion, Generator
 from smallcoder_jax.generate.sampling import SamplingOptions
 from smallcoder_jax.models import build, lora
+from smallcoder_jax.report.run_folder import RunFolder
 from smallcoder_jax.tokenizers.base import KIND_FILE, Tokenizer
 from smallcoder_jax.tokenizers.chat_wire import from_wire
 from smallcoder_jax.tokenizers.load import load_tokenizer, open_tokenizer
 from smallcoder_jax.train import checkpoint
-from smallcoder_jax.train.run_folder import RunFolder
 from smallcoder_jax.train.state import trained_params
 from smallcoder_jax.train.whereabouts import read_tokenizer
 

@@ -20,9 +20,9 @@ from smallcoder_jax.base.errors import EXIT_CHECK_FAILED, EXIT_USER_ERROR, UserE
 from smallcoder_jax.configfile import load_config
 from smallcoder_jax.data.shards import Manifest, SourceEntry, Split
 from smallcoder_jax.main import main
+from smallcoder_jax.report.run_folder import RunFolder
 from smallcoder_jax.stages import documents
 from smallcoder_jax.stages.run import next_commands
-from smallcoder_jax.train.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = """

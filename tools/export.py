@@ -29,7 +29,7 @@ from smallcoder_jax.export import record as export_record
 
 if TYPE_CHECKING:
     from smallcoder_jax.loading import LoadedModel
-    from smallcoder_jax.train.run_folder import RunFolder
+    from smallcoder_jax.report.run_folder import RunFolder
 
 
 def main(argv: list[str] | None = None) -> int | None:
@@ -93,7 +93,7 @@ def build_parser() -> argparse.ArgumentParser:
 def run_card(path: Path, loaded: LoadedModel) -> dict[str, Any]:
     """The model card's content for a step of the run in `path`."""
     from smallcoder_jax.base.files import read_json
-    from smallcoder_jax.train.run_folder import RunFolder
+    from smallcoder_jax.report.run_folder import RunFolder
 
     config = from_config_dict(loaded.info["config"])
     history = RunFolder(path).metrics_history_json
@@ -104,8 +104,8 @@ def run_card(path: Path, loaded: LoadedModel) -> dict[str, Any]:
 def lineage(folder: RunFolder, meta: Mapping[str, Any]) -> list[model_card.Trained]:
     """What a checkpoint of a run went through, the first stage first; runs that are gone, and exports, end the list."""
     from smallcoder_jax.loading import find_model
+    from smallcoder_jax.report.run_folder import RunFolder
     from smallcoder_jax.train import checkpoint
-    from smallcoder_jax.train.run_folder import RunFolder
     from smallcoder_jax.train.whereabouts import read_trained_tokens
 
     run = folder.read_run_json()

@@ -29,16 +29,16 @@ from smallcoder_jax.base.display import say, show
 from smallcoder_jax.base.errors import UserError, run_cli
 from smallcoder_jax.base.files import MAX_RECORD_BYTES, parse_json, read_json, read_text, reason
 from smallcoder_jax.config import nearest
-from smallcoder_jax.data.conversation_tools import TOOLS
-from smallcoder_jax.evaluate.execute import respond
 from smallcoder_jax.generate.chat import Reply, call_lines, check_tools, reply_of
 from smallcoder_jax.generate.engine import Completion, Generator
 from smallcoder_jax.generate.prompts import Prompt
 from smallcoder_jax.generate.sampling import SamplingOptions
 from smallcoder_jax.generate.session import ChatSession, Session
+from smallcoder_jax.report.page import learned_turns
 from smallcoder_jax.tokenizers.chat import Conversation, Message, check
 from smallcoder_jax.tokenizers.chat_wire import calls_to_wire, from_wire
-from smallcoder_jax.train.report import learned_turns
+from smallcoder_jax.toolbox.execute import respond
+from smallcoder_jax.toolbox.functions import TOOLS
 
 ONE_A_LINE = ("", ".txt")  # suffixes of prompt files; any other but .jsonl is code, or text, of many lines
 

@@ -45,7 +45,7 @@ from smallcoder_jax.base.files import finite, read_json, utc_now, write_json
 from smallcoder_jax.base.terminal import format_table, human_time
 from smallcoder_jax.config import Config, nearest, parameter_count, to_dict
 from smallcoder_jax.configfile import load_config, split_overrides
-from smallcoder_jax.train.run_folder import RunFolder
+from smallcoder_jax.report.run_folder import RunFolder
 
 VARIANTS = ("tiny", "small", "medium", "tiny_lc", "small_lc", "medium_lc")
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"

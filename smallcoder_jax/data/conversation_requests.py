@@ -19,8 +19,8 @@ from smallcoder_jax.data.conversation_code import (
     numbers,
     words,
 )
-from smallcoder_jax.data.conversation_tools import ASPECTS, documentation
 from smallcoder_jax.tokenizers.chat import ToolCall
+from smallcoder_jax.toolbox.functions import ASPECTS, documentation
 
 Step = Callable[[Sequence[str]], tuple[ToolCall, ...]]
 

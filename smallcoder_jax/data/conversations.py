@@ -15,9 +15,9 @@ from typing import Any
 
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.data.conversation_requests import KINDS, Plan
-from smallcoder_jax.data.conversation_tools import TOOLS, Execute, call_tool
 from smallcoder_jax.tokenizers.chat import Conversation, Message
 from smallcoder_jax.tokenizers.chat_wire import from_wire, to_wire
+from smallcoder_jax.toolbox.functions import TOOLS, Execute, call_tool
 
 VALIDATION_SHARE = 0.1
 FORMAT = 2  # raised when the same seed and index begin to give another conversation

@@ -11,10 +11,10 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from smallcoder_jax.data.conversation_tools import TOOLS
 from smallcoder_jax.data.conversations import Draft, draw
 from smallcoder_jax.data.preferences import Preference, Reply
 from smallcoder_jax.tokenizers.chat import ToolCall, from_json
+from smallcoder_jax.toolbox.functions import TOOLS
 
 FORMAT = 1  # raised when the same seed begins to give other pairs
 _Mistake = tuple[Reply, str]  # and the reason

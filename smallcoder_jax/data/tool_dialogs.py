@@ -21,9 +21,9 @@ from smallcoder_jax.base.artifacts import check_sealed, new_folder, sealed, shor
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import open_regular, parse_json, read_json_object, reason, write_json
 from smallcoder_jax.base.progress import Progress
-from smallcoder_jax.data.conversation_tools import Execute
 from smallcoder_jax.data.conversations import FORMAT, Draft, Record, complete, draw
 from smallcoder_jax.data.rows import Account
+from smallcoder_jax.toolbox.functions import Execute
 
 SIDES: tuple[str, ...] = ("train", "validation")
 _FACTS, _FILES = "dialogs.json", tuple(f"{side}.jsonl" for side in SIDES)

@@ -17,7 +17,7 @@ from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import ComputeConfig, ModelConfig
 from smallcoder_jax.models import build
 from smallcoder_jax.ops import precision
-from smallcoder_jax.train.metrics import EvalMetrics, language_summary
+from smallcoder_jax.train.sums import EvalMetrics, language_summary
 
 
 def evaluate(

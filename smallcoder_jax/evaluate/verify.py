@@ -17,10 +17,10 @@ from smallcoder_jax.data import pipeline, shards
 from smallcoder_jax.data.verification import verify_shards
 from smallcoder_jax.evaluate.perplexity import evaluate
 from smallcoder_jax.models import build
+from smallcoder_jax.report.log_files import read_csv
+from smallcoder_jax.report.run_folder import RunFolder, compare_identity
 from smallcoder_jax.tokenizers.base import Tokenizer
 from smallcoder_jax.train import checkpoint
-from smallcoder_jax.train.log_files import read_csv
-from smallcoder_jax.train.run_folder import RunFolder, compare_identity
 from smallcoder_jax.train.whereabouts import data_folders, find_tokens, read_tokenizer
 
 Status = Literal["verified", "not_found", "no_checkpoint", "wrong_data", "corrupt", "error"]

@@ -22,11 +22,11 @@ from smallcoder_jax.base.progress import Progress
 from smallcoder_jax.config import Config, nearest, to_dict
 from smallcoder_jax.configfile import load_config
 from smallcoder_jax.data.tokenizer import make_tokenizer
+from smallcoder_jax.report.log_files import read_csv
+from smallcoder_jax.report.page import write_stages_report
+from smallcoder_jax.report.run_folder import RunFolder
 from smallcoder_jax.stages import run, sft
 from smallcoder_jax.tokenizers import chat
-from smallcoder_jax.train.log_files import read_csv
-from smallcoder_jax.train.report import write_stages_report
-from smallcoder_jax.train.run_folder import RunFolder
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 # Each goes on from the last of these before it; the others leave the model as it is.

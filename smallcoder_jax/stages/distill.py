@@ -25,8 +25,8 @@ from smallcoder_jax.ops.divergence import divergences, top_divergences
 from smallcoder_jax.stages import documents, language
 from smallcoder_jax.stages.start import check_tokenizer, one_process, start_of
 from smallcoder_jax.stages.teacher_tokens import KeptTokens, WithTeacher, folder_of, scorer
-from smallcoder_jax.train.metrics import language_summary, ratio
 from smallcoder_jax.train.step import Batch, LossFn
+from smallcoder_jax.train.sums import language_summary, ratio
 from smallcoder_jax.train.task import Task
 
 

@@ -21,9 +21,9 @@ from smallcoder_jax.data.verification import begin_verification
 from smallcoder_jax.evaluate.bits_per_byte import held_out_references
 from smallcoder_jax.evaluate.perplexity import evaluate
 from smallcoder_jax.loading import LoadedModel
-from smallcoder_jax.train.metrics import language_summary
-from smallcoder_jax.train.run_folder import RunFolder
+from smallcoder_jax.report.run_folder import RunFolder
 from smallcoder_jax.train.step import LossFn
+from smallcoder_jax.train.sums import language_summary
 from smallcoder_jax.train.task import Start, Task
 from smallcoder_jax.train.whereabouts import find_tokens
 

@@ -29,8 +29,8 @@ from smallcoder_jax.models.decoder import Decoder
 from smallcoder_jax.ops import precision
 from smallcoder_jax.stages.start import one_process, start_of
 from smallcoder_jax.tokenizers.base import Tokenizer
-from smallcoder_jax.train.metrics import ratio
 from smallcoder_jax.train.step import Batch, LossFn
+from smallcoder_jax.train.sums import ratio
 from smallcoder_jax.train.task import Task
 
 Judged = tuple[Array, Array, dict[str, Array]]

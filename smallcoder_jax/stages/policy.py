@@ -32,8 +32,8 @@ from smallcoder_jax.rl.rollouts import Question, RolloutEngine, fitting
 from smallcoder_jax.sandbox import run as sandbox
 from smallcoder_jax.stages.start import load_start, need_start, one_process, start_of
 from smallcoder_jax.tokenizers.base import Tokenizer
-from smallcoder_jax.train.metrics import ratio
 from smallcoder_jax.train.step import Batch, LossFn
+from smallcoder_jax.train.sums import ratio
 from smallcoder_jax.train.task import Task
 
 _MEASURES = ("reward", "gain", "start_kl", "answer_tokens", "ended")

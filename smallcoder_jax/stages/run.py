@@ -30,16 +30,16 @@ from smallcoder_jax.mesh import batch_sharding, place_batch
 from smallcoder_jax.preflight.examine import Report, examine
 from smallcoder_jax.preflight.show import table
 from smallcoder_jax.preflight.target import target_here, target_of
+from smallcoder_jax.report.page import generate_command, write_report
+from smallcoder_jax.report.run_folder import RunFolder, compare_identity
 from smallcoder_jax.stages import language
 from smallcoder_jax.stages.start import load_start, with_base
 from smallcoder_jax.train.checkpoint import load_params
 from smallcoder_jax.train.loop import Outcome, Trainer
-from smallcoder_jax.train.metrics import EvalMetrics
 from smallcoder_jax.train.program import make_program
-from smallcoder_jax.train.report import generate_command, write_report
-from smallcoder_jax.train.run_folder import RunFolder, compare_identity
 from smallcoder_jax.train.step import make_eval_step
 from smallcoder_jax.train.stop import interruptible
+from smallcoder_jax.train.sums import EvalMetrics
 from smallcoder_jax.train.task import Task, run_identity
 from smallcoder_jax.train.whereabouts import data_folders
 

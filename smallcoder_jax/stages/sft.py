@@ -16,7 +16,6 @@ from smallcoder_jax.data.conversation_rows import ConversationBatches
 from smallcoder_jax.data.conversations import Record
 from smallcoder_jax.data.dialogs import prepare_dialogs
 from smallcoder_jax.data.tool_dialogs import Dialogs, prepare_tool_dialogs
-from smallcoder_jax.evaluate.execute import execute
 from smallcoder_jax.evaluate.tool_calls import score_tool_calls
 from smallcoder_jax.generate.sampling import SamplingOptions
 from smallcoder_jax.loading import LoadedModel
@@ -24,7 +23,8 @@ from smallcoder_jax.stages import language
 from smallcoder_jax.stages.start import need_start, start_of
 from smallcoder_jax.tokenizers import chat
 from smallcoder_jax.tokenizers.base import Tokenizer
-from smallcoder_jax.train.metrics import language_summary
+from smallcoder_jax.toolbox.execute import execute
+from smallcoder_jax.train.sums import language_summary
 from smallcoder_jax.train.task import Task
 
 _SHOWN = 2  # held-out conversations whose first turn is sampled during training

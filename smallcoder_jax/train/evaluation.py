@@ -15,8 +15,8 @@ from smallcoder_jax.generate.engine import Generator
 from smallcoder_jax.generate.sampling import SamplingOptions
 from smallcoder_jax.mesh import place_batch
 from smallcoder_jax.models import build
-from smallcoder_jax.train.metrics import EvalMetrics
 from smallcoder_jax.train.stop import StopRequest
+from smallcoder_jax.train.sums import EvalMetrics
 from smallcoder_jax.train.task import Task
 
 

@@ -29,19 +29,19 @@ from smallcoder_jax.data.verification import steps_until_repeated
 from smallcoder_jax.mesh import batch_sharding, check_rows, on_mesh, path_name, place_batch, process_rows
 from smallcoder_jax.models import build
 from smallcoder_jax.ops.precision import multiplying
-from smallcoder_jax.train.checkpoint import Checkpointer
-from smallcoder_jax.train.evaluation import draw_samples, evaluate
-from smallcoder_jax.train.meter import Meter
-from smallcoder_jax.train.metrics import MetricsLog, SilentLog
-from smallcoder_jax.train.profile import StepProfile
-from smallcoder_jax.train.program import make_program
-from smallcoder_jax.train.run_folder import (
+from smallcoder_jax.report.log import MetricsLog, SilentLog
+from smallcoder_jax.report.run_folder import (
     RunFolder,
     check_allowed,
     compare_identity,
     split_allowed,
     write_training_info,
 )
+from smallcoder_jax.train.checkpoint import Checkpointer
+from smallcoder_jax.train.evaluation import draw_samples, evaluate
+from smallcoder_jax.train.meter import Meter
+from smallcoder_jax.train.profile import StepProfile
+from smallcoder_jax.train.program import make_program
 from smallcoder_jax.train.start_table import start_sections
 from smallcoder_jax.train.state import TrainState, init_state
 from smallcoder_jax.train.step import make_eval_step

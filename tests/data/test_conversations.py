@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 
 from smallcoder_jax.base.errors import UserError
-from smallcoder_jax.data import conversation_code, conversation_tools
+from smallcoder_jax.data import conversation_code
 from smallcoder_jax.data.conversation_requests import KINDS
 from smallcoder_jax.data.conversations import Record, complete, draw, side_of
 from smallcoder_jax.tokenizers.chat import check
 from smallcoder_jax.tokenizers.chat_parser import check_call
+from smallcoder_jax.toolbox import functions
 
 COUNT = 1000
 
@@ -47,7 +48,7 @@ def records(drafts: list[Any]) -> list[Record]:
 def test_requests_differ_and_every_tool_is_asked_for(drafts: list[Any]) -> None:
     requests = {" ".join(draft.plan.request.casefold().split()) for draft in drafts}
     assert len(requests) > 0.97 * COUNT
-    for name in conversation_tools.TOOLS:
+    for name in functions.TOOLS:
         assert sum(name in draft.plan.tools for draft in drafts) >= 0.1 * COUNT, name
     kinds = collections.Counter(draft.kind for draft in drafts)
     for kind, (_, share) in KINDS.items():
@@ -166,45 +167,43 @@ def test_sliced_functions_do_what_the_library_does() -> None:
 def test_a_test_run_and_a_traceback() -> None:
     code = "def f(x):\n    return x + 1"
     tests = "assert f(1) == 2\nassert f(2) == 4\nassert f('a') == 2"
-    assert conversation_tools.call_tool("run_tests", {"code": code, "tests": tests}, execute).splitlines() == [
+    assert functions.call_tool("run_tests", {"code": code, "tests": tests}, execute).splitlines() == [
         "FAILED assert f(2) == 4 (got 3)",
         "FAILED assert f('a') == 2 (TypeError: can only concatenate str (not \"int\") to str)",
         "1 passed, 2 failed",
     ]
-    found = conversation_tools.call_tool(
-        "debug_code", {"code": code.replace("x + 1", "y") + "\n\nprint(f(1))"}, execute
-    )
+    found = functions.call_tool("debug_code", {"code": code.replace("x + 1", "y") + "\n\nprint(f(1))"}, execute)
     assert found.splitlines()[-1] == "NameError: name 'y' is not defined"
     assert 'File "code.py", line 2, in f\n    return y' in found
     assert "<string>" not in found
-    long = conversation_tools.call_tool("execute_python", {"code": "print('x' * 1300)"}, execute)
+    long = functions.call_tool("execute_python", {"code": "print('x' * 1300)"}, execute)
     assert long == "x" * 1200 + "\n[100 more characters]"
 
 
 def test_documentation_does_not_depend_on_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
     """A training run sets one, pytest another: the conversations of a seed would be others beside them."""
-    conversation_tools.documentation.cache_clear()
-    found = conversation_tools.documentation()
+    functions.documentation.cache_clear()
+    found = functions.documentation()
     assert "sys.exit" in found
     assert "sys.unraisablehook" not in found
-    conversation_tools.documentation.cache_clear()
+    functions.documentation.cache_clear()
     for name in ("unraisablehook", "displayhook"):
         monkeypatch.setattr(sys, name, lambda found: None)
-    assert conversation_tools.documentation() == found
+    assert functions.documentation() == found
 
 
 def test_analysis_and_search() -> None:
     code = "import os.path, re\nfrom a import b\ndef f(a, *, b=1):\n    if a and b: return g(os.x(1))\n"
     code += "    return [i for i in a]"
-    assert conversation_tools.analyze(code, "functions") == {"functions": ["f(a, *, b=1)"]}
-    assert conversation_tools.analyze(code, "imports") == {"imports": ["os.path", "re", "a"]}
-    assert conversation_tools.analyze(code, "calls") == {"calls": ["g", "os.x"]}
-    assert conversation_tools.analyze(code, "complexity") == {"complexity": 4}
-    best, second = conversation_tools.search("push item onto heap, maintaining the heap invariant", 2)
+    assert functions.analyze(code, "functions") == {"functions": ["f(a, *, b=1)"]}
+    assert functions.analyze(code, "imports") == {"imports": ["os.path", "re", "a"]}
+    assert functions.analyze(code, "calls") == {"calls": ["g", "os.x"]}
+    assert functions.analyze(code, "complexity") == {"complexity": 4}
+    best, second = functions.search("push item onto heap, maintaining the heap invariant", 2)
     assert best.startswith("heapq.heappush(heap, item")
     assert second != best
-    assert conversation_tools.search("textwrap.shorten", 1)[0].startswith("textwrap.shorten(text, width")
-    assert conversation_tools.search("qqq zzz", 3) == []
+    assert functions.search("textwrap.shorten", 1)[0].startswith("textwrap.shorten(text, width")
+    assert functions.search("qqq zzz", 3) == []
 
 
 def test_a_record_of_something_else_is_refused(records: list[Record]) -> None:
@@ -228,7 +227,7 @@ def test_code_is_analyzed_by_several_threads_at_once() -> None:
     gc.callbacks.append(let_another_in)
     try:
         with ThreadPoolExecutor(4) as pool:
-            found = list(pool.map(lambda _: conversation_tools.analyze(code, "calls"), range(40)))
+            found = list(pool.map(lambda _: functions.analyze(code, "calls"), range(40)))
     finally:
         gc.callbacks.remove(let_another_in)
         gc.set_threshold(*thresholds)

@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from smallcoder_jax.data.conversation_tools import TOOLS
 from smallcoder_jax.evaluate.tool_calls import Count, Generate, ToolScores, call_levels, score_tool_calls
 from smallcoder_jax.tokenizers import base, chat
 from smallcoder_jax.tokenizers.chat import Conversation, Message, ToolCall
 from smallcoder_jax.tokenizers.chat_parser import parse
 from smallcoder_jax.tokenizers.sentencepiece import SentencePieceTokenizer, train_sentencepiece
+from smallcoder_jax.toolbox.functions import TOOLS
 
 SEARCH = ToolCall("search_docs", {"query": "heap", "limit": 2})
 RUN = ToolCall("execute_python", {"code": "print(1)\n"})

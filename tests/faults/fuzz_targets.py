@@ -157,10 +157,10 @@ def _tiny_run(folder: Path) -> Config:
 def runs(folder: Path) -> Target:
     """The records of a run and of its newest checkpoint."""
     from smallcoder_jax import loading
+    from smallcoder_jax.report.log_files import LogFiles
+    from smallcoder_jax.report.page import write_report
+    from smallcoder_jax.report.run_folder import RunFolder
     from smallcoder_jax.train import checkpoint
-    from smallcoder_jax.train.log_files import LogFiles
-    from smallcoder_jax.train.report import write_report
-    from smallcoder_jax.train.run_folder import RunFolder
 
     _tiny_run(folder)
     run = RunFolder(folder / "run")

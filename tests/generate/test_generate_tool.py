@@ -10,8 +10,8 @@ import pytest
 
 import smallcoder_jax
 from smallcoder_jax.base.errors import UserError
-from smallcoder_jax.data.conversation_tools import TOOLS
 from smallcoder_jax.generate.sampling import SamplingOptions
+from smallcoder_jax.toolbox.functions import TOOLS
 from tools import generate as tool
 
 

@@ -15,7 +15,6 @@ import pytest
 
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import ModelConfig, RLConfig
-from smallcoder_jax.data.conversation_tools import TOOLS
 from smallcoder_jax.evaluate import completions, tool_calls
 from smallcoder_jax.loading import LoadedModel
 from smallcoder_jax.models import build
@@ -28,6 +27,7 @@ from smallcoder_jax.tokenizers import base, chat
 from smallcoder_jax.tokenizers.bytes import ByteTokenizer
 from smallcoder_jax.tokenizers.chat import Conversation, Message, ToolCall
 from smallcoder_jax.tokenizers.sentencepiece import SentencePieceTokenizer, train_sentencepiece
+from smallcoder_jax.toolbox.functions import TOOLS
 from tests.helpers import FLOAT32, tiny_model
 
 

@@ -16,8 +16,8 @@ from smallcoder_jax import loading
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import Config, DistillConfig, MeshConfig, validate
 from smallcoder_jax.models import build
+from smallcoder_jax.report.log_files import read_csv
 from smallcoder_jax.stages import distill, run, teacher_tokens
-from smallcoder_jax.train.log_files import read_csv
 from tests.helpers import FLOAT32, packed_batch, tiny_config, tiny_model
 from tests.stages.pairs import LENGTH, assert_resumes, config_of, make_root
 

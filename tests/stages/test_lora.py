@@ -32,13 +32,13 @@ from smallcoder_jax.data.conversations import Record
 from smallcoder_jax.data.tool_dialogs import Dialogs
 from smallcoder_jax.evaluate.verify import verify
 from smallcoder_jax.generate.sampling import SamplingOptions
+from smallcoder_jax.report.log_files import read_csv
+from smallcoder_jax.report.run_folder import RunFolder
 from smallcoder_jax.rl.rollouts import Answer, Question
 from smallcoder_jax.stages import dpo, language, policy, run, sft
 from smallcoder_jax.tokenizers.chat import Conversation, Message, encode
 from smallcoder_jax.train import checkpoint
-from smallcoder_jax.train.log_files import read_csv
 from smallcoder_jax.train.program import abstract_batch, make_program
-from smallcoder_jax.train.run_folder import RunFolder
 from tests.helpers import max_difference
 from tests.stages.pairs import assert_resumes, config_of, make_root
 from tools import export

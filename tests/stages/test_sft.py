@@ -22,10 +22,10 @@ from smallcoder_jax.config import CheckpointConfig, Config, DialogConfig, StageC
 from smallcoder_jax.data.tool_dialogs import prepare_tool_dialogs
 from smallcoder_jax.evaluate import verify
 from smallcoder_jax.generate.sampling import SamplingOptions
+from smallcoder_jax.report.log_files import read_csv
 from smallcoder_jax.stages import run, sft
 from smallcoder_jax.tokenizers import chat
 from smallcoder_jax.tokenizers.base import IM_END
-from smallcoder_jax.train.log_files import read_csv
 from tests.helpers import tiny_model
 from tests.stages.pairs import assert_resumes, config_of, make_root
 

@@ -36,7 +36,7 @@ def test_every_script_is_a_command(
 def test_an_installation_holds_the_commands_and_the_configs() -> None:
     include = PROJECT["tool"]["setuptools"]["packages"]["find"]["include"]
     found = setuptools.find_namespace_packages(str(ROOT), include=include)
-    assert {"smallcoder_jax.config", "smallcoder_jax.train.templates", "tools", "launch", "configs.stages"} <= set(
+    assert {"smallcoder_jax.config", "smallcoder_jax.report.templates", "tools", "launch", "configs.stages"} <= set(
         found
     )
     assert not [name for name in found if name.startswith(("tests", "docs"))]

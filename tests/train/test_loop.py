@@ -26,11 +26,12 @@ from smallcoder_jax.config import CheckpointConfig, Config, DataConfig, EvalConf
 from smallcoder_jax.data import shards
 from smallcoder_jax.ops import cross_entropy
 from smallcoder_jax.preflight.target import Target
+from smallcoder_jax.report import log_files
+from smallcoder_jax.report.log_files import read_csv
+from smallcoder_jax.report.run_folder import RunFolder
 from smallcoder_jax.stages import pretrain, run
-from smallcoder_jax.train import log_files, loop
+from smallcoder_jax.train import loop
 from smallcoder_jax.train.checkpoint import Checkpointer
-from smallcoder_jax.train.log_files import read_csv
-from smallcoder_jax.train.run_folder import RunFolder
 from tests.helpers import tiny_config, tiny_model
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")

@@ -13,10 +13,10 @@ from smallcoder_jax import loading
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.faults import flip_bit
 from smallcoder_jax.base.files import write_json
+from smallcoder_jax.report.run_folder import RunFolder
 from smallcoder_jax.tokenizers.bytes import ByteTokenizer
 from smallcoder_jax.tokenizers.load import load_tokenizer
 from smallcoder_jax.tokenizers.sentencepiece import train_sentencepiece
-from smallcoder_jax.train.run_folder import RunFolder
 from smallcoder_jax.train.whereabouts import keep_tokenizer, read_tokenizer
 
 TEXTS = [f"def function_{number}(value):\n    return value + {number}\n" for number in range(200)]

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from smallcoder_jax.base.errors import UserError
-from smallcoder_jax.train.log_files import LogFiles
-from smallcoder_jax.train.run_folder import RunFolder
+from smallcoder_jax.report.log_files import LogFiles
+from smallcoder_jax.report.run_folder import RunFolder
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from smallcoder_jax.base.files import (
     write_bytes,
     write_json,
 )
-from smallcoder_jax.train.run_folder import RunFolder
+from smallcoder_jax.report.run_folder import RunFolder
 
 TRAINING_COLUMNS = (
     "step",

@@ -19,10 +19,11 @@ from smallcoder_jax.config import (
     TrainConfig,
     to_dict,
 )
+from smallcoder_jax.report import charts, run_folder
+from smallcoder_jax.report.page import OLDER_SAMPLES, _samples_by_step, generate_command, tables, write_report
+from smallcoder_jax.report.run_folder import RunFolder
 from smallcoder_jax.stages.run import _results
-from smallcoder_jax.train import charts, report, run_folder
 from smallcoder_jax.train.loop import Outcome
-from smallcoder_jax.train.run_folder import RunFolder
 
 ATTACK = "<script>alert('x')</script>&amp;"
 
@@ -82,7 +83,7 @@ def write_info(folder: RunFolder, *, dummy_data: bool) -> None:
 
 
 def test_samples_and_names_are_escaped(folder: RunFolder) -> None:
-    page = Page(report.write_report(folder, {ATTACK: {"x": ATTACK}}, {ATTACK: 1}).read_text())
+    page = Page(write_report(folder, {ATTACK: {"x": ATTACK}}, {ATTACK: 1}).read_text())
     assert "script" not in page.tags
     assert page.text.count(ATTACK) == 4 + 1  # two samples, three cells or titles
     assert page.open == []
@@ -93,23 +94,23 @@ def test_nothing_on_the_page_runs_backwards_or_is_invisible(folder: RunFolder) -
     write_json(folder.text_samples_json, [{"step": 1, "input": odd, "output": odd, "accuracy": None}])
     folder.update_run_json(command=odd)
     values = {odd: {odd: odd, "list": [odd]}}
-    page = report.write_report(folder, values, values).read_text()
+    page = write_report(folder, values, values).read_text()
     assert page == printable(page)
     assert page.count(r"\x1b[2J\u202egnp.exe\u200b\udcff") == 11
 
 
 def test_records_of_many_columns_become_columns_themselves(folder: RunFolder) -> None:
     sources = [{**{f"dropped_{i}": i for i in range(30)}, "spec": spec, "kept": 7} for spec in ("stdlib", "dir:a")]
-    (table,) = report.tables({"sources": sources})
+    (table,) = tables({"sources": sources})
     assert list(table.headers) == ["", "stdlib", "dir:a"]
     assert [[cell.text for cell in row] for row in table.rows][-2:] == [["dropped 29", "29", "29"], ["kept", "7", "7"]]
     assert len(table.rows) == 31
-    (table,) = report.tables({"rows": [dict.fromkeys("abcdefghi", 1)] * 2})
+    (table,) = tables({"rows": [dict.fromkeys("abcdefghi", 1)] * 2})
     assert list(table.headers) == ["", "1", "2"]
 
 
 def test_the_page_loads_nothing_from_elsewhere(folder: RunFolder) -> None:
-    page = Page(report.write_report(folder, {}, {}).read_text())
+    page = Page(write_report(folder, {}, {}).read_text())
     assert all(address.startswith(("#", "data:image/png;base64,")) for address in page.addresses)
     assert sum(address.startswith("data:") for address in page.addresses) == 1
     assert "link" not in page.tags
@@ -118,7 +119,7 @@ def test_the_page_loads_nothing_from_elsewhere(folder: RunFolder) -> None:
 def test_it_says_what_the_run_was(folder: RunFolder) -> None:
     write_info(folder, dummy_data=False)
     accounting = {"sources": [{"spec": "stdlib", "train": {"documents": 1632, "tokens": 7_812_345}}]}
-    page = Page(report.write_report(folder, accounting, {"export parity": "passed"}).read_text())
+    page = Page(write_report(folder, accounting, {"export parity": "passed"}).read_text())
     for expected in (
         "SmallCoder-nano",
         "4.2M",
@@ -141,7 +142,7 @@ def test_bits_per_byte_stand_at_the_top_and_say_what_they_are_of(folder: RunFold
 
     def page(config: Config, evaluation: dict[str, float]) -> str:
         outcome = Outcome(step=20, interrupted=False, evaluation=evaluation, tokens_seen=1_000_000)
-        return Page(report.write_report(folder, {}, _results(config, outcome, references)).read_text()).text
+        return Page(write_report(folder, {}, _results(config, outcome, references)).read_text()).text
 
     shown = page(config, {"loss": 2.5, "bits_per_byte": 1.604})
     results = shown.index("Results", shown.index("Reproduce"))
@@ -156,14 +157,14 @@ def test_bits_per_byte_stand_at_the_top_and_say_what_they_are_of(folder: RunFold
 
 def test_dummy_data_is_said_at_the_top(folder: RunFolder) -> None:
     write_info(folder, dummy_data=True)
-    page = Page(report.write_report(folder, {}, {}).read_text())
+    page = Page(write_report(folder, {}, {}).read_text())
     assert page.text.index("Trained on dummy data") < page.text.index("Results", page.text.index("Reproduce"))
 
 
 def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.write_config(Config())
-    page = Page(report.write_report(folder, {}, {}).read_text())
+    page = Page(write_report(folder, {}, {}).read_text())
     assert "No chart was drawn yet." in page.text
     assert "No samples were taken yet." in page.text
 
@@ -184,15 +185,15 @@ def test_the_command_that_tries_a_run_fits_what_it_learned(tmp_path: Path, chang
     folder = RunFolder(tmp_path / "a run")
     config = to_dict(Config(**changes))
     command = f"python -m tools.generate --checkpoint '{folder.path}' {how}"
-    assert report.generate_command(folder.path, config) == command
+    assert generate_command(folder.path, config) == command
     folder.write_config(Config(**changes))
-    report.write_report(folder, {}, {})
+    write_report(folder, {}, {})
     assert command in Page(folder.report_html.read_text()).text
 
 
 def test_a_folder_that_is_not_a_run(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is this a run folder"):
-        report.write_report(RunFolder(tmp_path), {}, {})
+        write_report(RunFolder(tmp_path), {}, {})
 
 
 @pytest.mark.parametrize("name", ["config.json", "run.json", "training_info.json", "text_samples.json"])
@@ -202,15 +203,15 @@ def test_damaged_files_of_a_run_are_one_message(folder: RunFolder, name: str) ->
         if (name, text) == ("run.json", '{"step": 1}'):
             continue  # shown as it is
         with pytest.raises(UserError, match=name):
-            report.write_report(folder, {}, {})
+            write_report(folder, {}, {})
 
 
 def test_newest_samples_come_first_and_older_ones_are_thinned() -> None:
     samples = [{"step": step, "input": "", "output": "", "accuracy": None} for step in range(1, 201)]
-    steps = [step for step, _ in report._samples_by_step(samples)]
+    steps = [step for step, _ in _samples_by_step(samples)]
     assert steps[0] == 200
-    assert len(steps) <= report.OLDER_SAMPLES + 1
-    assert report._samples_by_step([]) == []
+    assert len(steps) <= OLDER_SAMPLES + 1
+    assert _samples_by_step([]) == []
 
 
 def test_nested_values_become_tables() -> None:
@@ -219,7 +220,7 @@ def test_nested_values_become_tables() -> None:
         "dropped": {"a": {"short": 1, "binary": 2}, "b": {"short": 3, "binary": 4}},
         "licenses": {"MIT": 3},
     }
-    first, dropped, licenses = report.tables(values)
+    first, dropped, licenses = tables(values)
     assert [cell.text for cell in first.rows[0]] == ["documents", "12"]
     assert list(dropped.headers) == ["", "short", "binary"]
     assert [[cell.text for cell in row] for row in dropped.rows] == [["a", "1", "2"], ["b", "3", "4"]]
@@ -230,4 +231,4 @@ def test_a_pipe_in_the_place_of_a_chart_is_one_message(folder: RunFolder) -> Non
     folder.latest_chart.unlink()
     os.mkfifo(folder.latest_chart)
     with pytest.raises(UserError, match=r"it is a pipe, not a file.*expected a chart"):
-        report.write_report(folder, {}, {})
+        write_report(folder, {}, {})

@@ -19,7 +19,7 @@ import numpy as np
 from smallcoder_jax.base.display import one_line, printable
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import finite
-from smallcoder_jax.train.run_folder import RunFolder
+from smallcoder_jax.report.run_folder import RunFolder
 
 HISTOGRAM_BINS = 64
 

@@ -18,8 +18,8 @@ from smallcoder_jax.base.files import read_bytes, read_json_object, utc_now, wri
 from smallcoder_jax.base.terminal import human_count, human_time
 from smallcoder_jax.config import to_dict
 from smallcoder_jax.configfile import load_config
-from smallcoder_jax.train.log_files import read_samples
-from smallcoder_jax.train.run_folder import RunFolder
+from smallcoder_jax.report.log_files import read_samples
+from smallcoder_jax.report.run_folder import RunFolder
 
 TEMPLATES = Path(__file__).parent / "templates"
 INFO = {

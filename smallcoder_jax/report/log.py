@@ -1,4 +1,4 @@
-"""Metrics: summed over evaluation batches, written to the run folder, summarised with CLU. The only user of CLU.
+"""What a run logs, written to the run folder and summarised with CLU.
 
 `clu.metric_writers` imports TensorFlow, which takes seconds. It is imported in a thread of its own when the first
 summary is written, so that neither the start nor the plain log files wait for it.
@@ -8,75 +8,26 @@ import concurrent.futures
 import functools
 import importlib.util
 import json
-import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, cast
 
-import clu.metrics
 import clu.parameter_overview
 import numpy as np
-from flax import struct
 
 from smallcoder_jax.base.display import printable
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import finite
 from smallcoder_jax.config import LogConfig
-from smallcoder_jax.train import charts
-from smallcoder_jax.train.log_files import LogFiles
-from smallcoder_jax.train.run_folder import RunFolder
-from smallcoder_jax.train.wandb_writer import WandbWriter
+from smallcoder_jax.report import charts
+from smallcoder_jax.report.log_files import LogFiles
+from smallcoder_jax.report.run_folder import RunFolder
+from smallcoder_jax.report.wandb import WandbWriter
 
 QUEUE_LIMIT = 256  # log entries waiting to be written before the caller waits too
 PENDING_LIMIT = 512  # summaries kept while TensorFlow loads
-
-
-@struct.dataclass
-class EvalMetrics(clu.metrics.Metric):
-    """Sums of a loss over batches, by name; merging two gives exactly the sums over both.
-
-    The sums are Python floats on the host: merging touches no device, and adds in double precision.
-    """
-
-    sums: dict[str, float]
-
-    @classmethod
-    def from_model_output(cls, **sums: Any) -> Self:
-        """From the sums of one batch: Python numbers or host arrays of one element."""
-        return cls({name: float(value) for name, value in sums.items()})
-
-    @classmethod
-    def empty(cls) -> Self:
-        return cls({})
-
-    def merge(self, other: Self) -> Self:
-        names = self.sums.keys() | other.sums.keys()
-        return type(self)({name: self.sums.get(name, 0.0) + other.sums.get(name, 0.0) for name in sorted(names)})
-
-    def compute(self) -> dict[str, float]:
-        """The sums themselves: what they come to, a stage knows (`Task.summarise`)."""
-        return dict(self.sums)
-
-
-def language_summary(sums: Mapping[str, float]) -> dict[str, float]:
-    """From the sums of `losses.language_model`, with `weight` and, where they are known, UTF-8 `bytes`: loss (nats per
-    token), perplexity, bits_per_byte, accuracy and top5_accuracy; NaN where nothing counted.
-    """
-    loss = ratio(sums["nats"], sums["weight"])
-    return {
-        "loss": loss,
-        "perplexity": math.exp(loss) if loss < 700 else math.inf if loss >= 700 else math.nan,
-        **({"bits_per_byte": ratio(sums["nats"] / math.log(2), sums["bytes"])} if "bytes" in sums else {}),
-        "accuracy": ratio(sums["accuracy"], sums["weight"]),
-        "top5_accuracy": ratio(sums["top5_accuracy"], sums["weight"]),
-    }
-
-
-def ratio(total: float, count: float) -> float:
-    """The quotient; NaN where nothing counted."""
-    return total / count if count else math.nan
 
 
 def parameter_table(params: Mapping[Any, Any]) -> str:

@@ -16,7 +16,7 @@ import numpy as np
 from smallcoder_jax.base.display import one_line
 from smallcoder_jax.base.files import write_bytes
 from smallcoder_jax.base.terminal import human_count
-from smallcoder_jax.train.run_folder import RunFolder
+from smallcoder_jax.report.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,8 +13,8 @@ import pytest
 from smallcoder_jax import config as config_module
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import write_json
-from smallcoder_jax.train import run_folder
-from smallcoder_jax.train.run_folder import RunFolder, check_allowed, compare_identity, split_allowed
+from smallcoder_jax.report import run_folder
+from smallcoder_jax.report.run_folder import RunFolder, check_allowed, compare_identity, split_allowed
 
 
 def test_looking_creates_nothing(tmp_path: Path) -> None:
@@ -27,7 +27,7 @@ def test_looking_creates_nothing(tmp_path: Path) -> None:
 
 HOLD = """
 import pathlib, sys
-from smallcoder_jax.train.run_folder import RunFolder
+from smallcoder_jax.report.run_folder import RunFolder
 with RunFolder(pathlib.Path(sys.argv[1])).locked():
     print("held", flush=True)
     sys.stdin.read()

@@ -5,9 +5,9 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from smallcoder_jax.data import conversation_tools
 from smallcoder_jax.sandbox import run as sandbox
 from smallcoder_jax.tokenizers.chat import ToolCall
+from smallcoder_jax.toolbox import functions
 
 
 def execute(name: str, arguments: dict[str, Any]) -> str:
@@ -30,13 +30,13 @@ def execute(name: str, arguments: dict[str, Any]) -> str:
 
 
 def respond(call: ToolCall) -> str:
-    """The response of one of `conversation_tools.TOOLS` to a call that fits its schema, whoever wrote it.
+    """The response of one of `functions.TOOLS` to a call that fits its schema, whoever wrote it.
 
     The functions that only read code do so in the sandbox, too: what makes a parser fail becomes a traceback in the
     response. UserError: this machine cannot isolate.
     """
     if call.name in ("search_docs", "analyze_code"):
-        source = inspect.getsource(conversation_tools)
+        source = inspect.getsource(functions)
         program = f"{source}\nprint(call_tool({call.name!r}, {call.arguments!r}, lambda *_: ''))"
         call = ToolCall("execute_python", {"code": program})
-    return conversation_tools.call_tool(call.name, call.arguments, execute)
+    return functions.call_tool(call.name, call.arguments, execute)

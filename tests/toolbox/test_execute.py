@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from smallcoder_jax.data import conversation_tools
-from smallcoder_jax.data.conversation_tools import MAX_CHARACTERS, call_tool
-from smallcoder_jax.evaluate.execute import execute, respond
 from smallcoder_jax.tokenizers.chat import ToolCall
+from smallcoder_jax.toolbox import functions
+from smallcoder_jax.toolbox.execute import execute, respond
+from smallcoder_jax.toolbox.functions import MAX_CHARACTERS, call_tool
 
 
 @pytest.mark.parametrize(
@@ -30,7 +30,7 @@ def test_code_is_read_in_the_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> Any:
         raise AssertionError("read outside")
 
-    monkeypatch.setattr(conversation_tools, "analyze", refuse)
+    monkeypatch.setattr(functions, "analyze", refuse)
     assert respond(ToolCall("analyze_code", {"code": "f()", "aspect": "calls"})) == '{"calls": ["f"]}'
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from smallcoder_jax.train import charts
-from smallcoder_jax.train.run_folder import RunFolder
+from smallcoder_jax.report import charts
+from smallcoder_jax.report.run_folder import RunFolder
 
 
 def history(steps: int) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def test_drawing_touches_no_shared_state(tmp_path: Path) -> None:
 import json, pathlib, sys
 import matplotlib
 before = matplotlib.rcParams.copy()
-from smallcoder_jax.train import charts, run_folder
+from smallcoder_jax.report import charts, run_folder
 folder = run_folder.RunFolder(pathlib.Path(sys.argv[1]))
 charts.draw_training(json.loads((folder.path / "history.json").read_text()), folder, 1)
 assert "matplotlib.pyplot" not in sys.modules

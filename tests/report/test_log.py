@@ -19,9 +19,11 @@ import pytest
 
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import LogConfig
-from smallcoder_jax.train import charts, log_files, metrics
-from smallcoder_jax.train.metrics import EvalMetrics, MetricsLog, language_summary
-from smallcoder_jax.train.run_folder import RunFolder
+from smallcoder_jax.report import charts, log_files
+from smallcoder_jax.report import log as report_log
+from smallcoder_jax.report.log import MetricsLog
+from smallcoder_jax.report.run_folder import RunFolder
+from smallcoder_jax.train.sums import EvalMetrics, language_summary
 
 PLAIN = LogConfig(tensorboard=False)
 
@@ -112,7 +114,7 @@ def test_parameter_table_counts_and_orders_layers() -> None:
         "embed": {"embedding": np.zeros((16, 4), np.float32)},
         "blocks": {i: {"kernel": kernel} for i in range(12)},
     }
-    table = metrics.parameter_table(params)
+    table = report_log.parameter_table(params)
     assert "Total: 448 -- 1,792 bytes" in table
     assert table.index("blocks/02/kernel") < table.index("blocks/10/kernel")
 
@@ -305,7 +307,7 @@ def test_logging_does_not_wait_for_the_disk(folder: RunFolder, monkeypatch: pyte
 
 
 def test_the_queue_is_bounded(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "QUEUE_LIMIT", 8)
+    monkeypatch.setattr(report_log, "QUEUE_LIMIT", 8)
     log = open_log(folder)
     for step in range(1, 101):
         log.train(step, train_values(step))
@@ -404,7 +406,7 @@ def test_plain_files_do_not_wait_for_tensorflow(folder: RunFolder, monkeypatch: 
         loaded.wait(30)
         return recorder
 
-    monkeypatch.setattr(metrics, "_open_summary_writer", slow_import)
+    monkeypatch.setattr(report_log, "_open_summary_writer", slow_import)
     log = open_log(folder, log=LogConfig())
     log_steps(log, 1, 3)
     log.flush()
@@ -478,9 +480,9 @@ def test_wandb_online_needs_a_key(
 
 def test_importing_the_log_imports_no_tensorflow() -> None:
     program = (
-        "import sys; from smallcoder_jax.train import metrics as m; m.MetricsLog; "
+        "import sys; from smallcoder_jax.report import log as m; m.MetricsLog; "
         "heavy = {'tensorflow', 'tensorboard', 'matplotlib', 'wandb'} & set(sys.modules); assert not heavy, heavy"
     )
-    environment = os.environ | {"PYTHONPATH": str(Path(metrics.__file__).parents[2])}
+    environment = os.environ | {"PYTHONPATH": str(Path(report_log.__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
