@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from smallcoder_jax.config import Config
     from smallcoder_jax.loading import LoadedModel
-    from smallcoder_jax.stages.run import Run
+    from smallcoder_jax.run import Run
 
 check_environment()
 # The first import of the subpackage `train` sets an attribute of that name: done here, before the function takes it.
@@ -34,9 +34,9 @@ def train(config: Config | ConfigDict | str | Path, workdir: str | Path) -> Run:
 
     Raises smallcoder_jax.base.errors.UserError with what to do when config, data or workdir do not fit.
     """
+    from smallcoder_jax import run
     from smallcoder_jax.config import Config, from_config_dict
     from smallcoder_jax.configfile import load_config
-    from smallcoder_jax.stages import run
 
     if isinstance(config, str | Path):
         config = load_config(str(config), [])

@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
         return preflight(config, options)
     workdir = Path(options.workdir or Path("runs") / config.name)
     cluster = distributed.find_cluster(options.coordinator, options.processes, options.process, os.environ)
-    from smallcoder_jax.stages import run
+    from smallcoder_jax import run
 
     allow_changed = tuple(key.strip() for key in options.allow_changed.split(",") if key.strip())
     faults = Faults(options.inject)
@@ -126,7 +126,7 @@ def evaluate(options: argparse.Namespace, overrides: list[str]) -> int:
         config = own
     if config is None:
         raise UserError(f"{workdir} is no run, which would know its config; name one with --config=configs/nano.py")
-    from smallcoder_jax.stages import run
+    from smallcoder_jax import run
 
     say(json.dumps(run.evaluate_run(workdir, config, options.step), indent=2))
     return 0
@@ -139,8 +139,8 @@ def _own_config(workdir: Path, overrides: list[str]) -> Config | None:
 
 def preflight(config: Config, options: argparse.Namespace) -> int:
     """Prints the table, writes the JSON. Raises CheckFailed where the config does not fit the devices."""
+    from smallcoder_jax import run
     from smallcoder_jax.preflight.show import table
-    from smallcoder_jax.stages import run
 
     report = run.preflight(config, options.topology, options.tokens, options.price)
     say(table(report))

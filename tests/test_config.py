@@ -62,7 +62,9 @@ def test_every_field_is_read_outside_of_validation() -> None:
     # Read through a property or function of the schema itself.
     reads |= {("train", "microbatch_size")} if ("train", "microbatch_rows") in reads else set()
     reads |= (
-        {("eval", "batch_size")} if "eval_rows(" in (ROOT / "smallcoder_jax/stages/documents.py").read_text() else set()
+        {("eval", "batch_size")}
+        if "eval_rows(" in (ROOT / "smallcoder_jax/stages/shared/documents.py").read_text()
+        else set()
     )
     unread = [field for field in fields_of_schema() if field not in reads]
     assert not unread, f"fields that nothing reads: {unread}"

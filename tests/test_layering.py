@@ -26,6 +26,8 @@ LEVELS = [
     ["loading", "evaluate", "preflight", "serve"],
     ["rl"],
     ["stages"],
+    ["run"],
+    ["pipeline"],
     ["main", "__init__"],
 ]
 LEVEL_OF = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
@@ -91,7 +93,7 @@ def test_no_stage_needs_another(stage: str) -> None:
     found = reached(f"smallcoder_jax.stages.{stage}")
     assert "smallcoder_jax.train.task" in found
     assert not found & others
-    assert "smallcoder_jax.stages.run" not in found
+    assert "smallcoder_jax.run" not in found
 
 
 def test_there_is_one_loop_and_one_gradient() -> None:
@@ -131,8 +133,8 @@ def test_every_command_parses_its_flags_alike() -> None:
 
 def test_a_higher_room_would_be_noticed(tmp_path: Path) -> None:
     probe = tmp_path / "probe.py"
-    probe.write_text("from smallcoder_jax.train import loop\nimport smallcoder_jax.stages.run\n")
-    assert imports_of(probe) == {"smallcoder_jax.train", "smallcoder_jax.stages.run"}
+    probe.write_text("from smallcoder_jax.train import loop\nimport smallcoder_jax.run\n")
+    assert imports_of(probe) == {"smallcoder_jax.train", "smallcoder_jax.run"}
 
 
 def run_python(code: str) -> str:

@@ -21,8 +21,8 @@ from smallcoder_jax.configfile import load_config
 from smallcoder_jax.data.shards import Manifest, SourceEntry, Split
 from smallcoder_jax.main import main
 from smallcoder_jax.report.run_folder import RunFolder
-from smallcoder_jax.stages import documents
-from smallcoder_jax.stages.run import next_commands
+from smallcoder_jax.run import next_commands
+from smallcoder_jax.stages.shared import documents
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = """

@@ -62,7 +62,7 @@ def measure(config: Any, folder: Path, saves: int) -> dict[str, float]:
     import jax
 
     from smallcoder_jax.mesh import batch_sharding
-    from smallcoder_jax.stages.language import make_loss
+    from smallcoder_jax.stages.shared.next_token import make_loss
     from smallcoder_jax.train.checkpoint import Checkpointer, checksums
     from smallcoder_jax.train.program import make_program
     from smallcoder_jax.train.state import init_state

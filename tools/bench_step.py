@@ -185,7 +185,7 @@ def measure_ours(config: Config, steps: int, documents: int | None, *, profile: 
     from smallcoder_jax.base.runtime import give_back_memory
     from smallcoder_jax.mesh import batch_sharding
     from smallcoder_jax.models.build import flops_per_token
-    from smallcoder_jax.stages.language import make_loss
+    from smallcoder_jax.stages.shared.next_token import make_loss
     from smallcoder_jax.train.flops import peak_flops
     from smallcoder_jax.train.program import make_program, memory_bytes
     from smallcoder_jax.train.state import init_state

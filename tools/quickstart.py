@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     from smallcoder_jax.config import parameter_count
     from smallcoder_jax.evaluate.completions import share
     from smallcoder_jax.export import parity
-    from smallcoder_jax.stages.run import evaluate_run
+    from smallcoder_jax.run import evaluate_run
     from tools import export
 
     if options.checker is None and not (workdir / "export").is_dir():

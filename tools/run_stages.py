@@ -35,38 +35,38 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--no-check", action="store_true", help="do not fail where a stage made nothing better")
     options = parser.parse_args(arguments)
+    from smallcoder_jax import pipeline
     from smallcoder_jax.base.progress import Progress
     from smallcoder_jax.base.terminal import format_table, human_time
     from smallcoder_jax.export import parity
-    from smallcoder_jax.stages import chain
 
     start = time.monotonic()
     workdir = options.workdir or Path("runs") / f"stages_{options.variant}"
-    stages = options.stages.split(",") if options.stages else chain.STAGES
-    planned = chain.plan(options.variant, stages, workdir, overrides)
-    policies = [each for each in planned if each.stage in chain.POLICY]
+    stages = options.stages.split(",") if options.stages else pipeline.STAGES
+    planned = pipeline.plan(options.variant, stages, workdir, overrides)
+    policies = [each for each in planned if each.stage in pipeline.POLICY]
     if policies and not options.no_export:
         check_export(policies[-1].config.model)
         parity.check_installed()
     if "tokenizer" in stages:
-        chain.ensure_tokenizer(planned, workdir / "tokenizer", Progress(sys.stderr))
+        pipeline.ensure_tokenizer(planned, workdir / "tokenizer", Progress(sys.stderr))
     done = []
     for each in planned:
         say(f"\n=== stage {each.stage} ===", sys.stderr)
-        result = chain.run_stage(each, workdir)
+        result = pipeline.run_stage(each, workdir)
         if result is None:
             return EXIT_INTERRUPTED
         done.append(result)
-        chain.write_report(workdir, options.variant, done)
+        pipeline.write_report(workdir, options.variant, done)
     rows = [
         [stage, measure, *("-" if number is None else f"{number:.4f}" for number in change)]
-        for stage, measure, change in chain.table_rows(done)
+        for stage, measure, change in pipeline.table_rows(done)
     ]
     say("\n" + format_table(["stage", "held-out measure", "before", "after", "standard error"], rows))
     say("\n" + format_table(["stage", "time"], [[each.stage, human_time(each.seconds)] for each in done]))
-    finish([each.folder for each in policies], chain.runs_of(planned), export=not options.no_export)
+    finish([each.folder for each in policies], pipeline.runs_of(planned), export=not options.no_export)
     say(f"\nall in {human_time(time.monotonic() - start)}; report {workdir / 'stages.html'}")
-    failed = [] if options.no_check else chain.failures(done)
+    failed = [] if options.no_check else pipeline.failures(done)
     if failed:
         raise CheckFailed("stages that did not do what they are for: " + "; ".join(failed))
     return 0

@@ -87,8 +87,8 @@ def compare(config: Config, workdir: Path, learning_rate: float) -> list[Row] | 
     """Trains all three, one after the other; None where a signal ended ours."""
     import smallcoder_jax
     from smallcoder_jax.base.progress import Progress
-    from smallcoder_jax.stages import documents
-    from smallcoder_jax.stages.run import evaluate_run
+    from smallcoder_jax.run import evaluate_run
+    from smallcoder_jax.stages.shared import documents
 
     prepared = documents.prepare_on_all(config, Progress(sys.stderr))  # before the clock runs, for all of them
     begun = time.monotonic()
@@ -113,8 +113,8 @@ def train(
     config: Config, prepared: Any, seconds: float, learning_rate: float, *, autocast: bool
 ) -> tuple[Any, int, float]:
     """Trains transformers' Llama on our rows until `seconds` are over: the model, its steps, and the seconds."""
-    from smallcoder_jax.stages import documents
-    from smallcoder_jax.stages.language import make_loss
+    from smallcoder_jax.stages.shared import documents
+    from smallcoder_jax.stages.shared.next_token import make_loss
 
     torch, model, _ = build_transformers(config, CAUSAL)
     torch.set_num_threads(cores())
@@ -153,7 +153,7 @@ def bits_per_byte(config: Config, folder: Path, prepared: Any) -> float:
     from smallcoder_jax.evaluate.sound import check_measures
     from smallcoder_jax.export.huggingface import read_export
     from smallcoder_jax.loading import LoadedModel
-    from smallcoder_jax.stages import documents
+    from smallcoder_jax.stages.shared import documents
 
     export = read_export(folder)
     loaded = LoadedModel(

@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int | None:
     runs = find_runs(args.runs) if args.all else args.run
     from smallcoder_jax.base.runtime import configure_jax
     from smallcoder_jax.evaluate.verify import verify
-    from smallcoder_jax.stages.run import reevaluate
+    from smallcoder_jax.run import reevaluate
 
     configure_jax()
     verdicts = []

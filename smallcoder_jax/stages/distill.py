@@ -22,9 +22,9 @@ from smallcoder_jax.loading import LoadedModel
 from smallcoder_jax.mesh import flat_tokens
 from smallcoder_jax.models import build
 from smallcoder_jax.ops.divergence import divergences, top_divergences
-from smallcoder_jax.stages import documents, language
-from smallcoder_jax.stages.start import check_tokenizer, one_process, start_of
-from smallcoder_jax.stages.teacher_tokens import KeptTokens, WithTeacher, folder_of, scorer
+from smallcoder_jax.stages.shared import documents, next_token
+from smallcoder_jax.stages.shared.start import check_tokenizer, one_process, start_of
+from smallcoder_jax.stages.shared.teacher_tokens import KeptTokens, WithTeacher, folder_of, scorer
 from smallcoder_jax.train.step import Batch, LossFn
 from smallcoder_jax.train.sums import language_summary, ratio
 from smallcoder_jax.train.task import Task
@@ -58,7 +58,7 @@ def make_loss(config: Config, teacher: ModelConfig, teacher_compute: ComputeConf
             alpha=distill.alpha,
             temperature=distill.temperature,
         )
-        return loss, weight, language.with_bytes(sums, batch)
+        return loss, weight, next_token.with_bytes(sums, batch)
 
     return loss_fn
 

@@ -25,8 +25,8 @@ from smallcoder_jax.models import build
 from smallcoder_jax.models.decoder import Decoder
 from smallcoder_jax.ops import precision
 from smallcoder_jax.ops.cross_entropy import token_losses
-from smallcoder_jax.stages import pairs as preference_pairs
-from smallcoder_jax.stages.start import load_start, need_start
+from smallcoder_jax.stages.shared import pairs as preference_pairs
+from smallcoder_jax.stages.shared.start import load_start, need_start
 from smallcoder_jax.train.step import Batch, LossFn
 from smallcoder_jax.train.task import Task
 

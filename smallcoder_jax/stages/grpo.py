@@ -18,7 +18,7 @@ from smallcoder_jax.mesh import flat_tokens
 from smallcoder_jax.models import build
 from smallcoder_jax.rl.experience import grpo_rows
 from smallcoder_jax.rl.rollouts import policy_pass
-from smallcoder_jax.stages import policy
+from smallcoder_jax.stages.shared import policy
 from smallcoder_jax.train.step import Batch, LossFn
 from smallcoder_jax.train.task import Task
 

@@ -21,8 +21,8 @@ from smallcoder_jax.models import build
 from smallcoder_jax.ops.entropy import entropies
 from smallcoder_jax.rl.experience import ppo_rows
 from smallcoder_jax.rl.rollouts import critic_values, policy_pass
-from smallcoder_jax.stages import policy
-from smallcoder_jax.stages.start import check_shape, need_start
+from smallcoder_jax.stages.shared import policy
+from smallcoder_jax.stages.shared.start import check_shape, need_start
 from smallcoder_jax.train.state import first_head
 from smallcoder_jax.train.step import Batch, LossFn
 from smallcoder_jax.train.task import Start, Task

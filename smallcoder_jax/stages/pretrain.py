@@ -5,8 +5,8 @@ from __future__ import annotations
 from smallcoder_jax.base.progress import Progress
 from smallcoder_jax.config import Config
 from smallcoder_jax.loading import LoadedModel
-from smallcoder_jax.stages import documents, language
-from smallcoder_jax.stages.start import check_tokenizer, start_of
+from smallcoder_jax.stages.shared import documents, next_token
+from smallcoder_jax.stages.shared.start import check_tokenizer, start_of
 from smallcoder_jax.train.task import Task
 
 
@@ -15,7 +15,7 @@ def make_task(config: Config, loaded: LoadedModel | None, progress: Progress) ->
     prepared = documents.prepare_on_all(config, progress)
     if loaded is not None:
         check_tokenizer(loaded, prepared.tokenizer)
-    return documents.make_task(config, prepared, start_of(loaded), language.make_loss(config))
+    return documents.make_task(config, prepared, start_of(loaded), next_token.make_loss(config))
 
 
 measure = documents.measure

@@ -18,8 +18,8 @@ from smallcoder_jax.config import Config
 from smallcoder_jax.loading import LoadedModel
 from smallcoder_jax.models import build
 from smallcoder_jax.models.heads import scores_at
-from smallcoder_jax.stages import pairs as preference_pairs
-from smallcoder_jax.stages.start import need_start
+from smallcoder_jax.stages.shared import pairs as preference_pairs
+from smallcoder_jax.stages.shared.start import need_start
 from smallcoder_jax.train.step import Batch, LossFn
 from smallcoder_jax.train.task import Task
 

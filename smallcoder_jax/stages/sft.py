@@ -19,8 +19,8 @@ from smallcoder_jax.data.tool_dialogs import Dialogs, prepare_tool_dialogs
 from smallcoder_jax.evaluate.tool_calls import score_tool_calls
 from smallcoder_jax.generate.sampling import SamplingOptions
 from smallcoder_jax.loading import LoadedModel
-from smallcoder_jax.stages import language
-from smallcoder_jax.stages.start import need_start, start_of
+from smallcoder_jax.stages.shared import next_token
+from smallcoder_jax.stages.shared.start import need_start, start_of
 from smallcoder_jax.tokenizers import chat
 from smallcoder_jax.tokenizers.base import Tokenizer
 from smallcoder_jax.toolbox.execute import execute
@@ -66,7 +66,7 @@ def make_task(config: Config, loaded: LoadedModel | None, progress: Progress) ->
     counted = {side: sum(int(item.counted.sum()) for item in encoded[side]) for side in encoded}
     too_long = sum(len(item) - 1 > train.sequence_length for item in encoded["train"])
     return Task(
-        loss_fn=language.make_loss(config),
+        loss_fn=next_token.make_loss(config),
         summarise=language_summary,
         train_batches=lambda rows: batches("train", rows, train.batch_size, seed=train.seed),
         validation_batches=validation_batches,

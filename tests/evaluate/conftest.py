@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from smallcoder_jax import run
 from smallcoder_jax.config import (
     CheckpointConfig,
     Config,
@@ -17,7 +18,6 @@ from smallcoder_jax.config import (
     TokenizerConfig,
     TrainConfig,
 )
-from smallcoder_jax.stages import run
 from tests.helpers import FLOAT32, tiny_model
 
 

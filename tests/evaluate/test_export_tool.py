@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import smallcoder_jax
+from smallcoder_jax import run
 from smallcoder_jax.base.errors import CheckFailed, UserError
 from smallcoder_jax.export import parity
-from smallcoder_jax.stages import run
 from tests.evaluate.conftest import small_config
 from tools import export
 

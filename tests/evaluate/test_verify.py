@@ -14,7 +14,7 @@ import pytest
 from smallcoder_jax.config import from_config_dict
 from smallcoder_jax.evaluate.verify import Verdict, verify
 from smallcoder_jax.models import build
-from smallcoder_jax.stages.run import reevaluate
+from smallcoder_jax.run import reevaluate
 from smallcoder_jax.train import checkpoint
 from smallcoder_jax.train.checkpoint import Checkpointer
 from smallcoder_jax.train.guard import init_guard

@@ -133,7 +133,7 @@ def _tiny_run(folder: Path) -> Config:
     import dataclasses
 
     from smallcoder_jax.config import CheckpointConfig, LogConfig
-    from smallcoder_jax.stages.run import train
+    from smallcoder_jax.run import train
 
     code = folder / "code"
     code.mkdir()
@@ -204,7 +204,7 @@ def stores(folder: Path) -> Target:
     from smallcoder_jax.config import PreferencesConfig
     from smallcoder_jax.data.dialogs import prepare_dialogs
     from smallcoder_jax.data.preference_sets import ensure_preferences
-    from smallcoder_jax.stages.teacher_tokens import KeptTokens
+    from smallcoder_jax.stages.shared.teacher_tokens import KeptTokens
 
     given, data = folder / "given", folder / "data"
     given.mkdir()

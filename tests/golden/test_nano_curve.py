@@ -27,7 +27,7 @@ from smallcoder_jax.kernels.tile_table import Tiles
 from smallcoder_jax.kernels.tiles import TpuTiles
 from smallcoder_jax.mesh import batch_sharding, make_mesh
 from smallcoder_jax.ops import attention, precision
-from smallcoder_jax.stages import language
+from smallcoder_jax.stages.shared import next_token
 from smallcoder_jax.train.state import init_state, state_sharding
 from smallcoder_jax.train.step import make_train_step
 
@@ -115,7 +115,7 @@ def losses(config: Config, stream: Iterable[dict[str, np.ndarray]]) -> Iterator[
     shardings = state_sharding(mesh, jax.eval_shape(lambda: init_state(config, optimizer)))
     state = jax.jit(lambda: init_state(config, optimizer), out_shardings=shardings)()
     step = make_train_step(
-        language.make_loss(config),
+        next_token.make_loss(config),
         optimizer,
         optim.schedule(config.optimizer, config.train.steps),
         reported=("accuracy",),

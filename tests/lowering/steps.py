@@ -8,7 +8,7 @@ from typing import Any
 
 from smallcoder_jax.config import Config, MeshConfig
 from smallcoder_jax.configfile import load_config
-from smallcoder_jax.stages.language import make_loss
+from smallcoder_jax.stages.shared.next_token import make_loss
 from smallcoder_jax.train import program
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

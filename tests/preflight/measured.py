@@ -22,7 +22,7 @@ from smallcoder_jax.base.runtime import give_back_memory
 from smallcoder_jax.configfile import load_config
 from smallcoder_jax.preflight.examine import examine
 from smallcoder_jax.preflight.target import Target
-from smallcoder_jax.stages.language import make_loss
+from smallcoder_jax.stages.shared.next_token import make_loss
 from smallcoder_jax.train.program import abstract_batch, compile_step, make_program, memory_bytes
 from smallcoder_jax.train.state import init_state
 

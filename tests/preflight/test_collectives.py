@@ -10,7 +10,7 @@ import pytest
 
 from smallcoder_jax.config import Config, MeshConfig, TrainConfig, parameter_count
 from smallcoder_jax.preflight.collectives import Collective, Traffic, traffic
-from smallcoder_jax.stages.language import make_loss
+from smallcoder_jax.stages.shared.next_token import make_loss
 from smallcoder_jax.train.program import compile_step, make_program
 from tests.helpers import FLOAT32, tiny_config, tiny_model
 

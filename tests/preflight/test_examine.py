@@ -23,7 +23,7 @@ from smallcoder_jax.preflight.collectives import Collective, Traffic
 from smallcoder_jax.preflight.examine import Report, divided, examine, refused_bytes
 from smallcoder_jax.preflight.show import table
 from smallcoder_jax.preflight.target import CHIPS, Target
-from smallcoder_jax.stages.language import make_loss
+from smallcoder_jax.stages.shared.next_token import make_loss
 from tests.helpers import tiny_config
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")

@@ -22,7 +22,7 @@ from smallcoder_jax.config import (
 from smallcoder_jax.report import charts, run_folder
 from smallcoder_jax.report.page import OLDER_SAMPLES, _samples_by_step, generate_command, tables, write_report
 from smallcoder_jax.report.run_folder import RunFolder
-from smallcoder_jax.stages.run import _results
+from smallcoder_jax.run import _results
 from smallcoder_jax.train.loop import Outcome
 
 ATTACK = "<script>alert('x')</script>&amp;"

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from smallcoder_jax import loading
+from smallcoder_jax import loading, run
 from smallcoder_jax.config import (
     CheckpointConfig,
     Config,
@@ -24,7 +24,6 @@ from smallcoder_jax.config import (
     StageConfig,
     TokenizerConfig,
 )
-from smallcoder_jax.stages import run
 from tests.helpers import tiny_config, tiny_model
 
 LENGTH = 48

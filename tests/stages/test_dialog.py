@@ -20,7 +20,7 @@ from smallcoder_jax.config import (
     TrainConfig,
     from_config_dict,
 )
-from smallcoder_jax.stages.run import evaluate_run, train
+from smallcoder_jax.run import evaluate_run, train
 from tests.helpers import tiny_config, tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from smallcoder_jax import loading
+from smallcoder_jax import loading, run
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import Config, DistillConfig, MeshConfig, validate
 from smallcoder_jax.models import build
 from smallcoder_jax.report.log_files import read_csv
-from smallcoder_jax.stages import distill, run, teacher_tokens
+from smallcoder_jax.stages import distill
+from smallcoder_jax.stages.shared import teacher_tokens
 from tests.helpers import FLOAT32, packed_batch, tiny_config, tiny_model
 from tests.stages.pairs import LENGTH, assert_resumes, config_of, make_root
 

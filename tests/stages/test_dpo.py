@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from smallcoder_jax import loading
+from smallcoder_jax import loading, run
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.progress import Progress
 from smallcoder_jax.config import DpoConfig, StageConfig
 from smallcoder_jax.data.preference_rows import fill_pairs
 from smallcoder_jax.models import build
-from smallcoder_jax.stages import dpo, run
-from smallcoder_jax.stages import pairs as preference_pairs
+from smallcoder_jax.stages import dpo
+from smallcoder_jax.stages.shared import pairs as preference_pairs
 from tests.helpers import CAPTURES, FLOAT32
 from tests.stages.pairs import LENGTH, assert_resumes, config_of, make_root
 

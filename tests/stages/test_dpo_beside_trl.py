@@ -15,7 +15,7 @@ from smallcoder_jax.data.preferences import Preference
 from smallcoder_jax.export.huggingface import write_export
 from smallcoder_jax.models import build
 from smallcoder_jax.stages import dpo
-from smallcoder_jax.stages.pairs import by_pair
+from smallcoder_jax.stages.shared.pairs import by_pair
 from smallcoder_jax.tokenizers.sentencepiece import train_sentencepiece
 from tests.export.conftest import CODE, llama, random_params
 from tests.helpers import FLOAT32, tiny_config

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from smallcoder_jax import loading
+from smallcoder_jax import loading, run
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.progress import Progress
 from smallcoder_jax.config import (
@@ -35,7 +35,8 @@ from smallcoder_jax.generate.sampling import SamplingOptions
 from smallcoder_jax.report.log_files import read_csv
 from smallcoder_jax.report.run_folder import RunFolder
 from smallcoder_jax.rl.rollouts import Answer, Question
-from smallcoder_jax.stages import dpo, language, policy, run, sft
+from smallcoder_jax.stages import dpo, sft
+from smallcoder_jax.stages.shared import next_token, policy
 from smallcoder_jax.tokenizers.chat import Conversation, Message, encode
 from smallcoder_jax.train import checkpoint
 from smallcoder_jax.train.program import abstract_batch, make_program
@@ -146,7 +147,7 @@ def test_a_checkpoint_holds_adapters_and_their_moments_alone(root: Path, tuned: 
     assert all(name.startswith("lora/blocks/") for name in leaves)
     assert sum(int(np.prod(shape)) for shape, _ in leaves.values()) == ADAPTED
     config = lora_config(root, "sft", "unroll", 30)
-    program = make_program(config, language.make_loss(config), jax.devices()[:1])
+    program = make_program(config, next_token.make_loss(config), jax.devices()[:1])
     assert sum(leaf.size for leaf in jax.tree.leaves(program.state.optimizer) if leaf.ndim) == 2 * ADAPTED
     lowered = program.step.lower(program.state, abstract_batch(config, program.mesh), program.frozen)  # of a preflight
     assert lowered.out_info[0].params.keys() == {"lora"}

@@ -32,7 +32,8 @@ from smallcoder_jax.models import build
 from smallcoder_jax.models.heads import init_head
 from smallcoder_jax.report.run_folder import RunFolder
 from smallcoder_jax.rl.rollouts import Answer, Question
-from smallcoder_jax.stages import grpo, policy, ppo
+from smallcoder_jax.stages import grpo, ppo
+from smallcoder_jax.stages.shared import policy
 from smallcoder_jax.tokenizers.bytes import ByteTokenizer
 from smallcoder_jax.train.loop import Outcome, Trainer
 from tests.helpers import FLOAT32, max_difference, tiny_config, tiny_model

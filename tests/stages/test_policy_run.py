@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import pytest
 
+from smallcoder_jax import run
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import (
     CheckpointConfig,
@@ -27,7 +28,6 @@ from smallcoder_jax.config import (
 )
 from smallcoder_jax.evaluate.verify import verify
 from smallcoder_jax.loading import load
-from smallcoder_jax.stages import run
 from tests.helpers import tiny_config, tiny_model
 
 pytestmark = [pytest.mark.usefixtures("standard_promotion"), pytest.mark.slow]

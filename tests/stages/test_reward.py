@@ -12,15 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from smallcoder_jax import loading
+from smallcoder_jax import loading, run
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.progress import Progress
 from smallcoder_jax.config import MeshConfig, PreferencesConfig, StageConfig
 from smallcoder_jax.data.preference_rows import EncodedPair, fill_pairs
 from smallcoder_jax.models import build
 from smallcoder_jax.models.heads import head_scores, init_head, scores_at
-from smallcoder_jax.stages import pairs as preference_pairs
-from smallcoder_jax.stages import reward, run
+from smallcoder_jax.stages import reward
+from smallcoder_jax.stages.shared import pairs as preference_pairs
 from tests.helpers import CAPTURES, FLOAT32
 from tests.stages.pairs import assert_resumes, config_of, make_root, write_rule
 

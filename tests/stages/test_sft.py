@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 
 import smallcoder_jax
-from smallcoder_jax import loading
+from smallcoder_jax import loading, run
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import CheckpointConfig, Config, DialogConfig, StageConfig, TokenizerConfig
 from smallcoder_jax.data.tool_dialogs import prepare_tool_dialogs
 from smallcoder_jax.evaluate import verify
 from smallcoder_jax.generate.sampling import SamplingOptions
 from smallcoder_jax.report.log_files import read_csv
-from smallcoder_jax.stages import run, sft
+from smallcoder_jax.stages import sft
 from smallcoder_jax.tokenizers import chat
 from smallcoder_jax.tokenizers.base import IM_END
 from tests.helpers import tiny_model

@@ -24,7 +24,7 @@ from smallcoder_jax.config import (
 )
 from smallcoder_jax.data.collect import collect_source
 from smallcoder_jax.data.sources import parse_sources
-from smallcoder_jax.stages.run import train
+from smallcoder_jax.run import train
 from tests.helpers import tiny_config, tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from smallcoder_jax import run
 from smallcoder_jax.base import files
 from smallcoder_jax.base.errors import Diverged, UserError
 from smallcoder_jax.base.progress import Progress
@@ -29,7 +30,7 @@ from smallcoder_jax.preflight.target import Target
 from smallcoder_jax.report import log_files
 from smallcoder_jax.report.log_files import read_csv
 from smallcoder_jax.report.run_folder import RunFolder
-from smallcoder_jax.stages import pretrain, run
+from smallcoder_jax.stages import pretrain
 from smallcoder_jax.train import loop
 from smallcoder_jax.train.checkpoint import Checkpointer
 from tests.helpers import tiny_config, tiny_model

@@ -18,7 +18,7 @@ from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import Config, MeshConfig, OptimizerConfig, TrainConfig
 from smallcoder_jax.mesh import batch_sharding, make_mesh, path_name, place_batch, process_rows, spec_of
 from smallcoder_jax.models import build
-from smallcoder_jax.stages import language
+from smallcoder_jax.stages.shared import next_token
 from smallcoder_jax.train.program import compile_step, make_program
 from smallcoder_jax.train.state import TrainState, init_state, state_sharding
 from smallcoder_jax.train.step import make_eval_step, make_train_step
@@ -77,7 +77,7 @@ def set_up(config: Config, mesh_config: MeshConfig = MESHES["one"][0], devices: 
     shardings = state_sharding(mesh, start)
     state = jax.device_put(start, shardings)
     step = make_train_step(
-        language.make_loss(config),
+        next_token.make_loss(config),
         optimizer,
         optim.schedule(config.optimizer, config.train.steps),
         reported=("accuracy",),
@@ -111,7 +111,7 @@ def reference() -> tuple[TrainState, list[dict[str, float]]]:
 @CAPTURES
 def test_the_step_is_the_gradient_of_the_mean_over_weights(reference: tuple[Any, list[dict[str, float]]]) -> None:
     config = config_for()
-    loss_fn = language.make_loss(config)
+    loss_fn = next_token.make_loss(config)
     batch = jax.tree.map(jnp.asarray, uneven_batch(config))
     weight = float(batch["loss_weights"].sum())
 
@@ -186,7 +186,11 @@ def test_evaluation_on_a_mesh_sums_over_all_rows() -> None:
         mesh = make_mesh(mesh_config, config.model, 8, jax.devices()[:devices])
         setup = set_up(config, mesh_config, devices)
         step = make_eval_step(
-            language.make_loss(config), matmul="exact", mesh=mesh, shardings=setup.shardings.params, frozen_shardings={}
+            next_token.make_loss(config),
+            matmul="exact",
+            mesh=mesh,
+            shardings=setup.shardings.params,
+            frozen_shardings={},
         )
         sums = step(setup.state.params, jax.device_put(batch, batch_sharding(mesh)), {})
         found.append({name: float(value) for name, value in sums.items()})
@@ -275,7 +279,7 @@ def test_one_axis_takes_all_devices_that_are_left() -> None:
 def test_a_row_that_does_not_divide_over_context_is_refused() -> None:
     config = dataclasses.replace(config_for(sequence_length=30), mesh=MESHES["context"][0])
     with pytest.raises(UserError, match=r"train\.sequence_length=30 does not divide over mesh\.context=4"):
-        make_program(config, language.make_loss(config))
+        make_program(config, next_token.make_loss(config))
 
 
 def test_a_step_that_is_not_sound_changes_nothing_but_the_count() -> None:
@@ -300,7 +304,7 @@ def test_the_state_is_updated_in_place() -> None:
     config = dataclasses.replace(
         config_for(batch_size=1, sequence_length=8), model=model, compute=dataclasses.replace(FLOAT32, layers="unroll")
     )
-    program = make_program(config, language.make_loss(config), jax.devices()[:1])
+    program = make_program(config, next_token.make_loss(config), jax.devices()[:1])
     parameters = sum(leaf.size * 4 for leaf in jax.tree.leaves(program.state.params))
     analysis = compile_step(program, config).memory_analysis()
     assert analysis.temp_size_in_bytes < 1.3 * parameters

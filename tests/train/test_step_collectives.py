@@ -23,7 +23,7 @@ from smallcoder_jax.config import Config, MeshConfig, TrainConfig
 from smallcoder_jax.mesh import path_name
 from smallcoder_jax.models import decoder
 from smallcoder_jax.preflight.collectives import KINDS, Message, messages
-from smallcoder_jax.stages.language import make_loss
+from smallcoder_jax.stages.shared.next_token import make_loss
 from smallcoder_jax.train.program import Program, compile_step, make_program
 from tests.helpers import FLOAT32, tiny_config, tiny_model
 from tests.train.test_step import MESHES as EQUAL_ON

@@ -10,20 +10,20 @@ from typing import Any
 
 import pytest
 
+from smallcoder_jax import pipeline
 from smallcoder_jax.base.errors import EXIT_INTERRUPTED, CheckFailed, UserError
 from smallcoder_jax.base.files import read_json
 from smallcoder_jax.config import Config
-from smallcoder_jax.stages import chain
-from smallcoder_jax.stages.chain import Change, Done, Measure, Planned
-from smallcoder_jax.stages.run import Run
+from smallcoder_jax.pipeline import Change, Done, Measure, Planned
+from smallcoder_jax.run import Run
 from tools import run_stages
 
 WORKDIR = Path("work")
 
 
 def test_each_stage_begins_with_the_policy_before_it() -> None:
-    planned = {each.stage: each.config for each in chain.plan("nano", chain.STAGES, WORKDIR, [])}
-    assert list(planned) == list(chain.STAGES[1:])
+    planned = {each.stage: each.config for each in pipeline.plan("nano", pipeline.STAGES, WORKDIR, [])}
+    assert list(planned) == list(pipeline.STAGES[1:])
     assert {stage: config.stage.start for stage, config in planned.items()} == {
         "language": "",
         "code": "work/language",
@@ -40,7 +40,7 @@ def test_each_stage_begins_with_the_policy_before_it() -> None:
 
 
 def test_a_part_of_the_stages() -> None:
-    planned = chain.plan("small", ("code", "tools"), WORKDIR, ["--config.train.steps=7"])
+    planned = pipeline.plan("small", ("code", "tools"), WORKDIR, ["--config.train.steps=7"])
     assert [each.config.stage.start for each in planned] == ["", "work/code"]
     assert {each.config.train.steps for each in planned} == {7}
     assert {each.config.tokenizer.path for each in planned} == {""}
@@ -48,7 +48,7 @@ def test_a_part_of_the_stages() -> None:
 
 @pytest.mark.parametrize("variant", ["nano", "tiny", "medium_lc", "staged_tiny", "staged_xlarge"])
 def test_every_stage_has_a_config_for_every_variant(variant: str) -> None:
-    assert len(chain.plan(variant, chain.STAGES, WORKDIR, [])) == len(chain.STAGES) - 1
+    assert len(pipeline.plan(variant, pipeline.STAGES, WORKDIR, [])) == len(pipeline.STAGES) - 1
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_every_stage_has_a_config_for_every_variant(variant: str) -> None:
 )
 def test_what_cannot_follow_is_refused(stages: tuple[str, ...], said: str) -> None:
     with pytest.raises(UserError, match=said):
-        chain.plan("nano", stages, WORKDIR, [])
+        pipeline.plan("nano", stages, WORKDIR, [])
 
 
 @pytest.mark.parametrize("stages", ["tokenizer,language,code", "code", "code,tools,reward"])
@@ -71,8 +71,8 @@ def test_what_cannot_be_exported_at_the_end_is_refused_before_anything_is_traine
     stages: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     begun: list[str] = []
-    monkeypatch.setattr(chain, "ensure_tokenizer", lambda planned, folder, progress: begun.append("tokenizer"))
-    monkeypatch.setattr(chain, "run_stage", lambda each, workdir: begun.append(each.stage))
+    monkeypatch.setattr(pipeline, "ensure_tokenizer", lambda planned, folder, progress: begun.append("tokenizer"))
+    monkeypatch.setattr(pipeline, "run_stage", lambda each, workdir: begun.append(each.stage))
     flags = ["--variant=staged_tiny", f"--stages={stages}", f"--workdir={tmp_path / 'work'}"]
     with pytest.raises(UserError, match=r"cannot be exported to transformers: llama needs .*add --no-export"):
         run_stages.main(flags)
@@ -100,17 +100,17 @@ def test_a_stage_that_is_done_is_not_trained_again(tmp_path: Path, monkeypatch: 
         trained.append(config.train.steps)
         return Run(folder, config.train.steps, len(trained) == 1, {}, 0)
 
-    monkeypatch.setattr(chain.run, "train", train)
-    monkeypatch.setattr(chain, "_measures", lambda each: {"bits_per_byte": Change(None, 2.0)})
+    monkeypatch.setattr(pipeline.run, "train", train)
+    monkeypatch.setattr(pipeline, "_measures", lambda each: {"bits_per_byte": Change(None, 2.0)})
     each = Planned("language", tmp_path / "language", Config())
-    assert chain.run_stage(each, tmp_path) is None  # a signal came
-    done = chain.run_stage(each, tmp_path)
+    assert pipeline.run_stage(each, tmp_path) is None  # a signal came
+    done = pipeline.run_stage(each, tmp_path)
     assert done is not None
     assert done.measures == {"bits_per_byte": Change(None, 2.0)}
-    assert chain.run_stage(each, tmp_path) == done
+    assert pipeline.run_stage(each, tmp_path) == done
     assert len(trained) == 2
     other = dataclasses.replace(each, config=dataclasses.replace(Config(), name="other"))
-    chain.run_stage(other, tmp_path)
+    pipeline.run_stage(other, tmp_path)
     assert len(trained) == 3
 
 
@@ -154,11 +154,11 @@ def test_what_failed_is_named_with_its_stage() -> None:
         Done("ppo", 1.0, {"reward": Change(1.0, 2.0, 0.1), "start_kl": Change(0.0, 9.0)}),
         Done("code", 1.0, {"bits_per_byte": Change(3.0, 2.0)}),
     ]
-    assert chain.failures(done) == [
+    assert pipeline.failures(done) == [
         "reward: accuracy was 0.5, is 0.7, wanted at least 0.8",
-        f"ppo: start_kl was 0.0, is 9, wanted at most {chain.MOST_DIVERGENCE}",
+        f"ppo: start_kl was 0.0, is 9, wanted at most {pipeline.MOST_DIVERGENCE}",
     ]
-    assert chain.table_rows(done)[0] == ("reward", "accuracy", Change(0.5, 0.7))
+    assert pipeline.table_rows(done)[0] == ("reward", "accuracy", Change(0.5, 0.7))
 
 
 VARIANT = """
@@ -180,9 +180,9 @@ def test_a_chain_of_a_tiny_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     """Every stage, three steps each, with real data and real calls; then export, verification, and a second start."""
-    shutil.copytree(chain.CONFIGS / "stages", tmp_path / "configs" / "stages")
+    shutil.copytree(pipeline.CONFIGS / "stages", tmp_path / "configs" / "stages")
     (tmp_path / "configs" / "pico.py").write_text(VARIANT)
-    monkeypatch.setattr(chain, "CONFIGS", tmp_path / "configs")
+    monkeypatch.setattr(pipeline, "CONFIGS", tmp_path / "configs")
     monkeypatch.chdir(tmp_path)
     flags = [
         "--variant=pico",
@@ -212,7 +212,7 @@ def test_a_chain_of_a_tiny_model(
     ]
     assert run_stages.main(flags) == 0
     said = capsys.readouterr().out
-    for stage in chain.MEASURES:
+    for stage in pipeline.MEASURES:
         assert f"\n{stage} " in said
         assert (tmp_path / "work" / stage / "checkpoints" / "best").exists()
     assert (tmp_path / "work" / "grpo" / "export" / "model.safetensors").exists()
@@ -221,17 +221,17 @@ def test_a_chain_of_a_tiny_model(
     assert "distill" in page
     assert "grpo/report.html" in page
     ledger = read_json(tmp_path / "work" / "stages.json", "a ledger")
-    assert list(ledger) == list(chain.MEASURES)
+    assert list(ledger) == list(pipeline.MEASURES)
     before = json.dumps(ledger)
     assert run_stages.main(flags) == 0
     assert json.dumps(read_json(tmp_path / "work" / "stages.json", "a ledger")) == before
-    monkeypatch.setattr(chain, "failures", lambda done: ["nothing got better"])
+    monkeypatch.setattr(pipeline, "failures", lambda done: ["nothing got better"])
     with pytest.raises(CheckFailed, match="nothing got better"):
         run_stages.main([flag for flag in flags if flag != "--no-check"])
 
 
 def test_every_run_of_a_chain_is_verified() -> None:
-    planned = chain.plan("nano", chain.STAGES, WORKDIR, [])
-    assert [folder.relative_to(WORKDIR).as_posix() for folder in chain.runs_of(planned)] == [
+    planned = pipeline.plan("nano", pipeline.STAGES, WORKDIR, [])
+    assert [folder.relative_to(WORKDIR).as_posix() for folder in pipeline.runs_of(planned)] == [
         *("language", "code", "tools", "reward", "dpo", "ppo", "grpo", "distill", "distill_alone")
     ]

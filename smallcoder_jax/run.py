@@ -32,8 +32,8 @@ from smallcoder_jax.preflight.show import table
 from smallcoder_jax.preflight.target import target_here, target_of
 from smallcoder_jax.report.page import generate_command, write_report
 from smallcoder_jax.report.run_folder import RunFolder, compare_identity
-from smallcoder_jax.stages import language
-from smallcoder_jax.stages.start import load_start, with_base
+from smallcoder_jax.stages.shared import next_token
+from smallcoder_jax.stages.shared.start import load_start, with_base
 from smallcoder_jax.train.checkpoint import load_params
 from smallcoder_jax.train.loop import Outcome, Trainer
 from smallcoder_jax.train.program import make_program
@@ -180,7 +180,7 @@ def preflight(config: Config, topology: str, tokens: float | None = None, price:
     """
     if config.stage.name not in ("pretrain", "sft"):
         raise UserError(f"preflight knows the steps of pretrain and sft, not yet those of {config.stage.name}")
-    return examine(config, language.make_loss(config), target_of(topology), tokens=tokens, price=price)
+    return examine(config, next_token.make_loss(config), target_of(topology), tokens=tokens, price=price)
 
 
 @contextlib.contextmanager
@@ -209,7 +209,7 @@ def memory_explained(config: Config) -> Iterator[None]:
             raise
         if config.stage.name not in ("pretrain", "sft"):
             raise UserError(f"out of memory: {error}\n\nlower train.microbatch_size, or set compute.remat") from error
-        report = examine(config, language.make_loss(config), target_here(jax.devices()), tokens=None, price=None)
+        report = examine(config, next_token.make_loss(config), target_here(jax.devices()), tokens=None, price=None)
         if report.remedy:
             advice = f"nearest setting that fits: {' '.join(report.remedy)}"
         elif report.memory.fits:

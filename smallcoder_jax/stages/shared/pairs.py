@@ -27,7 +27,7 @@ from smallcoder_jax.data.prepare import prepare_corpus
 from smallcoder_jax.loading import LoadedModel
 from smallcoder_jax.models.decoder import Decoder
 from smallcoder_jax.ops import precision
-from smallcoder_jax.stages.start import one_process, start_of
+from smallcoder_jax.stages.shared.start import one_process, start_of
 from smallcoder_jax.tokenizers.base import Tokenizer
 from smallcoder_jax.train.step import Batch, LossFn
 from smallcoder_jax.train.sums import ratio

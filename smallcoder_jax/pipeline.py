@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from smallcoder_jax import loading
+from smallcoder_jax import loading, run
 from smallcoder_jax.base.artifacts import new_folder, short_key
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import read_json, write_json
@@ -25,7 +25,7 @@ from smallcoder_jax.data.tokenizer import make_tokenizer
 from smallcoder_jax.report.log_files import read_csv
 from smallcoder_jax.report.page import write_stages_report
 from smallcoder_jax.report.run_folder import RunFolder
-from smallcoder_jax.stages import run, sft
+from smallcoder_jax.stages import sft
 from smallcoder_jax.tokenizers import chat
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"

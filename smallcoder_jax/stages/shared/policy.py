@@ -30,7 +30,7 @@ from smallcoder_jax.rl.experience import REPORTED, Experience, Learn, grpo_rows
 from smallcoder_jax.rl.rewards import VERSION, CheckedReward, Reward, RewardModel
 from smallcoder_jax.rl.rollouts import Question, RolloutEngine, fitting
 from smallcoder_jax.sandbox import run as sandbox
-from smallcoder_jax.stages.start import load_start, need_start, one_process, start_of
+from smallcoder_jax.stages.shared.start import load_start, need_start, one_process, start_of
 from smallcoder_jax.tokenizers.base import Tokenizer
 from smallcoder_jax.train.step import Batch, LossFn
 from smallcoder_jax.train.sums import ratio
