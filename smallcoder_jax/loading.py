@@ -18,11 +18,11 @@ from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import read_bytes, read_json, read_json_object, reason
 from smallcoder_jax.base.runtime import configure_jax
 from smallcoder_jax.config import ComputeConfig, ModelConfig, from_config_dict, nearest, parameter_count
-from smallcoder_jax.export import weights
-from smallcoder_jax.export.huggingface import read_export
 from smallcoder_jax.generate.chat import Reply, ReplyStream
 from smallcoder_jax.generate.engine import Completion, Generator
 from smallcoder_jax.generate.sampling import SamplingOptions
+from smallcoder_jax.huggingface import weights
+from smallcoder_jax.huggingface.read import read_export
 from smallcoder_jax.models import build, lora
 from smallcoder_jax.report.run_folder import RunFolder
 from smallcoder_jax.tokenizers.base import KIND_FILE, Tokenizer

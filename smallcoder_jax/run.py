@@ -25,7 +25,7 @@ from smallcoder_jax.base.runtime import configure_jax
 from smallcoder_jax.base.terminal import Terminal, human_count
 from smallcoder_jax.config import Config, eval_rows, evaluated_on, to_dict
 from smallcoder_jax.evaluate.sound import check_measures, check_parameters
-from smallcoder_jax.export import names
+from smallcoder_jax.huggingface import names
 from smallcoder_jax.mesh import batch_sharding, place_batch
 from smallcoder_jax.preflight.examine import Report, examine
 from smallcoder_jax.preflight.show import table

@@ -21,7 +21,7 @@ LEVELS = [
     ["ops", "toolbox"],
     ["layers", "losses"],
     ["models", "data", "optim"],
-    ["generate", "export", "report"],
+    ["generate", "huggingface", "report"],
     ["train"],
     ["loading", "evaluate", "preflight", "serve"],
     ["rl"],

@@ -23,9 +23,9 @@ from smallcoder_jax.base.arguments import ArgumentParser
 from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import UserError, run_cli
 from smallcoder_jax.config import from_config_dict
-from smallcoder_jax.export import card as model_card
-from smallcoder_jax.export import huggingface, parity
-from smallcoder_jax.export import record as export_record
+from smallcoder_jax.huggingface import card as model_card
+from smallcoder_jax.huggingface import parity, write
+from smallcoder_jax.huggingface import record as export_record
 
 if TYPE_CHECKING:
     from smallcoder_jax.loading import LoadedModel
@@ -49,14 +49,14 @@ def main(argv: list[str] | None = None) -> int | None:
             )
         card, dtype = run_card(args.checkpoint, loaded), args.dtype or "float32"
     output = args.output or (args.checkpoint if again else args.checkpoint / "export")
-    params = huggingface.round_params(loaded.params, dtype)
+    params = write.round_params(loaded.params, dtype)
 
     def check(folder: Path) -> Mapping[str, Any]:
         report = parity.check(folder, loaded.model, params, loaded.tokenizer, texts=sample_texts())
         say(json.dumps(report.to_dict(), indent=1) if args.json else report.table())
         return report.record()
 
-    huggingface.write_export(
+    write.write_export(
         output,
         model=loaded.model,
         params=params,

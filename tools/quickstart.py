@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     workdir = options.workdir
     config = load_config(str(CONFIG), overrides)
-    from smallcoder_jax.export import names
+    from smallcoder_jax.huggingface import names
 
     names.family(config.model)  # before anything is trained: what cannot be exported ends here
     start = time.monotonic()
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     from smallcoder_jax.base.terminal import format_table, human_count, human_time
     from smallcoder_jax.config import parameter_count
     from smallcoder_jax.evaluate.completions import share
-    from smallcoder_jax.export import parity
+    from smallcoder_jax.huggingface import parity
     from smallcoder_jax.run import evaluate_run
     from tools import export
 
@@ -113,7 +113,7 @@ def is_checked(folder: Path, model: LoadedModel) -> bool:
     import jax
 
     from smallcoder_jax import loading
-    from smallcoder_jax.export import record
+    from smallcoder_jax.huggingface import record
 
     try:
         if "parity" not in record.read(folder).card:

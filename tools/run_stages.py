@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
     from smallcoder_jax import pipeline
     from smallcoder_jax.base.progress import Progress
     from smallcoder_jax.base.terminal import format_table, human_time
-    from smallcoder_jax.export import parity
+    from smallcoder_jax.huggingface import parity
 
     start = time.monotonic()
     workdir = options.workdir or Path("runs") / f"stages_{options.variant}"
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def check_export(model: ModelConfig) -> None:
     """Raises UserError, before anything is trained, where the model could not be exported at the end."""
-    from smallcoder_jax.export import names
+    from smallcoder_jax.huggingface import names
 
     try:
         names.family(model)

@@ -151,7 +151,7 @@ def bits_per_byte(config: Config, folder: Path, prepared: Any) -> float:
     """Of a model that transformers saved in `folder`, by the evaluation that ours is judged by."""
     from smallcoder_jax.base.progress import Progress
     from smallcoder_jax.evaluate.sound import check_measures
-    from smallcoder_jax.export.huggingface import read_export
+    from smallcoder_jax.huggingface.read import read_export
     from smallcoder_jax.loading import LoadedModel
     from smallcoder_jax.stages.shared import documents
 

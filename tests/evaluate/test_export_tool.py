@@ -13,7 +13,7 @@ import pytest
 import smallcoder_jax
 from smallcoder_jax import run
 from smallcoder_jax.base.errors import CheckFailed, UserError
-from smallcoder_jax.export import parity
+from smallcoder_jax.huggingface import parity
 from tests.evaluate.conftest import small_config
 from tools import export
 

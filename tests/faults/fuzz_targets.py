@@ -243,10 +243,10 @@ def stores(folder: Path) -> Target:
 def exports(folder: Path) -> Target:
     """An exported model with its tokenizer."""
     from smallcoder_jax import loading
-    from smallcoder_jax.export import record
-    from smallcoder_jax.export.huggingface import write_export
-    from tests.export.conftest import CODE as TEXT
-    from tests.export.conftest import llama, random_params, train_sentencepiece
+    from smallcoder_jax.huggingface import record
+    from smallcoder_jax.huggingface.write import write_export
+    from tests.huggingface.conftest import CODE as TEXT
+    from tests.huggingface.conftest import llama, random_params, train_sentencepiece
 
     model = llama()
     tokenizer = train_sentencepiece([TEXT] * 4, 420, 100_000)

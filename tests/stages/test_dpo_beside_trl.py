@@ -12,13 +12,13 @@ import pytest
 from smallcoder_jax.config import DpoConfig
 from smallcoder_jax.data.preference_rows import encode_pairs, fill_pairs
 from smallcoder_jax.data.preferences import Preference
-from smallcoder_jax.export.huggingface import write_export
+from smallcoder_jax.huggingface.write import write_export
 from smallcoder_jax.models import build
 from smallcoder_jax.stages import dpo
 from smallcoder_jax.stages.shared.pairs import by_pair
 from smallcoder_jax.tokenizers.sentencepiece import train_sentencepiece
-from tests.export.conftest import CODE, llama, random_params
 from tests.helpers import FLOAT32, tiny_config
+from tests.huggingface.conftest import CODE, llama, random_params
 
 PAIRS = [
     Preference(f"def f{i}(x):\n", f"    return x + {i}\n" + "    # more\n" * (i % 3), f"    return {i}\n", "name")

@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from smallcoder_jax.base.errors import UserError
-from smallcoder_jax.export.tokenizer import write_tokenizer
+from smallcoder_jax.huggingface.tokenizer import write_tokenizer
 from smallcoder_jax.tokenizers import base, chat
 from smallcoder_jax.tokenizers.bytes import ByteTokenizer
 from smallcoder_jax.tokenizers.chat import Conversation, Message, ToolCall

@@ -9,7 +9,7 @@ import pytest
 
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.configfile import load_config
-from smallcoder_jax.export import huggingface
+from smallcoder_jax.huggingface import write
 from smallcoder_jax.loading import load
 from smallcoder_jax.models import build
 from smallcoder_jax.tokenizers.bytes import ByteTokenizer
@@ -66,7 +66,7 @@ def test_only_an_export_of_these_weights_that_was_checked_is_left_as_it_is(tmp_p
 
     def export(name: str, **checks: object) -> Path:
         folder = tmp_path / name
-        huggingface.write_export(
+        write.write_export(
             folder, model=model, params=params, tokenizer=ByteTokenizer(), card=card,
             check=(lambda _: {"tolerance": 1e-4, "lengths": [1], "texts": 1, "greedy_tokens": 1}) if checks else None,
         )  # fmt: skip

@@ -13,17 +13,17 @@ import pytest
 import safetensors.numpy
 
 from smallcoder_jax.base.errors import CheckFailed, UserError
-from smallcoder_jax.export import huggingface, parity
+from smallcoder_jax.huggingface import parity, write
 from smallcoder_jax.tokenizers.base import Tokenizer
 from smallcoder_jax.tokenizers.bytes import ByteTokenizer
-from tests.export.conftest import MODELS, gpt2, llama, random_params
+from tests.huggingface.conftest import MODELS, gpt2, llama, random_params
 
 QUICK = (1, 7)
 
 
 def export(folder: Path, model: Any, tokenizer: Tokenizer, **options: Any) -> Any:
     params = random_params(model)
-    huggingface.write_export(folder, model=model, params=params, tokenizer=tokenizer, card={"name": "x"}, **options)
+    write.write_export(folder, model=model, params=params, tokenizer=tokenizer, card={"name": "x"}, **options)
     return params
 
 
@@ -50,7 +50,7 @@ def test_bytes_agree(tmp_path: Path) -> None:
 def test_bfloat16_is_compared_with_what_was_stored(tokenizer: Tokenizer, tmp_path: Path) -> None:
     model = llama(context=32)
     params = export(tmp_path / "out", model, tokenizer, dtype="bfloat16")
-    rounded = huggingface.round_params(params, "bfloat16")
+    rounded = write.round_params(params, "bfloat16")
     assert parity.check(tmp_path / "out", model, rounded, tokenizer, lengths=QUICK).passed
     with pytest.raises(CheckFailed, match=r"logits.*FAILED"):
         parity.check(tmp_path / "out", model, params, tokenizer, lengths=QUICK)
@@ -146,9 +146,7 @@ def test_a_failed_check_leaves_what_was_there(tokenizer: Tokenizer, tmp_path: Pa
         raise CheckFailed(f"no good: {sorted(path.name for path in written.iterdir())}")
 
     with pytest.raises(CheckFailed, match=r"model\.safetensors"):
-        huggingface.write_export(
-            folder, model=model, params=other, tokenizer=tokenizer, card={"name": "y"}, check=check
-        )
+        write.write_export(folder, model=model, params=other, tokenizer=tokenizer, card={"name": "y"}, check=check)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -157,7 +155,7 @@ def test_nan_fails(tokenizer: Tokenizer, tmp_path: Path) -> None:
     model = llama(context=32)
     params = random_params(model)
     params["final_norm"]["scale"] = np.full(64, np.nan, np.float32)
-    huggingface.write_export(tmp_path / "out", model=model, params=params, tokenizer=tokenizer, card={"name": "x"})
+    write.write_export(tmp_path / "out", model=model, params=params, tokenizer=tokenizer, card={"name": "x"})
     with pytest.raises(CheckFailed, match=r"logits: 1 tokens +inf"):
         parity.check(tmp_path / "out", model, params, tokenizer, lengths=QUICK)
 

@@ -20,7 +20,7 @@ from jax import Array
 
 from smallcoder_jax.base.errors import CheckFailed, UserError
 from smallcoder_jax.config import ComputeConfig, ModelConfig
-from smallcoder_jax.export import tokenizer as export_tokenizer
+from smallcoder_jax.huggingface import tokenizer as export_tokenizer
 from smallcoder_jax.models import build
 from smallcoder_jax.tokenizers import base, chat
 

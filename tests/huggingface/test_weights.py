@@ -15,11 +15,11 @@ import safetensors.numpy
 
 from smallcoder_jax import loading
 from smallcoder_jax.base.errors import UserError
-from smallcoder_jax.export import huggingface, record, weights
+from smallcoder_jax.huggingface import read, record, weights
 from smallcoder_jax.models import build
 from smallcoder_jax.tokenizers.bytes import ByteTokenizer
 from smallcoder_jax.tokenizers.load import load_tokenizer, open_tokenizer
-from tests.export.conftest import CODE
+from tests.huggingface.conftest import CODE
 
 Tensors = dict[str, np.ndarray]
 WIDTH, ROWS = 8, 12
@@ -75,7 +75,7 @@ def same(one: build.Params, two: build.Params) -> bool:
 
 
 def params(folder: Path) -> build.Params:
-    return huggingface.read_export(folder).params
+    return read.read_export(folder).params
 
 
 def test_a_head_that_is_the_table_is_read_and_another_is_refused(tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_paths_that_cannot_be(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"does not exist|cannot be read"):
         loading.load(folder)
     with pytest.raises(UserError, match=r"does not exist|cannot be read"):
-        huggingface.read_export(folder)
+        read.read_export(folder)
     with pytest.raises(UserError, match=r"has no export\.json"):
         record.read(folder)
     with pytest.raises(UserError, match="is no tokenizer's folder"):

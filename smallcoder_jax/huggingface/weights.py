@@ -17,7 +17,7 @@ import safetensors
 from smallcoder_jax.base import files
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import ModelConfig
-from smallcoder_jax.export import names
+from smallcoder_jax.huggingface import names
 from smallcoder_jax.models import build
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from smallcoder_jax.base.errors import UserError
-from smallcoder_jax.export import huggingface, record
+from smallcoder_jax.huggingface import read, record, write
 from smallcoder_jax.tokenizers.bytes import ByteTokenizer
-from tests.export.conftest import llama, random_params
+from tests.huggingface.conftest import llama, random_params
 
 CARD: dict[str, Any] = {
     "name": "x",
@@ -25,7 +25,7 @@ CARD: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder, model = tmp_path_factory.mktemp("exported") / "out", llama(vocab_size=256)
-    huggingface.write_export(folder, model=model, params=random_params(model), tokenizer=ByteTokenizer(), card=CARD)
+    write.write_export(folder, model=model, params=random_params(model), tokenizer=ByteTokenizer(), card=CARD)
     return folder
 
 
@@ -40,9 +40,9 @@ def test_a_flipped_exponent_is_seen(folder: Path) -> None:
     content[-1] ^= 0x40  # of a float32
     path.write_bytes(content)
     with pytest.raises(UserError, match=r"model\.safetensors is damaged or was changed since the export"):
-        huggingface.read_export(folder)
+        read.read_export(folder)
     (folder / record.RECORD).unlink()  # as of somebody who publishes none
-    huggingface.read_export(folder)
+    read.read_export(folder)
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer_kind.json"])
@@ -50,16 +50,16 @@ def test_every_file_that_decides_something_is_compared(name: str, folder: Path) 
     with (folder / name).open("a") as file:
         file.write("\n")
     with pytest.raises(UserError, match=rf"{name} is damaged or was changed since the export"):
-        huggingface.read_export(folder)
+        read.read_export(folder)
     (folder / name).unlink()
     with pytest.raises(UserError, match=rf"{name} cannot be read: .*; it was there at the export"):
-        huggingface.read_export(folder)
+        read.read_export(folder)
 
 
 def test_what_is_edited_by_hand_is_not(folder: Path) -> None:
     for name in ("README.md", "generation_config.json", "chat_template.jinja"):
         (folder / name).write_text("mine")
-    assert huggingface.read_export(folder).model.layers > 0
+    assert read.read_export(folder).model.layers > 0
 
 
 def change(folder: Path, **values: Any) -> None:
@@ -72,7 +72,7 @@ def test_a_record_from_before_there_were_checksums(folder: Path) -> None:
     content = json.loads((folder / record.RECORD).read_text())
     del content["checksums"]
     (folder / record.RECORD).write_text(json.dumps(content))
-    model, params, _ = huggingface.read_export(folder)
+    model, params, _ = read.read_export(folder)
     assert record.read(folder) == record.Record(CARD, "float32")
     assert model == llama(vocab_size=256)
     assert np.isfinite(params["embed"]["embedding"]).all()
@@ -104,9 +104,9 @@ def test_a_record_from_before_there_were_checksums(folder: Path) -> None:
 )
 def test_a_record_that_is_none(values: dict[str, Any], complaint: str, folder: Path) -> None:
     change(folder, **values)
-    for read in (record.verify, huggingface.read_export):
+    for reader in (record.verify, read.read_export):
         with pytest.raises(UserError, match=complaint):
-            read(folder)
+            reader(folder)
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "[]", "{", '{"format": NaN}'])
@@ -120,4 +120,4 @@ def test_a_record_that_is_no_file(folder: Path) -> None:
     (folder / record.RECORD).unlink()
     (folder / record.RECORD).symlink_to("/dev/zero")
     with pytest.raises(UserError, match=r"export\.json cannot be read \(it is a device"):
-        huggingface.read_export(folder)
+        read.read_export(folder)

@@ -5,7 +5,7 @@
     training, evaluation  what to value, as shown
     data                  `dummy`, `fingerprint`, `sources` (a list of `spec`, `weight`, `documents`, `tokens`, `bytes`)
                           and `licenses` (licence to number of documents)
-    parity                `export.parity.ParityReport.record`
+    parity                `huggingface.parity.ParityReport.record`
 
 What is not known is said not to be.
 """
@@ -32,7 +32,7 @@ _KINDS = {"rmsnorm": "A decoder in the style of Llama", "layernorm": "A decoder 
 def render(model: ModelConfig, card: Mapping[str, Any], *, dtype: str, fim: Sequence[str], chat: bool) -> str:
     """The README.md of an exported folder. `fim`: the pieces prefix, middle and suffix, empty where there are none."""
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("smallcoder_jax.export", "templates"),
+        loader=jinja2.PackageLoader("smallcoder_jax.huggingface", "templates"),
         autoescape=False,  # Markdown; `cell` keeps values inside their cell, `code` inside their span
         finalize=lambda value: one_line(value) if isinstance(value, str) else value,
         trim_blocks=True,

@@ -12,7 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from smallcoder_jax.base.errors import UserError
-from smallcoder_jax.export import tokenizer as export_tokenizer
+from smallcoder_jax.huggingface import tokenizer as export_tokenizer
 from smallcoder_jax.tokenizers import base
 from smallcoder_jax.tokenizers.bytes import ByteTokenizer
 from smallcoder_jax.tokenizers.huggingface import HuggingFaceTokenizer

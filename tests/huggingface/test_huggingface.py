@@ -18,16 +18,17 @@ import smallcoder_jax
 from smallcoder_jax.base.display import printable
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import ModelConfig
-from smallcoder_jax.export import card as model_card
-from smallcoder_jax.export import huggingface, names, record
+from smallcoder_jax.huggingface import card as model_card
+from smallcoder_jax.huggingface import names, record, write
+from smallcoder_jax.huggingface.read import read_export
 from smallcoder_jax.models import build
 from smallcoder_jax.tokenizers import base
 from smallcoder_jax.tokenizers.base import Tokenizer
 from smallcoder_jax.tokenizers.bytes import ByteTokenizer
 from smallcoder_jax.tokenizers.load import load_tokenizer
-from tests.export.conftest import MODELS, gpt2, llama, random_params
-from tests.export.test_tokenizer import published
 from tests.helpers import FLOAT32
+from tests.huggingface.conftest import MODELS, gpt2, llama, random_params
+from tests.huggingface.test_tokenizer import published
 
 CARD = {
     "name": "pipe | and `tick`",
@@ -50,7 +51,7 @@ FILES = {
 def export(folder: Path, model: ModelConfig, tokenizer: Tokenizer, **options: Any) -> Any:
     params = options.pop("params", None) or random_params(model)
     given: dict[str, Any] = {"card": CARD, **options}
-    huggingface.write_export(folder, model=model, params=params, tokenizer=tokenizer, **given)
+    write.write_export(folder, model=model, params=params, tokenizer=tokenizer, **given)
     return params
 
 
@@ -62,7 +63,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_export_import_export_gives_the_same_bytes(name: str, dtype: Any, tokenizer: Tokenizer, tmp_path: Path) -> None:
     params = export(tmp_path / "one", MODELS[name], tokenizer, dtype=dtype)
-    read, written = huggingface.read_export(tmp_path / "one"), record.read(tmp_path / "one")
+    read, written = read_export(tmp_path / "one"), record.read(tmp_path / "one")
     assert dataclasses.replace(read.model, dropout=0.0) == dataclasses.replace(MODELS[name], dropout=0.0)
     assert jax.tree.structure(read.params) == jax.tree.structure(params)
     for mine, stored in zip(jax.tree.leaves(params), jax.tree.leaves(read.params), strict=True):
@@ -79,7 +80,7 @@ def test_export_import_export_gives_the_same_bytes(name: str, dtype: Any, tokeni
 def test_export_replaces_an_export_and_nothing_else(tokenizer: Tokenizer, tmp_path: Path) -> None:
     export(tmp_path / "out", llama(), tokenizer)
     export(tmp_path / "out", gpt2(), tokenizer)
-    assert huggingface.read_export(tmp_path / "out").model == gpt2()
+    assert read_export(tmp_path / "out").model == gpt2()
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "mine.txt").write_text("keep")
     with pytest.raises(UserError, match="is no exported model, so it is not replaced"):
@@ -124,7 +125,7 @@ def test_a_link_to_an_export_stays_a_link(tokenizer: Tokenizer, tmp_path: Path) 
     export(tmp_path / "out", llama(), tokenizer)
     (tmp_path / "link").symlink_to(tmp_path / "out")
     export(tmp_path / "link", gpt2(), tokenizer)
-    assert huggingface.read_export(tmp_path / "out").model == gpt2()
+    assert read_export(tmp_path / "out").model == gpt2()
     assert (tmp_path / "link").is_symlink()
     assert {path.name for path in tmp_path.iterdir()} == {"out", "link"}
 
@@ -289,7 +290,7 @@ def test_an_export_that_was_moved_away_comes_back(tokenizer: Tokenizer, tmp_path
     with pytest.raises(UserError, match="cannot be exported"):
         export(tmp_path / "out", llama(positions="learned"), tokenizer)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert huggingface.read_export(tmp_path / "out").model == llama()
+    assert read_export(tmp_path / "out").model == llama()
 
 
 @pytest.fixture(scope="module")
@@ -323,7 +324,7 @@ def with_config(exported: Path, folder: Path, remove: tuple[str, ...] = (), **va
 def test_rotation_in_old_and_new_spelling(
     remove: tuple[str, ...], values: dict[str, Any], theta: float, exported: Path, tmp_path: Path
 ) -> None:
-    assert huggingface.read_export(with_config(exported, tmp_path, remove, **values)).model.rope_theta == theta
+    assert read_export(with_config(exported, tmp_path, remove, **values)).model.rope_theta == theta
 
 
 LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 123_456.0}
@@ -351,18 +352,18 @@ LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 123_456.0}
 )
 def test_config_that_does_not_fit(values: dict[str, Any], complaint: str, exported: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=complaint):
-        huggingface.read_export(with_config(exported, tmp_path, **values))
+        read_export(with_config(exported, tmp_path, **values))
 
 
 def test_gpt2_config_that_does_not_fit(tmp_path: Path) -> None:
     export(tmp_path / "gpt2", gpt2(vocab_size=256), ByteTokenizer())
     (tmp_path / "one").mkdir()
     with pytest.raises(UserError, match="scale_attn_weights is False; supported: True"):
-        huggingface.read_export(with_config(tmp_path / "gpt2", tmp_path / "one", scale_attn_weights=False))
+        read_export(with_config(tmp_path / "gpt2", tmp_path / "one", scale_attn_weights=False))
     with pytest.raises(UserError, match="activation_function is 'relu'"):
-        huggingface.read_export(with_config(tmp_path / "gpt2", tmp_path / "one", activation_function="relu"))
+        read_export(with_config(tmp_path / "gpt2", tmp_path / "one", activation_function="relu"))
     with pytest.raises(UserError, match="GPT-2's heads fill its width"):
-        huggingface.read_export(with_config(tmp_path / "gpt2", tmp_path / "one", n_head=6))
+        read_export(with_config(tmp_path / "gpt2", tmp_path / "one", n_head=6))
 
 
 def change_tensors(folder: Path, change: Any) -> Path:
@@ -395,7 +396,7 @@ NORM = "model.norm.weight"
 def test_weights_that_do_not_fit(change: Any, complaint: str, exported: Path, tmp_path: Path) -> None:
     folder = change_tensors(with_config(exported, tmp_path), change)
     with pytest.raises(UserError, match=complaint):
-        huggingface.read_export(folder)
+        read_export(folder)
 
 
 def test_missing_and_damaged_files(exported: Path, tmp_path: Path) -> None:
@@ -404,23 +405,23 @@ def test_missing_and_damaged_files(exported: Path, tmp_path: Path) -> None:
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-7])
     with pytest.raises(UserError, match="safetensors is damaged"):
-        huggingface.read_export(folder)
+        read_export(folder)
     weights.rename(folder / "model-00001-of-00002.safetensors")
     with pytest.raises(
         UserError, match=r"model-00001-of-00002\.safetensors is there, but no model\.safetensors\.index\.json"
     ):
-        huggingface.read_export(folder)
+        read_export(folder)
     (folder / "pytest_marker.bin").write_bytes(b"\x80\x04")
     with pytest.raises(UserError, match="a pickle can run any code and is never opened"):
-        huggingface.read_export(folder)
+        read_export(folder)
     (folder / "config.json").write_text("[]")
     with pytest.raises(UserError, match=r"config\.json holds a list, not a JSON object"):
-        huggingface.read_export(folder)
+        read_export(folder)
     (folder / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json cannot be read"):
-        huggingface.read_export(folder)
+        read_export(folder)
     with pytest.raises(UserError, match="does not exist; expected an exported model's folder"):
-        huggingface.read_export(tmp_path / "nowhere")
+        read_export(tmp_path / "nowhere")
     (folder / "export.json").write_text('{"format": 9}')
     with pytest.raises(UserError, match="has format 9; this version reads format 1"):
         record.read(folder)
@@ -442,7 +443,7 @@ def test_a_folder_of_transformers_is_read(tmp_path: Path) -> None:
         )
     )  # fmt: skip
     theirs.save_pretrained(tmp_path)
-    model, params, _ = huggingface.read_export(tmp_path)
+    model, params, _ = read_export(tmp_path)
     assert (model.head_size, model.rope_theta, model.embeddings, model.context) == (8, 777.0, "untied", 16)
     query = params["blocks"][0]["attention"]["query"]["kernel"]
     weight = theirs.model.layers[0].self_attn.q_proj.weight.detach().to(torch.float32).numpy()
@@ -469,7 +470,7 @@ def test_published_gpt2_is_read(tmp_path: Path) -> None:
         tmp_path / "out", lambda tensors: tensors.update({"lm_head.weight": tensors["transformer.wte.weight"].copy()})
     )
     for change in (lambda tensors: None, strip_prefix):
-        read = huggingface.read_export(change_tensors(tmp_path / "out", change)).params
+        read = read_export(change_tensors(tmp_path / "out", change)).params
         assert jax.tree.structure(read) == jax.tree.structure(params)
         for mine, stored in zip(jax.tree.leaves(params), jax.tree.leaves(read), strict=True):
             np.testing.assert_array_equal(stored, mine)
@@ -480,7 +481,7 @@ def test_published_gpt2_that_does_not_fit(tmp_path: Path) -> None:
     change_tensors(tmp_path / "out", strip_prefix)
     twice = {"transformer.ln_f.weight": np.ones(64, np.float32)}
     with pytest.raises(UserError, match=r"holds ln_f\.weight, which"):
-        huggingface.read_export(change_tensors(tmp_path / "out", lambda tensors: tensors.update(twice)))
+        read_export(change_tensors(tmp_path / "out", lambda tensors: tensors.update(twice)))
 
 
 def test_published_folder_is_loaded(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def _content(folder: Path) -> dict[str, Any]:
 
 
 def _fault(card: Any) -> str:
-    """What of a card is not as `export.card` describes it; empty where all is."""
+    """What of a card is not as `huggingface.card` describes it; empty where all is."""
     if not isinstance(card, dict) or not isinstance(card.get("name"), str):
         return "it has no name"
     tables = {key: card.get(key) or {} for key in ("training", "evaluation", "data", "parity")}
