@@ -21,7 +21,7 @@ from smallcoder_jax.base.files import read_json, write_json
 from smallcoder_jax.base.progress import Progress
 from smallcoder_jax.config import Config, nearest, to_dict
 from smallcoder_jax.configfile import load_config
-from smallcoder_jax.data.tokenizer import make_tokenizer
+from smallcoder_jax.data.tokens.train_tokenizer import make_tokenizer
 from smallcoder_jax.report.log_files import read_csv
 from smallcoder_jax.report.page import write_stages_report
 from smallcoder_jax.report.run_folder import RunFolder

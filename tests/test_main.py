@@ -18,7 +18,7 @@ import pytest
 from smallcoder_jax import loading
 from smallcoder_jax.base.errors import EXIT_CHECK_FAILED, EXIT_USER_ERROR, UserError, run_cli
 from smallcoder_jax.configfile import load_config
-from smallcoder_jax.data.shards import Manifest, SourceEntry, Split
+from smallcoder_jax.data.tokens.shards import Manifest, SourceEntry, Split
 from smallcoder_jax.main import main
 from smallcoder_jax.report.run_folder import RunFolder
 from smallcoder_jax.run import next_commands

@@ -29,9 +29,10 @@ from smallcoder_jax.base.arguments import ArgumentParser
 from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import CheckFailed, UserError, run_cli
 from smallcoder_jax.config import Config, DataConfig, ModelConfig, TokenizerConfig
-from smallcoder_jax.data import packing, shards
-from smallcoder_jax.data.pipeline import make_train_iterator
-from smallcoder_jax.data.prepare import Prepared, prepare
+from smallcoder_jax.data.rows import packing
+from smallcoder_jax.data.rows.documents import make_train_iterator
+from smallcoder_jax.data.tokens import shards
+from smallcoder_jax.data.tokens.prepare import Prepared, prepare
 from smallcoder_jax.tokenizers.base import FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX, Tokenizer
 
 WANTED = 3_000_000  # tokens per second

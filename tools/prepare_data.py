@@ -16,8 +16,8 @@ from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import run_cli
 from smallcoder_jax.base.progress import Progress
 from smallcoder_jax.configfile import load_config, split_overrides
-from smallcoder_jax.data.prepare import prepare
-from smallcoder_jax.data.statistics import format_report
+from smallcoder_jax.data.tokens.prepare import prepare
+from smallcoder_jax.data.tokens.statistics import format_report
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -97,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
 def complete_held_out(config: Config, model: LoadedModel) -> list[Written]:
     """Greedy completions of the beginnings of held-out files (`evaluate.completions`)."""
     from smallcoder_jax.base.progress import Progress
-    from smallcoder_jax.data.prepare import prepare
+    from smallcoder_jax.data.tokens.prepare import prepare
     from smallcoder_jax.evaluate.bits_per_byte import held_out_texts
     from smallcoder_jax.evaluate.completions import complete
     from smallcoder_jax.generate.engine import Generator

@@ -20,8 +20,8 @@ from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import CheckFailed, UserError, run_cli
 from smallcoder_jax.base.progress import Progress
 from smallcoder_jax.config import DataConfig
-from smallcoder_jax.data.corpus import read_split
-from smallcoder_jax.data.tokenizer import make_tokenizer
+from smallcoder_jax.data.corpus.corpus import read_split
+from smallcoder_jax.data.tokens.train_tokenizer import make_tokenizer
 from smallcoder_jax.tokenizers.base import Tokenizer
 
 

@@ -15,8 +15,8 @@ from smallcoder_jax.base.arguments import ArgumentParser
 from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import CheckFailed, UserError, run_cli
 from smallcoder_jax.configfile import load_config, split_overrides
-from smallcoder_jax.data.prepare import find_prepared
-from smallcoder_jax.data.validate import validate
+from smallcoder_jax.data.tokens.prepare import find_prepared
+from smallcoder_jax.data.tokens.validate import validate
 
 SAMPLE_SHARE = 0.05
 MAX_SHOWN = 20

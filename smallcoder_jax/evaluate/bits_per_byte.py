@@ -13,8 +13,8 @@ from pathlib import Path
 
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import read_json_object, write_json
-from smallcoder_jax.data import shards
-from smallcoder_jax.data.prepare import Prepared
+from smallcoder_jax.data.tokens import shards
+from smallcoder_jax.data.tokens.prepare import Prepared
 from smallcoder_jax.tokenizers.base import Tokenizer
 
 CACHE = "compressors.json"

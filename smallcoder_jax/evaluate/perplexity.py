@@ -23,7 +23,7 @@ from smallcoder_jax.train.sums import EvalMetrics, language_summary
 def evaluate(
     model: ModelConfig, compute: ComputeConfig, params: build.Params, batches: Iterable[Mapping[str, np.ndarray]]
 ) -> dict[str, float]:
-    """Totals over `batches` of `data.pipeline.validation_batches`, with `params` in the layout of `compute.layers`.
+    """Totals over `batches` (see `data.rows.documents`), with `params` in the layout of `compute.layers`.
 
     `loss` is in nats per target; `perplexity`, `bits_per_byte`, `accuracy` and `top5_accuracy` follow from it and from
     the ranks; `tokens` and `bytes` (UTF-8) are what was counted. Sums of one batch are float32, over batches float64.

@@ -13,8 +13,9 @@ import jax
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import read_json_object
 from smallcoder_jax.config import Config, eval_rows, from_config_dict
-from smallcoder_jax.data import pipeline, shards
-from smallcoder_jax.data.verification import verify_shards
+from smallcoder_jax.data.rows import documents
+from smallcoder_jax.data.tokens import shards
+from smallcoder_jax.data.tokens.verification import verify_shards
 from smallcoder_jax.evaluate.perplexity import evaluate
 from smallcoder_jax.models import build
 from smallcoder_jax.report.log_files import read_csv
@@ -218,7 +219,7 @@ def _evaluate(
         config.model,
         compute,
         params,
-        pipeline.validation_batches(
+        documents.validation_batches(
             shards.read_manifest(tokens),
             tokens,
             tokenizer,

@@ -22,7 +22,7 @@ import jinja2
 
 from smallcoder_jax.base.display import code, markdown, one_line
 from smallcoder_jax.config import Config, ModelConfig, evaluated_on, parameter_count
-from smallcoder_jax.data.shards import Manifest
+from smallcoder_jax.data.tokens.shards import Manifest
 
 # A path from the root, the home or the current folder, up to its last name; in front of it begins a word or a value.
 _FOLDERS = re.compile(r"""(?<![^\s:;,=("'])(?:~[\w.-]*|\.{0,2})/(?![\s/])(?:[^:;,?"']*/)?(?=[^\s/])""")

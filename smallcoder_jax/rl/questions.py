@@ -8,9 +8,9 @@ import dataclasses
 import random
 from typing import Any
 
-from smallcoder_jax.data.conversation_code import Snippet, draw_callable
-from smallcoder_jax.data.conversations import side_of
-from smallcoder_jax.data.tool_dialogs import different
+from smallcoder_jax.data.conversations.record import side_of
+from smallcoder_jax.data.conversations.snippets import Snippet, draw_callable
+from smallcoder_jax.data.conversations.tools import different
 from smallcoder_jax.rl.rollouts import Question
 from smallcoder_jax.tokenizers import chat
 from smallcoder_jax.tokenizers.base import Tokenizer

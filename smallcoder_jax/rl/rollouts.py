@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import Config
-from smallcoder_jax.data.packing import fill_batch
+from smallcoder_jax.data.rows.packing import fill_batch
 from smallcoder_jax.generate.engine import Generator
 from smallcoder_jax.generate.sampling import SamplingOptions
 from smallcoder_jax.mesh import batch_sharding, flat_tokens, on_mesh, params_sharding, place_batch

@@ -12,10 +12,12 @@ import numpy as np
 from smallcoder_jax.base.progress import Progress
 from smallcoder_jax.base.terminal import human_count
 from smallcoder_jax.config import Config, eval_rows
-from smallcoder_jax.data.conversation_rows import ConversationBatches
-from smallcoder_jax.data.conversations import Record
-from smallcoder_jax.data.dialogs import prepare_dialogs
-from smallcoder_jax.data.tool_dialogs import Dialogs, prepare_tool_dialogs
+from smallcoder_jax.data.conversations.given import prepare_dialogs
+from smallcoder_jax.data.conversations.record import Record
+from smallcoder_jax.data.conversations.store import Dialogs
+from smallcoder_jax.data.conversations.tools import prepare_tool_dialogs
+from smallcoder_jax.data.rows.conversations import ConversationBatches
+from smallcoder_jax.data.sources.document import SPLITS
 from smallcoder_jax.evaluate.tool_calls import score_tool_calls
 from smallcoder_jax.generate.sampling import SamplingOptions
 from smallcoder_jax.loading import LoadedModel
@@ -45,7 +47,7 @@ def make_task(config: Config, loaded: LoadedModel | None, progress: Progress) ->
     loaded = need_start(config, loaded)
     tokenizer, train = loaded.tokenizer, config.train
     dialogs = prepare(config, progress)
-    encoded = {side: _encode(dialogs.read(side), tokenizer) for side in ("train", "validation")}
+    encoded = {side: _encode(dialogs.read(side), tokenizer) for side in SPLITS}
 
     def batches(side: str, rows: Sequence[int], batch_size: int, **order: Any) -> ConversationBatches:
         return ConversationBatches(

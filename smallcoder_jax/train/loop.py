@@ -24,8 +24,8 @@ from smallcoder_jax.base.files import write_json
 from smallcoder_jax.base.runtime import give_back_memory
 from smallcoder_jax.base.terminal import Terminal, human_time
 from smallcoder_jax.config import Config, eval_rows, to_dict
-from smallcoder_jax.data.prefetch import DevicePrefetcher
-from smallcoder_jax.data.verification import steps_until_repeated
+from smallcoder_jax.data.rows.prefetch import DevicePrefetcher
+from smallcoder_jax.data.tokens.verification import steps_until_repeated
 from smallcoder_jax.mesh import batch_sharding, check_rows, on_mesh, path_name, place_batch, process_rows
 from smallcoder_jax.models import build
 from smallcoder_jax.ops.precision import multiplying

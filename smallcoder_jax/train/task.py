@@ -10,9 +10,9 @@ import jax
 import numpy as np
 
 from smallcoder_jax.config import Config, to_dict
-from smallcoder_jax.data import shards
-from smallcoder_jax.data.prefetch import BatchIterator
-from smallcoder_jax.data.verification import Verification
+from smallcoder_jax.data.rows.prefetch import BatchIterator
+from smallcoder_jax.data.tokens import shards
+from smallcoder_jax.data.tokens.verification import Verification
 from smallcoder_jax.models import build
 from smallcoder_jax.ops import precision
 from smallcoder_jax.tokenizers.base import Tokenizer

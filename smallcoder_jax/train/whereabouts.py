@@ -15,7 +15,7 @@ from typing import Any
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import read_json
 from smallcoder_jax.config import Config, from_config_dict
-from smallcoder_jax.data import shards
+from smallcoder_jax.data.tokens import shards
 from smallcoder_jax.report.run_folder import RunFolder
 from smallcoder_jax.tokenizers.base import Tokenizer
 from smallcoder_jax.tokenizers.load import load_tokenizer

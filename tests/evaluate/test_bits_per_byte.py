@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from smallcoder_jax.base.errors import UserError
-from smallcoder_jax.data.prepare import prepare
+from smallcoder_jax.data.tokens.prepare import prepare
 from smallcoder_jax.evaluate import bits_per_byte
 from tests.evaluate.conftest import small_config
 

@@ -49,8 +49,8 @@ def configs(folder: Path) -> Target:
 
 def sources(folder: Path) -> Target:
     """A tree of files, read as the source `dir:`."""
-    from smallcoder_jax.data.collect import collect_source
-    from smallcoder_jax.data.sources import parse_sources, source_identity
+    from smallcoder_jax.data.corpus.collect import collect_source
+    from smallcoder_jax.data.sources.spec import parse_sources, source_identity
 
     tree = folder / "tree"
     for name in ("a.py", "b.py", "pkg/c.py", "pkg/d.js", "e.md", "LICENSE", "pkg/.gitignore", "script", "data.json"):
@@ -78,10 +78,10 @@ def rows(folder: Path) -> Target:
     import pyarrow.parquet
 
     from smallcoder_jax.config import PreferencesConfig
-    from smallcoder_jax.data.collect import collect_source
-    from smallcoder_jax.data.dialogs import prepare_dialogs
-    from smallcoder_jax.data.preference_sets import ensure_preferences
-    from smallcoder_jax.data.sources import parse_sources
+    from smallcoder_jax.data.conversations.given import prepare_dialogs
+    from smallcoder_jax.data.corpus.collect import collect_source
+    from smallcoder_jax.data.preferences.store import ensure_preferences
+    from smallcoder_jax.data.sources.spec import parse_sources
 
     documents = [{"content": f"# {i}\n{CODE}", "path": f"{i}.py", "license": ["mit"], "n": i} for i in range(20)]
     text = "".join(json.dumps(row) + "\n" for row in documents)
@@ -183,8 +183,8 @@ def runs(folder: Path) -> Target:
 
 def tokens(folder: Path) -> Target:
     """Prepared data: accounting, tokenizer, manifest and token shards."""
-    from smallcoder_jax.data.prepare import find_prepared
-    from smallcoder_jax.data.validate import validate
+    from smallcoder_jax.data.tokens.prepare import find_prepared
+    from smallcoder_jax.data.tokens.validate import validate
     from smallcoder_jax.evaluate.bits_per_byte import held_out_references
 
     config = _tiny_run(folder)
@@ -202,8 +202,8 @@ def stores(folder: Path) -> Target:
 
     from smallcoder_jax.base.progress import Progress
     from smallcoder_jax.config import PreferencesConfig
-    from smallcoder_jax.data.dialogs import prepare_dialogs
-    from smallcoder_jax.data.preference_sets import ensure_preferences
+    from smallcoder_jax.data.conversations.given import prepare_dialogs
+    from smallcoder_jax.data.preferences.store import ensure_preferences
     from smallcoder_jax.stages.shared.teacher_tokens import KeptTokens
 
     given, data = folder / "given", folder / "data"

@@ -11,7 +11,7 @@ import warnings
 import pytest
 
 from smallcoder_jax.config import RLConfig
-from smallcoder_jax.data.conversation_code import draw_callable
+from smallcoder_jax.data.conversations.snippets import draw_callable
 from smallcoder_jax.rl import bodies, questions
 from smallcoder_jax.rl.questions import Body
 from smallcoder_jax.rl.rewards import CheckedReward

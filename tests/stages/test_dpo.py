@@ -16,7 +16,7 @@ from smallcoder_jax import loading, run
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.progress import Progress
 from smallcoder_jax.config import DpoConfig, StageConfig
-from smallcoder_jax.data.preference_rows import fill_pairs
+from smallcoder_jax.data.rows.pairs import fill_pairs
 from smallcoder_jax.models import build
 from smallcoder_jax.stages import dpo
 from smallcoder_jax.stages.shared import pairs as preference_pairs

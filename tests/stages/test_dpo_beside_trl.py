@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import pytest
 
 from smallcoder_jax.config import DpoConfig
-from smallcoder_jax.data.preference_rows import encode_pairs, fill_pairs
-from smallcoder_jax.data.preferences import Preference
+from smallcoder_jax.data.preferences.pair import Preference
+from smallcoder_jax.data.rows.pairs import encode_pairs, fill_pairs
 from smallcoder_jax.huggingface.write import write_export
 from smallcoder_jax.models import build
 from smallcoder_jax.stages import dpo

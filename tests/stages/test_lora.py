@@ -28,8 +28,8 @@ from smallcoder_jax.config import (
     from_config_dict,
     to_dict,
 )
-from smallcoder_jax.data.conversations import Record
-from smallcoder_jax.data.tool_dialogs import Dialogs
+from smallcoder_jax.data.conversations.record import Record
+from smallcoder_jax.data.conversations.store import Dialogs
 from smallcoder_jax.evaluate.verify import verify
 from smallcoder_jax.generate.sampling import SamplingOptions
 from smallcoder_jax.report.log_files import read_csv

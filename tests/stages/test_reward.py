@@ -16,7 +16,7 @@ from smallcoder_jax import loading, run
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.progress import Progress
 from smallcoder_jax.config import MeshConfig, PreferencesConfig, StageConfig
-from smallcoder_jax.data.preference_rows import EncodedPair, fill_pairs
+from smallcoder_jax.data.rows.pairs import EncodedPair, fill_pairs
 from smallcoder_jax.models import build
 from smallcoder_jax.models.heads import head_scores, init_head, scores_at
 from smallcoder_jax.stages import reward

@@ -19,7 +19,7 @@ import smallcoder_jax
 from smallcoder_jax import loading, run
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import CheckpointConfig, Config, DialogConfig, StageConfig, TokenizerConfig
-from smallcoder_jax.data.tool_dialogs import prepare_tool_dialogs
+from smallcoder_jax.data.conversations.tools import prepare_tool_dialogs
 from smallcoder_jax.evaluate import verify
 from smallcoder_jax.generate.sampling import SamplingOptions
 from smallcoder_jax.report.log_files import read_csv

@@ -22,8 +22,8 @@ from smallcoder_jax.config import (
     TrainConfig,
     from_config_dict,
 )
-from smallcoder_jax.data.collect import collect_source
-from smallcoder_jax.data.sources import parse_sources
+from smallcoder_jax.data.corpus.collect import collect_source
+from smallcoder_jax.data.sources.spec import parse_sources
 from smallcoder_jax.run import train
 from tests.helpers import tiny_config, tiny_model
 

@@ -24,7 +24,7 @@ from smallcoder_jax.base.errors import Diverged, UserError
 from smallcoder_jax.base.progress import Progress
 from smallcoder_jax.base.terminal import Terminal
 from smallcoder_jax.config import CheckpointConfig, Config, DataConfig, EvalConfig, LogConfig, TokenizerConfig
-from smallcoder_jax.data import shards
+from smallcoder_jax.data.tokens import shards
 from smallcoder_jax.ops import cross_entropy
 from smallcoder_jax.preflight.target import Target
 from smallcoder_jax.report import log_files

@@ -14,10 +14,11 @@ from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.progress import Progress
 from smallcoder_jax.base.terminal import human_count
 from smallcoder_jax.config import Config, eval_rows, from_config_dict
-from smallcoder_jax.data import pipeline, shards
-from smallcoder_jax.data.prepare import Prepared, prepare
-from smallcoder_jax.data.shards import Manifest
-from smallcoder_jax.data.verification import begin_verification
+from smallcoder_jax.data.rows import documents
+from smallcoder_jax.data.tokens import shards
+from smallcoder_jax.data.tokens.prepare import Prepared, prepare
+from smallcoder_jax.data.tokens.shards import Manifest
+from smallcoder_jax.data.tokens.verification import begin_verification
 from smallcoder_jax.evaluate.bits_per_byte import held_out_references
 from smallcoder_jax.evaluate.perplexity import evaluate
 from smallcoder_jax.loading import LoadedModel
@@ -59,7 +60,7 @@ def make_task(config: Config, prepared: Prepared, start: Start | None, loss_fn: 
     train, data = config.train, config.data
 
     def train_batches(rows: Sequence[int]) -> Any:
-        return pipeline.make_train_iterator(
+        return documents.make_train_iterator(
             prepared.manifest,
             prepared.tokens_folder,
             prepared.tokenizer,
@@ -71,7 +72,7 @@ def make_task(config: Config, prepared: Prepared, start: Start | None, loss_fn: 
         )
 
     def validation_batches(limit: int, rows: Sequence[int]) -> Iterator[dict[str, np.ndarray]]:
-        return pipeline.validation_batches(
+        return documents.validation_batches(
             prepared.manifest,
             prepared.tokens_folder,
             prepared.tokenizer,
@@ -84,7 +85,7 @@ def make_task(config: Config, prepared: Prepared, start: Start | None, loss_fn: 
     train_tokens = sum(source.train.tokens for source in prepared.manifest.sources)
     validation_tokens = sum(source.validation.tokens for source in prepared.manifest.sources)
     planned = epochs(config, prepared.manifest)
-    identity = pipeline.pipeline_identity(
+    identity = documents.pipeline_identity(
         prepared.manifest, data, sequence_length=train.sequence_length, batch_size=train.batch_size, seed=train.seed
     )
     more = {"summarise": language_summary, **more}
@@ -150,9 +151,9 @@ def _unusable(config: Config, prepared: Prepared) -> dict[str, str]:
     data, manifest = config.data, prepared.manifest
     if data.packing != "document":
         return {}
-    count = pipeline.count_unusable(manifest, prepared.tokens_folder, data.min_tokens)
-    documents = sum(source.train.documents for source in manifest.sources)
-    return {"unusable": f"{count:,} of {documents:,} documents, with fewer than {data.min_tokens} tokens"}
+    count = documents.count_unusable(manifest, prepared.tokens_folder, data.min_tokens)
+    stored = sum(source.train.documents for source in manifest.sources)
+    return {"unusable": f"{count:,} of {stored:,} documents, with fewer than {data.min_tokens} tokens"}
 
 
 def measure(config: Config, loaded: LoadedModel, progress: Progress) -> dict[str, Any]:
@@ -169,7 +170,7 @@ def measure(config: Config, loaded: LoadedModel, progress: Progress) -> dict[str
         )
     prepared = _evaluated_on(config, loaded, progress)
     fingerprint = prepared.manifest.fingerprint
-    batches = pipeline.validation_batches(
+    batches = documents.validation_batches(
         prepared.manifest,
         prepared.tokens_folder,
         prepared.tokenizer,

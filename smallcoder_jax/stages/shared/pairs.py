@@ -19,11 +19,11 @@ from jax import Array
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.progress import Progress
 from smallcoder_jax.config import Config, eval_rows
-from smallcoder_jax.data.corpus import read_accounting
-from smallcoder_jax.data.preference_rows import EncodedPair, PairBatches, encode_pairs, fitting
-from smallcoder_jax.data.preference_sets import ensure_preferences, parse_preference_sources
-from smallcoder_jax.data.preferences import SIDES
-from smallcoder_jax.data.prepare import prepare_corpus
+from smallcoder_jax.data.corpus.corpus import read_accounting
+from smallcoder_jax.data.preferences.store import ensure_preferences, parse_preference_sources
+from smallcoder_jax.data.rows.pairs import EncodedPair, PairBatches, encode_pairs, fitting
+from smallcoder_jax.data.sources.document import SPLITS
+from smallcoder_jax.data.tokens.prepare import prepare_corpus
 from smallcoder_jax.loading import LoadedModel
 from smallcoder_jax.models.decoder import Decoder
 from smallcoder_jax.ops import precision
@@ -62,12 +62,12 @@ def prepare(config: Config, tokenizer: Tokenizer, progress: Progress) -> Pairs:
     corpus = prepare_corpus(config, progress) if needs_code else None
     found = ensure_preferences(config.preferences, Path(config.data.dir).expanduser(), corpus, progress)
     progress.note(f"preferences: {len(found.train):,} to train on, {len(found.validation):,} held out; {found.folder}")
-    encoded = {side: encode_pairs(getattr(found, side), tokenizer) for side in SIDES}
-    sides = {side: fitting(encoded[side], config.train.sequence_length) for side in SIDES}
+    encoded = {side: encode_pairs(getattr(found, side), tokenizer) for side in SPLITS}
+    sides = {side: fitting(encoded[side], config.train.sequence_length) for side in SPLITS}
     return Pairs(
         sides=sides,
-        criteria=tuple(sorted({pair.criteria for side in SIDES for pair in sides[side]})),
-        dropped={side: len(encoded[side]) - len(sides[side]) for side in SIDES},
+        criteria=tuple(sorted({pair.criteria for side in SPLITS for pair in sides[side]})),
+        dropped={side: len(encoded[side]) - len(sides[side]) for side in SPLITS},
         fingerprint=found.fingerprint,
         folder=found.folder,
         dummy=corpus is not None and read_accounting(corpus)["dummy"],
@@ -104,7 +104,7 @@ def make_task(
         found = batches_of(config, pairs, "validation", columns, tokenizer, eval_rows(config), **order)
         return itertools.islice(found, limit or None)
 
-    counts = {side: len(pairs.sides[side]) for side in SIDES}
+    counts = {side: len(pairs.sides[side]) for side in SPLITS}
     return Task(
         loss_fn=loss_fn,
         summarise=summary,

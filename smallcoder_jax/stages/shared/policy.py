@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from smallcoder_jax import loading
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import Config, eval_rows
+from smallcoder_jax.data.sources.document import SPLITS
 from smallcoder_jax.loading import LoadedModel
 from smallcoder_jax.mesh import make_mesh, params_sharding
 from smallcoder_jax.models import build
@@ -75,7 +76,7 @@ def make_task(
     one_process(config)
     tokenizer = loaded.tokenizer
     _mesh(config)  # refuses one that splits rows
-    asked = {side: _ask(config, tokenizer, side) for side in ("train", "validation")}
+    asked = {side: _ask(config, tokenizer, side) for side in SPLITS}
     reward, judge = _make_reward(config, tokenizer)
     engine = RolloutEngine(config, tokenizer, loaded.params)
     experience = Experience(config, engine, asked["train"], reward, learn)

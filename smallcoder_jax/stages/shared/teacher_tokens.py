@@ -30,8 +30,8 @@ from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import open_regular, reason
 from smallcoder_jax.base.progress import Progress
 from smallcoder_jax.config import Config
-from smallcoder_jax.data.prefetch import BatchIterator
-from smallcoder_jax.data.shards import token_dtype
+from smallcoder_jax.data.rows.prefetch import BatchIterator
+from smallcoder_jax.data.tokens.shards import token_dtype
 from smallcoder_jax.loading import LoadedModel
 from smallcoder_jax.mesh import batch_sharding, make_mesh, on_mesh, params_sharding, place_batch
 from smallcoder_jax.models import build

@@ -1,0 +1,290 @@
+"""Token shards: ArrayRecord files of token ids, one record per document, and the manifest that vouches for them.
+
+A folder of shards is valid when it holds `manifest.json`: it is written last, and by a rename. Records are stored one
+to a group, so that reading any one of them costs one small read, and uncompressed, because they are read far more
+often than written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from smallcoder_jax.base.checksums import checksums_of, is_checksum
+from smallcoder_jax.base.errors import UserError
+from smallcoder_jax.base.files import read_json, reason, write_json
+from smallcoder_jax.data.sources.document import SPLITS
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+SHARD_TOKENS = 4 << 20  # a new file is begun after this many tokens
+WRITER_OPTIONS = "group_size:1,uncompressed"
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """One side of one source: its files in reading order, and what they hold. Tokens count BOS and EOS."""
+
+    files: tuple[str, ...]
+    documents: int
+    tokens: int
+    bytes: int  # UTF-8 bytes of the text, without specials
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceEntry:
+    """One source of the mixture. `fim` says whether its documents may be rearranged for fill-in-the-middle."""
+
+    spec: str
+    weight: float
+    fim: bool
+    train: Split
+    validation: Split
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a folder of token shards holds and what it was made from."""
+
+    tokenizer_hash: str
+    tokenizer: str  # the tokenizer's folder, relative to the folder of the shards
+    dtype: Literal["uint16", "uint32"]
+    vocab_size: int
+    fingerprint: str
+    dummy: bool
+    sources: tuple[SourceEntry, ...]
+    accounting: Mapping[str, Any]
+    checksums: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)  # by file: `bytes`, `sha256`
+    format: int = FORMAT
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceTokens:
+    """What `write_tokens` stores for one source: for each split, pairs of (ids with BOS and EOS, UTF-8 bytes)."""
+
+    spec: str
+    weight: float
+    fim: bool
+    train: Iterable[tuple[Sequence[int] | np.ndarray, int]]
+    validation: Iterable[tuple[Sequence[int] | np.ndarray, int]]
+
+
+def token_dtype(vocab_size: int) -> Literal["uint16", "uint32"]:
+    """The narrowest stored type that holds every id."""
+    return "uint16" if vocab_size <= 1 << 16 else "uint32"
+
+
+def write_tokens(
+    folder: Path,
+    sources: Sequence[SourceTokens],
+    *,
+    vocab_size: int,
+    tokenizer_hash: str,
+    tokenizer: str,
+    dummy: bool = False,
+    accounting: Callable[[Sequence[SourceEntry]], Mapping[str, Any]] = lambda entries: {},
+) -> Manifest:
+    """Writes the shards of every source and, last, the manifest. `folder` is made; it must not hold shards yet.
+
+    `accounting` gets the finished entries and returns the JSON values that the manifest keeps beside them. Raises
+    ValueError on an id outside the vocabulary and OSError when the disk refuses.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    dtype = token_dtype(vocab_size)
+    digest = _Fingerprint(vocab_size, tokenizer_hash)
+    entries = []
+    for index, source in enumerate(sources):
+        digest.source(source.weight, source.fim)
+        splits = {}
+        for name in SPLITS:
+            digest.split(name)
+            splits[name] = _write_split(folder, f"{index:03d}-{name}", getattr(source, name), dtype, vocab_size, digest)
+        entries.append(SourceEntry(source.spec, source.weight, source.fim, splits["train"], splits["validation"]))
+    manifest = Manifest(
+        tokenizer_hash,
+        tokenizer,
+        dtype,
+        vocab_size,
+        digest.hexdigest(),
+        dummy,
+        tuple(entries),
+        accounting(entries),
+        checksums_of(folder, _file_names(entries)),
+    )
+    write_json(folder / MANIFEST, dataclasses.asdict(manifest))
+    return manifest
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a folder of shards. Raises UserError where it is missing, damaged or of another format."""
+    path = folder / MANIFEST
+    again = f"Prepare the data again: delete {folder} and run the same command"
+    plain = read_json(path, f"the manifest of a finished folder of token shards. {again}")
+    try:
+        manifest = parse_manifest(plain)
+    except ValueError as error:
+        raise UserError(f"{path} is not a manifest: {error}. {again}") from error
+    for name in _file_names(manifest.sources):
+        if Path(name).name != name:
+            raise UserError(f"{path} names the file {name!r}, which lies outside its folder. {again}")
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name} is named by the manifest but does not exist. {again}")
+        size, recorded = (folder / name).stat().st_size, manifest.checksums.get(name, {}).get("bytes")
+        if recorded is not None and size != recorded:
+            raise UserError(f"{folder / name} has {size:,} bytes, the manifest says {recorded:,}. {again}")
+    return manifest
+
+
+def parse_manifest(plain: Any) -> Manifest:
+    """The manifest that `dataclasses.asdict` has made plain. Raises ValueError for another format or form."""
+    if not isinstance(plain, dict) or plain.get("format") != FORMAT:
+        found = plain.get("format") if isinstance(plain, dict) else type(plain).__name__
+        raise ValueError(f"it has format {found!r}, where this version reads format {FORMAT}")
+    try:
+        manifest = Manifest(**{**plain, "sources": tuple(_source_entry(source) for source in plain["sources"])})
+        _check_values(manifest)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+    return manifest
+
+
+def has_fingerprint(path: Path, fingerprint: str) -> bool:
+    """Whether `path` is a manifest with this fingerprint. What is damaged is none: it is not what was looked for."""
+    try:
+        return parse_manifest(read_json(path, "a manifest")).fingerprint == fingerprint
+    except (UserError, ValueError):
+        return False
+
+
+def read_records(folder: Path, files: Sequence[str], dtype: str) -> Iterator[np.ndarray]:
+    """Every document's ids, file after file, in stored order. Raises UserError naming a file that is damaged."""
+    for name in files:
+        with damage_named(folder / name):
+            reader = ArrayRecordReader(str(folder / name))
+        try:
+            for start in range(0, reader.num_records(), 1024):
+                with damage_named(folder / name):
+                    records = reader.read(start, min(start + 1024, reader.num_records()))
+                for record in records:
+                    yield np.frombuffer(record, dtype=np.dtype(dtype).newbyteorder("<"))
+        finally:
+            reader.close()
+
+
+@contextlib.contextmanager
+def damage_named(path: Path) -> Iterator[None]:
+    """Turns what the reader of a shard raises into a UserError that names the file, or the folder of several."""
+    try:
+        yield
+    except (RuntimeError, ValueError, IndexError, OSError) as error:
+        folder = path if path.is_dir() else path.parent
+        raise UserError(
+            f"{path} is damaged: {reason(error)}. Prepare the data again: delete {folder} and run the same command"
+        ) from error
+
+
+def compute_fingerprint(folder: Path, manifest: Manifest) -> str:
+    """The fingerprint of what the shards hold now; equal to `manifest.fingerprint` unless something changed."""
+    digest = _Fingerprint(manifest.vocab_size, manifest.tokenizer_hash)
+    for source in manifest.sources:
+        digest.source(source.weight, source.fim)
+        for name in SPLITS:
+            digest.split(name)
+            for ids in read_records(folder, getattr(source, name).files, manifest.dtype):
+                digest.record(ids.tobytes())
+    return digest.hexdigest()
+
+
+def _write_split(
+    folder: Path,
+    stem: str,
+    documents: Iterable[tuple[Sequence[int] | np.ndarray, int]],
+    dtype: str,
+    vocab_size: int,
+    digest: _Fingerprint,
+) -> Split:
+    files: list[str] = []
+    writer, records = None, 0
+    count, tokens, size, in_shard = 0, 0, 0, 0
+    for ids, document_bytes in documents:
+        array = np.asarray(ids)
+        if array.size and (int(array.min()) < 0 or int(array.max()) >= vocab_size):
+            raise ValueError(f"token id outside the vocabulary of {vocab_size} in {stem}, document {count}")
+        if writer is None or in_shard >= SHARD_TOKENS:
+            if writer is not None:
+                _close(folder / files[-1], writer, records)
+            files.append(f"{stem}-{len(files):05d}.array_record")
+            writer, records, in_shard = ArrayRecordWriter(str(folder / files[-1]), WRITER_OPTIONS), 0, 0
+        record = array.astype(np.dtype(dtype).newbyteorder("<")).tobytes()
+        writer.write(record)
+        digest.record(record)
+        count, tokens, size = count + 1, tokens + array.size, size + document_bytes
+        records, in_shard = records + 1, in_shard + array.size
+    if writer is not None:
+        _close(folder / files[-1], writer, records)
+    return Split(tuple(files), count, tokens, size)
+
+
+def _close(path: Path, writer: ArrayRecordWriter, records: int) -> None:
+    """Closes a shard and makes sure that it can be read: ArrayRecord may not report a disk that filled up."""
+    writer.close()
+    reader = ArrayRecordReader(str(path))
+    found = reader.num_records()
+    reader.close()
+    if found != records:
+        raise OSError(f"{path} holds {found} of the {records} records written to it")
+
+
+def _file_names(sources: Sequence[SourceEntry]) -> list[str]:
+    return [name for source in sources for split in (source.train, source.validation) for name in split.files]
+
+
+def _check_values(manifest: Manifest) -> None:
+    """Raises ValueError for a value that a manifest cannot have."""
+    names = _file_names(manifest.sources)
+    counts = [
+        (split.documents, split.tokens, split.bytes) for s in manifest.sources for split in (s.train, s.validation)
+    ]
+    sound = (
+        all(isinstance(text, str) for text in (manifest.fingerprint, manifest.tokenizer_hash, *names)),
+        manifest.dtype in ("uint16", "uint32"),
+        all(type(number) is int and number >= 0 for number in (manifest.vocab_size, *itertools.chain(*counts))),
+        all(isinstance(source.weight, int | float) and source.weight >= 0 for source in manifest.sources),
+        all(map(is_checksum, manifest.checksums.values())),
+        not manifest.checksums or manifest.checksums.keys() == set(names),
+    )
+    if not all(sound):
+        raise ValueError("a value in it has another form than what was written")
+
+
+def _source_entry(plain: Mapping[str, Any]) -> SourceEntry:
+    splits = {name: Split(**{**plain[name], "files": tuple(plain[name]["files"])}) for name in SPLITS}
+    return SourceEntry(**{**plain, **splits})
+
+
+class _Fingerprint:
+    """A hash over settings and records that depends on neither paths nor how the records are spread over files."""
+
+    def __init__(self, vocab_size: int, tokenizer_hash: str):
+        self._hash = hashlib.sha256(f"{FORMAT}|{vocab_size}|{tokenizer_hash}".encode())
+
+    def source(self, weight: float, fim: bool) -> None:
+        self._hash.update(f"source|{weight!r}|{fim}".encode())
+
+    def split(self, name: str) -> None:
+        self._hash.update(name.encode())
+
+    def record(self, record: bytes) -> None:
+        self._hash.update(len(record).to_bytes(8, "little"))
+        self._hash.update(record)
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()

@@ -1,0 +1,43 @@
+"""A tokenizer for documents of several sources, trained on their training split."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from smallcoder_jax.base.progress import Progress
+from smallcoder_jax.config import DataConfig
+from smallcoder_jax.data.corpus.corpus import corpus_key, ensure_corpus, training_texts
+from smallcoder_jax.data.sources.spec import parse_sources
+from smallcoder_jax.tokenizers.base import Tokenizer
+from smallcoder_jax.tokenizers.sentencepiece import train_sentencepiece
+
+CONVERSATIONS_SHARE = 10  # of the bytes, conversations are at most one part in so many
+
+
+def make_tokenizer(
+    data: DataConfig, vocab_size: int, train_bytes: int, progress: Progress, conversations: Iterable[str] = ()
+) -> tuple[Tokenizer, Path]:
+    """Trained on up to `train_bytes` of `data.sources`, `conversations` among them; and the corpus that it was trained
+    on, under `data.dir`. A tokenizer of code alone takes twice as many ids for the schemas and the JSON of calls.
+
+    Raises UserError where a source cannot be read.
+    """
+    specs = parse_sources(data.sources)
+    corpus = Path(data.dir).expanduser() / "corpus" / corpus_key(specs, data)
+    ensure_corpus(specs, data, corpus, progress)
+    progress.note(f"training a tokenizer with {vocab_size:,} entries on up to {train_bytes / 1e6:.0f} MB")
+    said = list(_first_bytes(conversations, train_bytes // CONVERSATIONS_SHARE))
+    left = train_bytes - sum(len(text.encode("utf-8")) for text in said)
+    texts = itertools.chain(said, training_texts(corpus, left))
+    return train_sentencepiece(texts, vocab_size, train_bytes), corpus
+
+
+def _first_bytes(texts: Iterable[str], most: int) -> Iterator[str]:
+    taken = 0
+    for text in texts:
+        taken += len(text.encode("utf-8"))
+        if taken > most:
+            return
+        yield text
