@@ -9,28 +9,6 @@ Expected:  not measured. The loss starts at ln(32768) = 10.4.
 Data is bigcode/the-stack-smol; without a network: --config.data.sources=stdlib, or dir:/my/code.
 """
 
-from ml_collections import ConfigDict
+from smallcoder_jax.configfile import beside
 
-from smallcoder_jax.config import default_config
-
-
-def get_config() -> ConfigDict:
-    config = default_config()
-    config.name = "smallcoder-tiny-lc"
-    config.model.update(
-        vocab_size=32768,
-        width=768,
-        mlp_width=2048,
-        layers=12,
-        heads=6,
-        kv_heads=2,
-        head_size=128,
-        context=8192,
-        rope_theta=500000.0,
-    )
-    config.train.update(steps=20_000, batch_size=32, sequence_length=8192, microbatch_size=8)
-    config.optimizer.update(learning_rate=3e-4, warmup_steps=500)
-    config.eval.update(batches=4)
-    config.compute.update(layers="scan", remat="full")
-    config.data.repository_order = True
-    return config
+get_config = beside(__file__, "smallcoder.py:tiny_lc")

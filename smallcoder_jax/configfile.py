@@ -11,6 +11,7 @@ import ast
 import difflib
 import os
 import runpy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def load_config(path: str, overrides: list[str]) -> Config:
 
 def read_config_file(path: str) -> Any:
     """All values of a config file, `PATH` or `PATH:ARGUMENT`, as a ConfigDict. Where no such file is in the working
-    directory, the project's own `configs/` are looked into, too.
+    directory, the project's own `configs/` are looked into, too; there the name alone is enough: `medium_lc`.
 
     Raises UserError where the file is missing or fails, or gives something else than keys and values of the schema.
     """
@@ -72,11 +73,16 @@ def read_config_file(path: str) -> Any:
         raise UserError(f"{named}: {error}") from error
 
 
+def beside(file: str, path: str) -> Callable[[], Any]:
+    """The `get_config` of a config file that has another one's: `path`, `NAME` or `NAME:ARGUMENT`, lies beside it."""
+    return lambda: read_config_file(str(Path(file).with_name(path)))
+
+
 def _find(path: str) -> tuple[Path, str | None]:
     """The file of `PATH` or `PATH:ARGUMENT`, and the argument. Raises UserError where there is none."""
     before, colon, behind = path.rpartition(":")
     for name, argument in ((path, None), *([(before, behind)] if colon else [])):
-        for file in (Path(name), PROJECT / name):
+        for file in (Path(name), PROJECT / name, config_folder() / f"{name}.py", PROJECT / "configs" / f"{name}.py"):
             if os.path.lexists(file) and not file.is_dir():
                 return file, argument
     wanted = Path(before or path)
@@ -94,8 +100,8 @@ def config_folder() -> Path:
 
 
 def config_files(folder: Path) -> list[Path]:
-    """The config files that lie in a folder."""
-    return sorted(path for path in folder.glob("*.py") if path.stem != "__init__")
+    """The config files that lie in a folder, without the table behind those of this project."""
+    return sorted(path for path in folder.glob("*.py") if path.stem not in ("__init__", "smallcoder"))
 
 
 def _key(path: Path) -> str:

@@ -20,7 +20,7 @@ from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import read_json, write_json
 from smallcoder_jax.base.progress import Progress
 from smallcoder_jax.config import Config, nearest, to_dict
-from smallcoder_jax.configfile import load_config
+from smallcoder_jax.configfile import PROJECT, load_config
 from smallcoder_jax.data.tokens.train_tokenizer import make_tokenizer
 from smallcoder_jax.report.log_files import read_csv
 from smallcoder_jax.report.page import write_stages_report
@@ -28,7 +28,7 @@ from smallcoder_jax.report.run_folder import RunFolder
 from smallcoder_jax.stages import sft
 from smallcoder_jax.tokenizers import chat
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+CONFIGS = PROJECT / "configs"
 # Each goes on from the last of these before it; the others leave the model as it is.
 POLICY = ("language", "code", "tools", "dpo", "ppo", "grpo")
 ERRORS = 2  # standard errors: a difference below that is taken for noise

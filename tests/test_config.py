@@ -12,15 +12,16 @@ from typing import get_type_hints
 import numpy as np
 import pytest
 
+from configs import smallcoder
 from smallcoder_jax import config as config_module
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import Config, ModelConfig, default_config, from_config_dict, to_dict
 from smallcoder_jax.config.fields import RANGE, Range
-from smallcoder_jax.configfile import load_config, read_config_file, split_overrides
+from smallcoder_jax.configfile import config_files, load_config, read_config_file, split_overrides
 from smallcoder_jax.main import list_configs
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = sorted(path for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
+CONFIGS = config_files(ROOT / "configs")
 
 
 def fields_of_schema() -> list[tuple[str, str]]:
@@ -328,7 +329,7 @@ def test_missing_config_names_the_nearest(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("given", "meant"),
-    [("nano", "nano"), ("SmallCoder-Tiny", "tiny"), ("smallcoder-tiny-lc", "tiny_lc"), ("configs/nanno.py", "nano"),
+    [("nanno", "nano"), ("SmallCoder-Tiny", "tiny"), ("smallcoder-tiny-lc", "tiny_lc"), ("configs/nanno.py", "nano"),
      ("configs/Small.py", "small"), ("stages/code.py", None), ("configs", None), ("", None), ("x" * 10_000, None),
      ("a\0b", None), ("configs/\udcff.py", None)],
 )  # fmt: skip
@@ -339,13 +340,35 @@ def test_a_name_is_answered_with_the_file_that_it_means(given: str, meant: str |
     assert hint in str(refused.value)
 
 
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_variant_is_a_row_of_the_table(path: Path) -> None:
+    """The file has its docstring and one line; the row by itself, and the bare name, give the same config."""
+    assert path.stem in smallcoder.VARIANTS
+    tree = ast.parse(path.read_text())
+    assert [type(node) for node in tree.body] == [ast.Expr, ast.ImportFrom, ast.Assign]
+    same = [load_config(str(path), []), load_config(path.stem, [])]
+    assert same == [load_config(f"{path.parent}/smallcoder.py:{path.stem}", [])] * 2
+
+
+def test_a_bare_name_is_a_config_of_the_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From any folder; also a stage's, and a user's own `configs/` come first."""
+    monkeypatch.chdir(tmp_path)
+    assert load_config("medium_lc", []) == load_config(str(ROOT / "configs/medium_lc.py"), [])
+    assert load_config("stages/code:nano", []) == load_config(str(ROOT / "configs/stages/code.py:nano"), [])
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "medium_lc.py").write_text(BEGINNING + "    config.name = 'mine'\n    return config\n")
+    assert load_config("medium_lc", []).name == "mine"
+    with pytest.raises(UserError, match="expected one of tiny, tiny_lc"):
+        load_config(str(ROOT / "configs/smallcoder.py:huge"), [])
+
+
 def test_the_projects_configs_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert load_config("configs/nano.py", []).name == "smallcoder-nano"
     assert load_config("configs/stages/code.py:nano", []).name == "smallcoder-nano-code"
     assert "configs/tiny.py " in list_configs()
     with pytest.raises(UserError, match=r"did you mean '.*configs/nano\.py'"):
-        load_config("nano", [])
+        load_config("nanno", [])
     # What is here is meant first; and a colon may be part of a name.
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "nano.py").write_text(BEGINNING + "    config.name = 'mine'\n    return config\n")

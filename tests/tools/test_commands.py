@@ -1,12 +1,16 @@
 """Commands are found from anywhere, say what an environment lacks, and `make clean` deletes no model."""
 
+import functools
 import importlib.util
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -40,6 +44,35 @@ def test_an_installation_holds_the_commands_and_the_configs() -> None:
         found
     )
     assert not [name for name in found if name.startswith(("tests", "docs"))]
+
+
+@pytest.mark.slow
+def test_a_wheel_trains_outside_of_the_checkout(tmp_path: Path) -> None:
+    """Built and installed into an environment that holds its dependencies and nothing else of this one."""
+    run = functools.partial(subprocess.run, capture_output=True, text=True, check=True, cwd=tmp_path)
+    wheel = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
+    copy = shutil.copytree(ROOT, tmp_path / "source", ignore=shutil.ignore_patterns(".*", "runs", "data", "build"))
+    run([*wheel, str(copy)])
+    run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")])
+    (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
+    (built,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(built) as archive:
+        archive.extractall(site)
+    shutil.rmtree(copy)
+    # A line of a .pth file names a folder; what the folder's own .pth files name, as this checkout, is left out.
+    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    python, code = str(tmp_path / "venv" / "bin" / "python"), "import smallcoder_jax; print(smallcoder_jax.__file__)"
+    assert run([python, "-c", code]).stdout.startswith(str(site))
+    (tmp_path / "code").mkdir()
+    for index in range(40):
+        (tmp_path / "code" / f"{index}.py").write_text(f"def f{index}(x):\n    return x + {index}\n" * 40)
+    values = {"data.sources": "dir:code", "tokenizer.kind": "bytes", "train.steps": 2, "eval.every": 2}
+    values |= {"model.vocab_size": 256, "log.tensorboard": False, "eval.sample_tokens": 0, "optimizer.warmup_steps": 1}
+    overrides = [f"--config.{key}={value}" for key, value in values.items()]
+    run([python, "-m", "smallcoder_jax.main", "--config=nano", "--workdir=run", *overrides])
+    info = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert info["identity"]["data"]["fingerprint"]
+    assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
 
 
 def test_every_dependency_is_asked_for_at_the_start() -> None:

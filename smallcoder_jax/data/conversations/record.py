@@ -1,5 +1,5 @@
-"""A conversation as it is kept, and its side of the split, by the words of its request alone: no request is both learned
-from and tested."""
+"""A conversation as it is kept, and its side of the split, by the words of its request alone: what is tested on was
+never learned from."""
 
 from __future__ import annotations
 
