@@ -49,9 +49,15 @@ def test_an_installation_holds_the_commands_and_the_configs() -> None:
 @pytest.mark.slow
 def test_a_wheel_trains_outside_of_the_checkout(tmp_path: Path) -> None:
     """Built and installed into an environment that holds its dependencies and nothing else of this one."""
-    run = functools.partial(subprocess.run, capture_output=True, text=True, check=True, cwd=tmp_path)
+    one_device = {name: value for name, value in os.environ.items() if not name.startswith(("XLA_", "JAX_"))}
+    environment = {**one_device, "JAX_PLATFORMS": "cpu"}
+    run = functools.partial(subprocess.run, capture_output=True, text=True, check=True, cwd=tmp_path, env=environment)
     wheel = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
-    copy = shutil.copytree(ROOT, tmp_path / "source", ignore=shutil.ignore_patterns(".*", "runs", "data", "build"))
+    copy = tmp_path / "source"
+    for name in ("smallcoder_jax", "tools", "launch", "configs"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md"):
+        shutil.copy(ROOT / name, copy / name)
     run([*wheel, str(copy)])
     run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")])
     (site,) = (tmp_path / "venv" / "lib").glob("python*/site-packages")
