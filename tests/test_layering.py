@@ -112,6 +112,21 @@ def test_there_is_one_loop_and_one_gradient() -> None:
         assert "optimizer.update" not in sources[f"stages/{stage}.py"]
 
 
+def test_files_and_functions_are_short_enough_to_be_read() -> None:
+    """What is longer wants a better idea."""
+    long = [path.relative_to(ROOT).as_posix() for path in FILES if len(path.read_text().splitlines()) > 450]
+    assert not long
+    assert len((PACKAGE / "train" / "loop.py").read_text().splitlines()) < 350
+    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
+    functions = [
+        f"{path.relative_to(ROOT)}: {node.name}"
+        for path in [*FILES, *(ROOT / "tools").rglob("*.py"), *(ROOT / "launch").glob("*.py")]
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, kinds) and node.end_lineno is not None and node.end_lineno - node.lineno >= 60
+    ]
+    assert not functions
+
+
 def test_every_command_shows_text_through_the_one_function_that_makes_it_visible() -> None:
     # What another program reads is printed as it is: shell and JSON. The sandbox's own files import nothing.
     as_it_is = {

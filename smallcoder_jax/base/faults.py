@@ -13,6 +13,7 @@ import sys
 import threading
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import UserError
@@ -69,6 +70,18 @@ class Faults:
 
 
 NONE = Faults()
+
+
+def poisoned(batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch with weights that are not a number, as a fault of memory would leave them."""
+    import jax
+    import jax.numpy as jnp
+
+    with jax.transfer_guard("allow"):
+        return {
+            name: array * jnp.float32("nan") if jnp.issubdtype(array.dtype, jnp.floating) else array
+            for name, array in batch.items()
+        }
 
 
 def flip_bit(folder: Path) -> Path:

@@ -55,6 +55,11 @@ class OptimizerConfig(Section):
     decay_steps: int = number(0, low=0)  # wsd: length of the last, linear part
     final_ratio: float = number(0.1, low=0, high=1)  # learning rate at the end, as a share of the peak
 
+    @property
+    def peak_learning_rate(self) -> float:
+        """The rate after the warm-up that is shown: with Muon, of its matrices."""
+        return self.muon_learning_rate if self.name == "muon" else self.learning_rate
+
     def schedule_fault(self, steps: int) -> str:
         """What is odd about the schedule of so many steps, though it can be followed; "": nothing."""
         if self.warmup_steps > steps:

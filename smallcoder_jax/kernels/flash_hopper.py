@@ -191,9 +191,7 @@ def _forward_kernel(settings: Settings, ranges: Any, oldest: Any, q: Any, k: Any
         plgpu.set_max_registers(hopper.COMPUTE_REGISTERS, action="increase")
         own = (place.batch, place.queries, place.head)
         my_q, my_oldest, my_sum = (x.at[place.warpgroup] for x in (tile_q, tile_oldest, tile_sum))
-        plgpu.copy_gmem_to_smem(q.at[own], my_q, loaded.at[place.warpgroup])
-        plgpu.copy_gmem_to_smem(oldest.at[own[:2]], my_oldest, loaded.at[place.warpgroup])
-        plgpu.barrier_wait(loaded.at[place.warpgroup])
+        hopper.fetch(loaded.at[place.warpgroup], (q.at[own], my_q), (oldest.at[own[:2]], my_oldest))
         _rotate_queries(settings, my_q, tables, place)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(my_q, q_rotated.at[own])
@@ -204,23 +202,16 @@ def _forward_kernel(settings: Settings, ranges: Any, oldest: Any, q: Any, k: Any
         o_qH = jnp.where(blind_qH, 0.0, o_qH / hopper.along(total_q, o_qH.shape, 0))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         my_q[...] = o_qH.astype(o.dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(my_q, o.at[own])
-        plgpu.copy_smem_to_gmem(my_sum, log_sum.at[place.batch, place.head, place.queries])
-        plgpu.wait_smem_to_gmem(0)
+        hopper.store((my_q, o.at[own]), (my_sum, log_sum.at[place.batch, place.head, place.queries]))
 
     @pl.when(place.warpgroup == WARPGROUPS)
     def _() -> None:
-        plgpu.set_max_registers(hopper.COPY_REGISTERS, action="decrease")
-
-        def load(j: Any, _: None) -> None:
+        def load(j: Any) -> None:
             block = (place.batch, pl.ds(j * keys.rows, keys.rows), place.key_head)
             keys.load(j - first, k.at[block])
             values.load(j - first, v.at[block])
 
-        lax.fori_loop(first, stop, load, None)
-        keys.drain(settings, stop - first)
-        values.drain(settings, stop - first)
+        hopper.copy_blocks(settings, first, stop, load, keys, values)
 
 
 def _rotate_queries(settings: Settings, my_q: Any, tables: tuple[Any, ...], place: hopper.Place) -> None:

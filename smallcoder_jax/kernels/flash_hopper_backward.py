@@ -83,9 +83,7 @@ def _query_kernel(
         own_numbers = numbers.at[place.batch, place.head, :, place.queries]
         sources = (q.at[own], do.at[own], own_numbers, oldest.at[own[:2]])
         mine = [x.at[place.warpgroup] for x in tile]
-        for source, destination in zip(sources, mine, strict=True):
-            plgpu.copy_gmem_to_smem(source, destination, loaded.at[place.warpgroup])
-        plgpu.barrier_wait(loaded.at[place.warpgroup])
+        hopper.fetch(loaded.at[place.warpgroup], *zip(sources, mine, strict=True))
         my_q, my_do, my_numbers, my_oldest = mine
         log_sum_q, inner_q, oldest_q = my_numbers[0], my_numbers[1], my_oldest[...]
 
@@ -109,20 +107,15 @@ def _query_kernel(
 
         dq_qH = hopper.visit_ranges(bounds, visit, jnp.zeros(my_q.shape, jnp.float32))
         hopper.store_turned_back(settings, my_q, dq_qH * settings.scale, tables, place.batch, place.queries)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(my_q, dq.at[own])
-        plgpu.wait_smem_to_gmem(0)
+        hopper.store((my_q, dq.at[own]))
 
     @pl.when(place.warpgroup == WARPGROUPS)
     def _() -> None:
-        plgpu.set_max_registers(hopper.COPY_REGISTERS, action="decrease")
-
-        def load(j: Any, _: None) -> None:
+        def load(j: Any) -> None:
             block = (place.batch, pl.ds(j * keys.rows, keys.rows), place.key_head)
             keys.load(j - first, k.at[block], v.at[block])
 
-        lax.fori_loop(first, stop, load, None)
-        keys.drain(settings, stop - first)
+        hopper.copy_blocks(settings, first, stop, load, keys)
 
 
 def _key_kernel(
@@ -144,10 +137,7 @@ def _key_kernel(
         first_key = (tile * WARPGROUPS + warpgroup) * ROWS
         own = (batch, pl.ds(first_key, ROWS), key_head)
         my_k, my_v, my_newest = (x.at[warpgroup] for x in (tile_k, tile_v, tile_newest))
-        plgpu.copy_gmem_to_smem(k.at[own], my_k, loaded.at[warpgroup])
-        plgpu.copy_gmem_to_smem(v.at[own], my_v, loaded.at[warpgroup])
-        plgpu.copy_gmem_to_smem(newest.at[own[:2]], my_newest, loaded.at[warpgroup])
-        plgpu.barrier_wait(loaded.at[warpgroup])
+        hopper.fetch(loaded.at[warpgroup], (k.at[own], my_k), (v.at[own], my_v), (newest.at[own[:2]], my_newest))
         # Columns are read as numbers of the queries rather than made here, which would hold registers in all the loop.
         key_s, newest_s = hopper.indices(first_key).astype(jnp.float32), my_newest[...].astype(jnp.float32)
 
@@ -176,19 +166,13 @@ def _key_kernel(
         my_v[...] = dv_sH.astype(my_v.dtype)
         # Queries carry scale and log2(e); of these the scores' gradient wants the scale alone.
         hopper.store_turned_back(settings, my_k, dk_sH / LOG2_E, tables, batch, own[1])
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(my_k, dk.at[own])
-        plgpu.copy_smem_to_gmem(my_v, dv.at[own])
-        plgpu.wait_smem_to_gmem(0)
+        hopper.store((my_k, dk.at[own]), (my_v, dv.at[own]))
 
     @pl.when(warpgroup == WARPGROUPS)
     def _() -> None:
-        plgpu.set_max_registers(hopper.COPY_REGISTERS, action="decrease")
-
-        def load(n: Any, _: None) -> None:
+        def load(n: Any) -> None:
             block = pl.ds((first + lax.div(n, jnp.int32(group))) * block_q, block_q)
             head = key_head * group + lax.rem(n, jnp.int32(group))
             queries.load(n, q.at[batch, block, head], do.at[batch, block, head], numbers.at[batch, head, :, block])
 
-        lax.fori_loop(0, bounds[-1], load, None)
-        queries.drain(settings, bounds[-1])
+        hopper.copy_blocks(settings, 0, bounds[-1], load, queries)

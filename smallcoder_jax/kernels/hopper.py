@@ -149,6 +149,29 @@ def split(settings: Settings, refs: tuple[Any, ...]) -> tuple[tuple[Any, ...], t
     return refs[:tables], refs[tables:]
 
 
+def fetch(barrier: Any, *copies: tuple[Any, Any]) -> None:
+    """Copies from global to shared memory, (source, destination) each, and waits: as many as `barrier` counts."""
+    for source, destination in copies:
+        plgpu.copy_gmem_to_smem(source, destination, barrier)
+    plgpu.barrier_wait(barrier)
+
+
+def store(*copies: tuple[Any, Any]) -> None:
+    """Copies what was written to shared memory to global memory, (source, destination) each, and waits."""
+    plgpu.commit_smem()
+    for source, destination in copies:
+        plgpu.copy_smem_to_gmem(source, destination)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def copy_blocks(settings: Settings, first: Any, stop: Any, load: Callable[[Any], None], *pipelines: Pipeline) -> None:
+    """All that the warpgroup which copies does: `load` of each block from `first` to before `stop` into `pipelines`."""
+    plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
+    lax.fori_loop(first, stop, lambda n, _: load(n), None)
+    for pipeline in pipelines:
+        pipeline.drain(settings, stop - first)
+
+
 def visit_ranges(bounds: tuple[Any, ...], visit: Callable[[Any, Any, bool], Any], sums: Any) -> Any:
     """Visits the blocks of a tile between its four bounds; those in the middle without a mask."""
     for start, stop, masked in zip(bounds[:3], bounds[1:], (True, False, True), strict=True):

@@ -97,8 +97,7 @@ def examine(
     program = make_program(config, loss_fn, target.devices)
     first, compiled = _try(config, program, target)
     parts = row_devices(program.mesh.shape)
-    state = program.state
-    trees = (state.params, state.optimizer, program.frozen)
+    trees = (program.state.params, program.state.optimizer, program.frozen)
     parameters, optimizer, frozen = (_bytes_per_device(tree) for tree in trees)
     largest = largest_rows(
         first,
@@ -107,18 +106,7 @@ def examine(
         fixed=2 * parameters + optimizer + frozen,  # and gradients
     )
     executed = estimate.executed_per_token(config, program.cross_entropy)
-    sent, roofline = None, None
-    peak = peak_flops(target.devices[0].device_kind)
-    if compiled is not None:
-        # The chips of a TPU slice reach each other over one network, whatever their hosts.
-        hosts = [
-            device.process_index if device.platform == "gpu" else slice_of(device)
-            for device in program.mesh.devices.flat
-        ]
-        sent = traffic(compiled.as_text(), hosts)
-        if target.chip is not None and peak is not None:
-            moved = _moved(compiled, config)
-            roofline = estimate.roofline(config, executed, moved, sent, target.chip, peak, count)
+    sent, roofline = (None, None) if compiled is None else _least(config, program, target, compiled, executed)
     return Report(
         name=config.name,
         topology=target.name,
@@ -151,6 +139,23 @@ def examine(
         budget=None if roofline is None else estimate.budget(config, roofline.step, tokens, count, price),
         compile_seconds=first.seconds,
     )
+
+
+def _least(
+    config: Config, program: Program, target: Target, compiled: Any, executed: float
+) -> tuple[Traffic, estimate.Roofline | None]:
+    """What a step sends, and the least time that it takes where the chip's figures are known."""
+    sent = traffic(compiled.as_text(), [_host(device) for device in program.mesh.devices.flat])
+    peak = peak_flops(target.devices[0].device_kind)
+    if target.chip is None or peak is None:
+        return sent, None
+    moved = _moved(compiled, config)
+    return sent, estimate.roofline(config, executed, moved, sent, target.chip, peak, len(target.devices))
+
+
+def _host(device: Any) -> Any:
+    """Which devices reach each other fast: the chips of a TPU slice over one network, whatever their hosts."""
+    return device.process_index if device.platform == "gpu" else slice_of(device)
 
 
 def _up(rows: int, parts: int) -> int:

@@ -6,15 +6,20 @@ from collections.abc import Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 
 from smallcoder_jax.base.distributed import StopVote
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import Config
 from smallcoder_jax.generate.engine import Generator
 from smallcoder_jax.generate.sampling import SamplingOptions
-from smallcoder_jax.mesh import place_batch
+from smallcoder_jax.mesh import on_mesh, path_name, place_batch
 from smallcoder_jax.models import build
+from smallcoder_jax.ops import precision
+from smallcoder_jax.train.step import LossFn
 from smallcoder_jax.train.stop import StopRequest
 from smallcoder_jax.train.sums import EvalMetrics
 from smallcoder_jax.train.task import Task
@@ -70,3 +75,20 @@ def draw_samples(config: Config, task: Task, params: build.Params, accuracy: flo
         {"input": prompt, "output": completion.text, "accuracy": accuracy}
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
+
+
+def make_gradient(loss_fn: LossFn, matmul: precision.Kind, mesh: Mesh) -> Any:
+    """A jitted function of parameters, batch and frozen parameters: the gradient of the loss per token, as in the
+    training step."""
+
+    def mean_loss(params: Any, batch: dict[str, jax.Array], frozen: Any) -> jax.Array:
+        loss_sum, weight_sum, _ = loss_fn({**frozen, **params}, batch, None)
+        return loss_sum / jnp.maximum(weight_sum, 1.0)
+
+    return jax.jit(on_mesh(mesh, precision.multiplying(matmul, jax.grad(mean_loss))))
+
+
+def whole_leaves(tree: Any) -> dict[str, np.ndarray]:
+    """Every array of a tree by its path, with the parts that other processes hold."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {path_name(path): multihost_utils.process_allgather(leaf, tiled=True) for path, leaf in leaves}

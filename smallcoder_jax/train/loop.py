@@ -9,46 +9,33 @@ import contextlib
 import dataclasses
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 
 from smallcoder_jax.base.distributed import StopVote, is_first
-from smallcoder_jax.base.errors import Diverged, NotFinite, UserError
-from smallcoder_jax.base.faults import NONE, Faults
-from smallcoder_jax.base.files import write_json
+from smallcoder_jax.base.errors import Diverged, NotFinite
+from smallcoder_jax.base.faults import NONE, Faults, poisoned
 from smallcoder_jax.base.runtime import give_back_memory
-from smallcoder_jax.base.terminal import Terminal, human_time
-from smallcoder_jax.config import Config, eval_rows, to_dict
+from smallcoder_jax.base.terminal import Terminal
+from smallcoder_jax.config import Config, eval_rows
 from smallcoder_jax.data.rows.prefetch import DevicePrefetcher
 from smallcoder_jax.data.tokens.verification import steps_until_repeated
-from smallcoder_jax.mesh import batch_sharding, check_rows, on_mesh, path_name, place_batch, process_rows
+from smallcoder_jax.mesh import batch_sharding, check_rows, place_batch, process_rows
 from smallcoder_jax.models import build
-from smallcoder_jax.ops.precision import multiplying
-from smallcoder_jax.report.log import MetricsLog, SilentLog
-from smallcoder_jax.report.run_folder import (
-    RunFolder,
-    check_allowed,
-    compare_identity,
-    split_allowed,
-    write_training_info,
-)
+from smallcoder_jax.report.run_folder import RunFolder
 from smallcoder_jax.train.checkpoint import Checkpointer
-from smallcoder_jax.train.evaluation import draw_samples, evaluate
+from smallcoder_jax.train.evaluation import draw_samples, evaluate, make_gradient, whole_leaves
 from smallcoder_jax.train.meter import Meter
 from smallcoder_jax.train.profile import StepProfile
 from smallcoder_jax.train.program import make_program
-from smallcoder_jax.train.start_table import start_sections
-from smallcoder_jax.train.state import TrainState, init_state
+from smallcoder_jax.train.records import Records
+from smallcoder_jax.train.start import find_start
 from smallcoder_jax.train.step import make_eval_step
 from smallcoder_jax.train.stop import StopRequest
-from smallcoder_jax.train.task import Task, run_identity
+from smallcoder_jax.train.task import Task
 from smallcoder_jax.train.watchdog import Watchdog
-from smallcoder_jax.train.whereabouts import keep_tokenizer
 
 _AT_STEP = "the step or the batch of an evaluation that it is at"
 
@@ -90,28 +77,20 @@ class Trainer:
         allow_changed: tuple[str, ...] = (),
     ):
         self.config, self.folder, self.task, self.terminal = config, folder, task, terminal
-        self.faults, self.allow_changed = faults, allow_changed
+        self.faults = faults
         self.watchdog = Watchdog(folder.path)
         self.started = time.monotonic()
-        self.identity = run_identity(config, task)
-        check_allowed(allow_changed, self.identity)
-        if folder.run_json.exists():
-            self._refuse_another_run(folder.read_run_json().get("identity"))
+        self.records = Records(config, folder, task, terminal, allow_changed)
         self.program = program = make_program(config, task.loss_fn, reported=task.reported, frozen=task.frozen)
         self.mesh, self.train_step = program.mesh, program.step
-        self.abstract, self.shardings = program.state, program.shardings
         self.frozen = jax.device_put(task.frozen, program.frozen_shardings)
         check_rows(self.mesh.shape, eval_rows(config), "eval.batch_size")
         self.checkpointer = Checkpointer(folder.checkpoints, config.checkpoint.keep, faults)
-        self.tokens_seen, self.train_seconds, self.best_loss = 0, 0.0, float("inf")
-        self.last_loss: float | None = None
-        self.evaluation: dict[str, float] = {}
-        self.owes_evaluation = False  # of the newest step: a signal came first
+        start = find_start(config, task, program, self.checkpointer, self.records, terminal)
+        self.state, self.history = start.state, start.history
+        self.data_state, self.saved_step = start.data_state, start.saved_step
         self.owes_save = False  # it was due while updates were being skipped
-        self.saved_step: int | None = None
         self.at_work = _AT_STEP  # for who interrupts it
-        self.data_state: Any = None
-        self.state = self._restore_or_init(program.optimizer)
         self.step = int(self.state.step)
         self.skipped_in_a_row = int(self.state.guard.skipped_in_a_row)
         self.verified_at = self.step  # the step at which the data have to be verified
@@ -122,106 +101,20 @@ class Trainer:
             task.loss_fn,
             matmul=program.matmul.kind,
             mesh=self.mesh,
-            shardings=self.shardings.params,
+            shardings=program.shardings.params,
             frozen_shardings=program.frozen_shardings,
         )
-
-        def mean_loss(params: Any, batch: dict[str, jax.Array], frozen: Any) -> jax.Array:
-            loss_sum, weight_sum, _ = task.loss_fn({**frozen, **params}, batch, None)
-            return loss_sum / jnp.maximum(weight_sum, 1.0)
-
-        gradient = multiplying(program.matmul.kind, jax.grad(mean_loss))  # per token, as in the training step
-        self.gradient = jax.jit(on_mesh(self.mesh, gradient))
+        self.gradient = make_gradient(task.loss_fn, program.matmul.kind, self.mesh)
         self.vote = StopVote(self.mesh)
-        self.log = self._open_log() if is_first() else SilentLog()
-
-    def _open_log(self) -> MetricsLog:
-        """Writes what the run is, and opens its logs."""
-        config, folder, task, program = self.config, self.folder, self.task, self.program
-        folder.write_config(config)
-        keep_tokenizer(folder, task.tokenizer)
-        if task.manifest is not None:
-            write_json(folder.tokens_json, dataclasses.asdict(task.manifest))
-        folder.write_run_json(
-            self.identity,
-            {
-                "dataset": task.dataset,
-                "dummy_data": task.dummy_data,
-                "started_from": self._started_from(),
-                "data_folder": folder.relative(Path(config.data.dir).expanduser()),
-                "attention": {"implementation": program.attention.implementation, "reason": program.attention.reason},
-                "cross_entropy": program.cross_entropy._asdict(),
-                "matmul": program.matmul._asdict(),
-            },
-        )
-        log = MetricsLog(
-            folder,
-            log=config.log,
-            run_name=config.name,
-            config_dict=to_dict(config),
-            resume_step=self.step,
-            evaluated_step=self.step - self.owes_evaluation,
-            notify=self.terminal.note,
-        )
-        log.references(task.references)
-        return log
-
-    def _started_from(self) -> dict[str, Any] | None:
-        """The facts of the start, with its path as it is from the run folder."""
-        start = self.task.start
-        return None if start is None else {**start.facts, "path": self.folder.relative(Path(start.facts["path"]))}
-
-    def _refuse_another_run(self, recorded: Any) -> None:
-        refused, allowed = split_allowed(compare_identity(recorded, self.identity), self.allow_changed)
-        if refused:
-            raise UserError(
-                f"{self.folder.path} holds another run; choose another --workdir, undo the difference, or name what "
-                "may differ from here on in --allow-changed:\n  " + "\n  ".join(refused)
-            )
-        for line in allowed:
-            self.terminal.note(f"allowed to differ: {line}")
-
-    def _restore_or_init(self, optimizer: Any) -> TrainState:
-        # Checkpoints may have come here without their run.json, or beside another.
-        restored = self.checkpointer.restore_newest(
-            self.abstract, lambda meta: self._refuse_another_run(meta.get("identity")), self.terminal.note
-        )
-        if restored is None:
-            return self._first_state(optimizer)
-        self.tokens_seen = restored.meta["tokens_seen"]
-        self.train_seconds = restored.meta["train_seconds"]
-        self.best_loss = restored.meta["best_loss"] if restored.meta["best_loss"] is not None else float("inf")
-        self.last_loss = restored.meta["last_loss"]
-        self.evaluation = restored.meta["evaluation"]
-        self.owes_evaluation = restored.meta.get("owes_evaluation", False)
-        self.data_state = restored.data_state
-        self.saved_step = int(restored.state.step)
-        self.terminal.note(f"resuming at step {int(restored.state.step)} of {self.folder.path}")
-        return restored.state
-
-    def _first_state(self, optimizer: Any) -> TrainState:
-        """A run that begins with another's parameters is evaluated first: what it was before is known then."""
-        start = self.task.start
-        if start is None:
-            return jax.jit(lambda: init_state(self.config, optimizer), out_shardings=self.shardings)()
-        self.owes_evaluation = True
-        self.terminal.note(f"begins with the parameters of {start.facts['path']}, and a fresh optimizer")
-        # Adapters are drawn, and the start stays as it is beside them.
-        params = {} if self.config.lora.rank else build.to_layout(start.params, self.config.compute)
-        shardings = {name: self.shardings.params[name] for name in params}
-        return jax.jit(
-            lambda params: init_state(self.config, optimizer, params),
-            in_shardings=(shardings,),
-            out_shardings=self.shardings,
-        )(params)
+        self.log = self.records.open_log(program, self.step, self.step - self.history.owes_evaluation)
 
     def run(self) -> Outcome:
         """Trains until `train.steps`, or until SIGTERM or SIGINT, and saves. Raises what the data or a save raised."""
-        began, owed = self.step, self.owes_evaluation
+        began, owed = self.step, self.history.owes_evaluation
         stop = StopRequest(self._hear)
         with contextlib.closing(self.log), self.watchdog, stop:
             try:
-                if self.owes_evaluation and self._evaluate(stop):
+                if self.history.owes_evaluation and self._evaluate(stop):
                     self._save(True, self.config.checkpoint.keep)
                 if self.step < self.config.train.steps and not self.vote.passed:
                     self._train(stop)
@@ -232,8 +125,8 @@ class Trainer:
         # Of a run that was finished already, nothing is new.
         if is_first() and (self.step > began or owed or not self.folder.training_info_json.exists()):
             self._write_info()
-        interrupted = self.vote.passed and (self.step < self.config.train.steps or self.owes_evaluation)
-        return Outcome(self.step, interrupted, self.evaluation, self.tokens_seen)
+        interrupted = self.vote.passed and (self.step < self.config.train.steps or self.history.owes_evaluation)
+        return Outcome(self.step, interrupted, self.history.evaluation, self.history.tokens_seen)
 
     def _hear(self) -> None:
         """What the handler of a signal does at once; anything else waits for the end of a step."""
@@ -259,7 +152,8 @@ class Trainer:
             compiled = self.train_step.lower(self.state, batch, self.frozen).compile()
             give_back_memory()
             self.at_work = _AT_STEP
-            self._show_start(compiled, time.monotonic() - compile_start)
+            seconds = [time.monotonic() - begun for begun in (compile_start, self.started)]
+            self.records.show_start(self.program, self.state, self.frozen, compiled.memory_analysis(), *seconds)
             meter = Meter(self.config, self.mesh)
             pending: Dispatched | None = None
             with jax.transfer_guard("disallow"):
@@ -332,11 +226,11 @@ class Trainer:
         Raises Diverged where the run would end with a model that is not finite.
         """
         keep = self.config.checkpoint.keep
-        if best or (self.is_finite and not self.skipped_in_a_row):
+        if best or (self.history.is_finite and not self.skipped_in_a_row):
             self.owes_save = False
             # What no evaluation has seen is not all that stays: whether it is finite is known after the next step.
             self._save(bool(best), max(keep, 2) if best is None else keep)
-        elif last and (self.is_finite or self.vote.passed):
+        elif last and (self.history.is_finite or self.vote.passed):
             self._save(False, 0)
         elif last:
             self.log.flush()
@@ -348,12 +242,6 @@ class Trainer:
             self.owes_save = bool(self.skipped_in_a_row)
             cause = "updates are being skipped" if self.skipped_in_a_row else "the validation loss is not finite"
             self.terminal.note(f"step {self.step} is not saved: {cause}")
-
-    @property
-    def is_finite(self) -> bool:
-        """Whether the newest evaluation was, if there was any."""
-        loss = self.evaluation.get("loss", 0.0)
-        return loss is not None and bool(np.isfinite(loss))  # None: as JSON holds it
 
     def _sound_steps(self) -> str:
         self.checkpointer.wait()
@@ -371,12 +259,12 @@ class Trainer:
         self.skipped_in_a_row = in_a_row
         if values.pop("skipped"):
             self._skipped(dispatched, values, in_a_row)
-        self.tokens_seen += tokens
+        self.history.tokens_seen += tokens
         rates = meter.step(tokens, dispatched.waited)
-        self.train_seconds += rates["step_time"]
-        self.last_loss = values["loss"]
+        self.history.train_seconds += rates["step_time"]
+        self.history.last_loss = values["loss"]
         if step % self.config.train.log_every == 0 or step == 1 or step == self.config.train.steps:
-            self.log.train(step, {**values, **meter.interval(), "tokens_seen": self.tokens_seen})
+            self.log.train(step, {**values, **meter.interval(), "tokens_seen": self.history.tokens_seen})
         self.terminal.progress(step, {**values, **rates})
         self.checkpointer.check()
         self._check_data()
@@ -395,16 +283,10 @@ class Trainer:
 
     def _skipped(self, dispatched: Dispatched, values: dict[str, float], in_a_row: int) -> None:
         """Notes an update that was not made, with the batch that led to it. Raises Diverged after too many."""
-        step, loss, norm = dispatched.step, values["loss"], values["grad_norm"]
-        finite = np.isfinite(loss) and np.isfinite(norm)
+        step = dispatched.step
+        finite = np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])
         reason = "the loss is a spike" if finite else "loss or gradient is not finite"
-        with jax.transfer_guard("allow"):
-            path = self.folder.write_skipped(
-                step,
-                {"reason": reason, "loss": loss, "grad_norm": norm, "data_state": dispatched.data_state},
-                {name: local_rows(array) for name, array in dispatched.batch.items()},
-            )
-        self.terminal.note(f"step {step}: update skipped, {reason}: loss {loss:.4g}, norm {norm:.4g}; batch in {path}")
+        path = self.records.keep_skipped(step, reason, values, dispatched.batch, dispatched.data_state)
         if in_a_row >= self.config.guard.max_skipped:
             self.log.flush()
             raise Diverged(
@@ -415,7 +297,7 @@ class Trainer:
 
     def _evaluate(self, stop: StopRequest) -> bool | None:
         """Evaluates, logs, writes samples. Whether the loss is the best so far; None where a signal came first."""
-        self.owes_evaluation = True
+        self.history.owes_evaluation = True
         if self.vote.passed:
             return None
         self.faults.reach("evaluation")
@@ -435,11 +317,9 @@ class Trainer:
         )
         if sums is None:
             return None
-        self.owes_evaluation = False
-        self.evaluation = total = self.task.summarise(sums.compute())
+        total = self.task.summarise(sums.compute())
+        best = self.history.add_evaluation(total)
         self.log.evaluation(self.step, total)
-        best = total["loss"] < self.best_loss
-        self.best_loss = min(self.best_loss, total["loss"])
         values = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in total.items())
         self.terminal.note(f"step {self.step}, validation: {values}{' (best so far)' if best else ''}")
         if self.config.eval.sample_tokens:
@@ -453,84 +333,16 @@ class Trainer:
         return best
 
     def _save(self, best: bool, keep: int) -> None:
-        meta = {
-            "config": to_dict(self.config),
-            "identity": self.identity,
-            "tokenizer_hash": self.task.tokenizer.hash,
-            "fingerprint": self.task.identity.get("fingerprint"),
-            "dummy_data": self.task.dummy_data,
-            "tokens_seen": self.tokens_seen,
-            "train_seconds": self.train_seconds,
-            "last_loss": self.last_loss,
-            "best_loss": self.best_loss if np.isfinite(self.best_loss) else None,
-            "evaluation": self.evaluation,
-            "owes_evaluation": self.owes_evaluation,
-        }
         self.log.flush()  # a run that continues from this step has its lines
         with self.watchdog.wait("a checkpoint (guard.save_seconds)", self.config.guard.save_seconds):
-            self.checkpointer.save(self.state, meta, self.data_state, best=best, keep=keep)
+            self.checkpointer.save(self.state, self.records.meta(self.history), self.data_state, best=best, keep=keep)
         self.saved_step = self.step
 
     def _histograms(self) -> None:
         """Weights, and gradients on the first rows of the validation split, as histograms by path."""
         rows = next(iter(self.task.validation_batches(1, process_rows(self.mesh, eval_rows(self.config)))))
         gradients = self.gradient(self.state.params, place_batch(batch_sharding(self.mesh), rows), self.frozen)
-        named = [
-            {
-                path_name(path): multihost_utils.process_allgather(leaf, tiled=True)
-                for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-            }
-            for tree in (self.state.params, gradients)
-        ]
-        self.log.histograms(self.step, *named)
-
-    def _show_start(self, compiled: Any, compile_seconds: float) -> None:
-        title = (
-            f"{self.config.name}: {self.config.train.steps} steps of {self.config.train.batch_size} x "
-            f"{self.config.train.sequence_length} tokens, from step {self.step}"
-        )
-        sections = start_sections(self.config, self.program, self.state, self.frozen, compiled.memory_analysis())
-        times = {
-            "compiled in": human_time(compile_seconds),
-            "first step after": human_time(time.monotonic() - self.started),
-        }
-        self.terminal.start_table(title, {**sections, "data": self.task.facts, "start": times})
-        for warning in filter(
-            None, (self.config.optimizer.schedule_fault(self.config.train.steps), *self.task.warnings)
-        ):
-            self.terminal.note(f"warning: {warning}")
+        self.log.histograms(self.step, whole_leaves(self.state.params), whole_leaves(gradients))
 
     def _write_info(self) -> None:
-        write_training_info(
-            self.folder,
-            variant_name=self.config.name,
-            parameters=sum(
-                leaf.size for leaf in jax.tree.leaves((self.state.params, build.decoder_params(self.frozen)))
-            ),
-            dataset=self.task.dataset,
-            config=self.config,
-            steps=self.step,
-            tokens_seen=self.tokens_seen,
-            train_seconds=self.train_seconds,
-            final_train_loss=self.last_loss,
-            best_val_loss=self.best_loss if np.isfinite(self.best_loss) else None,
-            best_step=self.checkpointer.best(),
-            skipped_updates=int(self.state.guard.skipped),
-            dummy_data=self.task.dummy_data,
-            started_from=started["path"] if (started := self._started_from()) else None,
-        )
-
-
-def poisoned(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """The batch with weights that are not a number, as a fault of memory would leave them."""
-    with jax.transfer_guard("allow"):
-        return {
-            name: array * jnp.float32("nan") if jnp.issubdtype(array.dtype, jnp.floating) else array
-            for name, array in batch.items()
-        }
-
-
-def local_rows(array: jax.Array) -> np.ndarray:
-    """The rows of a batch that this process holds."""
-    shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)
-    return np.concatenate([np.asarray(shard.data) for shard in shards if shard.replica_id == 0])
+        self.records.write_info(self.history, self.state, self.frozen, self.checkpointer.best())

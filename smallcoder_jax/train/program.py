@@ -59,27 +59,19 @@ def make_program(
         frozen = lora.beside(config.lora, decoder) if config.lora.rank else {}
     frozen_shardings = params_sharding(mesh, frozen)
     matmul = precision.choose(config.compute, device.platform)
-
-    def placed(shapes: Any, shardings: Any) -> Any:
-        return jax.tree.map(
-            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
-        )
-
     return Program(
         mesh=mesh,
         optimizer=optimizer,
-        state=placed(shapes, shardings),
+        state=_placed(shapes, shardings),
         shardings=shardings,
-        frozen=placed(frozen, frozen_shardings),
+        frozen=_placed(frozen, frozen_shardings),
         frozen_shardings=frozen_shardings,
         step=make_train_step(
             loss_fn,
             optimizer,
             optim.schedule(config.optimizer, train.steps),
             reported=reported,
-            peak=config.optimizer.muon_learning_rate
-            if config.optimizer.name == "muon"
-            else config.optimizer.learning_rate,
+            peak=config.optimizer.peak_learning_rate,
             microbatches=train.batch_size // train.microbatch_rows,
             guarding=config.guard,
             matmul=matmul.kind,
@@ -87,21 +79,32 @@ def make_program(
             shardings=shardings,
             frozen_shardings=frozen_shardings,
         ),
-        attention=attention.choose(
-            config.compute.attention,
-            length,
-            length,
-            model.heads // model.kv_heads,
-            model.head_size,
-            config.compute.dtype,
-            device.platform,
-            device.device_kind,
-            context=mesh.shape["context"],
-        ),
+        attention=_attention(config, mesh),
         cross_entropy=cross_entropy.choose(
             train.microbatch_rows * length, model.vocab_size, config.compute.dtype, mesh.shape
         ),
         matmul=matmul,
+    )
+
+
+def _attention(config: Config, mesh: Mesh) -> attention.Choice:
+    model, length, device = config.model, config.train.sequence_length, mesh.devices.flat[0]
+    return attention.choose(
+        config.compute.attention,
+        length,
+        length,
+        model.heads // model.kv_heads,
+        model.head_size,
+        config.compute.dtype,
+        device.platform,
+        device.device_kind,
+        context=mesh.shape["context"],
+    )
+
+
+def _placed(shapes: Any, shardings: Any) -> Any:
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, shardings
     )
 
 

@@ -55,10 +55,7 @@ def make_train_step(
             return loss_sum, (weight_sum, {"loss": loss_sum, **{name: sums[name] for name in reported}})
 
         gradient_of = jax.value_and_grad(loss_of, has_aux=True)
-        if microbatches == 1:
-            (_, (weight, sums)), gradients = gradient_of(state.params, batch, jnp.int32(0))
-        else:
-            gradients, weight, sums = _accumulate(gradient_of, state.params, batch, microbatches)
+        gradients, weight, sums = _accumulate(gradient_of, state.params, batch, microbatches)
         denominator = jnp.maximum(weight, 1.0)
         # A product, because XLA fuses it into its users; a quotient it would keep: a second tree of gradients.
         per_token = 1.0 / denominator
@@ -93,11 +90,14 @@ def _accumulate(gradient_of: Any, params: Any, batch: Batch, microbatches: int) 
     """Sums of gradients, weights and metrics over the microbatches. Each takes every M-th row, so that all devices
     take part in each.
     """
-    parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, microbatches, *x.shape[1:]), 1, 0), batch)
 
     def sums_of(index: Array, rows: Batch) -> tuple[Any, Array, dict[str, Array]]:
         (_, (weight, sums)), gradients = gradient_of(params, rows, index)
         return gradients, weight, sums
+
+    if microbatches == 1:
+        return sums_of(jnp.int32(0), batch)
+    parts = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, microbatches, *x.shape[1:]), 1, 0), batch)
 
     def add(total: Any, part: tuple[Array, Batch]) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, sums_of(*part)), None
