@@ -1,7 +1,7 @@
 """SmallCoder-Small: 195,068,928 parameters, 4096 tokens of context.
 
 Command:   python -m smallcoder_jax.main --config=configs/small.py --workdir=runs/small
-Hardware:  meant for a GPU or TPUs (BUILD.md), not yet tried on one. A few steps run on a CPU, to try it out.
+Hardware:  meant for a GPU or TPUs (docs/machines.md), not yet tried on one. A few steps run on a CPU, to try it out.
 Time:      not measured (docs/benchmarks.md has what was).
 Expected:  not measured. The loss starts at ln(32768) = 10.4.
 

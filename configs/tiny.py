@@ -1,7 +1,7 @@
 """SmallCoder-Tiny: 100,682,496 parameters, 2048 tokens of context.
 
 Command:   python -m smallcoder_jax.main --config=configs/tiny.py --workdir=runs/tiny
-Hardware:  meant for a GPU or TPUs (BUILD.md), not yet tried on one. A few steps run on a CPU, to try it out.
+Hardware:  meant for a GPU or TPUs (docs/machines.md), not yet tried on one. A few steps run on a CPU, to try it out.
 Time:      not measured (docs/benchmarks.md has what was).
 Expected:  not measured. The loss starts at ln(32768) = 10.4.
 
