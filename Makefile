@@ -8,7 +8,7 @@ RUN ?= runs/quickstart
 # Processes of `make test`, of up to 6 GiB each; 0: none beside pytest's own.
 WORKERS ?= 2
 
-.PHONY: quickstart pipeline test test-slow test-lowering lint bench clean distclean help
+.PHONY: quickstart pipeline test test-slow test-lowering lint bench docs clean distclean help
 
 help:
 	@echo "make quickstart   install, train nano on the standard library's source, evaluate, export, check, complete"
@@ -16,6 +16,7 @@ help:
 	@echo "make test         install what tests need; lint, type check, tests"
 	@echo "make test-slow    the tests that take minutes"
 	@echo "make test-lowering  compile training steps for TPUs and for H200s, on a machine without one"
+	@echo "make docs         the guides as a site in build/site; a broken link is an error"
 	@echo "make bench        data pipeline and training step, each beside PyTorch"
 	@echo "make clean        delete environments and caches; make distclean: runs/ and data/ too, when you say yes"
 
@@ -76,6 +77,13 @@ test-lowering: $(VENV)-tpu/.installed $(VENV)-cuda/.installed
 SLOW ?= slow and not lowering
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -m '$(SLOW)'
+
+$(VENV)/.docs: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
+	@touch $@ $(VENV)/.core
+
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict
 
 bench: $(VENV)/.test
 	$(BIN)/python -m tools.bench_data
