@@ -1,6 +1,6 @@
 """Distillation: next-token prediction on documents, and beside it a teacher's distribution over the vocabulary.
 
-The teacher runs beside the student, or else what it finds likeliest was worked out before (`teacher_tokens`).
+The teacher runs beside the student, or else what it finds likeliest was worked out before (`shared.teacher_tokens`).
 """
 
 from __future__ import annotations
