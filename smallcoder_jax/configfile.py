@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import inspect
 import os
 import runpy
 from collections.abc import Callable
@@ -116,6 +117,8 @@ def _run(file: Path, argument: str | None, named: str) -> dict[str, Any]:
         get_config = runpy.run_path(str(file)).get("get_config")
         if get_config is None:
             raise UserError(f"{named} has no get_config()")
+        if argument is not None and not inspect.signature(get_config).parameters:
+            raise UserError(f"{named} takes no argument; leave ':{argument}' out")
         values = get_config(*([] if argument is None else [argument]))
         if isinstance(values, ConfigDict):
             return values.to_dict()

@@ -360,6 +360,8 @@ def test_a_bare_name_is_a_config_of_the_project(tmp_path: Path, monkeypatch: pyt
     assert load_config("medium_lc", []).name == "mine"
     with pytest.raises(UserError, match="expected one of tiny, tiny_lc"):
         load_config(str(ROOT / "configs/smallcoder.py:huge"), [])
+    with pytest.raises(UserError, match=r"'.*tiny\.py' takes no argument; leave ':x' out"):
+        load_config("tiny:x", [])
 
 
 def test_the_projects_configs_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
