@@ -1,7 +1,7 @@
 """How long a save holds up training, and what its checksums cost.
 
     python -m tools.bench_checkpoint --config=configs/tiny.py --config.train.batch_size=1 \\
-        --config.train.sequence_length=128 --config.compute.dtype=float32 [--saves 5] [--check] [--json]
+        --config.train.sequence_length=128 --config.compute.dtype=float32 [--saves 5] [--check] [--record]
 
 Trains a step and saves, in turns, on this machine's disk. "Held up" is the time until training goes on: arrays are
 copied, then written and summed on other threads, which have ended before the next step is timed. Checksums and a
@@ -27,6 +27,8 @@ from smallcoder_jax.base.arguments import ArgumentParser
 from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import CheckFailed, UserError, run_cli
 from smallcoder_jax.configfile import load_config, split_overrides
+from tools import benchmarks
+from tools.benchmarks import Figure
 
 SECONDS_PER_GB, SHARE = 0.3, 0.02
 
@@ -40,6 +42,7 @@ def main(argv: list[str] | None = None) -> int | None:
     parser.add_argument("--saves", type=int, default=5)
     parser.add_argument("--folder", type=Path, help="where to save; default: a temporary folder, which is removed")
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--record", action="store_true", help=benchmarks.RECORD_HELP)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     options = parser.parse_args(arguments)
     if options.saves < 1:
@@ -52,6 +55,8 @@ def main(argv: list[str] | None = None) -> int | None:
     else:
         width = max(map(len, found))
         say("\n".join(f"{name:<{width}}  {value:.4g}" for name, value in found.items()))
+    if options.record:
+        benchmarks.record("checkpoints", figures(found, benchmarks.short(config.name)))
     if options.check and (found["held up, s/GB"] >= SECONDS_PER_GB or found["held up, share of training"] >= SHARE):
         raise CheckFailed(f"a save holds training up for longer than {SECONDS_PER_GB} s/GB or {SHARE:.0%} of it")
     return None
@@ -103,6 +108,26 @@ def measure(config: Any, folder: Path, saves: int) -> dict[str, float]:
         "checksums, s/GB, on another thread": (summed - start) / gigabytes,
         "verified load, s": restored - summed,
     }
+
+
+def figures(found: dict[str, float], name: str) -> list[Figure]:
+    """What is recorded, with the limits of --check."""
+    per_gb, share = found["held up, s/GB"], found["held up, share of training"]
+    note = f"{found['state, GB']:.2f} GB of state, a step of {found['step, s']:.2f} s between two saves"
+    return [
+        Figure(
+            f"{name}: held up by a save, per GB",
+            per_gb, "s/GB", f"below {SECONDS_PER_GB}", per_gb < SECONDS_PER_GB, note,
+        ),
+        Figure(f"{name}: held up by a save", found["held up, s"], "s", note=note),
+        Figure(
+            f"{name}: held up, share of training",
+            100 * share, "%", f"below {SHARE:.0%}", share < SHARE, note,
+        ),
+        Figure(f"{name}: checksums", found["checksums, s/GB, on another thread"], "s/GB", note=note),
+        Figure(f"{name}: until the step is saved", found["until the step is saved, s"], "s", note=note),
+        Figure(f"{name}: verified load", found["verified load, s"], "s", note=note),
+    ]  # fmt: skip
 
 
 if __name__ == "__main__":

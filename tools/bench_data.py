@@ -1,6 +1,6 @@
 """Tokens per second of the input pipeline, beside Hugging Face `datasets` with a plain PyTorch DataLoader.
 
-    python -m tools.bench_data [--sources stdlib] [--seconds 10] [--check] [--json]
+    python -m tools.bench_data [--sources stdlib] [--seconds 10] [--check] [--record] [--json]
 
 Both read the same tokenised documents, shuffled, rearrange half of them for fill-in-the-middle, pack them to rows by
 concatenation and give batches with positions, segments and weights, all on two cores. Ours cuts between characters and
@@ -34,6 +34,8 @@ from smallcoder_jax.data.rows.documents import make_train_iterator
 from smallcoder_jax.data.tokens import shards
 from smallcoder_jax.data.tokens.prepare import Prepared, prepare
 from smallcoder_jax.tokenizers.base import FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX, Tokenizer
+from tools import benchmarks
+from tools.benchmarks import Figure
 
 WANTED = 3_000_000  # tokens per second
 CORES = 2
@@ -51,6 +53,7 @@ def main(argv: list[str] | None = None) -> int | None:
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="worker processes to measure with")
     parser.add_argument("--seconds", type=float, default=10.0, help="per measurement")
     parser.add_argument("--check", action="store_true", help=f"fail below {WANTED:,} tokens per second")
+    parser.add_argument("--record", action="store_true", help=benchmarks.RECORD_HELP)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     options = parser.parse_args(argv)
     if hasattr(os, "sched_setaffinity"):
@@ -71,6 +74,8 @@ def main(argv: list[str] | None = None) -> int | None:
         "rows": rows,
     }
     say(json.dumps(result, indent=1) if options.json else _table(result))
+    if options.record:
+        benchmarks.record("data", figures(result))
     slow = [row for row in rows if row["pipeline"] == "grain" and row["tokens_per_second"] < WANTED]
     if options.check and slow:
         raise CheckFailed(
@@ -191,6 +196,18 @@ def _tokens_per_second(batches: Iterator[dict[str, Any]], seconds: float) -> int
         shape = next(batches)["tokens"].shape
         tokens += shape[0] * shape[1]
     return round(tokens / elapsed)
+
+
+def figures(result: dict[str, Any]) -> list[Figure]:
+    """What is recorded of each pipeline, ours with the limit of --check."""
+    note = f"rows of {result['sequence_length']}, {result['batch_size']} to a batch"
+    return [
+        Figure(f"ours, {row['workers']} workers", row["tokens_per_second"], "tokens/s", f"≥ {WANTED / 1e6:g}M",
+               row["tokens_per_second"] >= WANTED, note)
+        if row["pipeline"] == "grain"
+        else Figure(f"{row['pipeline']}, {row['workers']} workers", row["tokens_per_second"], "tokens/s", note=note)
+        for row in result["rows"]
+    ]  # fmt: skip
 
 
 def _table(result: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Attention with RoPE, forward and backward, beside everyone else's: numerics first, then times, then one table.
 
-    python -m tools.bench_kernels [--lengths 2048 8192] [--means one 2048] [--sizes 128] [--check] [--json] [--dry-run]
+    python -m tools.bench_kernels [--lengths 2048 8192] [--means one 2048] [--sizes 128] [--check]
+        [--record] [--dry-run]
 
 Every contender rotates queries and keys within what is timed, from the same tables of angles; what a batch needs once
 for all layers (masks, offsets, block masks) is made before. Rows hold one document, or documents whose lengths are
@@ -31,6 +32,8 @@ from smallcoder_jax.base.arguments import ArgumentParser
 from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import EXIT_USER_ERROR, CheckFailed, UserError, run_cli
 from smallcoder_jax.base.terminal import format_table
+from tools import benchmarks
+from tools.benchmarks import Figure
 from tools.packed_rows import ALL, BOUND, Shape
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,6 +53,7 @@ class Target(NamedTuple):
     found: float | None
     at_least: float | None
     aim: float
+    figure: str  # its name where figures are recorded
 
     @property
     def missed(self) -> bool:
@@ -58,6 +62,8 @@ class Target(NamedTuple):
 
 def main(argv: list[str] | None = None) -> int | None:
     options = build_parser().parse_args(argv)
+    if options.record and options.dry_run:
+        raise UserError("--record is of figures, and --dry-run times nothing; leave one of them out")
     shapes = DRY_SHAPES if options.dry_run else wanted_shapes(options)
     job = {
         "shapes": [dataclasses.asdict(shape) for shape in shapes],
@@ -80,6 +86,8 @@ def main(argv: list[str] | None = None) -> int | None:
     found = targets(report)
     report["targets"] = [{**target._asdict(), "missed": target.missed} for target in found]
     say(json.dumps(report, indent=1) if options.json else table(report, found))
+    if options.record:
+        benchmarks.record("gpu-kernels", figures(report, found))
     if options.check:
         check(report, found)
     return None
@@ -100,6 +108,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--torch-python", default=sys.executable, help="Python with torch and numpy; default: this one")
     parser.add_argument("--dry-run", action="store_true", help="check numerics of tiny shapes on a CPU; time nothing")
     parser.add_argument("--check", action="store_true", help="fail where ours is wrong, or below a target on an H200")
+    parser.add_argument("--record", action="store_true", help=benchmarks.RECORD_HELP)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     return parser
 
@@ -186,7 +195,8 @@ def targets(report: Result) -> list[Target]:
         one_document = (8192, None, 128)
         if one_document in measured:
             ours, theirs = (rate(report, name, one_document, part) for name in (OURS, CUDNN))
-            found.append(Target(f"one document, 8192, head 128, {part}, TFLOP/s (cuDNN's)", ours, theirs, aim))
+            what = f"one document, 8192, head 128, {part}, TFLOP/s (cuDNN's)"
+            found.append(Target(what, ours, theirs, aim, f"{shape_name(*one_document)}: {part}"))
         packed = (8192, 2048, 128)
         if packed in measured:
             masked = [
@@ -195,8 +205,49 @@ def targets(report: Result) -> list[Target]:
             best, ours = max(masked, default=0.0), rate(report, OURS, packed, part)
             ratio = ours / best if ours and best else None
             what = f"documents of mean 2048, 8192, head 128, {part}, times the best masked kernel"
-            found.append(Target(what, ratio, MASKED_RATIO, MASKED_AIM))
+            figure = f"{shape_name(*packed)}: {part}, times masked"
+            found.append(Target(what, ratio, MASKED_RATIO, MASKED_AIM, figure))
     return found
+
+
+def shape_name(length: int, mean: int | None, size: int) -> str:
+    """A shape as it stands in figures: length of a row / mean length of documents."""
+    return f"{length}/{mean or 'row'}, head {size}"
+
+
+def figures(report: Result, found: Sequence[Target]) -> list[Figure]:
+    """What is recorded: TFLOP/s of ours and of the best other at each shape that was timed, the largest error of ours,
+    and the ratios that are promised, each beside what it should be.
+    """
+    wanted = {target.figure: target for target in found if target.found is not None}
+    shapes = [(one["shape"]["length"], one["shape"]["mean"], one["shape"]["size"]) for one in report["results"]]
+    recorded = []
+    for shape in dict.fromkeys(shapes):
+        here = [one for one, its in zip(report["results"], shapes, strict=True) if its == shape]
+        for part in ALL:
+            name = f"{shape_name(*shape)}: {part}"
+            timed = {one["contender"]: one["tflops"][part] for one in here if part in one["tflops"]}
+            others = [other for other in timed if not other.startswith(OURS)]
+            if (ours := rate(report, OURS, shape, part)) is not None:
+                recorded.append(_figure(name, ours, "TFLOP/s", wanted.pop(name, None)))
+            if others:
+                best = max(others, key=timed.__getitem__)
+                recorded.append(Figure(f"{name}, best other", timed[best], "TFLOP/s", note=best))
+    errors = [
+        max(one["errors"].values())
+        for one in report["results"]
+        if one["contender"].startswith(OURS) and "errors" in one
+    ]
+    if errors:
+        recorded.append(Figure("largest relative error", max(errors), None, f"≤ {BOUND:g}", max(errors) <= BOUND))
+    return recorded + [_figure(name, target.found or 0.0, None, target) for name, target in wanted.items()]
+
+
+def _figure(name: str, value: float, unit: str | None, target: Target | None) -> Figure:
+    if target is None or target.at_least is None:
+        return Figure(name, value, unit)
+    limit = f"≥ {target.at_least:.4g}"
+    return Figure(name, value, unit, limit, not target.missed, f"the aim is {target.aim:g}")
 
 
 def table(report: Result, found: Sequence[Target]) -> str:

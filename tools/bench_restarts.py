@@ -1,6 +1,6 @@
 """What a kill costs: how many steps are lost, and how long it takes until training goes on.
 
-    python -m tools.bench_restarts --config=configs/nano.py [--kills 5] [--check] [--config.key=value ...]
+    python -m tools.bench_restarts --config=configs/nano.py [--kills 5] [--check] [--record] [--config.key=value ...]
 
 Starts the run as a process of its own, in a temporary folder: once from nothing, then again and again, each time to be
 killed (SIGKILL) before a step drawn from the 2 * checkpoint.every that follow. Seconds are from the command to the
@@ -28,6 +28,8 @@ from smallcoder_jax.base.arguments import ArgumentParser
 from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import CheckFailed, UserError, run_cli
 from smallcoder_jax.configfile import load_config, split_overrides
+from tools import benchmarks
+from tools.benchmarks import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -40,9 +42,11 @@ def main(argv: list[str] | None = None) -> int | None:
     parser.add_argument("--config", required=True)
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--record", action="store_true", help=benchmarks.RECORD_HELP)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     options = parser.parse_args(arguments)
-    every = load_config(options.config, overrides).checkpoint.every
+    config = load_config(options.config, overrides)
+    every = config.checkpoint.every
     if options.kills < 1:
         raise UserError(f"--kills={options.kills}: expected 1 or more")
     with tempfile.TemporaryDirectory() as folder:
@@ -53,6 +57,8 @@ def main(argv: list[str] | None = None) -> int | None:
     else:
         width = max(map(len, found))
         say("\n".join(f"{name:<{width}}  {value:.4g}" for name, value in found.items()))
+    if options.record:
+        benchmarks.record("restarts", figures(found, benchmarks.short(config.name), options.kills))
     if options.check and found["steps lost, most"] >= 2 * every:
         raise CheckFailed(f"a kill lost {found['steps lost, most']:.0f} steps; checkpoint.every is {every}")
 
@@ -100,6 +106,19 @@ def life(given: list[str], step: int, cache: Path) -> tuple[float, int]:
             + "".join(lines[-20:])
         )
     return seconds, resumed
+
+
+def figures(found: dict[str, float], name: str, kills: int) -> list[Figure]:
+    """What is recorded, with the limit of --check."""
+    most, limit = found["steps lost, most"], 2 * found["checkpoint.every"]
+    note = f"checkpoint.every {found['checkpoint.every']:.0f}; kills {kills}"
+    return [
+        Figure(f"{name}: first start", found["first start, s"], "s", note="nothing compiled"),
+        Figure(f"{name}: second start", found["second start, s"], "s"),
+        Figure(f"{name}: start after a kill", found["start after a kill, s"], "s", note=note),
+        Figure(f"{name}: steps lost by a kill, mean", found["steps lost, mean"], note=note),
+        Figure(f"{name}: steps lost by a kill, most", most, None, f"below {limit:.0f}", most < limit, note),
+    ]
 
 
 if __name__ == "__main__":

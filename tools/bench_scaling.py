@@ -1,7 +1,7 @@
 """Weak scaling: a training step on 1, 2, 4 and 8 devices, each with the same number of rows.
 
     python -m tools.bench_scaling --config=configs/nano.py [--devices 1 2 4 8] [--axis data|fsdp|context|tensor]
-        [--rows 1] [--config.key=value ...]
+        [--rows 1] [--record] [--config.key=value ...]
 
 On GPUs the efficiency is tokens per second over those of one device times the number of devices. On a CPU devices are
 pretended and share its cores, so that more of them cannot be faster: there the efficiency is over one device that
@@ -27,7 +27,9 @@ from smallcoder_jax.base.errors import UserError, run_cli
 from smallcoder_jax.base.terminal import format_table, human_time
 from smallcoder_jax.config import Config, MeshConfig, to_dict
 from smallcoder_jax.configfile import load_config, split_overrides
+from tools import benchmarks
 from tools.bench_step import documents_of, run_contender, warn_of_company
+from tools.benchmarks import Figure
 from tools.step_timing import cores
 
 AXES = ("data", "fsdp", "context", "tensor")
@@ -43,6 +45,7 @@ def main(argv: list[str] | None = None) -> int | None:
     parser.add_argument("--axis", choices=AXES, default="data")
     parser.add_argument("--rows", type=int, default=1, help="of each device")
     parser.add_argument("--steps", type=int, default=10, help="timed steps of each; default: %(default)s")
+    parser.add_argument("--record", action="store_true", help=benchmarks.RECORD_HELP)
     parser.add_argument("--json", action="store_true", help="print one JSON list instead of the table")
     options = parser.parse_args(arguments)
     if min([*options.devices, options.rows, options.steps]) < 1:
@@ -51,6 +54,8 @@ def main(argv: list[str] | None = None) -> int | None:
     warn_of_company()
     found = [measure(config, options.axis, count, options.rows, options.steps) for count in options.devices]
     say(json.dumps(found, indent=1) if options.json else table(found, config, options.axis))
+    if options.record:
+        benchmarks.record("scaling", figures(found, config, options.axis))
 
 
 def measure(config: Config, axis: str, devices: int, rows: int, steps: int) -> dict[str, Any]:
@@ -110,6 +115,18 @@ def table(found: list[dict[str, Any]], config: Config, axis: str) -> str:
     )
     headers = ["devices", "rows", "step, median", "tokens/s", f"one device, {over}", "efficiency"]
     return f"{heading}\n\n{format_table(headers, rows)}"
+
+
+def figures(found: list[dict[str, Any]], config: Config, axis: str) -> list[Figure]:
+    """What is recorded of each number of devices."""
+    recorded = []
+    for each in found:
+        devices = f"{each['devices']} device{'s' if each['devices'] > 1 else ''}"
+        name = f"{benchmarks.short(config.name)}, mesh.{axis}, {devices}"
+        note = f"rows of {config.train.sequence_length}, {each['rows']} in all; {config.compute.dtype}"
+        recorded.append(Figure(name, round(each["tokens_per_second"]), "tokens/s", note=note))
+        recorded.append(Figure(f"{name}: efficiency", each["efficiency"], note=note))
+    return recorded
 
 
 if __name__ == "__main__":

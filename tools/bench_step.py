@@ -1,6 +1,6 @@
 """Training speed and memory of a config on random packed batches, beside trainers of PyTorch.
 
-    python -m tools.bench_step --config=configs/nano.py --against=torch [--check] [--config.key=value ...]
+    python -m tools.bench_step --config=configs/nano.py --against=torch [--check] [--record] [--config.key=value ...]
 
 Each contender runs in processes of its own, in turns (ours, theirs, theirs, ours), on all cores or the first GPU. Ours
 is the training step that `smallcoder_jax.main` runs. Theirs, of the same shape with gradient clipping and fused AdamW,
@@ -48,7 +48,8 @@ from smallcoder_jax.base.errors import EXIT_USER_ERROR, CheckFailed, UserError, 
 from smallcoder_jax.base.terminal import format_table, human_bytes, human_time
 from smallcoder_jax.config import Config, from_config_dict, parameter_count, to_dict
 from smallcoder_jax.configfile import load_config, split_overrides
-from tools import op_profile
+from tools import benchmarks, op_profile
+from tools.benchmarks import Figure
 from tools.step_timing import BATCHES, cores, random_batches, resident_set, timed, visible_share
 from tools.step_torch import BUILDERS, CAUSAL, check_llama, measure_torch
 
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
 
 WANTED_RATIO, WANTED_GPU_RATIO, WANTED_MIXED_RATIO, WANTED_AUTOCAST_RATIO = 1.2, 1.3, 1.6, 1.25
 AUTOCAST = " autocast"  # at the end of a contender's name
+PRODUCTS = {"float32": "exact", "float32, mixed products": "mixed", "bfloat16": "bf16"}  # in names of figures
 DOCUMENTS_PER_ROW = 4  # unless --documents says how long they are
 # Tokens per second promised of an H200, and aimed at, by config and mean length of documents (None: one a row).
 H200 = "NVIDIA H200"
@@ -99,6 +101,8 @@ def main(argv: list[str] | None = None) -> int | None:
     report["documents"] = documents
     report["optimizer"] = "adamw" if configured == "adamw" else f"adamw (the config says {configured})"
     say(json.dumps(report, indent=1) if options.json else table(report))
+    if options.record:
+        benchmarks.record("cpu-step" if report["memory_of"] == "process" else "gpu-step", figures(report))
     if options.check:
         check(report)
 
@@ -121,6 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--autocast", action="store_true", help="theirs in bfloat16 as well, beside a float32 config")
     parser.add_argument("--profile", action="store_true", help="show the dearest operations of our step")
     parser.add_argument("--check", action="store_true", help="fail where ours is below what is promised")
+    parser.add_argument("--record", action="store_true", help=benchmarks.RECORD_HELP)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     return parser
 
@@ -369,8 +374,7 @@ def check(report: Result) -> None:
             )
         if ratio["memory"] > 1:
             failed.append(f"{ratio['memory']:.2f} times the memory of {name}; expected no more than it takes")
-    promised = H200_TOKENS.get((report["name"], report["documents"]))
-    if promised and report["device"].startswith(H200):
+    if promised := promised_tokens(report):
         found, (least, aim) = report["contenders"]["ours"]["tokens_per_second"], promised
         if found < least:
             failed.append(f"{found:,.0f} tokens per second; expected {least:,} or more, and the aim is {aim:,}")
@@ -380,6 +384,37 @@ def check(report: Result) -> None:
         )
     if failed:
         raise CheckFailed("; ".join(failed))
+
+
+def promised_tokens(report: Result) -> tuple[int, int] | None:
+    """Tokens per second that are promised of this device, and aimed at."""
+    on_h200 = report["device"].startswith(H200)
+    return H200_TOKENS.get((report["name"], report["documents"])) if on_h200 else None
+
+
+def figures(report: Result) -> list[Figure]:
+    """What is recorded of ours and of each contender, with the limits of --check."""
+    rows = f"{report['batch_size']}x{report['sequence_length']}/{report['documents'] or 'row'}"
+    step = f"{benchmarks.short(report['name'])} {rows} {PRODUCTS.get(report['dtype'], report['dtype'])}"
+    found = []
+    for name, row in report["contenders"].items():
+        whose = "" if name == "ours" else f"{name} "
+        promised = promised_tokens(report) if name == "ours" else None
+        tokens, note = row["tokens_per_second"], row["software"]
+        if promised:
+            least, aim = promised
+            limit = f"≥ {least:,}", tokens >= least, f"{note}; the aim is {aim:,}"
+        else:
+            limit = None, None, note
+        found.append(Figure(f"{step}: {whose}tokens/s", round(tokens), None, *limit))
+        found.append(Figure(f"{step}: {whose}memory", round(row["memory"] / 2**20), "MiB", note=note))
+    peak = f"of {report['peak_flops'] / 1e9:,.0f} GFLOP/s"
+    found.append(Figure(f"{step}: MFU", 100 * report["contenders"]["ours"]["mfu"], "%", note=peak))
+    for name, ratio in report["ratios"].items():
+        speed, memory, wanted = ratio["speed"], ratio["memory"], ratio["wanted"]
+        found.append(Figure(f"{step}: times {name}", speed, None, f"≥ {wanted}", speed >= wanted))
+        found.append(Figure(f"{step}: memory / {name}", memory, None, "≤ 1", memory <= 1))
+    return found
 
 
 def warn_of_company() -> None:

@@ -39,6 +39,7 @@ FOLDER, PAGE = ROOT / "docs" / "benchmarks", ROOT / "docs" / "benchmarks.md"
 WIDTH = 110
 # The longest cell of each column of a table: with the separators, and the numbers of runs, a row is WIDTH long.
 FIGURE_WIDTH, VALUE_WIDTH, LIMIT_WIDTH, MACHINE_WIDTH = 46, 19, 12, 6
+DIGITS = 5  # that are recorded of a measured value
 RECORD_HELP = "append the figures to docs/benchmarks/, with date, commit, machine, versions and load"
 # The load before this command took the cores for itself.
 LOAD_AT_START = os.getloadavg()[0]
@@ -135,11 +136,18 @@ def record(subject: str, figures: Sequence[Figure]) -> None:
     added = []
     for figure in figures:
         line = {**dataclasses.asdict(figure), **run}
+        if isinstance(figure.value, float):
+            line["value"] = float(f"{figure.value:.{DIGITS}g}")
         added.append(json.dumps(files.finite({name: line[name] for name in FIELDS}), ensure_ascii=False))
         parse(added[-1], f"{figure.figure}, as it was measured")
     start = before if before.endswith(b"\n") or not before else before + b"\n"
     files.write_bytes(path, start + "".join(f"{line}\n" for line in added).encode())
     say(f"{len(added)} figures added to {path}; python -m tools.benchmarks shows them on the page", sys.stderr)
+
+
+def short(name: str) -> str:
+    """A model's name as it stands in figures."""
+    return name.removeprefix("smallcoder-")
 
 
 def parse(text: str, where: str) -> Line:

@@ -13,7 +13,7 @@ import shlex
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -22,6 +22,8 @@ from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import EXIT_INTERRUPTED, CheckFailed, UserError, run_cli
 from smallcoder_jax.config import Config
 from smallcoder_jax.configfile import load_config, split_overrides
+from tools import benchmarks
+from tools.benchmarks import Figure
 
 if TYPE_CHECKING:
     from smallcoder_jax.evaluate.completions import Written
@@ -37,8 +39,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = ArgumentParser(prog="python -m tools.quickstart", description=__doc__)
     parser.add_argument("--workdir", type=Path, default="runs/quickstart", help="the run folder")
     parser.add_argument("--checker", type=Path, help="file that appears when torch and transformers are installed")
+    parser.add_argument("--record", action="store_true", help=benchmarks.RECORD_HELP)
     options = parser.parse_args(arguments)
     workdir = options.workdir
+    again = workdir.exists()
     config = load_config(str(CONFIG), overrides)
     from smallcoder_jax.huggingface import names
 
@@ -72,6 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         if options.checker:
             wait_for(options.checker)
         export.main([f"--checkpoint={workdir}"])
+    seconds = time.monotonic() - start
     rows = [
         ["parameters", f"{parameter_count(config.model):,}"],
         ["tokens seen", human_count(run.tokens_seen)],
@@ -79,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
         *[[f"bits per byte, {name}", f"{value:.3f}"] for name, value in references.items()],
         [f"greedy completions that are Python and do not repeat a line, of {len(written)}", f"{share(written):.0%}"],
         ["export", "transformers agrees: logits, token ids, greedy text"],
-        ["time", human_time(time.monotonic() - start)],
+        ["time", human_time(seconds)],
     ]
     say("\n" + format_table(["quick start", ""], rows))
     say(f"\nprompt:\n\n{PROMPT}\n\nprompt and completion, greedy:\n\n{PROMPT}{printable(completion.text)}\n")
@@ -87,11 +92,32 @@ def main(argv: list[str] | None = None) -> int:
     say(f"complete    python -m tools.generate --checkpoint {shlex.quote(str(workdir))} --interactive")
     say("your code   python -m smallcoder_jax.main --config=configs/nano.py --workdir=runs/mine "
           "--config.data.sources=dir:/path/to/code")  # fmt: skip
+    if options.record:
+        benchmarks.record("quickstart", figures(result, written, seconds, again=again))
     if result["bits_per_byte"] >= references["xz -9e"]:
         raise CheckFailed(
             f"{result['bits_per_byte']:.3f} bits per byte is not below xz -9e file by file, {references['xz -9e']:.3f}"
         )
     return 0
+
+
+def figures(result: dict[str, Any], written: list[Written], seconds: float, *, again: bool) -> list[Figure]:
+    """What is recorded: bits per byte with the limit that the exit code depends on, the compressors, and the rest.
+    `again`: the run folder was there.
+    """
+    from smallcoder_jax.evaluate.completions import share
+
+    references = result["references"]
+    limit, found = references["xz -9e"], result["bits_per_byte"]
+    return [
+        Figure(f"time of tools.quickstart{', again' if again else ''}", seconds, "s"),
+        Figure(
+            "bits per byte, file by file", found, None, f"below {limit:.3f}", found < limit,
+            "the limit is xz -9e",
+        ),
+        Figure(f"good greedy completions of {len(written)}", 100 * share(written), "%"),
+        *(Figure(f"bits per byte, {name}", value) for name, value in references.items()),
+    ]  # fmt: skip
 
 
 def complete_held_out(config: Config, model: LoadedModel) -> list[Written]:

@@ -1,6 +1,6 @@
 """What a plain PyTorch trainer makes of the same model, text and time as ours.
 
-    python -m tools.train_torch --config=configs/nano.py --workdir=runs/beside [--config.key=value ...]
+    python -m tools.train_torch --config=configs/nano.py --workdir=runs/beside [--record] [--config.key=value ...]
 
 Ours is trained as the config says, and its time is taken: start, compilation, evaluations and checkpoints included.
 Then transformers' LlamaForCausalLM of the same shape is trained for as many seconds, once in float32 and once with
@@ -27,6 +27,8 @@ from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import EXIT_INTERRUPTED, UserError, run_cli
 from smallcoder_jax.config import Config
 from smallcoder_jax.configfile import load_config, split_overrides
+from tools import benchmarks
+from tools.benchmarks import Figure
 from tools.step_timing import cores
 from tools.step_torch import CAUSAL, adamw, build_transformers, check_llama, modules
 
@@ -53,6 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--config", required=True, help="config file; --config.key=value overrides a key")
     parser.add_argument("--workdir", type=Path, required=True, help="a new folder: ours/, torch/, torch_autocast/")
     parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE, help="theirs; default: %(default)s")
+    parser.add_argument("--record", action="store_true", help=benchmarks.RECORD_HELP)
     options = parser.parse_args(arguments)
     config = load_config(options.config, overrides)
     check(config, options.learning_rate)
@@ -64,6 +67,8 @@ def main(argv: list[str] | None = None) -> int:
     if rows is None:
         return EXIT_INTERRUPTED
     say("\n" + table(rows))
+    if options.record:
+        benchmarks.record("quickstart", figures(rows, benchmarks.short(config.name), options.learning_rate))
     return 0
 
 
@@ -166,6 +171,19 @@ def bits_per_byte(config: Config, folder: Path, prepared: Any) -> float:
         origin={"path": str(folder), "step": None, "hash": ""},
     )
     return check_measures(str(folder), documents.measure(config, loaded, Progress(sys.stderr)))["bits_per_byte"]
+
+
+def figures(rows: list[Row], name: str, learning_rate: float) -> list[Figure]:
+    """What is recorded of each trainer."""
+    recorded = []
+    for row in rows:
+        note = name if row.name == "smallcoder_jax" else f"{name}; AdamW at {learning_rate:g}"
+        recorded += [
+            Figure(f"{row.name}, equal time: bits per byte", row.bits_per_byte, note=note),
+            Figure(f"{row.name}, equal time: steps", row.steps, note=note),
+            Figure(f"{row.name}, equal time: seconds", round(row.seconds), "s", note=note),
+        ]
+    return recorded
 
 
 def table(rows: list[Row]) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from smallcoder_jax.base.errors import CheckFailed, UserError
+from tests.tools.conftest import Recorded
 from tools import bench_checkpoint
 
 SMALL = (
@@ -39,3 +40,24 @@ def test_a_save_is_measured_and_checked(
 def test_no_save_is_a_mistake() -> None:
     with pytest.raises(UserError, match="--saves=0: expected 1 or more"):
         bench_checkpoint.main([CONFIG, "--saves=0"])
+
+
+def test_what_a_save_costs_is_recorded_with_its_limits(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {
+        "state, GB": 1.21,
+        "step, s": 0.5,
+        "held up, s": 0.4,
+        "held up, s/GB": 0.33,
+        "held up, share of training": 0.00013,
+        "until the step is saved, s": 5.3,
+        "checksums, s/GB, on another thread": 0.5,
+        "verified load, s": 4.0,
+    }
+    monkeypatch.setattr(bench_checkpoint, "measure", lambda config, folder, saves: found)
+    with pytest.raises(CheckFailed):  # and recorded all the same
+        bench_checkpoint.main([CONFIG, "--record", "--check"])
+    figures = recorded("checkpoints")
+    assert figures["nano: held up by a save, per GB"] == (0.33, "s/GB", "below 0.3", False)
+    assert figures["nano: held up, share of training"] == (0.013, "%", "below 2%", True)
+    assert figures["nano: verified load"] == (4.0, "s", None, None)
+    assert len(figures) == 6

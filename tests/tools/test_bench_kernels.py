@@ -9,7 +9,8 @@ import pytest
 from jax.tree_util import Partial
 
 from smallcoder_jax.base.errors import CheckFailed, UserError
-from tools import attention_jax, attention_torch, bench_kernels, packed_rows
+from tests.tools.conftest import Recorded
+from tools import attention_jax, attention_torch, bench_kernels, benchmarks, packed_rows
 from tools.packed_rows import Shape
 
 SHAPE = Shape(2, 96, 24, 4, 2, 16)
@@ -173,3 +174,30 @@ def test_a_cpu_is_no_place_to_time(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_another_python_that_is_not_there_is_named() -> None:
     with pytest.raises(UserError, match="--torch-python"):
         list(bench_kernels.lines_of("tools.attention_torch", "/nowhere/python", {"time": False}))
+
+
+def test_ours_and_the_best_other_are_recorded_with_the_targets(recorded: Recorded) -> None:
+    report = report_of(*GOOD)
+    found = bench_kernels.targets(report)
+    benchmarks.record("gpu-kernels", bench_kernels.figures(report, found))
+    figures = recorded("gpu-kernels")
+    ours, theirs = (bench_kernels.rate(report, name, (8192, None, 128), "forward") for name in ("ours", "cuDNN"))
+    assert figures["8192/row, head 128: forward"] == (
+        pytest.approx(ours, rel=1e-4),
+        "TFLOP/s",
+        f"≥ {theirs:.4g}",
+        True,
+    )
+    assert figures["8192/2048, head 128: backward, times masked"] == (1.6, None, "≥ 1.5", True)
+    assert figures["8192/2048, head 128: backward, best other"][0] > figures["8192/2048, head 128: backward"][0]
+    assert figures["8192/row, head 128: both"][1:] == ("TFLOP/s", None, None)
+    assert figures["largest relative error"] == (1e-3, None, "≤ 0.02", True)
+    lines = benchmarks.read(benchmarks.FOLDER / "gpu-kernels.jsonl")
+    notes = {line["figure"]: line["note"] for line in lines}
+    assert notes["8192/2048, head 128: both, best other"] == "FlexAttention, document mask"
+    assert notes["8192/row, head 128: forward"] == "the aim is 650"
+
+
+def test_a_dry_run_has_nothing_to_record() -> None:
+    with pytest.raises(UserError, match="--dry-run times nothing"):
+        bench_kernels.main(["--dry-run", "--record"])

@@ -8,6 +8,7 @@ import pytest
 
 from smallcoder_jax.base.errors import UserError
 from tests.faults.runs import Runs
+from tests.tools.conftest import Recorded
 from tools import bench_restarts
 
 
@@ -41,3 +42,20 @@ def test_a_run_that_is_killed_and_goes_on(tmp_path: Path) -> None:
     assert runs.steps("run")
     with pytest.raises(UserError, match="ended with 0 before step 99"):
         bench_restarts.life(given, 99, tmp_path / "xla")
+
+
+def test_what_a_kill_costs_is_recorded_with_its_limit(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {
+        "checkpoint.every": 10,
+        "first start, s": 12.9,
+        "second start, s": 3.6,
+        "start after a kill, s": 3.4,
+        "steps lost, mean": 7.33333333,
+        "steps lost, most": 10,
+    }
+    monkeypatch.setattr(bench_restarts, "measure", lambda given, every, kills, cache: found)
+    bench_restarts.main(["--config=configs/nano.py", "--record"])
+    figures = recorded("restarts")
+    assert figures["nano: steps lost by a kill, most"] == (10, None, "below 20", True)
+    assert figures["nano: steps lost by a kill, mean"] == (7.3333, None, None, None)
+    assert figures["nano: first start"] == (12.9, "s", None, None)

@@ -9,6 +9,7 @@ import pytest
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import TrainConfig
 from tests.helpers import tiny_config
+from tests.tools.conftest import Recorded
 from tools import bench_scaling
 
 CONFIG = tiny_config(train=TrainConfig(steps=10, batch_size=6, sequence_length=32, microbatch_size=2))
@@ -40,3 +41,18 @@ def test_what_devices_are_held_against(kind: str, alone_rows: int, monkeypatch: 
 def test_numbers_that_make_no_sense_are_refused() -> None:
     with pytest.raises(UserError, match="1 or more"):
         bench_scaling.main(["--config=configs/nano.py", "--devices", "0"])
+
+
+def test_each_number_of_devices_is_recorded(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(job: dict[str, Any], python: str, environment: dict[str, str]) -> dict[str, Any]:
+        devices = int(environment["XLA_FLAGS"].partition("=")[2])
+        return {"devices": devices, "device": "cpu", "accelerator": False, "step_seconds": [float(1 + devices)]}
+
+    monkeypatch.setattr(bench_scaling, "run_contender", run)
+    bench_scaling.main(["--config=configs/nano.py", "--devices", "1", "3", "--record"])
+    assert recorded("scaling") == {
+        "nano, mesh.data, 1 device": (192, "tokens/s", None, None),
+        "nano, mesh.data, 1 device: efficiency": (1.0, None, None, None),
+        "nano, mesh.data, 3 devices": (288, "tokens/s", None, None),
+        "nano, mesh.data, 3 devices: efficiency": (0.5, None, None, None),
+    }

@@ -9,6 +9,7 @@ import pytest
 from smallcoder_jax.base.errors import CheckFailed, UserError
 from smallcoder_jax.config import Config, TrainConfig
 from tests.helpers import tiny_config
+from tests.tools.conftest import Recorded
 from tools import bench_step, op_profile, step_timing, step_torch
 
 NANO = str(Path(bench_step.__file__).resolve().parents[1] / "configs" / "nano.py")
@@ -249,3 +250,31 @@ def test_bad_input_is_refused_before_anything_runs(config: Config) -> None:
 def test_a_contender_that_fails_is_named() -> None:
     with pytest.raises(UserError, match="process of ours ended with 1"):
         bench_step.run_contender({"name": "ours"}, "false")
+
+
+def test_figures_are_recorded_with_the_limits_of_check(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(job: dict[str, Any], python: str) -> dict[str, Any]:
+        seconds = 1.0 if job["name"] == "ours" else 1.3 if job["autocast"] else 1.5
+        return result([seconds], (3 if job["autocast"] else 4) << 20, products="mixed")
+
+    monkeypatch.setattr(bench_step, "run_contender", run)
+    with pytest.raises(CheckFailed):  # and recorded all the same
+        bench_step.main([f"--config={NANO}", "--against=torch", "--autocast", "--rounds=1", "--check", "--record"])
+    figures = recorded("cpu-step")
+    assert figures["nano 3x384/96 mixed: tokens/s"] == (1152, None, None, None)
+    assert figures["nano 3x384/96 mixed: torch memory"] == (4, "MiB", None, None)
+    assert figures["nano 3x384/96 mixed: times torch"] == (1.5, None, "≥ 1.6", False)
+    assert figures["nano 3x384/96 mixed: times torch autocast"] == (1.3, None, "≥ 1.25", True)
+    assert figures["nano 3x384/96 mixed: memory / torch autocast"] == (1.3333, None, "≤ 1", False)
+    assert figures["nano 3x384/96 mixed: MFU"] == (0.1152, "%", None, None)
+    assert recorded("gpu-step") == {}
+
+
+def test_what_is_promised_of_an_h200_is_recorded(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
+    h200 = {"accelerator": True, "device": "NVIDIA H200"}
+    monkeypatch.setattr(bench_step, "run_contender", lambda job, python: result([0.5], 1 << 30, **h200))
+    config = f"--config={Path(NANO).parent / 'medium_lc.py'}"
+    bench_step.main([config, "--config.train.batch_size=8", "--documents=row", "--record"])
+    figures = recorded("gpu-step")
+    assert figures["medium-lc 8x8192/row bf16: tokens/s"] == (131072, None, "≥ 160,000", False)
+    assert figures["medium-lc 8x8192/row bf16: memory"] == (1024, "MiB", None, None)

@@ -3,17 +3,20 @@
 import dataclasses
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
 
-from smallcoder_jax.base.errors import UserError
+from smallcoder_jax.base.errors import CheckFailed, UserError
 from smallcoder_jax.configfile import load_config
+from smallcoder_jax.evaluate.completions import Written
 from smallcoder_jax.huggingface import write
 from smallcoder_jax.loading import load
 from smallcoder_jax.models import build
 from smallcoder_jax.tokenizers.bytes import ByteTokenizer
 from tests.helpers import FLOAT32, tiny_model
+from tests.tools.conftest import Recorded
 from tools import quickstart
 from tools.quickstart import is_checked, wait_for
 
@@ -85,3 +88,27 @@ def test_only_an_export_of_these_weights_that_was_checked_is_left_as_it_is(tmp_p
     assert not is_checked(checked, dataclasses.replace(exported, model=other, params=smaller))
     trained_on = jax.tree.map(lambda x: x + 1e-6, exported.params)
     assert not is_checked(checked, dataclasses.replace(exported, params=trained_on))
+
+
+def test_its_figures_are_recorded_with_the_limit_of_its_exit_code(
+    recorded: Recorded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = {"bits_per_byte": 2.3, "references": {"gzip -9": 2.285, "xz -9e": 2.208}}
+    written = [Written("", "", parses=number < 2, repeats=False) for number in range(4)]
+    monkeypatch.setattr("smallcoder_jax.train", lambda *_: SimpleNamespace(interrupted=False, tokens_seen=1))
+    model = SimpleNamespace(generate=lambda *_, **__: [SimpleNamespace(text="x")])
+    monkeypatch.setattr("smallcoder_jax.load", lambda _: model)
+    monkeypatch.setattr("smallcoder_jax.run.evaluate_run", lambda *_: result)
+    monkeypatch.setattr(quickstart, "complete_held_out", lambda *_: written)
+    monkeypatch.setattr(quickstart, "is_checked", lambda *_: True)
+    (tmp_path / "export").mkdir()
+    with pytest.raises(CheckFailed, match=r"2\.300 bits per byte is not below"):
+        quickstart.main([f"--workdir={tmp_path}", "--record"])
+    figures = recorded("quickstart")
+    assert 0 <= figures.pop("time of tools.quickstart, again")[0] < 60
+    assert figures == {
+        "bits per byte, file by file": (2.3, None, "below 2.208", False),
+        "good greedy completions of 4": (50.0, "%", None, None),
+        "bits per byte, gzip -9": (2.285, None, None, None),
+        "bits per byte, xz -9e": (2.208, None, None, None),
+    }

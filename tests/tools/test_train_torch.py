@@ -7,6 +7,7 @@ import pytest
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import Config, DataConfig, EvalConfig, TokenizerConfig, TrainConfig
 from tests.helpers import tiny_config, tiny_model
+from tests.tools.conftest import Recorded
 from tools import train_torch
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -56,3 +57,14 @@ def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
         train_torch.main([*flags, "--config.stage.start=runs/other"])
     with pytest.raises(UserError, match=r"train.microbatch_size=1: theirs has none"):
         train_torch.main([*flags, "--config.train.microbatch_size=1"])
+
+
+def test_all_trainers_are_recorded(recorded: Recorded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [train_torch.Row("smallcoder_jax", 20, 10_240, 4.4, 1.398), train_torch.Row("torch", 18, 9_216, 4.4, 1.981)]
+    monkeypatch.setattr(train_torch, "check", lambda config, learning_rate: None)  # which imports torch
+    monkeypatch.setattr(train_torch, "compare", lambda config, workdir, learning_rate: rows)
+    assert train_torch.main(["--config=configs/nano.py", f"--workdir={tmp_path / 'runs'}", "--record"]) == 0
+    figures = recorded("quickstart")
+    assert figures["smallcoder_jax, equal time: bits per byte"] == (1.398, None, None, None)
+    assert figures["torch, equal time: steps"] == (18, None, None, None)
+    assert figures["torch, equal time: seconds"] == (4, "s", None, None)
