@@ -202,10 +202,10 @@ def figures(result: dict[str, Any]) -> list[Figure]:
     """What is recorded of each pipeline, ours with the limit of --check."""
     note = f"rows of {result['sequence_length']}, {result['batch_size']} to a batch"
     return [
-        Figure(f"ours, {row['workers']} workers", row["tokens_per_second"], "tokens/s", f"≥ {WANTED / 1e6:g}M",
+        Figure(f"ours, {row['workers']} workers: tokens/s", row["tokens_per_second"], None, f"≥ {WANTED / 1e6:g}M",
                row["tokens_per_second"] >= WANTED, note)
         if row["pipeline"] == "grain"
-        else Figure(f"{row['pipeline']}, {row['workers']} workers", row["tokens_per_second"], "tokens/s", note=note)
+        else Figure(f"{row['pipeline']}, {row['workers']} workers: tokens/s", row["tokens_per_second"], note=note)
         for row in result["rows"]
     ]  # fmt: skip
 

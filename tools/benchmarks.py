@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FOLDER, PAGE = ROOT / "docs" / "benchmarks", ROOT / "docs" / "benchmarks.md"
 WIDTH = 110
 # The longest cell of each column of a table: with the separators, and the numbers of runs, a row is WIDTH long.
-FIGURE_WIDTH, VALUE_WIDTH, LIMIT_WIDTH, MACHINE_WIDTH = 46, 19, 12, 6
+FIGURE_WIDTH, VALUE_WIDTH, LIMIT_WIDTH, MACHINE_WIDTH = 50, 16, 12, 6
 DIGITS = 5  # that are recorded of a measured value
 RECORD_HELP = "append the figures to docs/benchmarks/, with date, commit, machine, versions and load"
 # The load before this command took the cores for itself.
@@ -237,7 +237,7 @@ def newest(lines: Iterable[Line]) -> list[Line]:
 
 def section(lines: Iterable[Line], names: dict[str, str]) -> list[str]:
     """The table of a subject, and the runs that its rows are from."""
-    rows = [["figure", "value", "limit", "holds", "on", "run"]]
+    rows = [["figure", "value", "limit", "held", "on", "run"]]
     runs: dict[tuple[Any, ...], list[Line]] = {}
     for line in newest(lines):
         runs.setdefault(_run(line), []).append(line)
@@ -284,8 +284,9 @@ def described(lines: Sequence[Line]) -> str:
     for note, figures in sorted(notes.items(), key=lambda item: len(item[1]) < len(lines)):
         of_figures.setdefault(tuple(figures), []).append(markdown(note))
     for figures, texts in of_figures.items():
-        about = "" if len(figures) == len(lines) else f"*{markdown('; '.join(figures))}*: "
-        parts.append(about + ", ".join(texts))
+        others = [line["figure"] for line in lines if line["figure"] not in figures]
+        about = "all but " + "; ".join(others) if len(others) < len(figures) else "; ".join(figures)
+        parts.append((f"*{markdown(about)}*: " if others else "") + ", ".join(texts))
     return "; ".join(parts) + "."
 
 

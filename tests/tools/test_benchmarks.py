@@ -81,14 +81,16 @@ def test_what_nobody_has_measured_is_listed_until_somebody_has(folder: Path) -> 
 
 def test_a_run_says_what_its_figures_have_in_common_and_a_note_whose_it_is(folder: Path) -> None:
     run = {"commit": "abc", "versions": "jax 1", "load": 0.5, "command": "measure"}
-    page = page_of(folder, line(**run, note="alone; warm"), line(figure="memory", **run, note="warm"))
-    assert "\n1. 2026-11-20, commit abc, load 0.5, jax 1: `measure`; warm; *tokens*: alone.\n" in page
+    others = [line(figure=name, **run, note="warm; idle") for name in ("memory", "loss")]
+    page = page_of(folder, line(**run, note="alone; warm"), *others)
+    described = "commit abc, load 0.5, jax 1: `measure`; warm; *tokens*: alone; *all but tokens*: idle."
+    assert f"\n1. 2026-11-20, {described}\n" in page
     assert "- **Xeon**: 2 cores of an Intel Xeon" in page
 
 
 def test_lines_stay_within_110_characters(folder: Path) -> None:
     long = "a word " * 60
-    widest = line(figure="f" * 46, value="v" * 19, limit="l" * 12, holds=False, command=long, note=long, versions=long)
+    widest = line(figure="f" * 50, value="v" * 16, limit="l" * 12, holds=False, command=long, note=long, versions=long)
     others = [
         line(figure=f"{number}", command=f"{number}", machine=f"a Threadripper, {number}") for number in range(98)
     ]
@@ -109,8 +111,8 @@ def test_lines_stay_within_110_characters(folder: Path) -> None:
         (json.dumps(line(more=1)), "and no others"),
         (json.dumps(line(value=True)), "value is true; expected a number"),
         (json.dumps(line(value=float("nan"))), "NaN is no JSON number"),
-        (json.dumps(line(value="v" * 20)), "20 characters; expected at most 19"),
-        (json.dumps(line(figure="f" * 47)), "at most 46 characters"),
+        (json.dumps(line(value="v" * 17)), "17 characters; expected at most 16"),
+        (json.dumps(line(figure="f" * 51)), "at most 50 characters"),
         (json.dumps(line(figure="two\nlines")), "figure is"),
         (json.dumps(line(limit="l" * 13)), "at most 12 characters"),
         (json.dumps(line(holds="yes")), "expected true, false or null"),
