@@ -3,7 +3,7 @@
     python -m tools.benchmarks [--check]
 
 A file is a subject, a line of it one measured figure as a JSON object (FIELDS). The page shows the newest value of
-every figure on every kind of machine; of two from one day, the later line. docs/benchmarks/template.md has the page's
+every figure on every kind of machine; of two from one day, the later line. docs/benchmarks/template.txt has the page's
 prose and says where each subject's table goes. A line whose value is null says what nobody has measured yet.
 
 The benchmarks append lines by `record` (their flag --record). --check writes nothing and ends with exit code 3 where
@@ -184,7 +184,7 @@ def render(folder: Path) -> str:
     parts = {subject: section(lines, names) for subject, lines in subjects.items()}
     parts["machines"] = [line for text, name in names.items() for line in _item(f"- **{name}**: {markdown(text)}")]
     parts["not measured"] = not_measured(subjects)
-    template = folder / "template.md"
+    template = folder / "template.txt"
     page = []
     for number, text in enumerate(files.read_text(template, "the prose of the page").splitlines(), 1):
         place = re.fullmatch(r"<!-- ([a-z -]+) -->", text)

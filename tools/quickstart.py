@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from smallcoder_jax.base.arguments import ArgumentParser
-from smallcoder_jax.base.display import say
+from smallcoder_jax.base.display import printable, say
 from smallcoder_jax.base.errors import EXIT_INTERRUPTED, CheckFailed, UserError, run_cli
 from smallcoder_jax.config import Config
 from smallcoder_jax.configfile import load_config, split_overrides
@@ -36,11 +36,7 @@ PROMPT = "def read_lines(path):\n    with open("
 
 def main(argv: list[str] | None = None) -> int:
     arguments, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
-    parser = ArgumentParser(prog="python -m tools.quickstart", description=__doc__)
-    parser.add_argument("--workdir", type=Path, default="runs/quickstart", help="the run folder")
-    parser.add_argument("--checker", type=Path, help="file that appears when torch and transformers are installed")
-    parser.add_argument("--record", action="store_true", help=benchmarks.RECORD_HELP)
-    options = parser.parse_args(arguments)
+    options = build_parser().parse_args(arguments)
     workdir = options.workdir
     again = workdir.exists()
     config = load_config(str(CONFIG), overrides)
@@ -49,7 +45,6 @@ def main(argv: list[str] | None = None) -> int:
     names.family(config.model)  # before anything is trained: what cannot be exported ends here
     start = time.monotonic()
     import smallcoder_jax
-    from smallcoder_jax.base.display import printable
     from smallcoder_jax.base.terminal import format_table, human_count, human_time
     from smallcoder_jax.config import parameter_count
     from smallcoder_jax.evaluate.completions import share
@@ -87,11 +82,7 @@ def main(argv: list[str] | None = None) -> int:
         ["time", human_time(seconds)],
     ]
     say("\n" + format_table(["quick start", ""], rows))
-    say(f"\nprompt:\n\n{PROMPT}\n\nprompt and completion, greedy:\n\n{PROMPT}{printable(completion.text)}\n")
-    say(f"report      {workdir / 'report.html'}\ncharts      {workdir / 'charts' / 'training_latest.png'}")
-    say(f"complete    python -m tools.generate --checkpoint {shlex.quote(str(workdir))} --interactive")
-    say("your code   python -m smallcoder_jax.main --config=configs/nano.py --workdir=runs/mine "
-          "--config.data.sources=dir:/path/to/code")  # fmt: skip
+    say_what_is_there(workdir, completion.text)
     if options.record:
         benchmarks.record("quickstart", figures(result, written, seconds, again=again))
     if result["bits_per_byte"] >= references["xz -9e"]:
@@ -99,6 +90,24 @@ def main(argv: list[str] | None = None) -> int:
             f"{result['bits_per_byte']:.3f} bits per byte is not below xz -9e file by file, {references['xz -9e']:.3f}"
         )
     return 0
+
+
+def build_parser() -> ArgumentParser:
+    """Every flag of the command."""
+    parser = ArgumentParser(prog="python -m tools.quickstart", description=__doc__)
+    parser.add_argument("--workdir", type=Path, default="runs/quickstart", help="the run folder")
+    parser.add_argument("--checker", type=Path, help="file that appears when torch and transformers are installed")
+    parser.add_argument("--record", action="store_true", help=benchmarks.RECORD_HELP)
+    return parser
+
+
+def say_what_is_there(workdir: Path, completion: str) -> None:
+    """Shows the completion of PROMPT, and says what can be opened and typed next."""
+    say(f"\nprompt:\n\n{PROMPT}\n\nprompt and completion, greedy:\n\n{PROMPT}{printable(completion)}\n")
+    say(f"report      {workdir / 'report.html'}\ncharts      {workdir / 'charts' / 'training_latest.png'}")
+    say(f"complete    python -m tools.generate --checkpoint {shlex.quote(str(workdir))} --interactive")
+    say("your code   python -m smallcoder_jax.main --config=configs/nano.py --workdir=runs/mine "
+          "--config.data.sources=dir:/path/to/code")  # fmt: skip
 
 
 def figures(result: dict[str, Any], written: list[Written], seconds: float, *, again: bool) -> list[Figure]:

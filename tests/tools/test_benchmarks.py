@@ -26,7 +26,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with one subject, in the place of the project's."""
     monkeypatch.setattr(benchmarks, "FOLDER", tmp_path)
     monkeypatch.setattr(benchmarks, "PAGE", tmp_path / "page.md")
-    (tmp_path / "template.md").write_text("# Page\n\n<!-- machines -->\n\n<!-- speed -->\n\n<!-- not measured -->\n")
+    (tmp_path / "template.txt").write_text("# Page\n\n<!-- machines -->\n\n<!-- speed -->\n\n<!-- not measured -->\n")
     (tmp_path / "speed.jsonl").write_text("")
     return tmp_path
 
@@ -96,8 +96,8 @@ def test_lines_stay_within_110_characters(folder: Path) -> None:
     ]
     page = page_of(folder, *others, widest, line(figure="x", value=None, date=None, command=long))
     assert max(map(len, page.splitlines())) <= 110
-    (folder / "template.md").write_text("w " * 56)
-    with pytest.raises(UserError, match=r"template\.md, line 1: 112 characters; expected at most 110"):
+    (folder / "template.txt").write_text("w " * 56)
+    with pytest.raises(UserError, match=r"template\.txt, line 1: 112 characters; expected at most 110"):
         benchmarks.main([])
 
 
@@ -134,8 +134,8 @@ def test_a_file_without_a_place_and_a_place_without_a_file_are_refused(folder: P
     (folder / "more.jsonl").write_text("")
     with pytest.raises(UserError, match="no place for more"):
         benchmarks.main([])
-    (folder / "template.md").write_text("<!-- none -->\n")
-    with pytest.raises(UserError, match=r"template\.md, line 1: none is no file of"):
+    (folder / "template.txt").write_text("<!-- none -->\n")
+    with pytest.raises(UserError, match=r"template\.txt, line 1: none is no file of"):
         benchmarks.main([])
 
 
