@@ -10,7 +10,7 @@ family has learned positions, LayerNorm, GELU and biases. nano is the quick star
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -68,14 +68,14 @@ def get_config(variant: str = "medium_lc") -> ConfigDict:
     return config
 
 
-def _long_context(config: ConfigDict) -> None:
+def _long_context(config: Any) -> None:
     config.model.rope_theta = 500_000.0
     config.eval.update(batches=4)
     config.compute.update(layers="scan", remat="full")
     config.data.repository_order = True
 
 
-def _staged(config: ConfigDict) -> None:
+def _staged(config: Any) -> None:
     config.model.update(vocab_size=32000, head_size=64, mlp="gelu", bias="all")
     if config.model.width < 1024:
         config.train.microbatch_size = 0
@@ -84,7 +84,7 @@ def _staged(config: ConfigDict) -> None:
         config.compute.remat = "full"
 
 
-def _nano(config: ConfigDict) -> None:
+def _nano(config: Any) -> None:
     config.model.update(vocab_size=2048, head_size=64)
     config.compute.update(dtype="float32", matmul="auto")  # bfloat16 activations are slower on a CPU
     config.data.update(sources="stdlib", fim_rate=0.1)
