@@ -323,7 +323,7 @@ def test_resumes_with_workers(prepared, packer):
 
 STOPPED_FROM_OUTSIDE = """
 import os, pathlib, signal, sys
-from smallcoder_jax.data import shards
+from smallcoder_jax.data.tokens import shards
 from tests.data.rows.test_documents import iterate
 
 if __name__ == "__main__":
