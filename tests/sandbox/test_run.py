@@ -365,7 +365,7 @@ def prepared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_attack_reaches_nothing(attack: tuple[Any, ...], prepared: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     _, body, expected, filtered = attack
     if not filtered:
-        monkeypatch.setattr(sandbox, "seccomp_filter", lambda: ALLOW_ALL)
+        monkeypatch.setattr(process, "seccomp_filter", lambda: ALLOW_ALL)
     code = PRELUDE + f"def f(x):\n {body}\n"
     outcome = run_python(code, calls=[Call("f", (prepared,))], limits=QUICK)
     assert outcome.results[0].is_value(expected), outcome
