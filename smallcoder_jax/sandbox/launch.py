@@ -15,6 +15,7 @@ line; the program never holds it.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import fcntl
 import json
