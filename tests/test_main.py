@@ -336,7 +336,7 @@ def test_stages_take_a_variant_behind_a_colon(capsys: pytest.CaptureFixture[str]
     assert load_config("configs/stages/tools.py", []).name == "smallcoder-small-tools"
     with pytest.raises(UserError, match=r"nana\.py' does not exist; did you mean '.*nano\.py'"):
         load_config("configs/stages/code.py:nana", [])
-    with pytest.raises(UserError, match="takes no argument; leave .:nano. out"):
+    with pytest.raises(UserError, match=r"takes no argument; leave .:nano. out"):
         load_config("configs/nano.py:nano", [])
     assert main(["--list"]) == 0
     said = capsys.readouterr().out
