@@ -17,7 +17,7 @@ from smallcoder_jax.base.display import one_line
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import read_bytes, read_json, read_json_object, reason
 from smallcoder_jax.base.runtime import configure_jax
-from smallcoder_jax.config import ComputeConfig, ModelConfig, from_config_dict, nearest, parameter_count
+from smallcoder_jax.config import ComputeConfig, ModelConfig, from_config_dict, nearest
 from smallcoder_jax.generate.chat import Reply, ReplyStream
 from smallcoder_jax.generate.engine import Completion, Generator
 from smallcoder_jax.generate.sampling import SamplingOptions
@@ -35,8 +35,8 @@ from smallcoder_jax.train.whereabouts import read_tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """Shape, unrolled parameters and tokenizer. `info`: what the run or the export says of itself. `origin`: where it
-    is from, as JSON: `path`, `step` and `hash`. `head`: of the stages that train one.
+    """Shape, the model's own parameters, unrolled, and tokenizer. `info`: what the run or the export says of itself.
+    `origin`: where it is from, as JSON: `path`, `step` and `hash`. `head`: of the stages that train one.
     """
 
     model: ModelConfig
@@ -55,7 +55,7 @@ class LoadedModel:
     def __repr__(self) -> str:  # a notebook shows it, and parameters are many numbers
         step = "" if self.origin["step"] is None else f", step {self.origin['step']}"
         return (
-            f"<model of {one_line(self.origin['path'])}{step}: {parameter_count(self.model):,} parameters, "
+            f"<model of {one_line(self.origin['path'])}{step}: {self.model.parameter_count():,} parameters, "
             f"context {self.model.context}, {self.tokenizer.vocab_size:,} tokenizer entries>"
         )
 
@@ -158,9 +158,9 @@ def _from_run(folder: RunFolder, step: int | str | None) -> LoadedModel:
     tokenizer, tokenizer_folder = read_tokenizer(folder, meta["tokenizer_hash"])
     compute = dataclasses.replace(config.compute, layers="unroll", remat="none")
     info = {**meta, "run": run, "step_folder": str(target)}
-    decoder, head = build.to_unrolled(build.decoder_params(params)), params.get("head")
+    model, head = build.to_unrolled(build.model_params(params)), params.get("head")
     where = origin(folder.path, step)
-    return LoadedModel(config.model, compute, decoder, tokenizer, tokenizer_folder, info, where, head)
+    return LoadedModel(config.model, compute, model, tokenizer, tokenizer_folder, info, where, head)
 
 
 def _base(path: Path, facts: Mapping[str, Any]) -> build.Params:

@@ -160,19 +160,18 @@ def list_configs() -> str:
     Imports no model.
     """
     from smallcoder_jax.base.terminal import format_table
-    from smallcoder_jax.config import parameter_count
     from smallcoder_jax.configfile import config_files, config_folder, read_config_file
 
     folder = config_folder()
     configs = [(path, from_config_dict(read_config_file(str(path)))) for path in config_files(folder)]
-    configs.sort(key=lambda item: (parameter_count(item[1].model), item[1].model.context))
+    configs.sort(key=lambda item: (item[1].model.parameter_count(), item[1].model.context))
     stages = config_files(folder / "stages")
     configs += [(Path(f"{path}:VARIANT"), from_config_dict(read_config_file(str(path)))) for path in stages]
     rows = [
         (
             path.relative_to(folder.parent),
             config.name,
-            f"{parameter_count(config.model):,}",
+            f"{config.model.parameter_count():,}",
             config.model.context,
             config.data.sources,
         )

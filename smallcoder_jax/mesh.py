@@ -24,24 +24,9 @@ BATCH = P(("data", "fsdp"), "context")  # rows and tokens of [B, T, ...]
 TOKENS = P(TOKEN_AXES)  # tokens of [X, ...], as `flat_tokens` puts them
 HEADS = P(("data", "fsdp"), "context", "tensor", None)  # rows, tokens and heads of [B, T, N, H]
 
-# Path pattern -> how the parameter is split, in the unrolled layout. The first match holds; every path must match.
-RULES: tuple[tuple[str, P], ...] = (
-    (r"embed/embedding", P("tensor", "fsdp")),
-    (r"position_embed/embedding", P()),
-    (r"unembed/kernel", P("fsdp", "tensor")),
-    (r".*(query|key|value|gate|up)/kernel", P("fsdp", "tensor")),
-    (r".*(output|down)/kernel", P("tensor", "fsdp")),
-    (r".*(query|key|value|gate|up)/bias", P("tensor")),
-    (r".*(scale|bias)", P()),
-    (r"head/kernel", P()),
-    # Adapters: `a` as the input of its kernel, `b` as the output. Their product then comes out split as the kernel is,
-    # and nothing is sent to make it.
-    (r".*(query|key|value|gate|up)/kernel/a", P("fsdp", None)),
-    (r".*(query|key|value|gate|up)/kernel/b", P(None, "tensor")),
-    (r".*(output|down)/kernel/a", P("tensor", None)),
-    (r".*(output|down)/kernel/b", P(None, "fsdp")),
-    (r"lora_scale", P()),
-)
+# Name pattern -> how the parameter is split, in the unrolled layout: of a family. The first match holds.
+Rules = Sequence[tuple[str, P]]
+_OF_EVERY_FAMILY: Rules = ((r"head/(kernel|bias)", P()), (r"lora_scale", P()))
 
 
 def make_mesh(mesh: MeshConfig, model: ModelConfig, batch_size: int, devices: list[Any] | None = None) -> Mesh:
@@ -52,11 +37,10 @@ def make_mesh(mesh: MeshConfig, model: ModelConfig, batch_size: int, devices: li
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(mesh, len(devices))
     check_rows(sizes, batch_size, "train.batch_size, or train.microbatch_size where it is set")
-    for name, size in (("kv_heads", model.kv_heads), ("mlp_width", model.mlp_width), ("vocab_size", model.vocab_size)):
-        if size % sizes["tensor"]:
-            raise UserError(f"model.{name}={size} does not divide over mesh.tensor={sizes['tensor']}")
-    if model.width % sizes["fsdp"]:
-        raise UserError(f"model.width={model.width} does not divide over mesh.fsdp={sizes['fsdp']}")
+    for axis, names in model.DIVIDED.items():
+        for name in names:
+            if getattr(model, name) % sizes[axis]:
+                raise UserError(f"model.{name}={getattr(model, name)} does not divide over mesh.{axis}={sizes[axis]}")
     placed = place_devices(sizes, devices)
     processes = np.vectorize(lambda device: device.process_index, otypes=[int])(placed)
     along = AXES.index("context")
@@ -140,24 +124,34 @@ def path_name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def spec_of(name: str, ndim: int) -> P:
+def parameter_name(path: tuple[Any, ...]) -> str:
+    """How a parameter of `models.build`'s parts is called: as `path_name`, the part `model` not being named."""
+    return path_name(tuple(key for key in path if key != jax.tree_util.DictKey("model")))
+
+
+def spec_of(rules: Rules, name: str, ndim: int) -> P:
     """The split of the parameter (or of its optimizer state) called `name`; scanned blocks have a leading layer axis.
 
-    A teacher's and a critic's are split as a model's. Raises KeyError when no rule matches: a new parameter must say
-    how it is split.
+    A teacher's and a critic's are split as a model's. Of adapters `a` is split as the input of its kernel, `b` as its
+    output: their product comes out split as the kernel is, and nothing is sent to make it. Raises KeyError when no rule
+    matches: a new parameter must say how it is split.
     """
-    name = re.sub("^(teacher|critic)/", "", name)
-    for pattern, spec in RULES:
-        if re.fullmatch(pattern, name):
-            axes = max(ndim - len(spec), 0) if re.match(r"(lora/)?blocks/(?!\d)", name) else 0
+    kernel, adapter, side = re.sub("^(teacher|critic|lora)/", "", name), "", ""
+    if name.startswith("lora/"):
+        kernel, adapter, side = kernel.rpartition("/")
+    for pattern, spec in (*rules, *_OF_EVERY_FAMILY):
+        if re.fullmatch(pattern, kernel):
+            if adapter:
+                spec = P(spec[0], None) if side == "a" else P(None, spec[1])
+            axes = max(ndim - len(spec), 0) if re.search(r"(^|/)blocks/(?!\d)", kernel) else 0
             return P(*[None] * (axes if spec else 0), *spec)
     raise KeyError(f"no sharding rule for parameter '{name}'")
 
 
-def params_sharding(mesh: Mesh, params: Any) -> Any:
+def params_sharding(mesh: Mesh, params: Any, rules: Rules) -> Any:
     """A NamedSharding for every leaf of `params` (arrays or shapes)."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, spec_of(path_name(path), leaf.ndim)), params
+        lambda path, leaf: NamedSharding(mesh, spec_of(rules, parameter_name(path), leaf.ndim)), params
     )
 
 

@@ -12,13 +12,12 @@ from jax import Array
 
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import OptimizerConfig
-from smallcoder_jax.mesh import path_name
+from smallcoder_jax.mesh import parameter_name
 from smallcoder_jax.ops.precision import product
 
 # Newton-Schulz coefficients of Muon (Jordan et al., 2024, kellerjordan.github.io/posts/muon).
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 NEWTON_SCHULZ_STEPS = 5
-MUON_PATTERN = r"(critic/)?blocks/.*/kernel"
 
 
 def schedule(optimizer: OptimizerConfig, steps: int) -> optax.Schedule:
@@ -44,8 +43,10 @@ def schedule(optimizer: OptimizerConfig, steps: int) -> optax.Schedule:
     return share
 
 
-def make_optimizer(optimizer: OptimizerConfig, steps: int) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(optimizer: OptimizerConfig, steps: int, muon: str) -> optax.GradientTransformationExtraArgs:
     """clip -> (AdamW | Muon on hidden matrices, AdamW on the rest) -> decay -> schedule, as one optax chain.
+
+    `muon` is a pattern of the names of a model's parameters that Muon takes, a critic's among them.
 
     Updates are to be added to the parameters. Where its argument `sound` is false (a bool scalar), the optimizer's
     state stays as it was and the updates mean nothing. Raises UserError when `decay_pattern` is not a regular
@@ -55,7 +56,7 @@ def make_optimizer(optimizer: OptimizerConfig, steps: int) -> optax.GradientTran
         pattern = re.compile(optimizer.decay_pattern)
     except re.error as error:
         raise UserError(f"optimizer.decay_pattern={optimizer.decay_pattern!r} is not a pattern: {error}") from error
-    share = schedule(optimizer, steps)
+    share, hidden = schedule(optimizer, steps), re.compile(rf"(critic/)?({muon})")
 
     def finish(peak: float) -> optax.GradientTransformation:
         return optax.chain(
@@ -74,7 +75,7 @@ def make_optimizer(optimizer: OptimizerConfig, steps: int) -> optax.GradientTran
                 "muon": optax.chain(scale_by_muon(optimizer.muon_momentum), finish(optimizer.muon_learning_rate)),
                 "adam": adam,
             },
-            lambda params: _by_path(params, lambda name: "muon" if re.fullmatch(MUON_PATTERN, name) else "adam"),
+            lambda params: _by_path(params, lambda name: "muon" if hidden.fullmatch(name) else "adam"),
         )
     clip = clip_by_global_norm(optimizer.clip_norm) if optimizer.clip_norm > 0 else optax.identity()
     chain = optax.with_extra_args_support(optax.chain(clip, update))
@@ -180,4 +181,4 @@ def orthogonalize(matrix: Array) -> Array:
 
 
 def _by_path(params: Any, label: Any) -> Any:
-    return jax.tree_util.tree_map_with_path(lambda path, _: label(path_name(path)), params)
+    return jax.tree_util.tree_map_with_path(lambda path, _: label(parameter_name(path)), params)

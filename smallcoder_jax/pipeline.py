@@ -12,14 +12,15 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from smallcoder_jax import loading, run
 from smallcoder_jax.base.artifacts import new_folder, short_key
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import read_json, write_json
 from smallcoder_jax.base.progress import Progress
-from smallcoder_jax.config import Config, nearest, to_dict
+from smallcoder_jax.config import Config, Measure, nearest, to_dict
+from smallcoder_jax.config.stages import StageKind
 from smallcoder_jax.configfile import PROJECT, load_config
 from smallcoder_jax.data.tokens.train_tokenizer import make_tokenizer
 from smallcoder_jax.report.log_files import read_csv
@@ -29,8 +30,8 @@ from smallcoder_jax.stages import sft
 from smallcoder_jax.tokenizers import chat
 
 CONFIGS = PROJECT / "configs"
-# Each goes on from the last of these before it; the others leave the model as it is.
-POLICY = ("language", "code", "tools", "dpo", "ppo", "grpo")
+# In their order; each but the first is a file in configs/stages/, which says what judges it.
+STAGES = ("tokenizer", "language", "code", "tools", "reward", "dpo", "ppo", "grpo", "distill")
 ERRORS = 2  # standard errors: a difference below that is taken for noise
 
 
@@ -43,52 +44,20 @@ class Change(NamedTuple):
     standard_error: float | None = None
 
 
-@dataclasses.dataclass(frozen=True)
-class Measure:
-    """What a stage is judged by on held-out data: that it gets better (`better`, which way that is), and that it comes
-    to no less than `least` and no more than `most`. Without any of these it is only shown. `error` names the standard
-    error of the difference, where an evaluation knows it: better is then by more than `ERRORS` of these.
-    """
-
-    name: str
-    better: Literal["higher", "lower"] | None = None
-    least: float | None = None
-    most: float | None = None
-    error: str = ""
-
-    def fault(self, change: Change) -> str | None:
-        """What does not hold, in words; None where all does."""
-        before, after, error = change
-        found = f"{self.name} was {before}, is {after:.4g}"
-        if self.least is not None and not after >= self.least:
-            return f"{found}, wanted at least {self.least}"
-        if self.most is not None and not after <= self.most:
-            return f"{found}, wanted at most {self.most}"
-        if not self.better or before is None:
-            return None
-        gained = after - before if self.better == "higher" else before - after
-        if error is not None and not gained > ERRORS * error:
-            return f"{found}, wanted {self.better} by more than its noise, {ERRORS} x {error:.4g}"
-        return None if gained > 0 else f"{found}, wanted {self.better}"
-
-
-# Nats per answer that a policy may be from its start: where rewards rise and this does too, the reward is being misled.
-MOST_DIVERGENCE = 4.0
-MEASURES: dict[str, tuple[Measure, ...]] = {
-    "language": (Measure("bits_per_byte", "lower"),),
-    "code": (Measure("bits_per_byte", "lower"),),
-    "tools": (
-        Measure("valid_json", "higher", least=0.8),
-        Measure("right_tool", "higher"),
-        Measure("right_arguments"),  # a small model does not copy the code that calls are about
-    ),
-    "reward": (Measure("accuracy", "higher", least=0.8),),
-    "dpo": (Measure("margin", "higher"), Measure("accuracy", "higher")),
-    "ppo": (Measure("reward", "higher", error="gain_error"), Measure("start_kl", most=MOST_DIVERGENCE)),
-    "grpo": (Measure("reward", "higher", error="gain_error"), Measure("start_kl", most=MOST_DIVERGENCE)),
-    "distill": (Measure("bits_per_byte", "lower"),),
-}
-STAGES = ("tokenizer", *MEASURES)
+def fault(measure: Measure, change: Change) -> str | None:
+    """What does not hold, in words; None where all does."""
+    before, after, error = change
+    found = f"{measure.name} was {before}, is {after:.4g}"
+    if measure.least is not None and not after >= measure.least:
+        return f"{found}, wanted at least {measure.least}"
+    if measure.most is not None and not after <= measure.most:
+        return f"{found}, wanted at most {measure.most}"
+    if not measure.better or before is None:
+        return None
+    gained = after - before if measure.better == "higher" else before - after
+    if error is not None and not gained > ERRORS * error:
+        return f"{found}, wanted {measure.better} by more than its noise, {ERRORS} x {error:.4g}"
+    return None if gained > 0 else f"{found}, wanted {measure.better}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +67,10 @@ class Planned:
     stage: str
     folder: Path
     config: Config
+
+    @property
+    def measures(self) -> list[Measure]:
+        return [Measure.parsed(text) for text in self.config.stage.measures]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,42 +92,47 @@ def plan(variant: str, stages: Sequence[str], workdir: Path, overrides: Sequence
     if list(stages) != sorted(set(stages), key=STAGES.index):
         raise UserError(f"--stages={','.join(stages)}: expected each once, in the order {','.join(STAGES)}")
     planned: list[Planned] = []
-    latest: str | None = None
     for stage in [stage for stage in stages if stage != "tokenizer"]:
-        extra = []
-        if "tokenizer" in stages:
-            extra.append(f"--config.tokenizer.path={workdir / 'tokenizer'}")
-        if stage == "distill":
-            teacher = "code" if "code" in stages else latest
-            if teacher is None:
-                raise UserError("--stages: distill needs a teacher: a stage before it that trains a model")
-            extra.append(f"--config.distill.teacher={workdir / teacher}")
-        elif latest is not None:
-            extra.append(f"--config.stage.start={workdir / latest}")
-        if stage == "ppo":
-            if "reward" not in stages:
-                raise UserError("--stages: ppo needs the stage reward before it")
-            extra.append(f"--config.rl.reward_model={workdir / 'reward'}")
-        file = CONFIGS / "stages" / f"{stage}.py"
-        planned.append(Planned(stage, workdir / stage, load_config(f"{file}:{variant}", [*extra, *overrides])))
-        if stage in POLICY:
-            latest = stage
+        file = f"{CONFIGS / 'stages' / f'{stage}.py'}:{variant}"
+        extra = [f"--config.tokenizer.path={workdir / 'tokenizer'}"] if "tokenizer" in stages else []
+        extra += _models_before(load_config(file, list(overrides)).stage.kind, stage, planned)
+        planned.append(Planned(stage, workdir / stage, load_config(file, [*extra, *overrides])))
     return planned
 
 
+def _models_before(kind: StageKind, stage: str, planned: Sequence[Planned]) -> list[str]:
+    """The flags that name the models which a stage needs, of those planned before it."""
+    policies = [each for each in planned if each.config.stage.kind.policy]
+    drawn = [each for each in policies if not each.config.stage.kind.needs]
+    judges = [each for each in planned if each.config.stage.kind.head]
+    flags = []
+    if "teacher" in kind.needs:
+        if not policies:
+            raise UserError(f"--stages: {stage} needs a teacher: a stage before it that trains a model")
+        flags.append(f"--config.distill.teacher={(drawn or policies)[-1].folder}")
+    elif policies:
+        flags.append(f"--config.stage.start={policies[-1].folder}")
+    if "reward_model" in kind.needs:
+        if not judges:
+            raise UserError(f"--stages: {stage} needs the stage reward before it")
+        flags.append(f"--config.rl.reward_model={judges[-1].folder}")
+    return flags
+
+
 def ensure_tokenizer(planned: Sequence[Planned], folder: Path, progress: Progress) -> None:
-    """Trains the tokenizer of all stages on what language, code and tools read, unless it is there."""
+    """Trains the tokenizer of all stages on the documents and conversations that they read, unless it is there."""
     if folder.is_dir():
         return
     first = planned[0].config
-    sources = list(dict.fromkeys(each.config.data.sources for each in planned if each.stage in ("language", "code")))
+    drawn = [each for each in planned if not each.config.stage.kind.needs]
+    sources = list(dict.fromkeys(each.config.data.sources for each in drawn))
     if not sources:
         raise UserError("--stages: the tokenizer is trained on what language or code read; name one of them")
     data = dataclasses.replace(first.data, sources=",".join(sources))
     said = [
         chat.render(record.conversation)
         for each in planned
-        if each.stage == "tools"
+        if each.config.stage.kind.reads == "conversations"
         for record in sft.prepare(each.config, progress).read("train")
     ]
     tokenizer, _ = make_tokenizer(data, first.model.vocab_size, first.tokenizer.train_bytes, progress, said)
@@ -166,7 +144,7 @@ def run_stage(each: Planned, workdir: Path) -> Done | None:
     """Trains a stage, or finds in the ledger that it is done; None where a signal came before its end."""
     ledger = workdir / "stages.json"
     entries = read_json(ledger, "the ledger of stages") if ledger.exists() else {}
-    names = [(measure.name, measure.error) for measure in MEASURES[each.stage]]
+    names = [(measure.name, measure.error) for measure in each.measures]
     key = short_key([to_dict(each.config), *_made_from(each.config), names])
     entry = entries.get(each.stage)
     if entry is not None and entry["key"] == key:
@@ -190,7 +168,7 @@ def runs_of(planned: Sequence[Planned]) -> list[Path]:
 
 def _beside(each: Planned) -> list[Path]:
     """The run that a stage is judged beside: of a student, the same model that had no teacher."""
-    return [each.folder.with_name(f"{each.folder.name}_alone")] if each.stage == "distill" else []
+    return [each.folder.with_name(f"{each.folder.name}_alone")] if "teacher" in each.config.stage.kind.needs else []
 
 
 def write_report(workdir: Path, variant: str, done: Sequence[Done]) -> Path:
@@ -204,19 +182,16 @@ def write_report(workdir: Path, variant: str, done: Sequence[Done]) -> Path:
 
 def table_rows(done: Sequence[Done]) -> list[tuple[str, str, Change]]:
     """Stage, measure, and its change."""
-    return [
-        (each.stage, measure.name.replace("_", " "), each.measures[measure.name])
-        for each in done
-        for measure in MEASURES[each.stage]
-    ]
+    return [(each.stage, name.replace("_", " "), change) for each in done for name, change in each.measures.items()]
 
 
-def failures(done: Sequence[Done]) -> list[str]:
+def failures(planned: Sequence[Planned], done: Sequence[Done]) -> list[str]:
     """The measures that did not get better, or not as good as is wanted, in words."""
+    measures = {each.stage: each.measures for each in planned}
     found = [
-        (each.stage, measure.fault(each.measures[measure.name])) for each in done for measure in MEASURES[each.stage]
+        (each.stage, fault(measure, each.measures[measure.name])) for each in done for measure in measures[each.stage]
     ]
-    return [f"{stage}: {fault}" for stage, fault in found if fault]
+    return [f"{stage}: {words}" for stage, words in found if words]
 
 
 def _made_from(config: Config) -> list[Any]:
@@ -228,10 +203,9 @@ def _made_from(config: Config) -> list[Any]:
 def _measures(each: Planned) -> dict[str, Change] | None:
     """Before and after, by the stage's own evaluations; None where a signal came first."""
     config = each.config
-    if each.stage == "tools":
+    before, after = _logged(each.folder)
+    if not all(measure.name in after for measure in each.measures):  # they take an evaluation of their own
         before, after = [run.evaluate_run(Path(path), config) for path in (config.stage.start, each.folder)]
-    else:
-        before, after = _logged(each.folder)
     for folder in _beside(each):
         alone = dataclasses.replace(config, distill=dataclasses.replace(config.distill, alpha=1.0))
         if run.train(alone, folder).interrupted:
@@ -239,7 +213,7 @@ def _measures(each: Planned) -> dict[str, Change] | None:
         before = _logged(folder)[1]
     return {
         measure.name: Change(before.get(measure.name), after[measure.name], after.get(measure.error))
-        for measure in MEASURES[each.stage]
+        for measure in each.measures
     }
 
 

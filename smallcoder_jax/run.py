@@ -23,10 +23,9 @@ from smallcoder_jax.base.files import reason
 from smallcoder_jax.base.progress import Progress
 from smallcoder_jax.base.runtime import configure_jax
 from smallcoder_jax.base.terminal import Terminal, human_count
-from smallcoder_jax.config import Config, eval_rows, evaluated_on, to_dict
+from smallcoder_jax.config import KINDS, Config, eval_rows, evaluated_on, to_dict
 from smallcoder_jax.evaluate.sound import check_measures, check_parameters
-from smallcoder_jax.huggingface import names
-from smallcoder_jax.mesh import batch_sharding, place_batch
+from smallcoder_jax.models.families import family_of, published
 from smallcoder_jax.preflight.examine import Report, examine
 from smallcoder_jax.preflight.show import table
 from smallcoder_jax.preflight.target import target_here, target_of
@@ -35,11 +34,10 @@ from smallcoder_jax.report.run_folder import RunFolder, compare_identity
 from smallcoder_jax.stages.shared import next_token
 from smallcoder_jax.stages.shared.start import load_start, with_base
 from smallcoder_jax.train.checkpoint import load_params
+from smallcoder_jax.train.evaluation import on_this_device
 from smallcoder_jax.train.loop import Outcome, Trainer
 from smallcoder_jax.train.program import make_program
-from smallcoder_jax.train.step import make_eval_step
 from smallcoder_jax.train.stop import interruptible
-from smallcoder_jax.train.sums import EvalMetrics
 from smallcoder_jax.train.task import Task, run_identity
 from smallcoder_jax.train.whereabouts import data_folders
 
@@ -143,29 +141,19 @@ def reevaluate(config: Config, step_folder: Path, meta: dict[str, Any]) -> float
         task = _make_task(config, Progress(silent))
     if differences := compare_identity(meta["identity"], run_identity(config, task)):
         raise UserError(f"data or start are not those of the checkpoint: {'; '.join(differences)}")
-    program = make_program(config, task.loss_fn, jax.devices()[:1], reported=task.reported, frozen=task.frozen)
+    program = make_program(config, task.loss_fn, jax.devices()[:1], frozen=task.frozen, frozen_model=task.frozen_model)
     params, _ = load_params(step_folder, program.state.params)
-    frozen = jax.device_put(task.frozen, program.frozen_shardings)
-    step = make_eval_step(
-        task.loss_fn,
-        matmul=program.matmul.kind,
-        mesh=program.mesh,
-        shardings=program.shardings.params,
-        frozen_shardings=program.frozen_shardings,
-    )
-    if task.see is not None:
-        task.see({**frozen, **params})
-    total = EvalMetrics.empty()
-    batches = task.loss_batches or task.validation_batches
-    for rows in batches(config.eval.batches, range(eval_rows(config))):
-        sums = step(params, place_batch(batch_sharding(program.mesh), rows), frozen)
-        total = total.merge(EvalMetrics.from_model_output(**jax.device_get(sums)))
-    return task.summarise(total.compute())["loss"]
+    parts = {**jax.device_put(task.frozen, program.frozen_shardings), **params}
+    evaluation = on_this_device(config.compute, task.loss_fn, parts, rows=eval_rows(config), limit=config.eval.batches)
+    found = task.evaluate(dataclasses.replace(evaluation, loss_alone=True))
+    assert found is not None  # nobody stops it
+    return found["loss"]
 
 
 def _make_task(config: Config, progress: Progress) -> Task:
     loaded = load_start(config)
-    return with_base(config, loaded, _stage(config).make_task(config, loaded, progress))
+    task = with_base(config, loaded, _stage(config).make_task(config, loaded, progress))
+    return dataclasses.replace(task, own_losses=family_of(config.model).losses)
 
 
 def _stage(config: Config) -> Any:
@@ -178,8 +166,9 @@ def preflight(config: Config, topology: str, tokens: float | None = None, price:
 
     Raises UserError on a topology that is not known, and where its compiler is not installed.
     """
-    if config.stage.name not in ("pretrain", "sft"):
-        raise UserError(f"preflight knows the steps of pretrain and sft, not yet those of {config.stage.name}")
+    if not config.stage.kind.next_token:
+        known = " and ".join(name for name, kind in KINDS.items() if kind.next_token)
+        raise UserError(f"preflight knows the steps of {known}, not yet those of {config.stage.name}")
     return examine(config, next_token.make_loss(config), target_of(topology), tokens=tokens, price=price)
 
 
@@ -207,7 +196,7 @@ def memory_explained(config: Config) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        if config.stage.name not in ("pretrain", "sft"):
+        if not config.stage.kind.next_token:
             raise UserError(f"out of memory: {error}\n\nlower train.microbatch_size, or set compute.remat") from error
         report = examine(config, next_token.make_loss(config), target_here(jax.devices()), tokens=None, price=None)
         if report.remedy:
@@ -255,7 +244,7 @@ def next_commands(config: Config, path: Path) -> list[str]:
     """What can be done with a run, as commands to type: none of them would refuse it."""
     quoted = shlex.quote(str(path))
     try:
-        exportable = not config.stage.has_head and bool(names.family(config.model))
+        exportable = not config.stage.kind.head and bool(published(config.model).model_type(config.model))
     except UserError:
         exportable = False
     return [

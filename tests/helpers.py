@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from smallcoder_jax.config import ComputeConfig, Config, EvalConfig, ModelConfig, OptimizerConfig, TrainConfig
+from smallcoder_jax.config import ComputeConfig, Config, DecoderConfig, EvalConfig, OptimizerConfig, TrainConfig
 
 FLOAT32 = ComputeConfig(dtype="float32")
 # For tests that compile a function of their own around their arrays. Elsewhere a captured array fails the test
@@ -18,9 +18,11 @@ FLOAT32 = ComputeConfig(dtype="float32")
 CAPTURES = pytest.mark.filterwarnings("ignore:A large amount of constants")
 
 
-def tiny_model(**changes: Any) -> ModelConfig:
+def tiny_model(**changes: Any) -> DecoderConfig:
     """A model of every option's default kind that runs in milliseconds."""
-    shape = ModelConfig(vocab_size=97, width=64, mlp_width=96, layers=2, heads=4, kv_heads=2, head_size=16, context=64)
+    shape = DecoderConfig(
+        vocab_size=97, width=64, mlp_width=96, layers=2, heads=4, kv_heads=2, head_size=16, context=64
+    )
     return dataclasses.replace(shape, **changes)
 
 
@@ -36,7 +38,7 @@ def tiny_config(**changes: Any) -> Config:
     return dataclasses.replace(config, **changes)
 
 
-def packed_batch(model: ModelConfig, rows: int, length: int, seed: int, cuts: int = 3) -> dict[str, np.ndarray]:
+def packed_batch(model: DecoderConfig, rows: int, length: int, seed: int, cuts: int = 3) -> dict[str, np.ndarray]:
     """Rows of random documents: each row has `cuts` borders and some padding at its end."""
     generator = np.random.default_rng(seed)
     tokens = generator.integers(3, model.vocab_size, (rows, length + 1)).astype(np.int32)

@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 
 from configs import smallcoder
-from smallcoder_jax import config as config_module
 from smallcoder_jax.base.errors import UserError
-from smallcoder_jax.config import Config, ModelConfig, default_config, from_config_dict, to_dict
+from smallcoder_jax.config import Config, DecoderConfig, default_config, from_config_dict, to_dict
 from smallcoder_jax.config.fields import RANGE, Range
 from smallcoder_jax.configfile import config_files, load_config, read_config_file, split_overrides
 from smallcoder_jax.main import list_configs
@@ -93,7 +92,7 @@ def test_json_round_trip() -> None:
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_config_files_are_valid_and_quote_their_true_count(path: Path) -> None:
     config = from_config_dict(read_config_file(str(path)))
-    count = f"{config_module.parameter_count(config.model):,}"
+    count = f"{config.model.parameter_count():,}"
     assert count in path.read_text(), f"{path.name}: the docstring must quote {count}"
     assert f"--config=configs/{path.name}" in path.read_text()
 
@@ -105,25 +104,25 @@ PUBLISHED = {"tiny": 100_682_496, "small": 195_068_928, "medium": 304_137_216}
 @pytest.mark.parametrize("long", [False, True])
 def test_variants_have_the_published_size(variant: str, long: bool) -> None:
     config = load_config(str(ROOT / "configs" / f"{variant}{'_lc' if long else ''}.py"), [])
-    assert config_module.parameter_count(config.model) == PUBLISHED[variant]
+    assert config.model.parameter_count() == PUBLISHED[variant]
     assert config.model.rope_theta == (500_000.0 if long else 10_000.0)
     if long:
         assert config.model.context == config.train.sequence_length == 8192
 
 
-GPT2 = ModelConfig(
+GPT2 = DecoderConfig(
     vocab_size=50257, width=768, mlp_width=3072, layers=12, heads=12, kv_heads=12, head_size=64, context=1024,
     norm="layernorm", positions="learned", mlp="gelu", bias="all",
 )  # fmt: skip
-STAGED_TINY = ModelConfig(
+STAGED_TINY = DecoderConfig(
     vocab_size=32000, width=256, mlp_width=1024, layers=4, heads=4, kv_heads=4, head_size=64, context=512,
     mlp="gelu", bias="all",
 )  # fmt: skip
 
 
 @pytest.mark.parametrize(("shape", "count"), [(GPT2, 124_439_808), (STAGED_TINY, 11_349_248)])
-def test_other_families_are_the_same_decoder(shape: ModelConfig, count: int) -> None:
-    assert config_module.parameter_count(shape) == count
+def test_other_families_are_the_same_decoder(shape: DecoderConfig, count: int) -> None:
+    assert shape.parameter_count() == count
 
 
 SIZES = ("vocab_size", "width", "mlp_width", "layers", "heads", "kv_heads", "head_size", "context")

@@ -15,6 +15,7 @@ import pytest
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import OptimizerConfig
 from smallcoder_jax.models import build
+from smallcoder_jax.models.decoder.family import DECODER
 from smallcoder_jax.optim import make_optimizer, orthogonalize, scale_by_muon, schedule
 from tests.helpers import FLOAT32, max_difference, tiny_model
 
@@ -40,7 +41,7 @@ def tiny_params(**changes: Any) -> Any:
 
 def run_steps(optimizer: OptimizerConfig, params: Any, gradients: list[Any]) -> Any:
     """The parameters after one optimizer step per entry of `gradients`."""
-    chain = make_optimizer(optimizer, len(gradients))
+    chain = make_optimizer(optimizer, len(gradients), DECODER.muon)
     state = chain.init(params)
     for gradient in gradients:
         updates, state = chain.update(gradient, state, params)
@@ -124,7 +125,7 @@ def test_only_what_the_pattern_names_decays(name: str) -> None:
 def test_clipping_is_by_the_norm_of_all_gradients_together() -> None:
     gradient = {"a": jnp.full((4,), 3.0), "b": jnp.full((4,), 4.0)}  # norm 10
     for limit, factor in ((1.0, 0.1), (20.0, 1.0), (0.0, 1.0)):
-        chain = make_optimizer(changed(clip_norm=limit), 10)
+        chain = make_optimizer(changed(clip_norm=limit), 10, DECODER.muon)
         _, state = chain.update(gradient, chain.init(gradient), gradient)
         moments = optax.tree_utils.tree_get(state, "mu")
         assert max_difference(moments, jax.tree.map(lambda g, f=factor: 0.1 * f * g, gradient)) < 1e-7
@@ -133,7 +134,7 @@ def test_clipping_is_by_the_norm_of_all_gradients_together() -> None:
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_what_is_not_sound_leaves_the_state_as_it_was(name: str) -> None:
     params = tiny_params()
-    chain = make_optimizer(changed(name=name, weight_decay=0.1), 10)
+    chain = make_optimizer(changed(name=name, weight_decay=0.1), 10, DECODER.muon)
     _, before = chain.update(params, chain.init(params), params)
     nothing = jax.tree.map(lambda x: x * jnp.nan, params)
     _, after = jax.jit(chain.update)(nothing, before, params, sound=jnp.bool_(False))
@@ -143,7 +144,7 @@ def test_what_is_not_sound_leaves_the_state_as_it_was(name: str) -> None:
 
 def test_a_bad_decay_pattern_is_named() -> None:
     with pytest.raises(UserError, match=r"optimizer\.decay_pattern='\*kernel'"):
-        make_optimizer(changed(decay_pattern="*kernel"), 1)
+        make_optimizer(changed(decay_pattern="*kernel"), 1, DECODER.muon)
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (64, 96), (96, 64), (3, 48, 80)])

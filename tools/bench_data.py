@@ -28,7 +28,7 @@ import numpy as np
 from smallcoder_jax.base.arguments import ArgumentParser
 from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import CheckFailed, UserError, run_cli
-from smallcoder_jax.config import Config, DataConfig, ModelConfig, TokenizerConfig
+from smallcoder_jax.config import Config, DataConfig, DecoderConfig, TokenizerConfig
 from smallcoder_jax.data.rows import packing
 from smallcoder_jax.data.rows.documents import make_train_iterator
 from smallcoder_jax.data.tokens import shards
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int | None:
 def _prepare(options: argparse.Namespace, scratch: Path) -> Prepared:
     return prepare(
         Config(
-            model=ModelConfig(vocab_size=options.vocab_size),
+            model=DecoderConfig(vocab_size=options.vocab_size),
             tokenizer=TokenizerConfig(train_bytes=TOKENIZER_BYTES),
             data=DataConfig(sources=options.sources, dir=str(options.data_dir or scratch)),
         )

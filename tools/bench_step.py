@@ -46,7 +46,7 @@ from smallcoder_jax.base.arguments import ArgumentParser
 from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import EXIT_USER_ERROR, CheckFailed, UserError, run_cli
 from smallcoder_jax.base.terminal import format_table, human_bytes, human_time
-from smallcoder_jax.config import Config, from_config_dict, parameter_count, to_dict
+from smallcoder_jax.config import Config, from_config_dict, to_dict
 from smallcoder_jax.configfile import load_config, split_overrides
 from tools import benchmarks, op_profile
 from tools.benchmarks import Figure
@@ -189,7 +189,7 @@ def measure_ours(config: Config, steps: int, documents: int | None, *, profile: 
 
     from smallcoder_jax.base.runtime import give_back_memory
     from smallcoder_jax.mesh import batch_sharding
-    from smallcoder_jax.models.build import flops_per_token
+    from smallcoder_jax.models.families import family_of
     from smallcoder_jax.stages.shared.next_token import make_loss
     from smallcoder_jax.train.flops import peak_flops
     from smallcoder_jax.train.program import make_program, memory_bytes
@@ -215,6 +215,7 @@ def measure_ours(config: Config, steps: int, documents: int | None, *, profile: 
     device = mesh.devices.flat[0]
     on_device = device.memory_stats() or {}
     memory = on_device.get("peak_bytes_in_use") or resident_set()  # before the peak is measured, which takes more
+    flops_per_token = family_of(config.model).flops_per_token
     without, whole = (flops_per_token(config.model, length) for length in (0, train.sequence_length))
     known_peak = peak_flops(device.device_kind)
     measured = 0.0 if known_peak else measure_peak(config.compute.dtype, program.matmul.kind)
@@ -292,7 +293,7 @@ def summarise(rounds: dict[str, list[Result]], config: Config) -> Result:
         }
     report: Result = {
         "name": config.name,
-        "parameters": parameter_count(config.model),
+        "parameters": config.model.parameter_count(),
         "batch_size": config.train.batch_size,
         "microbatch_rows": config.train.microbatch_rows,
         "sequence_length": config.train.sequence_length,

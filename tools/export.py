@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int | None:
         record = export_record.read(args.checkpoint)
         card, dtype = {key: value for key, value in record.card.items() if key != "parity"}, args.dtype or record.dtype
     else:
-        if from_config_dict(loaded.info["config"]).stage.name == "reward":
+        if from_config_dict(loaded.info["config"]).stage.kind.head:
             raise UserError(
                 f"{args.checkpoint} is a reward model: it scores answers, and transformers has no such form"
             )

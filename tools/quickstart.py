@@ -40,13 +40,12 @@ def main(argv: list[str] | None = None) -> int:
     workdir = options.workdir
     again = workdir.exists()
     config = load_config(str(CONFIG), overrides)
-    from smallcoder_jax.huggingface import names
+    from smallcoder_jax.models.families import published
 
-    names.family(config.model)  # before anything is trained: what cannot be exported ends here
+    published(config.model).model_type(config.model)  # before anything is trained: what cannot be exported ends here
     start = time.monotonic()
     import smallcoder_jax
     from smallcoder_jax.base.terminal import format_table, human_count, human_time
-    from smallcoder_jax.config import parameter_count
     from smallcoder_jax.evaluate.completions import share
     from smallcoder_jax.huggingface import parity
     from smallcoder_jax.run import evaluate_run
@@ -73,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         export.main([f"--checkpoint={workdir}"])
     seconds = time.monotonic() - start
     rows = [
-        ["parameters", f"{parameter_count(config.model):,}"],
+        ["parameters", f"{config.model.parameter_count():,}"],
         ["tokens seen", human_count(run.tokens_seen)],
         ["bits per byte, this model, file by file", f"{result['bits_per_byte']:.3f}"],
         *[[f"bits per byte, {name}", f"{value:.3f}"] for name, value in references.items()],

@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     workdir = options.workdir or Path("runs") / f"stages_{options.variant}"
     stages = options.stages.split(",") if options.stages else pipeline.STAGES
     planned = pipeline.plan(options.variant, stages, workdir, overrides)
-    policies = [each for each in planned if each.stage in pipeline.POLICY]
+    policies = [each for each in planned if each.config.stage.kind.policy]
     if policies and not options.no_export:
         check_export(policies[-1].config.model)
         parity.check_installed()
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     say("\n" + format_table(["stage", "time"], [[each.stage, human_time(each.seconds)] for each in done]))
     finish([each.folder for each in policies], pipeline.runs_of(planned), export=not options.no_export)
     say(f"\nall in {human_time(time.monotonic() - start)}; report {workdir / 'stages.html'}")
-    failed = [] if options.no_check else pipeline.failures(done)
+    failed = [] if options.no_check else pipeline.failures(planned, done)
     if failed:
         raise CheckFailed("stages that did not do what they are for: " + "; ".join(failed))
     return 0
@@ -74,10 +74,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def check_export(model: ModelConfig) -> None:
     """Raises UserError, before anything is trained, where the model could not be exported at the end."""
-    from smallcoder_jax.huggingface import names
+    from smallcoder_jax.models.families import published
 
     try:
-        names.family(model)
+        published(model).model_type(model)
     except UserError as error:
         raise UserError(f"{error}. To train and verify it without an export, add --no-export") from error
 

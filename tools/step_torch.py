@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from smallcoder_jax.base.errors import UserError
-from smallcoder_jax.config import Config, OptimizerConfig, parameter_count
+from smallcoder_jax.config import Config, DecoderConfig, OptimizerConfig
 from tools.step_timing import cores, random_batches, resident_set, timed
 
 LLAMA = {"norm": "rmsnorm", "positions": "rope", "mlp": "swiglu", "dropout": 0.0, "window": 0}
@@ -46,8 +46,8 @@ def measure_torch(
     model = model.to(device).train()
     parameters = list(model.parameters())
     count = sum(parameter.numel() for parameter in parameters)
-    if count != parameter_count(config.model):
-        raise UserError(f"{name}'s model has {count:,} parameters, ours {parameter_count(config.model):,}")
+    if count != config.model.parameter_count():
+        raise UserError(f"{name}'s model has {count:,} parameters, ours {config.model.parameter_count():,}")
     optimizer = adamw(torch, parameters, settings, settings.learning_rate)
     forward = torch.compile(model) if compile else model
     batches = [
@@ -126,7 +126,7 @@ def build_litgpt(config: Config, attention: str) -> tuple[Any, Any, Loss]:
     torch, litgpt, utils = modules("litgpt", "litgpt", "torch", "litgpt", "litgpt.utils")
     if attention != CAUSAL:
         raise UserError(f"litgpt does not keep documents apart; it runs with --their-attention={CAUSAL}")
-    model = config.model
+    model = decoder_of(config)
     torch.manual_seed(config.train.seed)
     built = litgpt.GPT(
         litgpt.Config(
@@ -158,9 +158,16 @@ def build_litgpt(config: Config, attention: str) -> tuple[Any, Any, Loss]:
     return torch, built, loss
 
 
+def decoder_of(config: Config) -> DecoderConfig:
+    """The shape of the config's model. Raises UserError for a family that the contenders do not have."""
+    if not isinstance(config.model, DecoderConfig):
+        raise UserError(f"{config.model.family=}: only a decoder can be measured against these; leave out --against")
+    return config.model
+
+
 def llama_config(config: Config, transformers: Any, attention: str) -> Any:
     """The transformers configuration of our shape."""
-    model = config.model
+    model = decoder_of(config)
     return transformers.LlamaConfig(
         vocab_size=model.vocab_size,
         hidden_size=model.width,

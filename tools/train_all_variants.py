@@ -43,7 +43,7 @@ from smallcoder_jax.base.errors import (
 )
 from smallcoder_jax.base.files import finite, read_json, utc_now, write_json
 from smallcoder_jax.base.terminal import format_table, human_time
-from smallcoder_jax.config import Config, nearest, parameter_count, to_dict
+from smallcoder_jax.config import Config, nearest, to_dict
 from smallcoder_jax.configfile import load_config, split_overrides
 from smallcoder_jax.report.run_folder import RunFolder
 
@@ -256,7 +256,7 @@ def train(plan: Plan, recorded: dict[str, Any], child: Child) -> dict[str, Any]:
         "run": str(plan.run.path),
         "log": str(plan.log),
         "exit_code": code,
-        "parameters": parameter_count(plan.config.model),
+        "parameters": plan.config.model.parameter_count(),
         "seconds": round(time.monotonic() - start, 1),
     }
     if code in INTERRUPTIONS:
@@ -389,7 +389,7 @@ def show(plans: Sequence[Plan], results: Mapping[str, Mapping[str, Any]]) -> Non
         shape = ["", "", "", "", ""]
         if config is not None:
             train = config.train
-            count = f"{parameter_count(config.model):,}"
+            count = f"{config.model.parameter_count():,}"
             shape = [count, train.steps, train.batch_size, train.microbatch_rows, train.sequence_length]
         rows.append([plan.variant, *shape, plan.run.path, state])
     heads = ["variant", "parameters", "steps", "batch", "microbatch", "tokens a row", "run", "state"]

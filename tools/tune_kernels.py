@@ -33,6 +33,7 @@ from smallcoder_jax.base.terminal import format_table
 from smallcoder_jax.configfile import load_config
 from smallcoder_jax.kernels import tile_table
 from smallcoder_jax.kernels.tiles import HopperTiles, TpuTiles
+from smallcoder_jax.models.families import family_of
 from tools import attention_jax, packed_rows
 from tools.attention_jax import KERNELS, Kernel
 from tools.packed_rows import BOUND, Shape
@@ -109,8 +110,9 @@ def config_shapes() -> list[Wanted]:
     found = set()
     for path in sorted(CONFIGS.glob("[a-z]*.py")):
         config = load_config(str(path), [])
-        model = config.model
-        found.add(Wanted(config.train.sequence_length, model.heads // model.kv_heads, model.head_size))
+        shape = family_of(config.model).attention_shape
+        if shape is not None:
+            found.add(Wanted(config.train.sequence_length, *shape(config.model)))
     return sorted(found)
 
 

@@ -20,6 +20,7 @@ from smallcoder_jax.configfile import read_config_file
 def get_config(variant: str = "small") -> ConfigDict:
     config = read_config_file(str(Path(__file__).parents[1] / f"{variant}.py"))
     config.name += "-code"
+    config.stage.measures = ("bits_per_byte lower",)
     config.optimizer.update(learning_rate=1e-5, warmup_steps=1000)
     if variant == "nano":
         config.train.update(steps=1500)

@@ -25,6 +25,7 @@ def get_config(variant: str = "small") -> ConfigDict:
     config = read_config_file(str(Path(__file__).parents[1] / f"{variant}.py"))
     config.name += "-distill"
     config.stage.name = "distill"
+    config.stage.measures = ("bits_per_byte lower",)
     config.data.max_documents = 10_000
     config.optimizer.update(learning_rate=5e-4)
     if variant == "nano":

@@ -19,6 +19,7 @@ def get_config(variant: str = "small") -> ConfigDict:
     config = read_config_file(str(Path(__file__).parents[1] / f"{variant}.py"))
     config.name += "-dpo"
     config.stage.name = "dpo"
+    config.stage.measures = ("margin higher", "accuracy higher")
     config.train.update(steps=1000, batch_size=8, sequence_length=min(1024, config.model.context), microbatch_size=0)
     config.optimizer.update(name="adamw", learning_rate=1e-6, warmup_steps=100)
     config.eval.update(batches=0, every=250)

@@ -19,6 +19,8 @@ def get_config(variant: str = "small") -> ConfigDict:
     config = read_config_file(str(Path(__file__).parents[1] / f"{variant}.py"))
     config.name += "-grpo"
     config.stage.name = "grpo"
+    # Nats per answer from its start: where rewards rise and this does too, the reward is being misled.
+    config.stage.measures = ("reward higher error=gain_error", "start_kl <=4")
     config.rl.update(questions=8, group_size=8)
     config.train.update(steps=1000, batch_size=16, sequence_length=min(1024, config.model.context), microbatch_size=0)
     config.optimizer.update(name="adamw", learning_rate=1e-6, warmup_steps=100, clip_norm=0.5, schedule="linear")

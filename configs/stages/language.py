@@ -19,6 +19,7 @@ from smallcoder_jax.configfile import read_config_file
 def get_config(variant: str = "small") -> ConfigDict:
     config = read_config_file(str(Path(__file__).parents[1] / f"{variant}.py"))
     config.name += "-language"
+    config.stage.measures = ("bits_per_byte lower",)
     config.data.update(sources="hf:roneneldan/TinyStories!nofim", fim_rate=0.0)
     config.train.update(steps=43_000, batch_size=64, sequence_length=512, microbatch_size=64)
     config.optimizer.update(learning_rate=1e-4, warmup_steps=2000)

@@ -19,6 +19,7 @@ def get_config(variant: str = "small") -> ConfigDict:
     config = read_config_file(str(Path(__file__).parents[1] / f"{variant}.py"))
     config.name += "-reward"
     config.stage.name = "reward"
+    config.stage.measures = ("accuracy higher >=0.8",)
     config.train.update(steps=1500, batch_size=8, sequence_length=min(1024, config.model.context), microbatch_size=0)
     config.optimizer.update(name="adamw", learning_rate=1e-5, warmup_steps=100)
     config.eval.update(batches=0, every=250, sample_tokens=0)

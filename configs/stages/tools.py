@@ -19,6 +19,8 @@ def get_config(variant: str = "small") -> ConfigDict:
     config = read_config_file(str(Path(__file__).parents[1] / f"{variant}.py"))
     config.name += "-tools"
     config.stage.name = "sft"
+    # A small model does not copy the code that calls are about: right arguments are only shown.
+    config.stage.measures = ("valid_json higher >=0.8", "right_tool higher", "right_arguments")
     config.train.update(steps=1600, batch_size=32, sequence_length=min(2048, config.model.context), microbatch_size=0)
     config.optimizer.update(learning_rate=3e-6, warmup_steps=500)
     config.eval.update(every=200, batches=0)

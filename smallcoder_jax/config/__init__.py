@@ -1,7 +1,7 @@
 """The one schema of a run: sections of typed fields with their ranges, and what must hold between them."""
 
 from smallcoder_jax.config.data import DataConfig, DialogConfig, PreferencesConfig, TokenizerConfig
-from smallcoder_jax.config.model import ComputeConfig, MeshConfig, ModelConfig, parameter_count
+from smallcoder_jax.config.model import ComputeConfig, DecoderConfig, MeshConfig, ModelConfig
 from smallcoder_jax.config.schema import (
     Config,
     build,
@@ -13,7 +13,7 @@ from smallcoder_jax.config.schema import (
     to_dict,
     validate,
 )
-from smallcoder_jax.config.stages import DistillConfig, DpoConfig, LoraConfig, RLConfig, StageConfig
+from smallcoder_jax.config.stages import KINDS, DistillConfig, DpoConfig, LoraConfig, Measure, RLConfig, StageConfig
 from smallcoder_jax.config.training import (
     CheckpointConfig,
     EvalConfig,
@@ -25,10 +25,12 @@ from smallcoder_jax.config.training import (
 )
 
 __all__ = [
+    "KINDS",
     "CheckpointConfig",
     "ComputeConfig",
     "Config",
     "DataConfig",
+    "DecoderConfig",
     "DialogConfig",
     "DistillConfig",
     "DpoConfig",
@@ -36,6 +38,7 @@ __all__ = [
     "GuardConfig",
     "LogConfig",
     "LoraConfig",
+    "Measure",
     "MeshConfig",
     "ModelConfig",
     "OptimizerConfig",
@@ -50,7 +53,6 @@ __all__ = [
     "evaluated_on",
     "from_config_dict",
     "nearest",
-    "parameter_count",
     "profiled_steps",
     "to_dict",
     "validate",

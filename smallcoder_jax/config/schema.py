@@ -17,8 +17,8 @@ from ml_collections import ConfigDict
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config.data import DataConfig, DialogConfig, PreferencesConfig, TokenizerConfig
 from smallcoder_jax.config.fields import Section, out_of_range, shown
-from smallcoder_jax.config.model import ComputeConfig, MeshConfig, ModelConfig
-from smallcoder_jax.config.stages import DistillConfig, DpoConfig, LoraConfig, RLConfig, StageConfig
+from smallcoder_jax.config.model import ComputeConfig, DecoderConfig, MeshConfig, ModelConfig, model_section
+from smallcoder_jax.config.stages import KINDS, DistillConfig, DpoConfig, LoraConfig, RLConfig, StageConfig
 from smallcoder_jax.config.training import (
     CheckpointConfig,
     EvalConfig,
@@ -39,7 +39,7 @@ class Config(Section):
     preferences: PreferencesConfig = dataclasses.field(default_factory=PreferencesConfig)
     dpo: DpoConfig = dataclasses.field(default_factory=DpoConfig)
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
-    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    model: ModelConfig = dataclasses.field(default_factory=DecoderConfig)  # the section of its family
     compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
@@ -54,7 +54,7 @@ class Config(Section):
 
     def problems(self) -> Iterator[str]:
         """Between fields of several sections."""
-        model, train, evaluation, stage = self.model, self.train, self.eval, self.stage.name
+        model, train, evaluation, kind = self.model, self.train, self.eval, self.stage.kind
         if train.sequence_length > model.context:
             yield (
                 f"train.sequence_length={train.sequence_length} must be at most model.context={model.context}; lower "
@@ -79,14 +79,15 @@ class Config(Section):
             )
         if (profiled_steps(self.log.profile_steps) or (0, 0))[0] > train.steps:
             yield f"log.profile_steps={self.log.profile_steps!r} begins after train.steps={train.steps}"
-        if self.lora.rank and stage not in ("sft", "dpo", "grpo"):
+        if self.lora.rank and not kind.adapters:
+            others = ", ".join(name for name, other in KINDS.items() if other.adapters)
             yield (
-                f"lora.rank={self.lora.rank}, but stage.name={stage!r} trains all parameters: adapters are for sft, "
-                "dpo and grpo; set it to 0"
+                f"lora.rank={self.lora.rank}, but stage.name={self.stage.name!r} trains all parameters: adapters are "
+                f"for {others}; set it to 0"
             )
         if self.lora.rank and self.optimizer.name != "adamw":
             yield f"lora.rank={self.lora.rank} needs optimizer.name='adamw': Muon is for whole kernels"
-        if stage in ("ppo", "grpo"):
+        if kind.reads == "prompts":
             yield from self._answer_problems()
 
     def _answer_problems(self) -> Iterator[str]:
@@ -102,10 +103,10 @@ class Config(Section):
                 f"rl.answer_tokens={rl.answer_tokens} must be below train.sequence_length={train.sequence_length}, "
                 "for the prompt stands in front"
             )
-        if self.stage.name == "grpo" and rl.group_size < 2:
+        if self.stage.kind.compares and rl.group_size < 2:
             yield (
-                f"rl.group_size={rl.group_size} must be at least 2 for the stage grpo, which compares the answers to "
-                "one question"
+                f"rl.group_size={rl.group_size} must be at least 2 for the stage {self.stage.name}, which compares the "
+                "answers to one question"
             )
 
 
@@ -125,12 +126,12 @@ def to_dict(config: Any) -> dict[str, Any]:
     return dataclasses.asdict(config)
 
 
-def default_config() -> Any:
-    """A mutable ConfigDict of every default: what a config file starts from.
+def default_config(family: str = DecoderConfig.family) -> Any:
+    """A mutable ConfigDict of every default, for a family of models: what a config file starts from.
 
     Typed Any, because a type checker cannot follow the attributes of a ConfigDict.
     """
-    return ConfigDict(to_dict(Config()))
+    return ConfigDict(to_dict(Config(model=model_section(family)())))
 
 
 def from_config_dict(values: ConfigDict | Mapping[str, Any]) -> Config:
@@ -172,6 +173,8 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             if not isinstance(value, Mapping):
                 raise UserError(f"config key '{path}' is a section; got {shown(value)}")
+            if hint is ModelConfig:  # runs that were made before there were families are decoders
+                hint = model_section(value.get("family", DecoderConfig.family))
             built[key] = _build(hint, value, path + ".")
         else:
             built[key] = _coerce(hint, value, path)

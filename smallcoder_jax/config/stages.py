@@ -3,9 +3,71 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+import re
+from collections.abc import Iterator
+from typing import Any, Literal, Self
 
 from smallcoder_jax.config.fields import Section, number
+
+
+@dataclasses.dataclass(frozen=True)
+class StageKind:
+    """What a stage is like, for whoever would have to know it by name. A preflight knows the step of `next_token`, and
+    of several stages in a row the next goes on from what one with `policy` trains."""
+
+    reads: Literal["documents", "conversations", "preferences", "prompts"]
+    needs: tuple[Literal["start", "teacher", "reward_model"], ...] = ()  # models of stages before it
+    next_token: bool = False  # packed rows, and the loss of a language model: known without the data
+    policy: bool = True
+    head: bool = False  # a scalar head on the hidden states is trained: a reward
+    critic: bool = False  # a second model with a scalar head is trained beside the first: values
+    compares: bool = False  # answers to one question with each other
+    adapters: bool = False  # may be all that is trained
+
+
+KINDS: dict[str, StageKind] = {
+    "pretrain": StageKind("documents", next_token=True),
+    "sft": StageKind("conversations", ("start",), next_token=True, adapters=True),
+    "distill": StageKind("documents", ("teacher",), policy=False),
+    "reward": StageKind("preferences", ("start",), policy=False, head=True),
+    "dpo": StageKind("preferences", ("start",), adapters=True),
+    "ppo": StageKind("prompts", ("start", "reward_model"), critic=True),
+    "grpo": StageKind("prompts", ("start",), compares=True, adapters=True),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Measure:
+    """What a stage is judged by on held-out data: that it gets better (`better`, which way that is), and that it comes
+    to no less than `least` and no more than `most`. Without any of these it is only shown. `error` names the standard
+    error of the difference, where an evaluation knows it: better is then by more than the noise.
+    """
+
+    name: str
+    better: Literal["", "higher", "lower"] = ""
+    least: float | None = None
+    most: float | None = None
+    error: str = ""
+
+    @classmethod
+    def parsed(cls, text: str) -> Self:
+        """From `NAME [higher|lower] [>=NUMBER] [<=NUMBER] [error=NAME]`. Raises ValueError that says what is wrong."""
+        name, *words = text.split() or [""]
+        found: dict[str, Any] = {}
+        for word in words:
+            if word in ("higher", "lower"):
+                found["better"] = word
+            elif word.startswith(">="):
+                found["least"] = float(word[2:])
+            elif word.startswith("<="):
+                found["most"] = float(word[2:])
+            elif word.startswith("error="):
+                found["error"] = word[6:]
+            else:
+                raise ValueError(f"{word!r} is none of higher, lower, >=NUMBER, <=NUMBER, error=NAME")
+        if not re.fullmatch(r"\w+", name):
+            raise ValueError("it begins with the name of a measure")
+        return cls(name, **found)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,16 +76,19 @@ class StageConfig(Section):
 
     name: Literal["pretrain", "sft", "distill", "reward", "dpo", "ppo", "grpo"] = "pretrain"
     start: str = ""  # run or export whose parameters are the first, with a fresh optimizer; "": they are drawn
+    # By which a pipeline of stages judges this one, each as `NAME [higher|lower] [>=NUMBER] [<=NUMBER] [error=NAME]`.
+    measures: tuple[str, ...] = ()
 
     @property
-    def has_head(self) -> bool:
-        """Whether a scalar head on the hidden states is trained: a reward."""
-        return self.name == "reward"
+    def kind(self) -> StageKind:
+        return KINDS[self.name]
 
-    @property
-    def has_critic(self) -> bool:
-        """Whether a second decoder with a scalar head is trained beside the first: values."""
-        return self.name == "ppo"
+    def problems(self) -> Iterator[str]:
+        for measure in self.measures:
+            try:
+                Measure.parsed(measure)
+            except ValueError as error:
+                yield f"stage.measures has {measure!r}: {error}"
 
 
 @dataclasses.dataclass(frozen=True)

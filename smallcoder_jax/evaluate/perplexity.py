@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -16,8 +15,9 @@ from smallcoder_jax import losses
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import ComputeConfig, ModelConfig
 from smallcoder_jax.models import build
-from smallcoder_jax.ops import precision
-from smallcoder_jax.train.sums import EvalMetrics, language_summary
+from smallcoder_jax.train.evaluation import on_this_device
+from smallcoder_jax.train.step import Batch
+from smallcoder_jax.train.sums import language_summary
 
 
 def evaluate(
@@ -31,23 +31,20 @@ def evaluate(
     """
     graph, _ = build.abstract_model(model, compute)
 
-    def sums_of(params: build.Params, batch: dict[str, Array]) -> dict[str, Array]:
-        decoder = build.bind(graph, params)
-        hidden_BTD = decoder(batch["tokens"], batch["positions"], batch["segment_ids"])
-        _, weight, sums = losses.language_model(
-            hidden_BTD.reshape(-1, model.width),
-            decoder.unembedding(),
+    def loss_fn(params: build.Params, batch: Batch, key: Array | None) -> tuple[Array, Array, dict[str, Array]]:
+        module = build.bind(graph, params)
+        hidden = module(batch["tokens"], batch["positions"], batch["segment_ids"], key)
+        loss, weight, sums = losses.language_model(
+            hidden.states_BTD.reshape(-1, model.width),
+            module.unembedding(),
             batch["targets"].reshape(-1),
             batch["loss_weights"].reshape(-1),
             0.0,
         )
-        return {**sums, "weight": weight, "bytes": jnp.sum(batch["bytes"])}
+        return loss, weight, {**sums, "bytes": jnp.sum(batch["bytes"])}
 
-    compiled = jax.jit(precision.multiplying(precision.choose(compute, jax.default_backend()).kind, sums_of))
-    total = EvalMetrics.empty()
-    for batch in batches:
-        total = total.merge(EvalMetrics.from_model_output(**jax.device_get(compiled(params, dict(batch)))))
-    sums = total.compute()
+    evaluation = on_this_device(compute, loss_fn, params, rows=0, limit=0)
+    sums = evaluation.add(map(evaluation.score, batches)) or {}
     if not sums.get("weight") or not sums["bytes"]:
         raise UserError("there is no held-out text to evaluate on; prepare more data or raise data.validation_fraction")
     return {**language_summary(sums), "tokens": sums["weight"], "bytes": sums["bytes"]}

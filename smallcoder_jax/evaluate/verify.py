@@ -17,11 +17,11 @@ from smallcoder_jax.data.rows import documents
 from smallcoder_jax.data.tokens import shards
 from smallcoder_jax.data.tokens.verification import verify_shards
 from smallcoder_jax.evaluate.perplexity import evaluate
-from smallcoder_jax.models import build
 from smallcoder_jax.report.log_files import read_csv
 from smallcoder_jax.report.run_folder import RunFolder, compare_identity
 from smallcoder_jax.tokenizers.base import Tokenizer
 from smallcoder_jax.train import checkpoint
+from smallcoder_jax.train.state import trained_params
 from smallcoder_jax.train.whereabouts import data_folders, find_tokens, read_tokenizer
 
 Status = Literal["verified", "not_found", "no_checkpoint", "wrong_data", "corrupt", "error"]
@@ -210,7 +210,7 @@ def _evaluate(
     folder: RunFolder, config: Config, target: Path, tokens: Path, tokenizer: Tokenizer, batches: int | None
 ) -> tuple[dict[str, float], float | None]:
     """What the checkpoint reaches on the validation split, and what was recorded for it on the same batches."""
-    _, abstract = build.abstract_model(config.model, config.compute)
+    abstract = jax.eval_shape(lambda: trained_params(config))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), abstract)
     params, _ = checkpoint.load_params(target, placed)
@@ -218,7 +218,7 @@ def _evaluate(
     measured = evaluate(
         config.model,
         compute,
-        params,
+        params["model"],
         documents.validation_batches(
             shards.read_manifest(tokens),
             tokens,

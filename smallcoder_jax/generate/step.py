@@ -17,8 +17,9 @@ from jax import Array
 
 from smallcoder_jax.config import ComputeConfig, ModelConfig
 from smallcoder_jax.generate.sampling import Settings, choose
-from smallcoder_jax.models.build import Params, abstract_model, bind
-from smallcoder_jax.models.cache import Cache, init_cache
+from smallcoder_jax.models.build import Params, abstract_model, bind, logits
+from smallcoder_jax.models.families import family_of
+from smallcoder_jax.models.family import Cache
 
 
 class Prompts(NamedTuple):
@@ -40,7 +41,7 @@ class Prompts(NamedTuple):
 
 
 class Vocabulary(NamedTuple):
-    """What a tokenizer's ids mean to a decoder."""
+    """What a tokenizer's ids mean to a model."""
 
     suppressed_V: Array  # bool: never produced
     ends_V: Array  # bool: a row that produced it is done
@@ -76,11 +77,11 @@ def prefill(
     length: int,
 ) -> State:
     """Reads the prompts into a new cache of `length` columns, each once, however many rows go on from it."""
-    decoder = bind(abstract_model(model, compute)[0], params)
+    module = bind(abstract_model(model, compute)[0], params)
     count, of_B = prompts.tokens_UP.shape[0], prompts.prompt_of_B
     positions_UP = jnp.maximum(jnp.cumsum(prompts.segment_ids_UP, axis=1) - 1, 0)
-    cache = init_cache(model, compute, count, length)
-    _, cache = decoder.extend(prompts.tokens_UP, positions_UP, prompts.segment_ids_UP, cache)
+    cache = family_of(model).init_cache(model, compute, count, length)
+    _, cache = module.extend(prompts.tokens_UP, positions_UP, prompts.segment_ids_UP, cache)
     prompt_U = jnp.arange(count, dtype=jnp.int32)
     seen_UV = jnp.zeros((count, model.vocab_size), bool)
     seen_UV = seen_UV.at[prompt_U[:, None], prompts.tokens_UP].max(prompts.segment_ids_UP > 0)
@@ -109,10 +110,10 @@ def decode(
     place: jax.sharding.Sharding,
 ) -> tuple[State, Produced]:
     """Reads one token per row and produces the next. Rows that are done read padding, which nothing sees."""
-    decoder = bind(abstract_model(model, compute)[0], params)
+    module = bind(abstract_model(model, compute)[0], params)
     alive_B = jnp.logical_not(state.ended_B).astype(jnp.int32)
-    hidden_B1D, cache = decoder.extend(tokens_B[:, None], state.positions_B[:, None], alive_B[:, None], state.cache)
-    logits_BV = decoder.logits(hidden_B1D)[:, 0]
+    hidden_B1D, cache = module.extend(tokens_B[:, None], state.positions_B[:, None], alive_B[:, None], state.cache)
+    logits_BV = logits(module, hidden_B1D)[:, 0]
     keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.keys_B, state.count)
     chosen_B = choose(logits_BV, state.seen_BV, vocabulary.suppressed_V, settings, keys_B)
     chosen_logit_B = jnp.take_along_axis(logits_BV, chosen_B[:, None], axis=1)[:, 0]

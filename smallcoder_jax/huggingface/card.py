@@ -21,12 +21,12 @@ from typing import Any
 import jinja2
 
 from smallcoder_jax.base.display import code, markdown, one_line
-from smallcoder_jax.config import Config, ModelConfig, evaluated_on, parameter_count
+from smallcoder_jax.config import Config, ModelConfig, evaluated_on
 from smallcoder_jax.data.tokens.shards import Manifest
+from smallcoder_jax.models.families import published
 
 # A path from the root, the home or the current folder, up to its last name; in front of it begins a word or a value.
 _FOLDERS = re.compile(r"""(?<![^\s:;,=("'])(?:~[\w.-]*|\.{0,2})/(?![\s/])(?:[^:;,?"']*/)?(?=[^\s/])""")
-_KINDS = {"rmsnorm": "A decoder in the style of Llama", "layernorm": "A decoder in the style of GPT-2"}
 
 
 def render(model: ModelConfig, card: Mapping[str, Any], *, dtype: str, fim: Sequence[str], chat: bool) -> str:
@@ -40,14 +40,16 @@ def render(model: ModelConfig, card: Mapping[str, Any], *, dtype: str, fim: Sequ
         keep_trailing_newline=True,
     )
     environment.filters |= {"cell": _cell, "code": code}
+    kind, shape = published(model).describe(model)
     return environment.get_template("model_card.md.jinja").render(
         model=model,
         card=card,
         dtype=dtype,
         fim=fim,
         chat=chat,
-        kind=_KINDS[model.norm],
-        parameters=parameter_count(model),
+        kind=kind,
+        shape=shape,
+        parameters=model.parameter_count(),
     )
 
 

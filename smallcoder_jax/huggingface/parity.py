@@ -243,8 +243,8 @@ def _our_forward(model: ModelConfig, params: build.Params) -> _Forward:
 @functools.partial(jax.jit, static_argnums=0)
 def _logits(model: ModelConfig, params: build.Params, ids_BT: Array, positions_BT: Array, mask_BT: Array) -> Array:
     graph, _ = build.abstract_model(model, ComputeConfig(dtype="float32", attention="xla"))
-    decoder = build.bind(graph, params)
-    return decoder.logits(decoder(ids_BT, positions_BT, mask_BT))
+    module = build.bind(graph, params)
+    return build.logits(module, module(ids_BT, positions_BT, mask_BT).states_BTD)
 
 
 def _positions(mask_BT: np.ndarray) -> np.ndarray:

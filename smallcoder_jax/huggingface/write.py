@@ -31,6 +31,7 @@ from smallcoder_jax.huggingface import tokenizer as export_tokenizer
 from smallcoder_jax.huggingface.read import CONFIG
 from smallcoder_jax.huggingface.record import CARD, GENERATION_CONFIG, RECORD, Dtype
 from smallcoder_jax.models import build
+from smallcoder_jax.models.families import published
 from smallcoder_jax.tokenizers import base
 
 _NUMPY_DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": jnp.bfloat16}
@@ -66,7 +67,7 @@ def write_export(
     _tidy(folder)
     if os.path.lexists(folder) and not _may_be_replaced(folder):
         raise UserError(f"{folder} exists and is no exported model, so it is not replaced; name another --output")
-    published = names.to_published(model, params)
+    tensors = names.to_published(model, params)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
@@ -76,7 +77,7 @@ def write_export(
         export_tokenizer.write_tokenizer(partial, tokenizer, context=model.context)
         write_json(partial / CONFIG, _published_config(model, tokenizer, dtype))
         write_json(partial / GENERATION_CONFIG, _generation_config(model, tokenizer))
-        stored = {name: value.astype(_NUMPY_DTYPES[dtype]) for name, value in published.items()}
+        stored = {name: value.astype(_NUMPY_DTYPES[dtype]) for name, value in tensors.items()}
         safetensors.numpy.save_file(stored, partial / weights.WEIGHTS, metadata={"format": "pt"})
         (partial / weights.WEIGHTS).chmod(0o644)
         content = model_card.without_folders(card)
@@ -111,49 +112,14 @@ def round_params(params: build.Params, dtype: Dtype) -> build.Params:
 
 
 def _published_config(model: ModelConfig, tokenizer: base.Tokenizer, dtype: Dtype) -> dict[str, Any]:
-    shared = {
+    return {
         "dtype": dtype,
         "torch_dtype": dtype,  # the name before transformers 4.56, and in other programs
-        "vocab_size": model.vocab_size,
-        "tie_word_embeddings": model.embeddings == "tied",
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,
         "pad_token_id": tokenizer.pad_id,
         "use_cache": True,
-    }
-    if names.family(model) == "llama":
-        return shared | {
-            "architectures": ["LlamaForCausalLM"],
-            "model_type": "llama",
-            "hidden_size": model.width,
-            "intermediate_size": model.mlp_width,
-            "num_hidden_layers": model.layers,
-            "num_attention_heads": model.heads,
-            "num_key_value_heads": model.kv_heads,
-            "head_dim": model.head_size,
-            "max_position_embeddings": model.context,
-            # The first is transformers 5's spelling, the second that of everything older.
-            "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
-            "rope_theta": model.rope_theta,
-            "rms_norm_eps": model.norm_eps,
-            "hidden_act": "silu",
-            "attention_bias": model.bias == "all",
-            "mlp_bias": model.bias == "all",
-            "attention_dropout": 0.0,
-        }
-    return shared | {
-        "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "n_embd": model.width,
-        "n_inner": model.mlp_width,
-        "n_layer": model.layers,
-        "n_head": model.heads,
-        "n_positions": model.context,
-        "layer_norm_epsilon": model.norm_eps,
-        "activation_function": "gelu_new",
-        "embd_pdrop": model.dropout,
-        "resid_pdrop": model.dropout,
-        "attn_pdrop": 0.0,
+        **published(model).settings(model),
     }
 
 

@@ -12,7 +12,7 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from smallcoder_jax.config import ModelConfig
+from smallcoder_jax.config import DecoderConfig
 from smallcoder_jax.layers.linear import Linear
 from smallcoder_jax.ops.attention import attention
 from smallcoder_jax.ops.rope import rotate
@@ -31,7 +31,7 @@ class Attention(nnx.Module):
     """Projections around `ops.attention` (grouped queries: Ainslie et al., arXiv 2305.13245)."""
 
     def __init__(
-        self, model: ModelConfig, *, implementation: str, std: float, out_std: float, dtype: DTypeLike, rngs: nnx.Rngs
+        self, model: DecoderConfig, *, implementation: str, std: float, out_std: float, dtype: DTypeLike, rngs: nnx.Rngs
     ):
         self.model, self.implementation = model, implementation
         bias = model.bias == "all"

@@ -1,4 +1,4 @@
-"""A head of one number on hidden states: a reward, or a value. Its parameters stand beside the decoder's, as `head`.
+"""A head of one number on hidden states: a reward, or a value. Its parameters are the part `head`.
 
 Shapes: B rows, T positions, D width, S of the positions.
 """

@@ -2,8 +2,8 @@
 
     W + alpha / rank * a @ b        a [in, rank], b [rank, out]
 
-Adapters stand beside the decoder's parameters, as `lora`, at the paths of their kernels; `lora_scale` is alpha / rank.
-What uses a model gets ordinary parameters, merged (`build.decoder_params`): nothing else knows of adapters.
+Adapters are the part `lora`, at the paths of their kernels; the part `lora_scale` is alpha / rank. What uses a model
+gets ordinary parameters, merged (`build.model_params`): nothing else knows of adapters.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def init_adapters(lora: LoraConfig, params: Params, key: Array) -> Params:
 
 
 def beside(lora: LoraConfig, params: Params) -> Params:
-    """A decoder's parameters as adapters are trained beside them: frozen, with the scale."""
-    return {**params, "lora_scale": np.float32(lora.alpha / lora.rank)}
+    """The parts that stay as they are while adapters are trained: a model's parameters, and the scale."""
+    return {"model": params, "lora_scale": np.float32(lora.alpha / lora.rank)}
 
 
 @jax.jit

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from smallcoder_jax.config import Config
-from smallcoder_jax.models import build
+from smallcoder_jax.models.families import family_of
 from smallcoder_jax.ops.cross_entropy import Choice
 from smallcoder_jax.preflight.collectives import Traffic
 from smallcoder_jax.preflight.target import Chip
@@ -43,7 +43,7 @@ class Budget:
 def executed_per_token(config: Config, chunks: Choice) -> float:
     """FLOPs of a step per token, with what is computed again in the backward pass."""
     model, length = config.model, config.train.sequence_length
-    flops, without = (build.flops_per_token(model, size) for size in (length, 0))
+    flops, without = (family_of(model).flops_per_token(model, size) for size in (length, 0))
     unembedding = 2.0 * model.vocab_size * model.width
     attention = (flops - without) / 3
     again = {"none": 0.0, "dots": attention, "full": flops / 3 - unembedding}[config.compute.remat]
@@ -59,7 +59,11 @@ def roofline(
     memory = moved / chip.bandwidth
     collectives = sum(max(each.sent / chip.link, each.between_hosts / chip.network) for each in sent.collectives)
     step = max(arithmetic, memory, collectives)
-    mfu = build.flops_per_token(config.model, config.train.sequence_length) * tokens / (devices * peak * step)
+    mfu = (
+        family_of(config.model).flops_per_token(config.model, config.train.sequence_length)
+        * tokens
+        / (devices * peak * step)
+    )
     return Roofline(arithmetic, memory, collectives, step, mfu, ASSUMPTION)
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import jax
 
 from smallcoder_jax.base.errors import UserError
-from smallcoder_jax.config import Config, parameter_count
+from smallcoder_jax.config import Config
 from smallcoder_jax.mesh import mesh_sizes, row_devices, slice_of
-from smallcoder_jax.models import build
+from smallcoder_jax.models.families import family_of
 from smallcoder_jax.preflight import estimate
 from smallcoder_jax.preflight.collectives import Traffic, traffic
 from smallcoder_jax.preflight.search import Largest, Trial, largest_rows
@@ -118,7 +118,7 @@ def examine(
         sequence_length=config.train.sequence_length,
         changes=changes,
         attention=f"{program.attention.implementation} ({program.attention.reason})",
-        parameters=parameter_count(config.model),
+        parameters=config.model.parameter_count(),
         memory=Memory(
             parameters + frozen,
             optimizer,
@@ -131,7 +131,7 @@ def examine(
         ),
         largest=largest,
         remedy=None if first.fits else _remedy(config, loss_fn, target, largest, parts),
-        flops_per_token=build.flops_per_token(config.model, config.train.sequence_length),
+        flops_per_token=family_of(config.model).flops_per_token(config.model, config.train.sequence_length),
         executed_flops_per_token=executed,
         traffic=sent,
         roofline=roofline,

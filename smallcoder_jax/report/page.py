@@ -16,7 +16,7 @@ from smallcoder_jax.base.display import printable
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import read_bytes, read_json_object, utc_now, write_bytes
 from smallcoder_jax.base.terminal import human_count, human_time
-from smallcoder_jax.config import to_dict
+from smallcoder_jax.config import KINDS, to_dict
 from smallcoder_jax.configfile import load_config
 from smallcoder_jax.report.log_files import read_samples
 from smallcoder_jax.report.run_folder import RunFolder
@@ -231,12 +231,12 @@ def generate_command(path: Path, config: Mapping[str, Any]) -> str:
 
 def learned_turns(config: Mapping[str, Any]) -> bool:
     """Whether the stage of a config, as JSON, teaches a model to answer in conversations."""
-    stage = config.get("stage", {}).get("name", "pretrain")
-    if stage in ("reward", "dpo"):
+    reads = KINDS[config.get("stage", {}).get("name", "pretrain")].reads
+    if reads == "preferences":
         return any(source.strip() != "code" for source in config["preferences"]["sources"].split(","))
-    if stage in ("ppo", "grpo"):
+    if reads == "prompts":
         return config["rl"]["prompts"] == "conversations"
-    return stage == "sft"
+    return reads == "conversations"
 
 
 def _commands(folder: RunFolder, run: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:

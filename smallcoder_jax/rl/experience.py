@@ -110,7 +110,7 @@ class Experience:
         self._params: Any = None
         self._start_rewards: dict[int, np.ndarray] = {}  # of answers of the start, by the number of held-out questions
 
-    def see(self, params: Any) -> None:
+    def on_params(self, params: Any) -> None:
         """The policy that answers from now on."""
         self._params = params
 

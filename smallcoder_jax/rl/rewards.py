@@ -59,12 +59,13 @@ class RewardModel:
             raise UserError(f"rl.reward_model={path} has another tokenizer than the policy; train both from one model")
         self._context, self._rows, self._pad_id = loaded.model.context, rows, tokenizer.pad_id
         self._cut_off_price = cut_off_price
-        self._params = {**loaded.params, "head": loaded.head}
+        self._params = {"model": loaded.params, "head": loaded.head}
         graph = build.abstract_model(loaded.model, loaded.compute)[0]
 
         def score(params: Any, tokens_BT: Array, segment_ids_BT: Array) -> Array:
             places_BT = jax.lax.broadcasted_iota(jnp.int32, tokens_BT.shape, 1)
-            hidden_BTD = build.bind(graph, params)(tokens_BT, places_BT, segment_ids_BT)
+            module = build.bind(graph, build.model_params(params))
+            hidden_BTD = module(tokens_BT, places_BT, segment_ids_BT).states_BTD
             last_B1 = jnp.maximum(segment_ids_BT.sum(axis=1, keepdims=True) - 1, 0)
             return scores_at(params["head"], hidden_BTD, last_B1)[:, 0]
 

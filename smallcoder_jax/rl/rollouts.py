@@ -26,6 +26,8 @@ from smallcoder_jax.generate.engine import Generator
 from smallcoder_jax.generate.sampling import SamplingOptions
 from smallcoder_jax.mesh import batch_sharding, flat_tokens, on_mesh, params_sharding, place_batch
 from smallcoder_jax.models import build
+from smallcoder_jax.models.families import family_of
+from smallcoder_jax.models.family import Hidden
 from smallcoder_jax.models.heads import head_scores
 from smallcoder_jax.ops import precision
 from smallcoder_jax.ops.cross_entropy import token_losses
@@ -57,23 +59,25 @@ class Pass(NamedTuple):
     scaled_XD: Array
     unembed_VD: Array
     log_probs_X: Array  # of the targets that were written, elsewhere 0
+    hidden: Hidden
 
 
 def policy_pass(graph: Any, params: build.Params, batch: dict[str, Array], temperature: float) -> Pass:
     """The one that rollouts and training steps share."""
-    decoder = build.bind(graph, params)
-    hidden_BTD = decoder(batch["tokens"], batch["positions"], batch["segment_ids"])
-    scaled_XD, unembed_VD = flat_tokens(hidden_BTD) / temperature, decoder.unembedding()
+    module = build.bind(graph, build.model_params(params))
+    hidden = module(batch["tokens"], batch["positions"], batch["segment_ids"])
+    scaled_XD, unembed_VD = flat_tokens(hidden.states_BTD) / temperature, module.unembedding()
     losses = token_losses(scaled_XD, unembed_VD, flat_tokens(batch["targets"]))
     # Elsewhere, e to a difference from what is stored could be infinite.
     log_probs_X = jnp.where(flat_tokens(batch["loss_weights"]) > 0, -losses.nll_X, 0.0)
-    return Pass(scaled_XD, unembed_VD, log_probs_X)
+    return Pass(scaled_XD, unembed_VD, log_probs_X, hidden)
 
 
 def critic_values(graph: Any, critic: build.Params, batch: dict[str, Array]) -> Array:
-    """What a critic, a decoder with a `head`, expects at every token, [B, T]."""
-    hidden_BTD = build.bind(graph, critic)(batch["tokens"], batch["positions"], batch["segment_ids"])
-    return head_scores(critic["head"], hidden_BTD)
+    """What a critic, a model with a `head`, expects at every token, [B, T]."""
+    module = build.bind(graph, build.model_params(critic))
+    hidden = module(batch["tokens"], batch["positions"], batch["segment_ids"])
+    return head_scores(critic["head"], hidden.states_BTD)
 
 
 def pack_answers(answers: Sequence[Answer], length: int, pad_id: int) -> Batch:
@@ -109,14 +113,13 @@ def fitting(questions: Sequence[Question], config: Config) -> list[Question]:
 class RolloutEngine:
     """Draws answers, and computes what training needs to know of their tokens.
 
-    `start`: the decoder that the policy began as, unrolled; a copy of it is kept beside the policy, for the divergence
-    from it. Policies are given in the layout of `compute.layers`, placed on a mesh, with what may stand beside the
-    decoder's parameters: a critic, adapters.
+    `start`: the parameters of the model that the policy began as, unrolled; a copy is kept beside the policy, for the
+    divergence from it. Policies are given in all their parts, in the layout of `compute.layers`, placed on a mesh.
     """
 
     def __init__(self, config: Config, tokenizer: Tokenizer, start: build.Params):
         self._config, self._tokenizer = config, tokenizer
-        layout = build.to_layout(start, config.compute)
+        layout = {"model": build.to_layout(start, config.compute)}
         # By way of the host: a copy, since what the policy starts as is given away with its first step.
         self._start = jax.tree.map(np.array, layout)
         self._placed: _Placed | None = None
@@ -128,8 +131,8 @@ class RolloutEngine:
         options = SamplingOptions(
             max_tokens=rl.answer_tokens, temperature=rl.temperature, top_k=0, top_p=1.0, seed=seed, num_samples=samples
         )
-        decoder = build.to_unrolled(build.decoder_params(params))
-        generator = Generator(self._config.model, self._config.compute, decoder, self._tokenizer)
+        model = build.to_unrolled(build.model_params(params))
+        generator = Generator(self._config.model, self._config.compute, model, self._tokenizer)
         written = generator.generate([question.ids for question in questions], options, self._config.train.batch_size)
         asked = [question for question in questions for _ in range(samples)]
         return [
@@ -162,14 +165,16 @@ class RolloutEngine:
         return {**batch, **scores}
 
     def start(self, params: build.Params) -> build.Params:
-        """The decoder that the policy began as, placed as `params` are."""
+        """The model that the policy began as, `{"model": ...}`, placed as `params` are."""
         return self._beside(params).start
 
     def _beside(self, params: build.Params) -> _Placed:
         """The start on the mesh of a policy."""
         mesh = jax.tree.leaves(params)[0].sharding.mesh
         if self._placed is None or self._placed.mesh != mesh:
-            start = jax.device_put(self._start, params_sharding(mesh, self._start))
+            start = jax.device_put(
+                self._start, params_sharding(mesh, self._start, family_of(self._config.model).sharding)
+            )
             matmul = precision.choose(self._config.compute, mesh.devices.flat[0].platform)
             score = precision.multiplying(matmul.kind, make_score(self._config))
             self._placed = _Placed(mesh, start, jax.jit(on_mesh(mesh, score)))

@@ -21,6 +21,7 @@ from smallcoder_jax.config import ComputeConfig, Config, ModelConfig, eval_rows
 from smallcoder_jax.loading import LoadedModel
 from smallcoder_jax.mesh import flat_tokens
 from smallcoder_jax.models import build
+from smallcoder_jax.models.family import with_own_losses
 from smallcoder_jax.ops.divergence import divergences, top_divergences
 from smallcoder_jax.stages.shared import documents, next_token
 from smallcoder_jax.stages.shared.start import check_tokenizer, one_process, start_of
@@ -39,15 +40,16 @@ def make_loss(config: Config, teacher: ModelConfig, teacher_compute: ComputeConf
     teacher_graph, _ = build.abstract_model(teacher, teacher_compute)
 
     def loss_fn(params: Any, batch: Batch, key: Array | None) -> tuple[Array, Array, dict[str, Array]]:
-        student = build.bind(graph, params)
+        student = build.bind(graph, build.model_params(params))
         inputs = batch["tokens"], batch["positions"], batch["segment_ids"]
-        hidden_XD, unembed_VD = flat_tokens(student(*inputs, key)), student.unembedding()
+        hidden = student(*inputs, key)
+        hidden_XD, unembed_VD = flat_tokens(hidden.states_BTD), student.unembedding()
         if distill.top_k:
             of_teacher = flat_tokens(batch["teacher_ids"]), flat_tokens(batch["teacher_log_probs"])
             kl_X = top_divergences(hidden_XD, unembed_VD, *of_teacher, distill.temperature)
         else:
             guide = build.bind(teacher_graph, jax.lax.stop_gradient(params["teacher"]))
-            of_teacher = flat_tokens(guide(*inputs)), guide.unembedding()
+            of_teacher = flat_tokens(guide(*inputs).states_BTD), guide.unembedding()
             kl_X = divergences(hidden_XD, unembed_VD, *of_teacher, distill.temperature)
         loss, weight, sums = losses.distillation(
             hidden_XD,
@@ -58,7 +60,8 @@ def make_loss(config: Config, teacher: ModelConfig, teacher_compute: ComputeConf
             alpha=distill.alpha,
             temperature=distill.temperature,
         )
-        return loss, weight, next_token.with_bytes(sums, batch)
+        loss, sums = with_own_losses(loss, weight, next_token.with_bytes(sums, batch), hidden)
+        return loss, weight, sums
 
     return loss_fn
 
@@ -96,6 +99,7 @@ def make_task(config: Config, loaded: LoadedModel | None, progress: Progress) ->
         make_loss(config, teacher.model, teacher.compute),
         reported=("accuracy", "kl"),
         frozen={} if distill.top_k else {"teacher": teacher.params},
+        frozen_model=teacher.model,
         identity={
             "teacher": teacher.origin["hash"],
             "alpha": distill.alpha,

@@ -22,7 +22,7 @@ from smallcoder_jax.config import Config, eval_rows
 from smallcoder_jax.loading import LoadedModel
 from smallcoder_jax.mesh import flat_tokens
 from smallcoder_jax.models import build
-from smallcoder_jax.models.decoder import Decoder
+from smallcoder_jax.models.family import Hidden, Module
 from smallcoder_jax.ops import precision
 from smallcoder_jax.ops.cross_entropy import token_losses
 from smallcoder_jax.stages.shared import pairs as preference_pairs
@@ -36,7 +36,9 @@ def make_loss(config: Config, criteria: Sequence[str]) -> LossFn:
     graph, _ = build.abstract_model(config.model, config.compute)
 
     def loss_fn(params: Any, batch: Batch, key: Array | None) -> preference_pairs.Judged:
-        chosen_X, rejected_X = preference_pairs.by_pair(answer_log_probs(build.bind(graph, params), batch, key))
+        model = build.bind(graph, build.model_params(params))
+        hidden = preference_pairs.hidden_states(model, batch, key)
+        chosen_X, rejected_X = preference_pairs.by_pair(answer_log_probs(model, hidden, batch))
         reference_X2 = batch["reference"].reshape(-1, 2)
 
         def loss_of(weights_X: Array) -> preference_pairs.Judged:
@@ -44,18 +46,18 @@ def make_loss(config: Config, criteria: Sequence[str]) -> LossFn:
                 chosen_X, rejected_X, reference_X2[:, 0], reference_X2[:, 1], weights_X, beta=config.dpo.beta
             )
 
-        return preference_pairs.judge(loss_of, batch, criteria)
+        return preference_pairs.judge(loss_of, batch, criteria, hidden)
 
     return loss_fn
 
 
-def answer_log_probs(decoder: Decoder, batch: Batch, key: Array | None) -> Array:
-    """Log-probabilities [B, S] of whole answers, the tokens that end them included, in nats; 0 for empty slots."""
-    hidden_BTD = preference_pairs.hidden_states(decoder, batch, key)
+def answer_log_probs(model: Module, hidden: Hidden, batch: Batch) -> Array:
+    """Log-probabilities [B, S] of whole answers, the tokens that end them included, in nats; 0 for empty slots.
+    `hidden`: of `preference_pairs.hidden_states`."""
     targets_BT, segment_ids_BT, weights_BT = (
         preference_pairs.answers(batch[name]) for name in ("targets", "segment_ids", "loss_weights")
     )
-    nll_X = token_losses(flat_tokens(hidden_BTD), decoder.unembedding(), flat_tokens(targets_BT)).nll_X
+    nll_X = token_losses(flat_tokens(hidden.states_BTD), model.unembedding(), flat_tokens(targets_BT)).nll_X
     slots_S = jnp.arange(1, batch["ends"].shape[-1] + 1, dtype=jnp.int32)
     own_BTS = segment_ids_BT[..., None] == slots_S
     return -jnp.sum(jnp.where(own_BTS, (nll_X.reshape(targets_BT.shape) * weights_BT)[..., None], 0.0), axis=1)
@@ -67,7 +69,10 @@ def reference_log_probs(config: Config, loaded: LoadedModel, pairs: preference_p
     graph, _ = build.abstract_model(config.model, compute)
 
     def by_pair(params: build.Params, batch: Batch) -> tuple[Array, Array]:
-        return preference_pairs.by_pair(answer_log_probs(build.bind(graph, params), batch, None))
+        model = build.bind(graph, params)
+        return preference_pairs.by_pair(
+            answer_log_probs(model, preference_pairs.hidden_states(model, batch, None), batch)
+        )
 
     # As in the training steps, so that a run begins with a margin of 0.
     matmul = precision.choose(config.compute, jax.default_backend())
@@ -103,4 +108,4 @@ def measure(config: Config, loaded: LoadedModel, progress: Progress) -> dict[str
     columns = reference_log_probs(config, before, pairs)
     config = dataclasses.replace(config, model=loaded.model, compute=loaded.compute)
     loss_fn = make_loss(config, pairs.criteria)
-    return preference_pairs.measure(config, pairs, loss_fn, loaded.params, columns, loaded.tokenizer)
+    return preference_pairs.measure(config, pairs, loss_fn, {"model": loaded.params}, columns, loaded.tokenizer)

@@ -16,6 +16,7 @@ from smallcoder_jax.config import Config
 from smallcoder_jax.loading import LoadedModel
 from smallcoder_jax.mesh import flat_tokens
 from smallcoder_jax.models import build
+from smallcoder_jax.models.family import with_own_losses
 from smallcoder_jax.rl.experience import grpo_rows
 from smallcoder_jax.rl.rollouts import policy_pass
 from smallcoder_jax.stages.shared import policy
@@ -30,21 +31,20 @@ def make_loss(config: Config) -> LossFn:
     graph, rl = build.abstract_model(config.model, config.compute)[0], config.rl
 
     def loss_fn(params: Any, batch: Batch, key: Array | None) -> tuple[Array, Array, dict[str, Array]]:
-        if "counted" in batch:
-            return policy.evaluation_sums(batch)
         written_BT = batch["loss_weights"]
         lengths_B1 = jnp.maximum(written_BT.sum(axis=1, keepdims=True), 1.0)
         # Times the iteration's mean length, so that weights add up to tokens, as in all stages.
         weights_X = flat_tokens(written_BT * (batch["answer_tokens"] / lengths_B1))
         advantages_X = flat_tokens(jnp.broadcast_to(batch["advantages"], written_BT.shape))
-        log_probs_X = policy_pass(graph, params, batch, rl.temperature).log_probs_X
+        made = policy_pass(graph, params, batch, rl.temperature)
         surrogate, weight, sums = losses.clipped_policy(
-            log_probs_X, flat_tokens(batch["log_probs"]), advantages_X, weights_X, clip=rl.clip
+            made.log_probs_X, flat_tokens(batch["log_probs"]), advantages_X, weights_X, clip=rl.clip
         )
-        divergence, _ = losses.reference_divergence(log_probs_X, flat_tokens(batch["reference"]), weights_X)
+        divergence, _ = losses.reference_divergence(made.log_probs_X, flat_tokens(batch["reference"]), weights_X)
         loss = surrogate + jnp.mean(batch["kl_coefficient"]) * divergence
-        sums["alike_groups"] = jnp.mean(batch["alike_groups"]) * weight
-        return loss, weight, {**sums, **policy.iteration_sums(batch, weight)}
+        sums |= {"alike_groups": jnp.mean(batch["alike_groups"]) * weight, **policy.iteration_sums(batch, weight)}
+        loss, sums = with_own_losses(loss, weight, sums, made.hidden)
+        return loss, weight, sums
 
     return loss_fn
 

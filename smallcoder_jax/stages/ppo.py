@@ -18,6 +18,7 @@ from smallcoder_jax.config import Config
 from smallcoder_jax.loading import LoadedModel
 from smallcoder_jax.mesh import flat_tokens
 from smallcoder_jax.models import build
+from smallcoder_jax.models.family import with_own_losses
 from smallcoder_jax.ops.entropy import entropies
 from smallcoder_jax.rl.experience import ppo_rows
 from smallcoder_jax.rl.rollouts import critic_values, policy_pass
@@ -35,8 +36,6 @@ def make_loss(config: Config) -> LossFn:
     graph, rl = build.abstract_model(config.model, config.compute)[0], config.rl
 
     def loss_fn(params: Any, batch: Batch, key: Array | None) -> tuple[Array, Array, dict[str, Array]]:
-        if "counted" in batch:
-            return policy.evaluation_sums(batch)
         weights_X = flat_tokens(batch["loss_weights"])
         made = policy_pass(graph, params, batch, rl.temperature)
         surrogate, weight, sums = losses.clipped_policy(
@@ -51,7 +50,9 @@ def make_loss(config: Config) -> LossFn:
         value, _ = losses.clipped_value(values_X, old_X, returns_X, weights_X, clip=rl.value_clip)
         entropy = jnp.sum(entropies(made.scaled_XD, made.unembed_VD) * weights_X)
         loss = surrogate + rl.value_weight * value - rl.entropy_weight * entropy
-        return loss, weight, {**sums, "value_loss": value, "entropy": entropy, **policy.iteration_sums(batch, weight)}
+        sums |= {"value_loss": value, "entropy": entropy, **policy.iteration_sums(batch, weight)}
+        loss, sums = with_own_losses(loss, weight, sums, made.hidden)
+        return loss, weight, sums
 
     return loss_fn
 
@@ -61,21 +62,21 @@ def make_task(config: Config, loaded: LoadedModel | None, progress: Progress) ->
     del progress  # prompts take seconds
     loaded = need_start(config, loaded)
     task = policy.make_task(config, loaded, loss_fn=make_loss(config), learn=ppo_rows, reported=REPORTED)
-    start = Start({**loaded.params, "critic": first_critic(config, loaded)}, loaded.origin)
+    start = Start({"model": loaded.params, "critic": first_critic(config, loaded)}, loaded.origin)
     return dataclasses.replace(task, start=start)
 
 
 def first_critic(config: Config, loaded: LoadedModel) -> build.Params:
-    """A decoder with a head, unrolled: the reward model, which knows what an answer will be worth before the policy
+    """A model with a head, unrolled: the reward model, which knows what an answer will be worth before the policy
     does (so do Ouyang et al., arXiv 2203.02155); where answers are checked, the model that the policy begins as.
 
     Raises UserError where the reward model has another shape than the policy.
     """
     if not config.rl.reward_model:
-        return {**loaded.params, "head": first_head(config)}
+        return {"model": loaded.params, "head": first_head(config)}
     judge = loading.load(Path(config.rl.reward_model))
     check_shape(config.rl.reward_model, judge.model, config.model)
-    return {**judge.params, "head": judge.head}
+    return {"model": judge.params, "head": judge.head}
 
 
 def measure(config: Config, loaded: LoadedModel, progress: Progress) -> dict[str, Any]:

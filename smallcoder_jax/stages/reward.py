@@ -29,11 +29,11 @@ def make_loss(config: Config, criteria: Sequence[str]) -> LossFn:
     graph, _ = build.abstract_model(config.model, config.compute)
 
     def loss_fn(params: Any, batch: Batch, key: Array | None) -> preference_pairs.Judged:
-        hidden_BTD = preference_pairs.hidden_states(build.bind(graph, params), batch, key)
-        scores_BS = scores_at(params["head"], hidden_BTD, preference_pairs.answers(batch["ends"]))
+        hidden = preference_pairs.hidden_states(build.bind(graph, build.model_params(params)), batch, key)
+        scores_BS = scores_at(params["head"], hidden.states_BTD, preference_pairs.answers(batch["ends"]))
         chosen_X, rejected_X = preference_pairs.by_pair(scores_BS)
         return preference_pairs.judge(
-            lambda weights_X: losses.bradley_terry(chosen_X, rejected_X, weights_X), batch, criteria
+            lambda weights_X: losses.bradley_terry(chosen_X, rejected_X, weights_X), batch, criteria, hidden
         )
 
     return loss_fn
@@ -52,5 +52,5 @@ def measure(config: Config, loaded: LoadedModel, progress: Progress) -> dict[str
         raise UserError(f"{loaded.origin['path']} has no head for rewards; give a run of stage reward")
     pairs = preference_pairs.prepare(config, loaded.tokenizer, progress)
     config = dataclasses.replace(config, model=loaded.model, compute=loaded.compute)
-    params = {**loaded.params, "head": loaded.head}
+    params = {"model": loaded.params, "head": loaded.head}
     return preference_pairs.measure(config, pairs, make_loss(config, pairs.criteria), params, {}, loaded.tokenizer)

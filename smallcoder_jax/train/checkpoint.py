@@ -35,6 +35,7 @@ from smallcoder_jax.base.errors import Interrupted, UserError
 from smallcoder_jax.base.faults import NONE, Faults, flip_bit
 from smallcoder_jax.base.files import read_json, write_json
 from smallcoder_jax.mesh import path_name
+from smallcoder_jax.train import layouts
 from smallcoder_jax.train.state import TrainState
 
 MANIFEST = "manifest.json"
@@ -177,10 +178,8 @@ class Checkpointer:
         target = self.folder / str(step)
         meta = read_meta(target)
         check(meta)
-        _check_leaves(meta["leaves"], leaves_of(abstract.params), target)
         rest = {name: value for name, value in abstract._asdict().items() if name != "params"}
-        with _interrupts_as_they_are():
-            loaded = ocp.load_checkpointables(_orbax_path(target), {"params": abstract.params, "rest": rest})
+        loaded = _load_trees(target, meta, {"params": abstract.params, "rest": rest})
         state = TrainState(params=loaded["params"], **loaded["rest"])
         if int(state.step) != step:
             raise Damaged(f"checkpoint {target} holds the state of step {int(state.step)}")
@@ -303,9 +302,17 @@ def load_params(step_folder: Path, abstract: Any) -> tuple[Any, dict[str, Any]]:
     """Only the parameters of a step, verified, and its meta.json. `abstract` as in `Checkpointer.restore`."""
     target = verified(step_folder)
     meta = read_meta(target)
-    _check_leaves(meta["leaves"], leaves_of(abstract), target)
+    return _load_trees(target, meta, {"params": abstract})["params"], meta
+
+
+def _load_trees(target: Path, meta: dict[str, Any], abstract: dict[str, Any]) -> dict[str, Any]:
+    """Of `params` and `rest` those that `abstract` has. Raises UserError where parameters are not those saved."""
+    flat = layouts.is_flat(meta["leaves"])
+    wanted = layouts.flattened(abstract) if flat else abstract
+    _check_leaves(meta["leaves"], leaves_of(wanted["params"]), target)
     with _interrupts_as_they_are():
-        return ocp.load_checkpointables(_orbax_path(target), {"params": abstract})["params"], meta
+        loaded = ocp.load_checkpointables(_orbax_path(target), wanted)
+    return layouts.unflattened(loaded, abstract) if flat else loaded
 
 
 @contextlib.contextmanager

@@ -22,17 +22,16 @@ from smallcoder_jax.base.terminal import Terminal
 from smallcoder_jax.config import Config, eval_rows
 from smallcoder_jax.data.rows.prefetch import DevicePrefetcher
 from smallcoder_jax.data.tokens.verification import steps_until_repeated
-from smallcoder_jax.mesh import batch_sharding, check_rows, place_batch, process_rows
+from smallcoder_jax.mesh import batch_sharding, check_rows, process_rows
 from smallcoder_jax.models import build
 from smallcoder_jax.report.run_folder import RunFolder
 from smallcoder_jax.train.checkpoint import Checkpointer
-from smallcoder_jax.train.evaluation import draw_samples, evaluate, make_gradient, whole_leaves
+from smallcoder_jax.train.evaluation import Evaluator, draw_samples, whole_leaves
 from smallcoder_jax.train.meter import Meter
 from smallcoder_jax.train.profile import StepProfile
 from smallcoder_jax.train.program import make_program
 from smallcoder_jax.train.records import Records
 from smallcoder_jax.train.start import find_start
-from smallcoder_jax.train.step import make_eval_step
 from smallcoder_jax.train.stop import StopRequest
 from smallcoder_jax.train.task import Task
 from smallcoder_jax.train.watchdog import Watchdog
@@ -81,7 +80,9 @@ class Trainer:
         self.watchdog = Watchdog(folder.path)
         self.started = time.monotonic()
         self.records = Records(config, folder, task, terminal, allow_changed)
-        self.program = program = make_program(config, task.loss_fn, reported=task.reported, frozen=task.frozen)
+        self.program = program = make_program(
+            config, task.loss_fn, reported=task.reported, frozen=task.frozen, frozen_model=task.frozen_model
+        )
         self.mesh, self.train_step = program.mesh, program.step
         self.frozen = jax.device_put(task.frozen, program.frozen_shardings)
         check_rows(self.mesh.shape, eval_rows(config), "eval.batch_size")
@@ -97,15 +98,8 @@ class Trainer:
         if task.manifest is not None:
             tokens = config.train.batch_size * config.train.sequence_length
             self.verified_at += steps_until_repeated(task.manifest, config.data, tokens)
-        self.eval_step = make_eval_step(
-            task.loss_fn,
-            matmul=program.matmul.kind,
-            mesh=self.mesh,
-            shardings=program.shardings.params,
-            frozen_shardings=program.frozen_shardings,
-        )
-        self.gradient = make_gradient(task.loss_fn, program.matmul.kind, self.mesh)
         self.vote = StopVote(self.mesh)
+        self.evaluator = Evaluator(config, task, program, self.frozen, self.watchdog, self.vote)
         self.log = self.records.open_log(program, self.step, self.step - self.history.owes_evaluation)
 
     def run(self) -> Outcome:
@@ -140,7 +134,7 @@ class Trainer:
         batches = self.task.train_batches(process_rows(self.mesh, self.config.train.batch_size))
         if self.data_state is not None:
             batches.set_state(self.data_state)
-        depth, guard = 0 if self.task.see else self.config.data.prefetch, self.config.guard
+        depth, guard = 0 if self.task.on_params else self.config.data.prefetch, self.config.guard
         prefetcher = DevicePrefetcher(batches, batch_sharding(self.mesh), depth, self.faults)
         drawn = self.watchdog.each("a batch (guard.data_seconds)", guard.data_seconds, prefetcher)
         profile = StepProfile(self.config.log, self.folder.profile)
@@ -184,12 +178,12 @@ class Trainer:
 
     @property
     def params(self) -> build.Params:
-        """All parameters that the loss sees now."""
+        """All parts that the loss sees now."""
         return {**self.frozen, **self.state.params}
 
     def _draw(self, drawn: Iterator[Any]) -> Any:
-        if self.task.see is not None:
-            self.task.see(self.params)
+        if self.task.on_params is not None:
+            self.task.on_params(self.params)
         return next(drawn)
 
     def _is_due(self) -> bool:
@@ -301,23 +295,9 @@ class Trainer:
         if self.vote.passed:
             return None
         self.faults.reach("evaluation")
-        if self.task.see is not None:
-            self.task.see(self.params)
-        sums = evaluate(
-            lambda params, batch: self.eval_step(params, batch, self.frozen),
-            self.state.params,
-            self.watchdog.each(
-                "a validation batch (guard.data_seconds)",
-                self.config.guard.data_seconds,
-                self.task.validation_batches(self.config.eval.batches, process_rows(self.mesh, eval_rows(self.config))),
-            ),
-            batch_sharding(self.mesh),
-            self.vote,
-            stop,
-        )
-        if sums is None:
+        total = self.evaluator.evaluate(self.task, self.state.params, stop)
+        if total is None:
             return None
-        total = self.task.summarise(sums.compute())
         best = self.history.add_evaluation(total)
         self.log.evaluation(self.step, total)
         values = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in total.items())
@@ -339,9 +319,9 @@ class Trainer:
         self.saved_step = self.step
 
     def _histograms(self) -> None:
-        """Weights, and gradients on the first rows of the validation split, as histograms by path."""
-        rows = next(iter(self.task.validation_batches(1, process_rows(self.mesh, eval_rows(self.config)))))
-        gradients = self.gradient(self.state.params, place_batch(batch_sharding(self.mesh), rows), self.frozen)
+        """Weights and, where the task has validation batches, gradients on the first rows of them, by name."""
+        rows = next(iter(self.task.validation_batches(1, self.evaluator.rows)), None)
+        gradients = {} if rows is None else self.evaluator.gradient(self.state.params, rows)
         self.log.histograms(self.step, whole_leaves(self.state.params), whole_leaves(gradients))
 
     def _write_info(self) -> None:

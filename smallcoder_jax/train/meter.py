@@ -7,7 +7,7 @@ import time
 from jax.sharding import Mesh
 
 from smallcoder_jax.config import Config
-from smallcoder_jax.models import build
+from smallcoder_jax.models.families import family_of
 from smallcoder_jax.train.flops import peak_flops
 
 
@@ -15,7 +15,7 @@ class Meter:
     """Wall time per step, without evaluations and saves in between."""
 
     def __init__(self, config: Config, mesh: Mesh):
-        self.flops = build.flops_per_token(config.model, config.train.sequence_length)
+        self.flops = family_of(config.model).flops_per_token(config.model, config.train.sequence_length)
         peak = peak_flops(mesh.devices.flat[0].device_kind)
         self.peak = None if peak is None else peak * mesh.devices.size
         self.last = time.monotonic()

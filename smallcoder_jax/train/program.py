@@ -11,9 +11,10 @@ import optax
 from jax.sharding import Mesh
 
 from smallcoder_jax import optim
-from smallcoder_jax.config import Config
+from smallcoder_jax.config import Config, ModelConfig
 from smallcoder_jax.mesh import batch_sharding, check_length, make_mesh, params_sharding
 from smallcoder_jax.models import build, lora
+from smallcoder_jax.models.families import family_of
 from smallcoder_jax.ops import attention, cross_entropy, precision
 from smallcoder_jax.train.state import TrainState, init_state, state_sharding
 from smallcoder_jax.train.step import LossFn, make_train_step
@@ -41,23 +42,24 @@ def make_program(
     *,
     reported: Sequence[str] = ("accuracy",),
     frozen: Any = None,
+    frozen_model: ModelConfig | None = None,
 ) -> Program:
     """Nothing is compiled, and no memory taken. `devices`: of any platform, a topology's included; None: all that are
-    here. `reported`: as `make_train_step` takes it; `frozen`: parameters that are not trained (arrays or shapes); None:
-    where adapters are trained the shapes of the model beside them, else nothing. Raises UserError where config and
-    devices do not fit together.
+    here. `reported`: as `make_train_step` takes it. `frozen`: parts that are not trained (arrays or shapes), those of
+    `frozen_model` where that is another model; None: where adapters are trained the shapes of the model, else nothing.
+    Raises UserError where config and devices do not fit together.
     """
-    train, model = config.train, config.model
+    train, model, family = config.train, config.model, family_of(config.model)
     mesh = make_mesh(config.mesh, model, train.microbatch_rows, devices)
     length, device = train.sequence_length, mesh.devices.flat[0]
     check_length(mesh.shape, length)
-    optimizer = optim.make_optimizer(config.optimizer, train.steps)
+    optimizer = optim.make_optimizer(config.optimizer, train.steps, family.muon)
     shapes = jax.eval_shape(lambda: init_state(config, optimizer))
-    shardings = state_sharding(mesh, shapes)
+    shardings = state_sharding(mesh, shapes, family.sharding)
     if frozen is None:
-        _, decoder = build.abstract_model(model, config.compute)
-        frozen = lora.beside(config.lora, decoder) if config.lora.rank else {}
-    frozen_shardings = params_sharding(mesh, frozen)
+        _, own = build.abstract_model(model, config.compute)
+        frozen = lora.beside(config.lora, own) if config.lora.rank else {}
+    frozen_shardings = params_sharding(mesh, frozen, family_of(frozen_model or model).sharding)
     matmul = precision.choose(config.compute, device.platform)
     return Program(
         mesh=mesh,
@@ -70,7 +72,7 @@ def make_program(
             loss_fn,
             optimizer,
             optim.schedule(config.optimizer, train.steps),
-            reported=reported,
+            reported=(*reported, *family.losses),
             peak=config.optimizer.peak_learning_rate,
             microbatches=train.batch_size // train.microbatch_rows,
             guarding=config.guard,
@@ -88,13 +90,14 @@ def make_program(
 
 
 def _attention(config: Config, mesh: Mesh) -> attention.Choice:
-    model, length, device = config.model, config.train.sequence_length, mesh.devices.flat[0]
+    length, device, shape = config.train.sequence_length, mesh.devices.flat[0], family_of(config.model).attention_shape
+    if shape is None:
+        return attention.Choice("none", f"models with model.family={config.model.family!r} have none")
     return attention.choose(
         config.compute.attention,
         length,
         length,
-        model.heads // model.kv_heads,
-        model.head_size,
+        *shape(config.model),
         config.compute.dtype,
         device.platform,
         device.device_kind,

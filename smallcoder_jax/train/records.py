@@ -14,7 +14,6 @@ from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import write_json
 from smallcoder_jax.base.terminal import Terminal, human_time
 from smallcoder_jax.config import Config, to_dict
-from smallcoder_jax.models import build
 from smallcoder_jax.report.log import MetricsLog, SilentLog
 from smallcoder_jax.report.run_folder import (
     RunFolder,
@@ -130,7 +129,7 @@ class Records:
 
     def write_info(self, history: History, state: TrainState, frozen: Any, best_step: int | None) -> None:
         """The summary at the end, `training_info.json`."""
-        trained = (state.params, build.decoder_params(frozen))
+        trained = (state.params, frozen.get("model", {}))
         write_training_info(
             self._folder,
             variant_name=self._config.name,

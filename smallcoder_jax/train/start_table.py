@@ -16,14 +16,13 @@ def start_sections(
     config: Config, program: Program, state: TrainState, frozen: Any, memory: Any
 ) -> dict[str, dict[str, str]]:
     """Section -> name -> value. `memory` is XLA's analysis of the compiled step, None where there is none."""
-    model, mesh = config.model, program.mesh
+    mesh = program.mesh
     count, beside = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.params, frozen))
     chunk = program.cross_entropy.chunk
     sections = {
         "model": {
             "parameters": f"{count:,}" + (f" trained, {beside:,} beside them" if beside else ""),
-            "shape": f"width {model.width}, layers {model.layers}, heads {model.heads}:{model.kv_heads} x "
-            f"{model.head_size}, MLP {model.mlp_width}, vocabulary {model.vocab_size}",
+            "shape": config.model.summary(),
             "compute": f"{config.compute.dtype}, layers {config.compute.layers}, remat {config.compute.remat}",
             "products": f"{program.matmul.kind} ({program.matmul.reason})",
             "attention": f"{program.attention.implementation} ({program.attention.reason})",

@@ -12,7 +12,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from smallcoder_jax.config import Config
-from smallcoder_jax.mesh import path_name, replicated, spec_of
+from smallcoder_jax.mesh import Rules, parameter_name, path_name, replicated, spec_of
 from smallcoder_jax.models import build
 from smallcoder_jax.models.heads import init_head
 from smallcoder_jax.models.lora import init_adapters
@@ -32,7 +32,7 @@ class TrainState(NamedTuple):
 def init_state(
     config: Config, optimizer: optax.GradientTransformation, start: build.Params | None = None
 ) -> TrainState:
-    """A fresh state; traceable. `start`: the parameters to begin with, in the layout of `config.compute.layers`; those
+    """A fresh state; traceable. `start`: the parts to begin with, in the layout of `config.compute.layers`; those
     that it lacks are drawn, and all where it is None.
     """
     key = jax.random.key(config.train.seed)
@@ -47,18 +47,18 @@ def init_state(
 
 
 def trained_params(config: Config, start: build.Params | None = None) -> build.Params:
-    """The parameters of `init_state`: the decoder's and, of some stages, a head or a critic; or adapters alone."""
+    """The parts of `init_state`: the model and, of some stages, a head or a critic; or adapters alone."""
     key = jax.random.key(config.train.seed)
     if config.lora.rank:
         _, shapes = build.abstract_model(config.model, dataclasses.replace(config.compute, layers="unroll"))
         adapters = init_adapters(config.lora, shapes, jax.random.fold_in(key, 3))
         return {"lora": build.to_layout(adapters, config.compute)}
-    params = start or build.init_params(config.model, config.compute, jax.random.fold_in(key, 0))
-    if config.stage.has_head and "head" not in params:
+    params = start or {"model": build.init_params(config.model, config.compute, jax.random.fold_in(key, 0))}
+    if config.stage.kind.head and "head" not in params:
         params = {**params, "head": first_head(config)}
-    if config.stage.has_critic and "critic" not in params:
+    if config.stage.kind.critic and "critic" not in params:
         critic = build.init_params(config.model, config.compute, jax.random.fold_in(key, 4))
-        params = {**params, "critic": {**critic, "head": first_head(config)}}
+        params = {**params, "critic": {"model": critic, "head": first_head(config)}}
     return params
 
 
@@ -67,9 +67,10 @@ def first_head(config: Config) -> build.Params:
     return init_head(config.model.width, jax.random.fold_in(jax.random.key(config.train.seed), 2))
 
 
-def state_sharding(mesh: Mesh, state: TrainState) -> TrainState:
+def state_sharding(mesh: Mesh, state: TrainState, rules: Rules) -> TrainState:
     """Shardings for `state` (arrays or shapes). Optimizer moments are split as the parameter whose path they end in."""
-    names = {path_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
+    leaves = jax.tree_util.tree_leaves_with_path(state.params)
+    known = {path_name(path): (parameter_name(path), leaf.shape) for path, leaf in leaves}
 
     def of_leaf(path: tuple[Any, ...], leaf: Any) -> jax.sharding.NamedSharding:
         name = path_name(path)
@@ -77,8 +78,9 @@ def state_sharding(mesh: Mesh, state: TrainState) -> TrainState:
             parts = name.split("/")
             for start in range(len(parts)):
                 tail = "/".join(parts[start:])
-                if names.get(tail) == leaf.shape:
-                    return jax.sharding.NamedSharding(mesh, spec_of(tail, leaf.ndim))
+                own, shape = known.get(tail, ("", None))
+                if shape == leaf.shape:
+                    return jax.sharding.NamedSharding(mesh, spec_of(rules, own, leaf.ndim))
         return replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(of_leaf, state)

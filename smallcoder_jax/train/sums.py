@@ -1,11 +1,15 @@
 """Sums of losses over evaluation batches, as a CLU metric, and what they come to."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
 
 import clu.metrics
+import jax
 from flax import struct
+
+from smallcoder_jax.base.distributed import StopVote
+from smallcoder_jax.base.errors import UserError
 
 
 @struct.dataclass
@@ -33,6 +37,33 @@ class EvalMetrics(clu.metrics.Metric):
     def compute(self) -> dict[str, float]:
         """The sums themselves: what they come to, a stage knows (`Task.summarise`)."""
         return dict(self.sums)
+
+
+def add_up(
+    batches: Iterable[Mapping[str, Any]], vote: StopVote | None = None, wanted: Callable[[], bool] = lambda: False
+) -> dict[str, float] | None:
+    """The sums of a loss over batches, from those of each. They are read one batch behind, so that the device does not
+    wait for the host. With a `vote`, None where a stop is `wanted` before the end. Raises UserError where there is no
+    batch.
+    """
+    total, pending = EvalMetrics.empty(), None
+
+    def with_sums(sums: Mapping[str, Any]) -> EvalMetrics:
+        values = jax.device_get(dict(sums))
+        if vote is not None:
+            vote.count(values)
+        return total.merge(EvalMetrics.from_model_output(**values))
+
+    for sums in batches:
+        sums = {**sums, **(vote.cast(wanted()) if vote is not None else {})}
+        if pending is not None:
+            total = with_sums(pending)
+        if vote is not None and vote.passed:
+            return None
+        pending = sums
+    if pending is None:
+        raise UserError("there is nothing to evaluate on: the validation split is empty")
+    return with_sums(pending).compute()
 
 
 def language_summary(sums: Mapping[str, float]) -> dict[str, float]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from smallcoder_jax.config import Config, to_dict
+from smallcoder_jax.config import Config, ModelConfig, to_dict
 from smallcoder_jax.data.rows.prefetch import BatchIterator
 from smallcoder_jax.data.tokens import shards
 from smallcoder_jax.data.tokens.verification import Verification
@@ -17,14 +17,28 @@ from smallcoder_jax.models import build
 from smallcoder_jax.ops import precision
 from smallcoder_jax.tokenizers.base import Tokenizer
 from smallcoder_jax.train.step import LossFn
+from smallcoder_jax.train.sums import ratio
 
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """What a run begins with in place of drawn parameters. `params`: unrolled. `facts`: where they are from."""
+    """What a run begins with in place of drawn parameters. `params`: all parts, unrolled. `facts`: their origin."""
 
     params: build.Params
     facts: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What a task is given to evaluate a model: its parameters, the loss of a batch, and who adds up."""
+
+    params: build.Params  # all parts, as `score` has them
+    score: Callable[[Mapping[str, np.ndarray]], Mapping[str, Any]]  # rows of a batch -> the loss's sums and `weight`
+    add: Callable[[Iterable[Mapping[str, Any]]], dict[str, float] | None]  # `sums.add_up`; None: a signal came first
+    drawn: Callable[[Iterable[Any]], Iterator[Any]]  # the same items, each of them waited for
+    rows: Sequence[int]  # of each global batch, those of this process
+    limit: int  # batches at most; 0: all
+    loss_alone: bool = False  # nothing else is asked for, where it takes long to work out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +51,8 @@ class Task:
     loss_fn: LossFn
     summarise: Callable[[dict[str, float]], dict[str, float]]  # the loss's sums, `weight` among them, to what is logged
     train_batches: Callable[[Sequence[int]], BatchIterator]
-    validation_batches: Callable[[int, Sequence[int]], Iterable[dict[str, np.ndarray]]]  # at most so many; 0: all
+    # At most so many; 0: all. None come where a task is evaluated by other means.
+    validation_batches: Callable[[int, Sequence[int]], Iterable[dict[str, np.ndarray]]]
     identity: dict[str, Any]  # what a resumed run must agree in
     tokenizer: Tokenizer
     dataset: str
@@ -50,12 +65,21 @@ class Task:
     manifest: shards.Manifest | None = None  # of the token shards, where it reads any
     verification: Verification | None = None  # of these shards, begun
     start: Start | None = None
-    frozen: build.Params = dataclasses.field(default_factory=dict)  # not trained, joined to the others for the loss
+    frozen: build.Params = dataclasses.field(default_factory=dict)  # parts that are not trained; the loss sees all
+    frozen_model: ModelConfig | None = None  # whose they are, where that is another than the config's
     prompts: Mapping[str, Sequence[int]] | None = None  # for samples, by what is shown; None: those of the config
-    # As validation_batches, with what the loss needs alone, where the rest takes long to work out.
-    loss_batches: Callable[[int, Sequence[int]], Iterable[dict[str, np.ndarray]]] | None = None
-    # Data that depends on the model: shown all parameters before each batch is drawn and before each evaluation.
-    see: Callable[[build.Params], None] | None = None
+    own_losses: tuple[str, ...] = ()  # of the model (`Family.losses`)
+    # Data that depends on the model: given all parameters before each batch is drawn.
+    on_params: Callable[[build.Params], None] | None = None
+
+    def evaluate(self, evaluation: Evaluation) -> dict[str, float] | None:
+        """What `summarise` says of the held-out batches, and the means of the model's own losses; None where a signal
+        came before the end. Raises UserError where there is nothing held out."""
+        batches = evaluation.drawn(self.validation_batches(evaluation.limit, evaluation.rows))
+        sums = evaluation.add(map(evaluation.score, batches))
+        if sums is None:
+            return None
+        return self.summarise(sums) | {name: ratio(sums[name], sums["weight"]) for name in self.own_losses}
 
 
 def run_identity(config: Config, task: Task) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def test_totals_are_over_counted_targets_of_all_batches() -> None:
         batch["bytes"] = 3 * batch["loss_weights"]
         decoder = build.bind(graph, params)
         given = (jnp.asarray(batch[name]) for name in ("tokens", "positions", "segment_ids"))
-        logits = decoder.logits(decoder(*given))
+        logits = build.logits(decoder, decoder(*given).states_BTD)
         scores = np.asarray(jax.nn.log_softmax(logits), np.float64)
         for row, column in zip(*np.nonzero(batch["loss_weights"]), strict=True):
             score = scores[row, column]

@@ -90,10 +90,10 @@ def other_weights(copied: Path, scale: float) -> None:
     config = from_config_dict(json.loads((copied / "config.json").read_text()))
     meta = json.loads((newest(copied) / "meta.json").read_text())
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    _, abstract = build.abstract_model(config.model, FLOAT32)
+    abstract = {"model": build.abstract_model(config.model, FLOAT32)[1]}
     placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), abstract)
     params, _ = checkpoint.load_params(newest(copied), placed)
-    fresh = build.init_params(config.model, FLOAT32, jax.random.key(3))
+    fresh = {"model": build.init_params(config.model, FLOAT32, jax.random.key(3))}
     mixed = jax.tree.map(lambda old, new: (1 - scale) * old + scale * new, params, fresh)
     shutil.rmtree(newest(copied))
     step, key = jax.numpy.int32(24), jax.random.key_data(jax.random.key(0))

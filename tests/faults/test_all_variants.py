@@ -16,7 +16,6 @@ import pytest
 from sentencepiece import sentencepiece_model_pb2
 
 from smallcoder_jax.base.errors import EXIT_CHECK_FAILED
-from smallcoder_jax.config import parameter_count
 from smallcoder_jax.configfile import load_config
 from smallcoder_jax.tokenizers.sentencepiece import MODEL_FILE, SentencePieceTokenizer, train_sentencepiece
 from tools.train_all_variants import VARIANTS
@@ -125,7 +124,7 @@ def test_six_variants_one_of_which_fails_through_a_kill(tmp_path: Path) -> None:
     for variant, result in place.results().items():
         config = load_config(str(ROOT / "configs" / f"{variant}.py"), place.overrides())
         assert (result["status"], result["steps"]) == ("trained", STEPS)
-        assert result["parameters"] == parameter_count(config.model)
+        assert result["parameters"] == config.model.parameter_count()
         assert result["parameters"] > 32768 * config.model.width
         verdict = result["verification"]
         assert (verdict["status"], verdict["step"]) == ("verified", STEPS), verdict

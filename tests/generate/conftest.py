@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from smallcoder_jax.config import ComputeConfig, ModelConfig
+from smallcoder_jax.config import ComputeConfig, DecoderConfig
 from smallcoder_jax.generate.engine import Generator
 from smallcoder_jax.models import build
 from smallcoder_jax.tokenizers.base import IM_END, TOOL_PIECES
@@ -18,7 +18,7 @@ from smallcoder_jax.tokenizers.bytes import ByteTokenizer
 from smallcoder_jax.tokenizers.vocabulary import Vocabulary
 
 COMPUTE = ComputeConfig(dtype="float32")
-MODEL = ModelConfig(
+MODEL = DecoderConfig(
     vocab_size=256, width=64, mlp_width=96, layers=2, heads=4, kv_heads=2, head_size=16, context=96, norm_eps=1e-6
 )
 
@@ -45,7 +45,7 @@ class Tiny:
         graph, _ = build.abstract_model(self.model, COMPUTE)
         positions = jnp.arange(self.model.context, dtype=jnp.int32)[None]
         decoder = build.bind(graph, params)
-        return decoder.logits(decoder(tokens, positions, segments))
+        return build.logits(decoder, decoder(tokens, positions, segments).states_BTD)
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,8 @@ from smallcoder_jax.generate import engine, step
 from smallcoder_jax.generate.sampling import SamplingOptions
 from smallcoder_jax.mesh import make_mesh, params_sharding
 from smallcoder_jax.models import build
-from smallcoder_jax.models import cache as kv_cache
+from smallcoder_jax.models.decoder import cache as kv_cache
+from smallcoder_jax.models.decoder.sharding import RULES
 from smallcoder_jax.tokenizers.base import END_PIECES, EOS, IM_END
 from smallcoder_jax.tokenizers.bytes import ByteTokenizer
 from tests.helpers import CAPTURES
@@ -117,7 +118,7 @@ def test_the_cache_takes_several_tokens_at_once(tiny):
     for start, end in itertools.pairwise([0, 7, 8, 13, 20]):
         part = [x[:, start:end] for x in (ids, positions, segments)]
         hidden, cache = extend(*part, cache)
-        parts.append(decoder.logits(hidden))
+        parts.append(build.logits(decoder, hidden))
     got = np.concatenate(parts, axis=1)
     for row in range(2):
         expected = tiny.scores(ids[row, padding[row] :].tolist())
@@ -324,7 +325,7 @@ def test_multi_byte_characters_stream_whole(make_tiny):
 
 def test_parameters_split_over_a_mesh_give_the_same_text_without_hidden_transfers(tiny, caplog):
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), tiny.model, batch_size=4)
-    generator = tiny.generator(params=jax.device_put(tiny.params, params_sharding(mesh, tiny.params)))
+    generator = tiny.generator(params=jax.device_put(tiny.params, params_sharding(mesh, tiny.params, RULES)))
     with compilations(caplog) as compiled, jax.transfer_guard("disallow"):
         completions = generator.generate(["a", "import"], SAMPLED)
     assert [c.token_ids for c in completions] == [

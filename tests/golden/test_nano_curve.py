@@ -21,11 +21,12 @@ import numpy as np
 import pytest
 
 from smallcoder_jax import optim
-from smallcoder_jax.config import ComputeConfig, Config, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from smallcoder_jax.config import ComputeConfig, Config, DecoderConfig, MeshConfig, OptimizerConfig, TrainConfig
 from smallcoder_jax.kernels import flash_tpu
 from smallcoder_jax.kernels.tile_table import Tiles
 from smallcoder_jax.kernels.tiles import TpuTiles
 from smallcoder_jax.mesh import batch_sharding, make_mesh
+from smallcoder_jax.models.decoder.family import DECODER
 from smallcoder_jax.ops import attention, precision
 from smallcoder_jax.stages.shared import next_token
 from smallcoder_jax.train.state import init_state, state_sharding
@@ -44,7 +45,7 @@ OPTIMIZER = OptimizerConfig(
     final_ratio=0.0,
 )
 # The shape that nano had when the curve was drawn first: the config may change, the curve does not.
-MODEL = ModelConfig(
+MODEL = DecoderConfig(
     vocab_size=4096, width=256, mlp_width=704, layers=4, heads=4, kv_heads=2, head_size=64, context=1024
 )
 NAMES = ("total", "item", "count", "left", "right", "index", "value", "result")
@@ -111,8 +112,8 @@ def nano_config(
 def losses(config: Config, stream: Iterable[dict[str, np.ndarray]]) -> Iterator[float]:
     """The training loss of each step, on one device."""
     mesh = make_mesh(MeshConfig(), config.model, config.train.batch_size, jax.devices()[:1])
-    optimizer = optim.make_optimizer(config.optimizer, config.train.steps)
-    shardings = state_sharding(mesh, jax.eval_shape(lambda: init_state(config, optimizer)))
+    optimizer = optim.make_optimizer(config.optimizer, config.train.steps, DECODER.muon)
+    shardings = state_sharding(mesh, jax.eval_shape(lambda: init_state(config, optimizer)), DECODER.sharding)
     state = jax.jit(lambda: init_state(config, optimizer), out_shardings=shardings)()
     step = make_train_step(
         next_token.make_loss(config),

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import pytest
 
-from smallcoder_jax.config import ModelConfig
+from smallcoder_jax.config import DecoderConfig
 from smallcoder_jax.models import build
 from smallcoder_jax.tokenizers.sentencepiece import SentencePieceTokenizer, train_sentencepiece
 from tests.helpers import FLOAT32
@@ -35,12 +35,12 @@ def tokenizer() -> SentencePieceTokenizer:
     return train_sentencepiece([CODE] * 4, 420, 100_000)
 
 
-def llama(**changes: Any) -> ModelConfig:
+def llama(**changes: Any) -> DecoderConfig:
     shape = {"vocab_size": 420, "width": 64, "mlp_width": 96, "layers": 2, "heads": 4, "kv_heads": 2, "head_size": 32}
-    return ModelConfig(**{**shape, "context": 160, "rope_theta": 123_456.0, **changes})
+    return DecoderConfig(**{**shape, "context": 160, "rope_theta": 123_456.0, **changes})
 
 
-def gpt2(**changes: Any) -> ModelConfig:
+def gpt2(**changes: Any) -> DecoderConfig:
     kinds = {"norm": "layernorm", "norm_eps": 1e-5, "positions": "learned", "mlp": "gelu", "bias": "all"}
     return llama(**{**kinds, "kv_heads": 4, "head_size": 16, "rope_theta": 10_000.0, **changes})
 
@@ -53,7 +53,7 @@ MODELS = {
 }
 
 
-def random_params(model: ModelConfig, seed: int = 0) -> build.Params:
+def random_params(model: DecoderConfig, seed: int = 0) -> build.Params:
     """Parameters in which nothing is 0 or 1, so that a bias or a scale that is left out shows."""
     params = build.init_params(model, FLOAT32, jax.random.key(seed))
     leaves, tree = jax.tree.flatten(params)

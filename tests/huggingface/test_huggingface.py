@@ -17,11 +17,12 @@ import safetensors.numpy
 import smallcoder_jax
 from smallcoder_jax.base.display import printable
 from smallcoder_jax.base.errors import UserError
-from smallcoder_jax.config import ModelConfig
+from smallcoder_jax.config import DecoderConfig
 from smallcoder_jax.huggingface import card as model_card
-from smallcoder_jax.huggingface import names, record, write
+from smallcoder_jax.huggingface import record, write
 from smallcoder_jax.huggingface.read import read_export
 from smallcoder_jax.models import build
+from smallcoder_jax.models.decoder.published import PUBLISHED
 from smallcoder_jax.tokenizers import base
 from smallcoder_jax.tokenizers.base import Tokenizer
 from smallcoder_jax.tokenizers.bytes import ByteTokenizer
@@ -48,7 +49,7 @@ FILES = {
 }  # fmt: skip
 
 
-def export(folder: Path, model: ModelConfig, tokenizer: Tokenizer, **options: Any) -> Any:
+def export(folder: Path, model: DecoderConfig, tokenizer: Tokenizer, **options: Any) -> Any:
     params = options.pop("params", None) or random_params(model)
     given: dict[str, Any] = {"card": CARD, **options}
     write.write_export(folder, model=model, params=params, tokenizer=tokenizer, **given)
@@ -247,7 +248,7 @@ def test_what_transformers_cannot_express(
 )
 def test_what_gpt2_cannot_express(changes: dict[str, Any], complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
-        names.family(gpt2(**changes))
+        PUBLISHED.model_type(gpt2(**changes))
 
 
 def test_parameters_of_another_model(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -505,11 +506,11 @@ def test_published_folder_is_loaded(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_every_parameter_has_exactly_one_place(name: str) -> None:
     model = MODELS[name]
-    held = [path for tensor in names.tensors(model) for path in tensor.ours]
+    held = [path for tensor in PUBLISHED.tensors(model) for path in tensor.ours]
     _, abstract = build.abstract_model(model, FLOAT32)
     shapes = {
         tuple(entry.key for entry in path if isinstance(entry, jax.tree_util.DictKey)): leaf.shape
         for path, leaf in jax.tree_util.tree_leaves_with_path(abstract)
     }
-    assert names.expected_shapes(model) == shapes
+    assert PUBLISHED.shapes(model) == shapes
     assert sorted(map(str, held)) == sorted(map(str, shapes))

@@ -176,7 +176,7 @@ def model_gradients(compute: ComputeConfig) -> object:
     params = build.init_params(model, compute, jax.random.key(0))
 
     def total(params):
-        hidden = build.bind(graph, params)(batch["tokens"], batch["positions"], batch["segment_ids"])
+        hidden = build.bind(graph, params)(batch["tokens"], batch["positions"], batch["segment_ids"]).states_BTD
         return jnp.sum(jnp.sin(hidden.astype(jnp.float32)) * batch["loss_weights"][:, :, None])
 
     return jax.jit(jax.grad(total))(params)

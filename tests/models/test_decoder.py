@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from smallcoder_jax.config import ComputeConfig, parameter_count
+from smallcoder_jax.config import ComputeConfig
 from smallcoder_jax.configfile import load_config
 from smallcoder_jax.mesh import spec_of
 from smallcoder_jax.models import build
-from smallcoder_jax.models.cache import init_cache
+from smallcoder_jax.models.decoder.cache import init_cache
+from smallcoder_jax.models.decoder.sharding import RULES
 from tests.helpers import CAPTURES, FLOAT32, max_difference, packed_batch, tiny_model
 
 pytestmark = CAPTURES
@@ -38,13 +39,13 @@ def forward(model, params, batch, compute=FLOAT32, dropout_key=None):
     graph, _ = build.abstract_model(model, compute)
     decoder = build.bind(graph, params)
     names = ("tokens", "positions", "segment_ids")
-    return decoder.logits(decoder(*(jnp.asarray(batch[name]) for name in names), dropout_key))
+    return build.logits(decoder, decoder(*(jnp.asarray(batch[name]) for name in names), dropout_key).states_BTD)
 
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_count_by_arithmetic_is_the_true_count(name):
     _, params = made(SHAPES[name])
-    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == parameter_count(SHAPES[name])
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == SHAPES[name].parameter_count()
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "full"])
@@ -134,7 +135,7 @@ def test_cache_equals_the_whole_forward_pass(name):
     for size in (11, 1, 1, 19):  # a prompt, single tokens, several tokens at once
         given = (jnp.asarray(batch[key][:, at : at + size]) for key in ("tokens", "positions", "segment_ids"))
         hidden, cache = extend(*given, cache)
-        parts.append(decoder.logits(hidden))
+        parts.append(build.logits(decoder, hidden))
         at += size
     seen = batch["segment_ids"] > 0
     difference = np.abs(np.asarray(jnp.concatenate(parts, axis=1) - whole)).max(axis=-1)
@@ -181,4 +182,4 @@ def test_bfloat16_is_close_and_parameters_stay_float32():
 
 def test_a_parameter_without_a_sharding_rule_is_an_error():
     with pytest.raises(KeyError, match="no sharding rule"):
-        spec_of("blocks/0/attention/new/weight", 2)
+        spec_of(RULES, "blocks/0/attention/new/weight", 2)

@@ -13,6 +13,7 @@ from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import ComputeConfig, LoraConfig, MeshConfig
 from smallcoder_jax.mesh import make_mesh, params_sharding
 from smallcoder_jax.models import build, lora
+from smallcoder_jax.models.decoder.sharding import RULES
 from tests.helpers import FLOAT32, max_difference, packed_batch, tiny_model
 
 MODEL = tiny_model(vocab_size=96)
@@ -43,12 +44,12 @@ def test_fresh_adapters_change_nothing() -> None:
     assert float(jnp.std(kernel["a"])) == pytest.approx(MODEL.mlp_width**-0.5, rel=0.2)
     first = [fresh["blocks"][i]["attention"]["query"]["kernel"]["a"] for i in (0, 1)]
     assert max_difference(*first) > 0.1
-    assert max_difference(build.decoder_params(joined(base, fresh)), base) == 0.0
+    assert max_difference(build.model_params(joined(base, fresh)), base) == 0.0
 
 
 def test_merged_kernels_are_as_adapters_beside_their_kernel() -> None:
     base, adapters = base_params(), trained_adapters()
-    merged = build.decoder_params(joined(base, adapters))
+    merged = build.model_params(joined(base, adapters))
     assert merged.keys() == base.keys()
     for i, block in base["blocks"].items():
         for part, name in [("attention", "query"), ("attention", "output"), ("mlp", "up"), ("mlp", "down")]:
@@ -69,12 +70,12 @@ def test_both_layouts_compute_the_same() -> None:
     def hidden(compute: ComputeConfig, params: build.Params) -> jax.Array:
         graph = build.abstract_model(MODEL, compute)[0]
         inputs = batch["tokens"], batch["positions"], batch["segment_ids"]
-        return jax.jit(lambda params: build.bind(graph, params)(*inputs))(params)
+        return jax.jit(lambda params: build.bind(graph, build.model_params(params))(*inputs).states_BTD)(params)
 
     unrolled = hidden(FLOAT32, joined(base, adapters))
     scanned = hidden(SCANNED, joined(build.to_scanned(base), build.to_scanned(adapters)))
     assert max_difference(unrolled, scanned) < 1e-5
-    assert max_difference(unrolled, hidden(FLOAT32, base)) > 0.01
+    assert max_difference(unrolled, hidden(FLOAT32, {"model": base})) > 0.01
 
 
 def test_the_pattern_chooses_kernels() -> None:
@@ -97,9 +98,8 @@ def test_a_pattern_without_kernels_is_refused(pattern: str, complaint: str) -> N
 def test_adapters_are_split_so_that_merging_sends_nothing(compute: ComputeConfig) -> None:
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=2), MODEL, 2, jax.devices()[:4])
     params = joined(build.to_layout(base_params(), compute), build.to_layout(trained_adapters(), compute))
-    shardings = params_sharding(mesh, params)
-    decoder = build.decoder_params({name: shardings[name] for name in build.DECODER if name in shardings})
-    merge = jax.jit(build.decoder_params, in_shardings=(shardings,), out_shardings=decoder)
+    shardings = params_sharding(mesh, params, RULES)
+    merge = jax.jit(build.model_params, in_shardings=(shardings,), out_shardings=shardings["model"])
     text = merge.lower(params).compile().as_text()
     assert text
     assert not re.findall(r"all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter", text)
@@ -108,4 +108,4 @@ def test_adapters_are_split_so_that_merging_sends_nothing(compute: ComputeConfig
     pair = kernel["mlp"]["down"]["kernel"]
     assert pair["a"].addressable_shards[0].data.shape[-2:] == (MODEL.mlp_width // 2, 3)
     assert pair["b"].addressable_shards[0].data.shape[-2:] == (3, MODEL.width // 2)
-    assert max_difference(merge(placed), build.decoder_params(params)) < 1e-6
+    assert max_difference(merge(placed), build.model_params(params)) < 1e-6

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from smallcoder_jax import losses
 from smallcoder_jax.config import MeshConfig
 from smallcoder_jax.mesh import batch_sharding, flat_tokens, make_mesh, on_mesh, replicated, spec_of
+from smallcoder_jax.models.decoder.sharding import RULES
 from smallcoder_jax.ops import cross_entropy
 from smallcoder_jax.ops.cross_entropy import choose, chunked_losses, token_losses, whole_losses
 from tests.helpers import CAPTURES, tiny_model
@@ -243,7 +244,7 @@ def on_the_mesh(mesh_config, function, operands):
     """The compiled gradients of `function`, with operands and results split as in training; and placed operands."""
     model = tiny_model(vocab_size=operands[1].shape[0], width=operands[1].shape[1], heads=8, kv_heads=8)
     mesh = make_mesh(mesh_config, model, operands[0].shape[0])
-    rows, table = batch_sharding(mesh), NamedSharding(mesh, spec_of("embed/embedding", 2))
+    rows, table = batch_sharding(mesh), NamedSharding(mesh, spec_of(RULES, "embed/embedding", 2))
     step = jax.jit(
         on_mesh(mesh, gradients(function)),
         in_shardings=(rows, table, rows),

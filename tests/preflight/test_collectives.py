@@ -8,7 +8,7 @@ import functools
 import jax
 import pytest
 
-from smallcoder_jax.config import Config, MeshConfig, TrainConfig, parameter_count
+from smallcoder_jax.config import Config, MeshConfig, TrainConfig
 from smallcoder_jax.preflight.collectives import Collective, Traffic, traffic
 from smallcoder_jax.stages.shared.next_token import make_loss
 from smallcoder_jax.train.program import compile_step, make_program
@@ -17,7 +17,7 @@ from tests.helpers import FLOAT32, tiny_config, tiny_model
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
 MODEL = tiny_model(vocab_size=96, layers=3)
-PARAMETERS = 4 * parameter_count(MODEL)  # bytes
+PARAMETERS = 4 * MODEL.parameter_count()  # bytes
 ONE_HOST = [0] * 8
 
 

@@ -14,9 +14,9 @@ import jax
 import pytest
 
 from smallcoder_jax.base.errors import EXIT_CHECK_FAILED, EXIT_USER_ERROR, UserError, run_cli
-from smallcoder_jax.config import Config, EvalConfig, MeshConfig, TrainConfig, parameter_count
+from smallcoder_jax.config import Config, EvalConfig, MeshConfig, TrainConfig
 from smallcoder_jax.main import main
-from smallcoder_jax.models import build
+from smallcoder_jax.models.decoder.family import DECODER
 from smallcoder_jax.ops import cross_entropy
 from smallcoder_jax.preflight import estimate
 from smallcoder_jax.preflight.collectives import Collective, Traffic
@@ -64,7 +64,7 @@ def ample() -> Report:
 def test_memory_is_counted_by_device(ample: Report) -> None:
     config = of_rows(8, 4)
     memory = ample.memory
-    parameters = 4 * parameter_count(config.model)
+    parameters = 4 * config.model.parameter_count()
     assert memory.parameters == memory.gradients == parameters
     assert 2 * parameters <= memory.optimizer < 2 * parameters + 100
     assert memory.activations is not None
@@ -133,7 +133,7 @@ def test_batches_are_rounded_up_to_what_divides() -> None:
 
 def test_roofline_is_the_slowest_of_three() -> None:
     config, chip = of_rows(8), CHIPS["NVIDIA H200"]
-    tokens, flops = 8 * 32, build.flops_per_token(config.model, 32)
+    tokens, flops = 8 * 32, DECODER.flops_per_token(config.model, 32)
     sent = Traffic((Collective("all-reduce", 1, 0.0, 4.5e11, 1e11),), 0)
     slow_links = estimate.roofline(config, flops, 4.8e12, sent, chip, 1e9, devices=2)
     assert slow_links.memory == pytest.approx(1.0)
@@ -149,7 +149,7 @@ def test_roofline_is_the_slowest_of_three() -> None:
 def test_what_is_computed_again_is_arithmetic_too() -> None:
     config = of_rows(8)
     whole, chunked = cross_entropy.Choice(None, ""), cross_entropy.Choice(8, "")
-    flops = build.flops_per_token(config.model, 32)
+    flops = DECODER.flops_per_token(config.model, 32)
     unembedding = 2 * config.model.vocab_size * config.model.width
     assert estimate.executed_per_token(config, whole) == flops
     assert estimate.executed_per_token(config, chunked) == flops + unembedding

@@ -10,6 +10,7 @@ import pytest
 from smallcoder_jax.config import Config, MeshConfig
 from smallcoder_jax.mesh import make_mesh, params_sharding
 from smallcoder_jax.models import build
+from smallcoder_jax.models.decoder.sharding import RULES
 from smallcoder_jax.models.heads import init_head
 from smallcoder_jax.rl.rollouts import Question, RolloutEngine
 from smallcoder_jax.tokenizers.bytes import ByteTokenizer
@@ -34,15 +35,16 @@ class World:
     @property
     def placed_start(self) -> Any:
         scanned = self.config.compute.layers == "scan"
-        params = build.to_scanned(self.start) if scanned else self.start
-        return jax.device_put(params, params_sharding(self.mesh, params))
+        params = {"model": build.to_scanned(self.start) if scanned else self.start}
+        return jax.device_put(params, params_sharding(self.mesh, params, RULES))
 
     def policy(self, seed: int = 2) -> Any:
         """Parameters that differ from the start, placed as those of a training state."""
-        params = build.init_params(self.config.model, self.config.compute, jax.random.key(seed))
+        own = build.init_params(self.config.model, self.config.compute, jax.random.key(seed))
         critic = build.init_params(self.config.model, self.config.compute, jax.random.key(seed + 100))
-        params["critic"] = {**critic, "head": init_head(self.config.model.width, jax.random.key(seed))}
-        return jax.device_put(params, params_sharding(self.mesh, params))
+        head = init_head(self.config.model.width, jax.random.key(seed))
+        params = {"model": own, "critic": {"model": critic, "head": head}}
+        return jax.device_put(params, params_sharding(self.mesh, params, RULES))
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ def length_reward(answers: Sequence[Answer]) -> np.ndarray:
 
 def experience(world: World, seed: int = 2, **changes: Any) -> Experience:
     found = Experience(world.config, world.engine, world.questions, length_reward, ppo_rows)
-    found.see(world.policy(seed))
+    found.on_params(world.policy(seed))
     return found
 
 
@@ -48,7 +48,7 @@ def test_at_first_only_values_are_learned_where_that_is_asked_for(world: World) 
     """Two iterations of four batches: in the first no answer is better than another, its returns are as they were."""
     config = dataclasses.replace(world.config, rl=dataclasses.replace(world.config.rl, value_warmup=1))
     warming = Experience(config, world.engine, world.questions, length_reward, ppo_rows)
-    warming.see(world.policy())
+    warming.on_params(world.policy())
     for place, (batch, usual) in enumerate(itertools.islice(zip(warming, experience(world), strict=True), 8)):
         np.testing.assert_array_equal(batch["returns"], usual["returns"])
         expected = np.zeros_like(usual["advantages"]) if place < 4 else usual["advantages"]
@@ -71,7 +71,7 @@ def test_questions_are_asked_once_in_every_epoch_over_them(world: World) -> None
     config = dataclasses.replace(world.config, rl=dataclasses.replace(world.config.rl, inner_epochs=1))
     listening: Any = Listening()
     stream = Experience(config, listening, world.questions, length_reward, ppo_rows)
-    stream.see(world.policy())
+    stream.on_params(world.policy())
     for _ in range(10):
         next(stream)
     assert len(asked) == 40
@@ -151,7 +151,7 @@ def test_answers_that_were_cut_off_teach_nothing_where_that_is_asked_for(world: 
     for masked in (False, True):
         config = dataclasses.replace(world.config, rl=dataclasses.replace(world.config.rl, mask_cut_off=masked))
         stream = Experience(config, cut, world.questions, length_reward, learn)
-        stream.see(world.policy())
+        stream.on_params(world.policy())
         parts = [next(stream), next(stream)]
         batches[masked] = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     plain, masked = batches[False], batches[True]
@@ -203,7 +203,7 @@ def test_the_coefficient_goes_after_its_target_in_small_steps() -> None:
 def test_an_adapted_coefficient_is_part_of_the_state(world: World) -> None:
     config = dataclasses.replace(world.config, rl=dataclasses.replace(world.config.rl, kl_target=1e-3))
     stream = Experience(config, world.engine, world.questions, length_reward, ppo_rows)
-    stream.see(world.policy())
+    stream.on_params(world.policy())
     batches = list(itertools.islice(stream, 5))
     first, second = batches[0]["kl_coefficient"][0, 0], batches[4]["kl_coefficient"][0, 0]
     assert (first, second) == pytest.approx((0.02, 0.02 * 1.02))
@@ -227,7 +227,7 @@ def test_an_evaluation_covers_every_question_once_and_repeats_itself(world: Worl
 def test_a_gain_is_the_mean_of_what_answers_earn_more_than_those_of_the_start(world: World) -> None:
     config = dataclasses.replace(world.config, rl=dataclasses.replace(world.config.rl, eval_answers=3))
     stream = Experience(config, world.engine, world.questions, length_reward, ppo_rows)
-    stream.see(world.policy())
+    stream.on_params(world.policy())
     found = {name: np.concatenate([batch[name] for batch in stream.evaluation(world.questions, 0, 8)])[:20, 0]
              for name in ("reward", "gain", "ended")}  # fmt: skip
     seed, asked = config.train.seed, world.questions
@@ -239,7 +239,7 @@ def test_a_gain_is_the_mean_of_what_answers_earn_more_than_those_of_the_start(wo
     np.testing.assert_allclose(found["reward"], theirs, rtol=1e-6)
     np.testing.assert_allclose(found["gain"], theirs - starts, atol=1e-6)
     assert {round(3 * share, 5) % 1 for share in found["ended"]} == {0.0}
-    stream.see(world.placed_start)
+    stream.on_params(world.placed_start)
     for batch in stream.evaluation(world.questions, 0, 8):
         np.testing.assert_array_equal(batch["gain"], 0.0)
         np.testing.assert_allclose(batch["start_kl"], 0.0, atol=1e-6)

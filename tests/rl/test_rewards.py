@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from smallcoder_jax.base.errors import UserError
-from smallcoder_jax.config import ModelConfig, RLConfig
+from smallcoder_jax.config import DecoderConfig, RLConfig
 from smallcoder_jax.evaluate import completions, tool_calls
 from smallcoder_jax.loading import LoadedModel
 from smallcoder_jax.models import build
@@ -262,7 +262,7 @@ def test_first_turns_of_conversations_are_questions(tokenizer: SentencePieceToke
 
 
 def reward_model(seed: int = 0, **changes: Any) -> tuple[LoadedModel, ByteTokenizer]:
-    model: ModelConfig = tiny_model(vocab_size=256, width=32, layers=2)
+    model: DecoderConfig = tiny_model(vocab_size=256, width=32, layers=2)
     params = build.init_params(model, FLOAT32, jax.random.key(seed))
     tokenizer = ByteTokenizer()
     head = init_head(model.width, jax.random.key(seed + 1))
@@ -293,7 +293,8 @@ def test_the_score_of_a_reward_model_does_not_move_with_padding_or_company() -> 
     # By hand: the hidden state of the last token, without any padding.
     ids = jnp.array([answers[2].question.ids + answers[2].token_ids], jnp.int32)
     decoder: Any = build.bind(build.abstract_model(loaded.model, FLOAT32)[0], loaded.params)
-    hidden = np.asarray(decoder(ids, jnp.arange(ids.shape[1], dtype=jnp.int32)[None], jnp.ones_like(ids)))
+    places = jnp.arange(ids.shape[1], dtype=jnp.int32)[None]
+    hidden = np.asarray(decoder(ids, places, jnp.ones_like(ids)).states_BTD)
     head: Any = loaded.head
     expected = hidden[0, -1] @ np.asarray(head["kernel"])[:, 0] + float(head["bias"][0])
     assert together[2] == pytest.approx(expected, abs=1e-4)

@@ -43,8 +43,7 @@ def test_log_probabilities_are_those_that_the_generator_reports(layers: str) -> 
     answers = world.engine.answer(policy, world.questions[:8], samples=1, seed=3)
     rows = world.engine.rows(policy, answers)
     options = SamplingOptions(max_tokens=8, temperature=1.0, top_k=0, top_p=1.0, seed=3)
-    decoder = {key: value for key, value in policy.items() if key != "critic"}
-    generator = Generator(config.model, config.compute, build.to_unrolled(decoder), world.tokenizer)
+    generator = Generator(config.model, config.compute, build.to_unrolled(policy["model"]), world.tokenizer)
     reported = generator.generate([question.ids for question in world.questions[:8]], options)
     for row, (answer, completion) in enumerate(zip(answers, reported, strict=True)):
         assert answer.token_ids == completion.token_ids
@@ -65,15 +64,15 @@ def test_values_and_temperature_are_those_of_the_written_out_forward_pass(world:
     assert [answer.question for answer in answers] == [question for question in world.questions[:4] for _ in "ab"]
     rows = world.engine.rows(policy, answers)
     graph, _ = build.abstract_model(world.config.model, world.config.compute)
-    decoder: Any = build.bind(graph, jax.tree.map(jnp.asarray, jax.device_get(policy)))
-    hidden = decoder(*(jnp.asarray(rows[name]) for name in ("tokens", "positions", "segment_ids")))
-    scores = np.asarray(decoder.logits(hidden)) / world.config.rl.temperature
+    decoder: Any = build.bind(graph, jax.tree.map(jnp.asarray, jax.device_get(policy["model"])))
+    hidden = decoder(*(jnp.asarray(rows[name]) for name in ("tokens", "positions", "segment_ids"))).states_BTD
+    scores = np.asarray(build.logits(decoder, hidden)) / world.config.rl.temperature
     log_probs = np.asarray(jax.nn.log_softmax(scores))
     chosen = np.take_along_axis(log_probs, rows["targets"][..., None], axis=2)[..., 0]
     np.testing.assert_allclose(rows["log_probs"], chosen * rows["loss_weights"], atol=1e-4)
     critic = jax.tree.map(jnp.asarray, jax.device_get(policy["critic"]))
-    other: Any = build.bind(graph, critic)
-    hidden = other(*(jnp.asarray(rows[name]) for name in ("tokens", "positions", "segment_ids")))
+    other: Any = build.bind(graph, critic["model"])
+    hidden = other(*(jnp.asarray(rows[name]) for name in ("tokens", "positions", "segment_ids"))).states_BTD
     values = np.asarray(head_scores(critic["head"], hidden)) * rows["loss_weights"]
     np.testing.assert_allclose(rows["values"], values, atol=1e-4)
     assert np.abs(values).max() > 0.1

@@ -39,7 +39,7 @@ def mean_loss(batch: dict[str, np.ndarray], alpha: float = 0.5) -> tuple[float, 
     student, teacher = tiny_model(), tiny_model(width=32, layers=1)
     config = tiny_config(model=student, distill=DistillConfig(teacher="x", alpha=alpha, temperature=2.0))
     params = {
-        **build.init_params(student, FLOAT32, jax.random.key(0)),
+        "model": build.init_params(student, FLOAT32, jax.random.key(0)),
         "teacher": build.init_params(teacher, FLOAT32, jax.random.key(1)),
     }
     loss, weight, sums = jax.jit(

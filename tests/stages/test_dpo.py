@@ -6,6 +6,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +37,10 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_root(tmp_path_factory.mktemp("dpo"))
 
 
+def log_probs_of(model: Any) -> Any:
+    return jax.jit(lambda batch: dpo.answer_log_probs(model, preference_pairs.hidden_states(model, batch, None), batch))
+
+
 @CAPTURES
 def test_the_log_probability_of_an_answer_is_the_sum_over_its_tokens(root: Path) -> None:
     config = config_of(root, "dpo")
@@ -43,10 +48,10 @@ def test_the_log_probability_of_an_answer_is_the_sum_over_its_tokens(root: Path)
     pairs = preference_pairs.prepare(config, loaded.tokenizer, PROGRESS).sides["train"][:5]
     graph, _ = build.abstract_model(config.model, FLOAT32)
     decoder = build.bind(graph, loaded.params)
-    logs_of = jax.jit(lambda *inputs: jax.nn.log_softmax(decoder.logits(decoder(*inputs))))
+    logs_of = jax.jit(lambda *inputs: jax.nn.log_softmax(build.logits(decoder, decoder(*inputs).states_BTD)))
     rows = [pairs[:1], pairs[1:3], pairs[3:]]
     batch = on_device(fill_pairs(rows, 4, 2 * LENGTH, 2, loaded.tokenizer.pad_id))
-    found = np.asarray(jax.jit(lambda batch: dpo.answer_log_probs(decoder, batch, None))(batch)).reshape(4, 2, 2)
+    found = np.asarray(log_probs_of(decoder)(batch)).reshape(4, 2, 2)
     filled = np.asarray(batch["pair_weights"]) > 0
     assert filled.sum() == 5
     assert not found.transpose(0, 2, 1)[~filled].any()
@@ -98,7 +103,7 @@ def test_the_reference_goes_with_its_pair(root: Path) -> None:
     batches = preference_pairs.batches_of(config, pairs, "train", columns, loaded.tokenizer, 16, rows=range(16), seed=5)
     batch = on_device(next(batches))
     assert batch["reference"].shape == (*batch["pair_weights"].shape, 2)
-    again = jax.jit(lambda batch: dpo.answer_log_probs(decoder, batch, None))(batch)
+    again = log_probs_of(decoder)(batch)
     np.testing.assert_allclose(
         np.asarray(again).reshape(16, 2, -1).transpose(0, 2, 1), batch["reference"], rtol=1e-4, atol=1e-4
     )

@@ -15,7 +15,7 @@ from smallcoder_jax.data.rows.pairs import encode_pairs, fill_pairs
 from smallcoder_jax.huggingface.write import write_export
 from smallcoder_jax.models import build
 from smallcoder_jax.stages import dpo
-from smallcoder_jax.stages.shared.pairs import by_pair
+from smallcoder_jax.stages.shared.pairs import by_pair, hidden_states
 from smallcoder_jax.tokenizers.sentencepiece import train_sentencepiece
 from tests.helpers import FLOAT32, tiny_config
 from tests.huggingface.conftest import CODE, llama, random_params
@@ -43,10 +43,11 @@ def test_loss_margin_and_accuracy_are_those_of_trl(tmp_path: Path, monkeypatch: 
     filled = fill_pairs([pairs[:2], pairs[2:]], 3, 160, 4, tokenizer.pad_id)
     batch = {name: jnp.asarray(value) for name, value in filled.items()}
     batch["criterion"] = jnp.zeros((3, 4, 1), jnp.int32)
-    before = by_pair(dpo.answer_log_probs(build.bind(graph, reference), batch, None))
+    begun = build.bind(graph, reference)
+    before = by_pair(dpo.answer_log_probs(begun, hidden_states(begun, batch, None), batch))
     batch["reference"] = jnp.stack(before, axis=-1).reshape(3, 4, 2)
     config = dataclasses.replace(tiny_config(model=model, compute=FLOAT32), dpo=DpoConfig(beta=BETA))
-    loss, weight, sums = jax.device_get(dpo.make_loss(config, ("name",))(policy, batch, None))
+    loss, weight, sums = jax.device_get(dpo.make_loss(config, ("name",))({"model": policy}, batch, None))
     assert weight == len(PAIRS)
     ours = {name: value / weight for name, value in {"loss": loss, **sums}.items()}
     assert abs(theirs["margin"]) > 0.1

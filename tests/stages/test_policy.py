@@ -150,7 +150,7 @@ def test_ppo_trains_values_beside_the_decoder(tmp_path: Path) -> None:
     assert later < 0.5 * earlier
     assert trainer.state.params["critic"]["head"]["bias"][0] != 0
     assert first["entropy"] == pytest.approx(np.log(256), abs=0.3)
-    assert set(build.decoder_params(trainer.state.params)) < set(trainer.state.params)
+    assert set(trainer.state.params) == {"model", "critic"}
 
 
 @pytest.mark.parametrize("layers", ["unroll", pytest.param("scan", marks=pytest.mark.slow)])
@@ -168,9 +168,9 @@ def test_a_critic_begins_as_the_reward_model(layers: Any, monkeypatch: pytest.Mo
         task = ppo.make_task(config, loaded, Progress(output))
         trainer = Trainer(config, RunFolder(tmp_path), task, Terminal(output, total_steps=1, log_every=1))
         params = trainer.state.params
-        expected = {**build.to_layout(judge.params, config.compute), "head": judge.head}
+        expected = {"model": build.to_layout(judge.params, config.compute), "head": judge.head}
         assert max_difference(params["critic"], expected) == 0.0
-        assert max_difference(build.decoder_params(params), build.to_layout(loaded.params, config.compute)) == 0.0
+        assert max_difference(build.model_params(params), build.to_layout(loaded.params, config.compute)) == 0.0
         assert trainer.run().step == 1
     wider = dataclasses.replace(config.model, mlp_width=64)
     monkeypatch.setattr(ppo.loading, "load", lambda path: dataclasses.replace(judge, model=wider))
@@ -188,7 +188,7 @@ def test_split_parameters_learn_the_same(optimizer: Any, tmp_path: Path) -> None
     for name, mesh in {"whole": MeshConfig(), "split": MeshConfig(data=2, fsdp=4)}.items():
         trainer, _, _ = run(dataclasses.replace(config, mesh=mesh), tmp_path / name)
         found[name] = trainer.state.params
-    kernel = found["split"]["critic"]["blocks"][0]["mlp"]["down"]["kernel"]
+    kernel = found["split"]["critic"]["model"]["blocks"][0]["mlp"]["down"]["kernel"]
     assert kernel.addressable_shards[0].data.size == kernel.size // 4
     assert max_difference(found["whole"], found["split"]) < 1e-5
     first = build.init_params(config.model, FLOAT32, jax.random.key(9))
@@ -241,8 +241,7 @@ def test_the_standard_error_is_that_of_the_mean_over_questions() -> None:
     batch = {name: np.zeros((6, 1), np.float32) for name in ("reward", "start_kl", "answer_tokens", "ended")}
     batch["gain"] = np.append(gains, 9.0)[:, None]
     batch["counted"] = np.array([1, 1, 1, 1, 1, 0], np.float32)[:, None]
-    _, weight, sums = policy.evaluation_sums(jax.device_put(batch))
-    found = policy.summarise({"weight": float(weight), **{name: float(value) for name, value in sums.items()}})
+    found = policy.summarise(policy.evaluation_sums(batch))
     assert found["gain"] == pytest.approx(gains.mean())
     assert found["gain_error"] == pytest.approx(gains.std(ddof=1) / np.sqrt(5), rel=1e-5)
 

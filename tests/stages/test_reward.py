@@ -43,7 +43,7 @@ def test_a_reward_does_not_move_with_padding_nor_with_its_neighbours(root: Path)
 
     @jax.jit
     def score(batch: dict[str, jax.Array]) -> jax.Array:
-        hidden_BTD = preference_pairs.hidden_states(build.bind(graph, loaded.params), batch, None)
+        hidden_BTD = preference_pairs.hidden_states(build.bind(graph, loaded.params), batch, None).states_BTD
         return scores_at(head, hidden_BTD, preference_pairs.answers(batch["ends"]))
 
     def scores(rows: list[list[EncodedPair]], length: int, padding: int) -> np.ndarray:
@@ -61,7 +61,7 @@ def test_a_reward_does_not_move_with_padding_nor_with_its_neighbours(root: Path)
     for row, pair in enumerate(pairs):
         for side, item in enumerate((pair.chosen, pair.rejected)):
             tokens, places = jnp.asarray(item.ids)[None], jnp.arange(len(item), dtype=jnp.int32)[None]
-            alone = build.bind(graph, loaded.params)(tokens, places, jnp.ones_like(tokens))
+            alone = build.bind(graph, loaded.params)(tokens, places, jnp.ones_like(tokens)).states_BTD
             np.testing.assert_allclose(head_scores(head, alone)[0, -1], found[row, side], rtol=1e-5, atol=1e-6)
 
 
@@ -108,7 +108,7 @@ def test_the_loss_of_a_batch_is_that_of_its_pairs(root: Path) -> None:
     config = config_of(root, "reward")
     loaded = loading.load(root / "start")
     pairs = preference_pairs.prepare(config, loaded.tokenizer, PROGRESS)
-    params = {**loaded.params, "head": init_head(config.model.width, jax.random.key(1))}
+    params = {"model": loaded.params, "head": init_head(config.model.width, jax.random.key(1))}
     loss_fn = jax.jit(lambda batch: reward.make_loss(config, pairs.criteria)(params, batch, None))
     count = len(pairs.sides["validation"])
     rows = range(count)  # more than are needed

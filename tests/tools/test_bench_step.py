@@ -232,7 +232,7 @@ def test_the_shares_of_a_profile_add_up_to_the_step(config: Config, monkeypatch:
     assert rows[-1].name == "(idle)"
     assert all(row.seconds >= 0 for row in rows)
     model, tokens = config.model, config.train.batch_size * config.train.sequence_length
-    dense = 6.0 * tokens * (bench_step.parameter_count(model) - model.width * (2 * model.layers + 1))
+    dense = 6.0 * tokens * (model.parameter_count() - model.width * (2 * model.layers + 1))
     attention = sum(row.flops for row in rows) - dense
     assert 0 < attention < 0.2 * dense  # every product was found, in fusions and loops, as often as it ran
     shown = op_profile.table(rows)

@@ -23,6 +23,7 @@ from smallcoder_jax.base.faults import flip_bit
 from smallcoder_jax.config import MeshConfig
 from smallcoder_jax.mesh import make_mesh
 from smallcoder_jax.models import build
+from smallcoder_jax.models.decoder.sharding import RULES
 from smallcoder_jax.train import checkpoint
 from smallcoder_jax.train.checkpoint import MANIFEST, Checkpointer, find_step, load_params, verify_step
 from smallcoder_jax.train.guard import init_guard
@@ -39,7 +40,7 @@ DATA_STATE = {"documents": {"next_index": 12}, "offset": 5}
 
 def state_at(step: int, seed: int = 0) -> TrainState:
     """A state with other numbers in every leaf, on the default device."""
-    _, abstract = build.abstract_model(MODEL, FLOAT32)
+    abstract = {"model": build.abstract_model(MODEL, FLOAT32)[1]}
     generator = np.random.default_rng(seed)
     params = jax.tree.map(lambda leaf: jnp.asarray(generator.normal(size=leaf.shape), leaf.dtype), abstract)
     moments = jax.tree.map(lambda leaf: leaf * 0.5, optax.scale_by_adam().init(params)._replace(mu=params, nu=params))
@@ -51,7 +52,7 @@ def abstract_of(state: TrainState, mesh_config: MeshConfig = ONE_DEVICE, devices
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         state,
-        state_sharding(mesh, state),
+        state_sharding(mesh, state, RULES),
     )
 
 
@@ -231,7 +232,7 @@ def test_another_shape_or_dtype_is_named(saved: Path) -> None:
     for changes, given in (({"shape": (64, 98)}, r"\[64, 98\]"), ({"dtype": jnp.bfloat16}, "bfloat16")):
         with pytest.raises(UserError, match=rf"parameter '{name}' is .*\[64, 96\].*float32.* wants .*{given}"):
             Checkpointer(saved, 3).restore(2, with_gate(**changes))
-    _, deeper = build.abstract_model(dataclasses.replace(MODEL, layers=3), FLOAT32)
+    deeper = {"model": build.abstract_model(dataclasses.replace(MODEL, layers=3), FLOAT32)[1]}
     with pytest.raises(UserError, match=r"parameter 'blocks/2/\S+' is absent in the file"):
         load_params(saved / "2", deeper)
 

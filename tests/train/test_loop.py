@@ -243,14 +243,13 @@ def test_a_run_does_not_end_with_a_model_that_is_not_finite(root: Path, tmp_path
 def test_logged_gradients_are_per_token(root: Path, tmp_path: Path) -> None:
     with trainer_in(tmp_path, config_of(root)) as trainer:
         trainer.log.close()
-        batch = {
-            key: jnp.asarray(value) for key, value in next(iter(trainer.task.validation_batches(1, range(8)))).items()
-        }
+        rows = next(iter(trainer.task.validation_batches(1, range(8))))
+        batch = {key: jnp.asarray(value) for key, value in rows.items()}
         total = jax.grad(lambda params: trainer.task.loss_fn(params, batch, None)[0])(trainer.state.params)
         count = batch["loss_weights"].sum()
         assert count > 100
         for found, summed in zip(
-            jax.tree.leaves(trainer.gradient(trainer.state.params, batch, {})), jax.tree.leaves(total), strict=True
+            jax.tree.leaves(trainer.evaluator.gradient(trainer.state.params, rows)), jax.tree.leaves(total), strict=True
         ):
             np.testing.assert_allclose(found, np.asarray(summed) / count, rtol=1e-3, atol=1e-6)
 

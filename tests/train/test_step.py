@@ -18,6 +18,7 @@ from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import Config, MeshConfig, OptimizerConfig, TrainConfig
 from smallcoder_jax.mesh import batch_sharding, make_mesh, path_name, place_batch, process_rows, spec_of
 from smallcoder_jax.models import build
+from smallcoder_jax.models.decoder.family import DECODER
 from smallcoder_jax.stages.shared import next_token
 from smallcoder_jax.train.program import compile_step, make_program
 from smallcoder_jax.train.state import TrainState, init_state, state_sharding
@@ -58,7 +59,7 @@ def config_for(**train: Any) -> Config:
 @functools.cache
 def initial_state(config: Config) -> TrainState:
     """On the host. The number of rows plays no part in it: `config` should be the same one for all."""
-    optimizer = optim.make_optimizer(config.optimizer, config.train.steps)
+    optimizer = optim.make_optimizer(config.optimizer, config.train.steps, DECODER.muon)
     return jax.device_get(jax.jit(lambda: init_state(config, optimizer))())
 
 
@@ -72,9 +73,9 @@ def uneven_batch(config: Config) -> dict[str, np.ndarray]:
 
 def set_up(config: Config, mesh_config: MeshConfig = MESHES["one"][0], devices: int = 1) -> Setup:
     mesh = make_mesh(mesh_config, config.model, config.train.microbatch_rows, jax.devices()[:devices])
-    optimizer = optim.make_optimizer(config.optimizer, config.train.steps)
+    optimizer = optim.make_optimizer(config.optimizer, config.train.steps, DECODER.muon)
     start = initial_state(dataclasses.replace(config, train=config_for().train))
-    shardings = state_sharding(mesh, start)
+    shardings = state_sharding(mesh, start, DECODER.sharding)
     state = jax.device_put(start, shardings)
     step = make_train_step(
         next_token.make_loss(config),
@@ -240,12 +241,12 @@ def test_scanned_and_unrolled_parameters_are_split_alike() -> None:
     scanned = jax.eval_shape(build.to_scanned, unrolled)
     for path, leaf in jax.tree_util.tree_leaves_with_path(scanned):
         name = path_name(path)
-        stacked = tuple(spec_of(name, leaf.ndim))
+        stacked = tuple(spec_of(DECODER.sharding, name, leaf.ndim))
         if name.startswith("blocks/"):
-            one = tuple(spec_of(name.replace("blocks/", "blocks/0/"), leaf.ndim - 1))
+            one = tuple(spec_of(DECODER.sharding, name.replace("blocks/", "blocks/0/"), leaf.ndim - 1))
             assert stacked == ((None, *one) if one else ()), name
     with pytest.raises(KeyError, match="no sharding rule for parameter 'blocks/0/gadget/weight'"):
-        spec_of("blocks/0/gadget/weight", 2)
+        spec_of(DECODER.sharding, "blocks/0/gadget/weight", 2)
 
 
 @pytest.mark.parametrize(

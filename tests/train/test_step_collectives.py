@@ -20,8 +20,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from smallcoder_jax import mesh as mesh_module
 from smallcoder_jax.config import Config, MeshConfig, TrainConfig
-from smallcoder_jax.mesh import path_name
-from smallcoder_jax.models import decoder
+from smallcoder_jax.mesh import parameter_name
+from smallcoder_jax.models import families
+from smallcoder_jax.models.decoder import model as decoder
+from smallcoder_jax.models.decoder import sharding
+from smallcoder_jax.models.decoder.family import DECODER
 from smallcoder_jax.preflight.collectives import KINDS, Message, messages
 from smallcoder_jax.stages.shared.next_token import make_loss
 from smallcoder_jax.train.program import Program, compile_step, make_program
@@ -77,7 +80,7 @@ def matrices_and_vectors(program: Program, *, gathered: bool) -> set[tuple[int, 
     for path, leaf in jax.tree_util.tree_leaves_with_path(program.state.params):
         spec = [None if gathered and axis == "fsdp" else axis for axis in leaf.sharding.spec]
         shape = NamedSharding(program.mesh, PartitionSpec(*spec)).shard_shape(leaf.shape)
-        stacked = path_name(path).startswith("blocks/") and leaf.shape[0] == MODEL.layers
+        stacked = parameter_name(path).startswith("blocks/") and leaf.shape[0] == MODEL.layers
         shapes.add(long_sides(shape[1:] if stacked else shape))
         shapes.add(long_sides(shape))
     return shapes
@@ -122,7 +125,7 @@ def size_of(program: Program, least_dimensions: int) -> int:
     leaves = jax.tree_util.tree_leaves_with_path(program.state.params)
     matrix = ("kernel", "embedding")
     return sum(
-        math.prod(leaf.shape) for path, leaf in leaves if least_dimensions < 2 or path_name(path).endswith(matrix)
+        math.prod(leaf.shape) for path, leaf in leaves if least_dimensions < 2 or parameter_name(path).endswith(matrix)
     )
 
 
@@ -183,7 +186,7 @@ def test_without_a_word_on_activations_the_plan_is_not_kept(monkeypatch: pytest.
     ],
 )
 def test_a_wrong_rule_shows(pattern: str, spec: PartitionSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    rules = tuple((each, spec if each == pattern else right) for each, right in mesh_module.RULES)
-    assert rules != mesh_module.RULES
-    monkeypatch.setattr(mesh_module, "RULES", rules)
+    rules = tuple((each, spec if each == pattern else right) for each, right in sharding.RULES)
+    assert rules != sharding.RULES
+    monkeypatch.setitem(families.FAMILIES, "decoder", dataclasses.replace(DECODER, sharding=rules))
     assert not_planned(compile_and_read("all", "scan"))

@@ -11,24 +11,27 @@ from smallcoder_jax import losses
 from smallcoder_jax.config import Config
 from smallcoder_jax.mesh import flat_tokens
 from smallcoder_jax.models import build
+from smallcoder_jax.models.family import with_own_losses
 from smallcoder_jax.train.step import Batch, LossFn
 
 
 def make_loss(config: Config) -> LossFn:
-    """The language-model loss of a packed batch (`losses.language_model`), with its `bytes` where it counts them."""
+    """The language-model loss of a packed batch (`losses.language_model`) and the model's own, with the batch's `bytes`
+    where it counts them."""
     graph, _ = build.abstract_model(config.model, config.compute)
 
     def loss_fn(params: Any, batch: Batch, key: Array | None) -> tuple[Array, Array, dict[str, Array]]:
-        decoder = build.bind(graph, params)
-        hidden_BTD = decoder(batch["tokens"], batch["positions"], batch["segment_ids"], key)
+        model = build.bind(graph, build.model_params(params))
+        hidden = model(batch["tokens"], batch["positions"], batch["segment_ids"], key)
         loss, weight, sums = losses.language_model(
-            flat_tokens(hidden_BTD),
-            decoder.unembedding(),
+            flat_tokens(hidden.states_BTD),
+            model.unembedding(),
             flat_tokens(batch["targets"]),
             flat_tokens(batch["loss_weights"]),
             config.train.z_loss,
         )
-        return loss, weight, with_bytes(sums, batch)
+        loss, sums = with_own_losses(loss, weight, with_bytes(sums, batch), hidden)
+        return loss, weight, sums
 
     return loss_fn
 

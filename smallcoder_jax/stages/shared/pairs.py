@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -25,10 +24,10 @@ from smallcoder_jax.data.rows.pairs import EncodedPair, PairBatches, encode_pair
 from smallcoder_jax.data.sources.document import SPLITS
 from smallcoder_jax.data.tokens.prepare import prepare_corpus
 from smallcoder_jax.loading import LoadedModel
-from smallcoder_jax.models.decoder import Decoder
-from smallcoder_jax.ops import precision
+from smallcoder_jax.models.family import Hidden, Module, with_own_losses
 from smallcoder_jax.stages.shared.start import one_process, start_of
 from smallcoder_jax.tokenizers.base import Tokenizer
+from smallcoder_jax.train.evaluation import on_this_device
 from smallcoder_jax.train.step import Batch, LossFn
 from smallcoder_jax.train.sums import ratio
 from smallcoder_jax.train.task import Task
@@ -132,15 +131,16 @@ def make_task(
     )
 
 
-def judge(loss_of: Callable[[Array], Judged], batch: Batch, criteria: Sequence[str]) -> Judged:
-    """The loss of a batch, given that of weights of its pairs; with it among the sums, and by criterion the accuracy
-    and the weight."""
+def judge(loss_of: Callable[[Array], Judged], batch: Batch, criteria: Sequence[str], hidden: Hidden) -> Judged:
+    """The loss of a batch, given that of weights of its pairs, with the model's own; among the sums the former and, by
+    criterion, the accuracy and the weight."""
     weights_X, criterion_X = batch["pair_weights"].reshape(-1), batch["criterion"].reshape(-1)
     loss, weight, sums = loss_of(weights_X)
     sums = {**sums, "loss": loss}
     for index, name in enumerate(criteria):
         _, own, found = loss_of(jnp.where(criterion_X == index, weights_X, 0.0))
         sums |= {f"accuracy {name}": found["accuracy"], f"weight {name}": own}
+    loss, sums = with_own_losses(loss, weight, sums, hidden)
     return loss, weight, sums
 
 
@@ -155,9 +155,9 @@ def summary(sums: dict[str, float]) -> dict[str, float]:
     return found
 
 
-def hidden_states(decoder: Decoder, batch: Batch, key: Array | None) -> Array:
-    """[B, T, D] of the chosen and the rejected answers of every row, one after the other."""
-    return decoder(answers(batch["tokens"]), answers(batch["positions"]), answers(batch["segment_ids"]), key)
+def hidden_states(model: Module, batch: Batch, key: Array | None) -> Hidden:
+    """Those of the chosen and the rejected answers of every row, one after the other."""
+    return model(answers(batch["tokens"]), answers(batch["positions"]), answers(batch["segment_ids"]), key)
 
 
 def answers(x_R2T: Array) -> Array:
@@ -176,12 +176,7 @@ def measure(
 ) -> dict[str, float]:
     """`summary` over all held-out pairs."""
     rows = eval_rows(config)
-    matmul = precision.choose(config.compute, jax.default_backend())
-    sums_of = jax.jit(precision.multiplying(matmul.kind, lambda params, batch: loss_fn(params, batch, None)[1:]))
-    total: dict[str, float] = {}
-    order = {"rows": range(rows), "seed": 0, "num_epochs": 1}
-    for batch in batches_of(config, pairs, "validation", columns, tokenizer, rows, **order):
-        weight, sums = jax.device_get(sums_of(params, batch))
-        for name, value in {**sums, "weight": weight}.items():
-            total[name] = total.get(name, 0.0) + float(value)
-    return summary(total)
+    evaluation = on_this_device(config.compute, loss_fn, params, rows=rows, limit=0)
+    order = {"rows": evaluation.rows, "seed": 0, "num_epochs": 1}
+    batches = batches_of(config, pairs, "validation", columns, tokenizer, rows, **order)
+    return summary(evaluation.add(map(evaluation.score, batches)) or {})

@@ -6,10 +6,9 @@ Shapes: B rows.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from smallcoder_jax.data.sources.document import SPLITS
 from smallcoder_jax.loading import LoadedModel
 from smallcoder_jax.mesh import make_mesh, params_sharding
 from smallcoder_jax.models import build
+from smallcoder_jax.models.families import family_of
 from smallcoder_jax.rl import questions
 from smallcoder_jax.rl.experience import REPORTED, Experience, Learn, grpo_rows
 from smallcoder_jax.rl.rewards import VERSION, CheckedReward, Reward, RewardModel
@@ -34,8 +34,8 @@ from smallcoder_jax.sandbox import run as sandbox
 from smallcoder_jax.stages.shared.start import load_start, need_start, one_process, start_of
 from smallcoder_jax.tokenizers.base import Tokenizer
 from smallcoder_jax.train.step import Batch, LossFn
-from smallcoder_jax.train.sums import ratio
-from smallcoder_jax.train.task import Task
+from smallcoder_jax.train.sums import add_up, ratio
+from smallcoder_jax.train.task import Evaluation, Task
 
 _MEASURES = ("reward", "gain", "start_kl", "answer_tokens", "ended")
 _BESIDE_START = ("gain", "gain_error", "start_kl")
@@ -47,12 +47,29 @@ def iteration_sums(batch: Batch, weight: Array) -> dict[str, Array]:
     return {name: jnp.mean(batch[name]) * weight for name in REPORTED}
 
 
-def evaluation_sums(batch: Batch) -> tuple[Array, Array, dict[str, Array]]:
-    """A batch of `Experience.evaluation` as the result of a loss: sums over questions; the loss is less the reward."""
+@dataclasses.dataclass(frozen=True)
+class PolicyTask(Task):
+    """Is evaluated by answers to held-out questions, not by the loss of batches."""
+
+    experience: Experience = dataclasses.field(kw_only=True)
+    held_out: Sequence[Question] = dataclasses.field(kw_only=True)
+
+    def evaluate(self, evaluation: Evaluation) -> dict[str, float] | None:
+        """See `summarise`."""
+        self.experience.on_params(evaluation.params)
+        found = self.experience.evaluation(
+            self.held_out, evaluation.limit, len(evaluation.rows), beside_start=not evaluation.loss_alone
+        )
+        sums = evaluation.add(map(evaluation_sums, evaluation.drawn(found)))
+        return None if sums is None else summarise(sums)
+
+
+def evaluation_sums(batch: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Of a batch of `Experience.evaluation`: sums over questions, and `weight`, their number."""
     counted_B1 = batch["counted"]
-    sums = {name: jnp.sum(batch[name] * counted_B1) for name in _MEASURES}
-    sums["gain_square"] = jnp.sum(batch["gain"] ** 2 * counted_B1)
-    return -sums["reward"], jnp.sum(counted_B1), sums
+    sums = {name: float(np.sum(batch[name] * counted_B1)) for name in _MEASURES}
+    sums["gain_square"] = float(np.sum(batch["gain"] ** 2 * counted_B1))
+    return {**sums, "weight": float(np.sum(counted_B1))}
 
 
 def summarise(sums: dict[str, float]) -> dict[str, float]:
@@ -81,18 +98,14 @@ def make_task(
     engine = RolloutEngine(config, tokenizer, loaded.params)
     experience = Experience(config, engine, asked["train"], reward, learn)
 
-    def validation_batches(
-        limit: int, rows: Sequence[int], *, beside_start: bool = True
-    ) -> Iterator[dict[str, np.ndarray]]:
-        return experience.evaluation(asked["validation"], limit, len(rows), beside_start=beside_start)
-
     digest = hashlib.sha256(repr([[question.ids for question in asked[side]] for side in asked]).encode())
-    return Task(
+    return PolicyTask(
         loss_fn=loss_fn,
         summarise=summarise,
         train_batches=lambda rows: experience,
-        validation_batches=validation_batches,
-        loss_batches=functools.partial(validation_batches, beside_start=False),
+        validation_batches=lambda limit, rows: iter(()),
+        experience=experience,
+        held_out=asked["validation"],
         identity={
             "prompts": digest.hexdigest(),
             "tokenizer": tokenizer.hash,
@@ -115,7 +128,7 @@ def make_task(
         reported=(*reported, *REPORTED),
         start=start_of(loaded),
         prompts={tokenizer.decode(list(question.ids)): question.ids for question in asked["validation"][:_SHOWN]},
-        see=experience.see,
+        on_params=experience.on_params,
     )
 
 
@@ -128,13 +141,10 @@ def measure(config: Config, loaded: LoadedModel) -> dict[str, Any]:
     engine = RolloutEngine(config, tokenizer, start.params if start else loaded.params)
     asked = _ask(config, tokenizer, "validation")
     experience = Experience(config, engine, asked, reward, grpo_rows)
-    params = build.to_layout(loaded.params, config.compute)
-    experience.see(jax.device_put(params, params_sharding(mesh, params)))
-    total: dict[str, float] = dict.fromkeys(("weight", "gain_square", *_MEASURES), 0.0)
-    for batch in experience.evaluation(asked, config.eval.batches, eval_rows(config), beside_start=start is not None):
-        _, weight, sums = evaluation_sums(jax.device_put(batch))
-        for name, value in {"weight": weight, **sums}.items():
-            total[name] += float(value)
+    params = {"model": build.to_layout(loaded.params, config.compute)}
+    experience.on_params(jax.device_put(params, params_sharding(mesh, params, family_of(config.model).sharding)))
+    batches = experience.evaluation(asked, config.eval.batches, eval_rows(config), beside_start=start is not None)
+    total = add_up(map(evaluation_sums, batches)) or {}
     found = summarise(total)
     if total["weight"] == 1:
         del found["gain_error"]

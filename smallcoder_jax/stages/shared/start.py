@@ -15,9 +15,6 @@ from smallcoder_jax.models import build, lora
 from smallcoder_jax.tokenizers.base import Tokenizer
 from smallcoder_jax.train.task import Start, Task
 
-# What may differ between a model and the one that it begins with: no parameter depends on it.
-_FREE = ("context", "dropout", "window")
-
 
 def load_start(config: Config) -> LoadedModel | None:
     """The model that `stage.start` names. Raises UserError where there is none, or it has another shape."""
@@ -40,12 +37,14 @@ def need_start(config: Config, loaded: LoadedModel | None) -> LoadedModel:
 
 def check_shape(path: str, found: ModelConfig, wanted: ModelConfig) -> None:
     """Raises UserError naming the fields in which the model of `path` differs from the config's."""
+    if found.family != wanted.family:
+        raise UserError(f"the model in {path} is of another family: {found.family} there, {wanted.family} here")
     pairs = [
         (field.name, getattr(found, field.name), getattr(wanted, field.name)) for field in dataclasses.fields(found)
     ]
-    free = {*_FREE} if wanted.positions == "rope" else {*_FREE} - {"context"}
+    may_differ = wanted.may_differ()
     differing = [
-        f"model.{name}: {was} there, {now} here" for name, was, now in pairs if was != now and name not in free
+        f"model.{name}: {was} there, {now} here" for name, was, now in pairs if was != now and name not in may_differ
     ]
     if differing:
         raise UserError(f"the model in {path} has another shape than the config: {'; '.join(differing)}")
@@ -62,7 +61,7 @@ def check_tokenizer(loaded: LoadedModel, tokenizer: Tokenizer) -> None:
 
 def start_of(loaded: LoadedModel | None) -> Start | None:
     """The start of a run, for the loop. A head stays behind: what it scores is its stage's own."""
-    return None if loaded is None else Start(loaded.params, loaded.origin)
+    return None if loaded is None else Start({"model": loaded.params}, loaded.origin)
 
 
 def with_base(config: Config, loaded: LoadedModel | None, task: Task) -> Task:

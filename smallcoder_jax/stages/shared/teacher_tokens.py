@@ -35,6 +35,7 @@ from smallcoder_jax.data.tokens.shards import token_dtype
 from smallcoder_jax.loading import LoadedModel
 from smallcoder_jax.mesh import batch_sharding, make_mesh, on_mesh, params_sharding, place_batch
 from smallcoder_jax.models import build
+from smallcoder_jax.models.families import family_of
 from smallcoder_jax.ops import precision
 from smallcoder_jax.ops.divergence import top_tokens
 
@@ -62,14 +63,14 @@ def scorer(config: Config, teacher: LoadedModel) -> Score:
     rows = config.train.microbatch_rows
     mesh = make_mesh(config.mesh, config.model, rows)
     graph, _ = build.abstract_model(teacher.model, teacher.compute)
-    params = jax.device_put(teacher.params, params_sharding(mesh, teacher.params))
+    params = jax.device_put(teacher.params, params_sharding(mesh, teacher.params, family_of(teacher.model).sharding))
     distill, narrow = config.distill, token_dtype(config.model.vocab_size)
 
     def score(params: build.Params, batch: dict[str, Array]) -> tuple[Array, Array]:
-        decoder = build.bind(graph, params)
-        hidden_BTE = decoder(batch["tokens"], batch["positions"], batch["segment_ids"])
+        guide = build.bind(graph, params)
+        hidden_BTE = guide(batch["tokens"], batch["positions"], batch["segment_ids"]).states_BTD
         hidden_XE = hidden_BTE.reshape(-1, hidden_BTE.shape[-1])
-        found = top_tokens(hidden_XE, decoder.unembedding(), distill.top_k, distill.temperature)
+        found = top_tokens(hidden_XE, guide.unembedding(), distill.top_k, distill.temperature)
         return jax.tree.map(lambda x_XK: x_XK.reshape(*hidden_BTE.shape[:2], -1), found)
 
     matmul = precision.choose(config.compute, mesh.devices.flat[0].platform)

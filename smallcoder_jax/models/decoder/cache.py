@@ -10,12 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from smallcoder_jax.config import ComputeConfig, ModelConfig
+from smallcoder_jax.config import ComputeConfig, DecoderConfig
 
 Cache = dict[str, Any]
 
 
-def init_cache(model: ModelConfig, compute: ComputeConfig, batch: int, length: int) -> Cache:
+def init_cache(model: DecoderConfig, compute: ComputeConfig, batch: int, length: int) -> Cache:
     """An empty cache for `length` positions: per layer rotated keys and values [B, S, K, H], and, for all layers,
     positions and segment ids [B, S] and the number of columns written. Rows of unequal prompts are padded on the left
     with segment 0, so that every row writes the same column.

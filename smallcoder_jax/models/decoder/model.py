@@ -15,15 +15,16 @@ from flax import nnx
 from jax import Array
 from jaxtyping import Float, Int
 
-from smallcoder_jax.config import ComputeConfig, ModelConfig
+from smallcoder_jax.config import ComputeConfig, DecoderConfig
 from smallcoder_jax.layers.attention import Attention, Keys
 from smallcoder_jax.layers.dropout import dropout
+from smallcoder_jax.layers.embedding import Embedding
 from smallcoder_jax.layers.linear import Linear
 from smallcoder_jax.layers.mlp import MLPS
 from smallcoder_jax.layers.norm import NORMS
-from smallcoder_jax.mesh import split_activations, whole_width
-from smallcoder_jax.models import cache as kv_cache
-from smallcoder_jax.ops.cross_entropy import logits
+from smallcoder_jax.mesh import split_activations
+from smallcoder_jax.models.decoder import cache as kv_cache
+from smallcoder_jax.models.family import Hidden
 
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -31,21 +32,10 @@ REMAT_POLICIES = {
 }
 
 
-class Embedding(nnx.Module):
-    """Rows of a [V, D] table."""
-
-    def __init__(self, entries: int, width: int, *, rngs: nnx.Rngs):
-        std = 0.4 * width**-0.5  # logits then start with a standard deviation of 0.4, at any width
-        self.embedding = nnx.Param(std * jax.random.normal(rngs.params(), (entries, width), jnp.float32))
-
-    def __call__(self, ids_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        return jnp.take(whole_width(self.embedding[...]), ids_BT, axis=0)
-
-
 class Block(nnx.Module):
     """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, model: ModelConfig, compute: ComputeConfig, *, rngs: nnx.Rngs):
+    def __init__(self, model: DecoderConfig, compute: ComputeConfig, *, rngs: nnx.Rngs):
         dtype = jnp.dtype(compute.dtype)
         norm, std = NORMS[model.norm], model.width**-0.5
         # The residual stream adds up 2 L outputs: each is drawn that much smaller (GPT-2, section 2.3).
@@ -93,12 +83,12 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Tokens to hidden states to logits. Parameters are float32, activations in `compute.dtype`.
+    """Tokens to hidden states. Parameters are float32, activations in `compute.dtype`.
 
     With `compute.layers == "scan"` the blocks are one module whose parameters carry a leading axis L.
     """
 
-    def __init__(self, model: ModelConfig, compute: ComputeConfig, *, rngs: nnx.Rngs):
+    def __init__(self, model: DecoderConfig, compute: ComputeConfig, *, rngs: nnx.Rngs):
         self.model, self.compute = model, compute
         self.embed = Embedding(model.vocab_size, model.width, rngs=rngs)
         learned = model.positions == "learned"
@@ -123,8 +113,8 @@ class Decoder(nnx.Module):
         positions_BT: Int[Array, "B T"],
         segment_ids_BT: Int[Array, "B T"],
         dropout_key: Array | None = None,
-    ) -> Float[Array, "B T D"]:
-        """The normed hidden states from which `logits` are made."""
+    ) -> Hidden:
+        """See `Module`. It has no losses of its own."""
         x_BTD = self._embed(tokens_BT, positions_BT, dropout_key)
 
         def apply(x_BTD: Array, block: tuple[nnx.GraphDef, nnx.State], layer: Array | int) -> Array:
@@ -141,7 +131,7 @@ class Decoder(nnx.Module):
         else:
             for layer, block in enumerate(self.blocks):
                 x_BTD = apply(x_BTD, nnx.split(block), layer)
-        return self.final_norm(x_BTD)
+        return Hidden(self.final_norm(x_BTD))
 
     def extend(
         self,
@@ -176,10 +166,6 @@ class Decoder(nnx.Module):
     def unembedding(self) -> Float[Array, "V D"]:
         """The matrix whose rows score the vocabulary: the embedding itself when tied."""
         return self.embed.embedding[...] if self.unembed is None else self.unembed.kernel[...].T
-
-    def logits(self, hidden_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
-        """Scores of the next token, float32."""
-        return logits(hidden_BTD, self.unembedding()).astype(jnp.float32)
 
     def _embed(self, tokens_BT: Array, positions_BT: Array, dropout_key: Array | None) -> Array:
         x_BTD = split_activations(self.embed(tokens_BT))

@@ -1,0 +1,18 @@
+"""What a decoder costs."""
+
+from __future__ import annotations
+
+from smallcoder_jax.config import DecoderConfig
+
+
+def flops_per_token(model: DecoderConfig, sequence_length: int) -> float:
+    """Floating-point operations of one training step per token: 6 per matrix parameter, and causal attention once
+    (a query of one long document sees half of the row on average), as in the PaLM paper's appendix B.
+    """
+    matrices = model.parameter_count()
+    if model.embeddings == "untied":
+        matrices -= model.vocab_size * model.width
+    if model.positions == "learned":
+        matrices -= model.context * model.width
+    attention = 12 * model.layers * model.heads * model.head_size * sequence_length / 2
+    return 6.0 * matrices + attention
