@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from smallcoder_jax.base.errors import NotFinite, UserError
+from smallcoder_jax.base.lengths import bucket, power_of_two
 from smallcoder_jax.config import ComputeConfig, ModelConfig
 from smallcoder_jax.generate import prompts as prompting
 from smallcoder_jax.generate import step
@@ -151,7 +152,7 @@ class Generator:
         """The tokens and log-probabilities of every step. A step is dispatched before the one before it is read, so
         that the device never waits for the host.
         """
-        size = min(_power_of_two(len(rows)), batch_size)
+        size = min(power_of_two(len(rows)), batch_size)
         width = min(bucket(max(len(row.prompt.ids) for row in rows) - 1), self.model.context)
         shape = {"model": self.model, "compute": self._compute, "place": self._place}
         settings, vocabulary = settings_of(options, size, self._place), self._vocabulary
@@ -235,7 +236,7 @@ def _pack_rows(rows: list[_Row], size: int, width: int, pad_id: int, place: jax.
     """The different prompts without their last tokens, on the right of `width` columns; rows up to `size`, the last of
     them unused."""
     places = {ids: i for i, ids in enumerate(dict.fromkeys(row.prompt.ids for row in rows))}
-    shape = (min(_power_of_two(len(places)), size), width)
+    shape = (min(power_of_two(len(places)), size), width)
     tokens_UP, segment_ids_UP = np.full(shape, pad_id, np.int32), np.zeros(shape, np.int32)
     for ids, i in places.items():
         start = width - (len(ids) - 1)
@@ -249,16 +250,6 @@ def _pack_rows(rows: list[_Row], size: int, width: int, pad_id: int, place: jax.
         prompt_hashes_B[i] = zlib.crc32(np.asarray(ids, np.int32).tobytes())
     columns = (tokens_UP, segment_ids_UP, prompt_of_B, last_B, unused_B, seeds_B, prompt_hashes_B, samples_B)
     return step.Prompts(*jax.device_put(columns, place))
-
-
-def _power_of_two(number: int) -> int:
-    return 1 << max(number - 1, 0).bit_length()
-
-
-def bucket(number: int) -> int:
-    """The next of 16, 24, 32, 48, 64, 96...: few shapes to compile, and at most half of one is padding."""
-    power = _power_of_two(number)
-    return max(16, power * 3 // 4 if number <= power * 3 // 4 else power)
 
 
 def _replicated_like(params: Params) -> jax.sharding.Sharding:

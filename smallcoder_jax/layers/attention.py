@@ -5,8 +5,6 @@ Shapes: B batch, T queries, S keys, D width, N query heads, K key-value heads, H
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
@@ -15,16 +13,8 @@ from jaxtyping import Float
 from smallcoder_jax.config import DecoderConfig
 from smallcoder_jax.layers.linear import Linear
 from smallcoder_jax.ops.attention import attention
+from smallcoder_jax.ops.attention_xla import Keys
 from smallcoder_jax.ops.rope import rotate
-
-
-class Keys(NamedTuple):
-    """Keys and values with where they stand: [B, S, K, H] twice, [B, S] twice. Those of a cache are `rotated`."""
-
-    k_BSKH: Array
-    v_BSKH: Array
-    positions_BS: Array
-    segment_ids_BS: Array
 
 
 class Attention(nnx.Module):

@@ -29,7 +29,8 @@ class Queries(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """Rotated keys, their values, where they stand in their document, and which document it is."""
+    """Keys, their values, where they stand in their document, and which document it is. Those that the reference is
+    given, and those of a cache, are rotated."""
 
     k_BSKH: Array
     v_BSKH: Array

@@ -21,9 +21,9 @@ import numpy as np
 from jax import Array
 
 from smallcoder_jax.base.errors import UserError
+from smallcoder_jax.base.lengths import bucket
 from smallcoder_jax.config import RLConfig
 from smallcoder_jax.evaluate.tool_calls import call_levels
-from smallcoder_jax.generate.engine import bucket
 from smallcoder_jax.loading import LoadedModel
 from smallcoder_jax.models import build
 from smallcoder_jax.models.heads import scores_at

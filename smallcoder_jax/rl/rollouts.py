@@ -20,6 +20,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from smallcoder_jax.base.errors import UserError
+from smallcoder_jax.base.lengths import quarter
 from smallcoder_jax.config import Config
 from smallcoder_jax.data.rows.packing import fill_batch
 from smallcoder_jax.generate.engine import Generator
@@ -89,15 +90,6 @@ def pack_answers(answers: Sequence[Answer], length: int, pad_id: int) -> Batch:
     return batch
 
 
-def row_length(longest: int, most: int) -> int:
-    """The quarter, half, three quarters or whole of a row of `most` that holds `longest` tokens: four shapes to
-    compile. Of 128s where `most` is, as kernels want it."""
-    quarter = -(-most // 4)
-    if most % 128 == 0:
-        quarter += -quarter % 128
-    return min(-(-longest // quarter) * quarter, most)
-
-
 def fitting(questions: Sequence[Question], config: Config) -> list[Question]:
     """The questions that leave room for an answer, each once. Raises UserError where there are none."""
     room = config.train.sequence_length - config.rl.answer_tokens
@@ -153,7 +145,7 @@ class RolloutEngine:
         order = np.argsort(lengths, kind="stable")
         for start in range(0, len(answers), size):
             chosen = order[start : start + size]
-            length = row_length(lengths[chosen[-1]], self._config.train.sequence_length)
+            length = quarter(lengths[chosen[-1]], self._config.train.sequence_length)
             filled = np.resize(chosen, size)  # the last microbatch may want rows
             part = {name: array[filled, :length] for name, array in batch.items()}
             part = place_batch(batch_sharding(placed.mesh), part)

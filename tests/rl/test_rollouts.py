@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from smallcoder_jax.base.errors import UserError
+from smallcoder_jax.base.lengths import quarter
 from smallcoder_jax.generate.engine import Generator
 from smallcoder_jax.generate.sampling import SamplingOptions
 from smallcoder_jax.models import build
 from smallcoder_jax.models.heads import head_scores
-from smallcoder_jax.rl.rollouts import Answer, Question, RolloutEngine, fitting, pack_answers, row_length
+from smallcoder_jax.rl.rollouts import Answer, Question, RolloutEngine, fitting, pack_answers
 from tests.helpers import FLOAT32
 from tests.rl.conftest import World
 from tests.rl.tiny import rl_config
@@ -78,22 +79,13 @@ def test_values_and_temperature_are_those_of_the_written_out_forward_pass(world:
     assert np.abs(values).max() > 0.1
 
 
-@pytest.mark.parametrize(
-    ("longest", "most", "length"),
-    [(1, 192, 48), (48, 192, 48), (49, 192, 96), (192, 192, 192), (7, 10, 9), (10, 10, 10), (1, 128, 128),
-     (129, 384, 256), (300, 1024, 512)],
-)  # fmt: skip
-def test_rows_are_as_long_as_they_have_to_be_in_few_lengths(longest: int, most: int, length: int) -> None:
-    assert row_length(longest, most) == length
-
-
 def test_what_is_known_of_an_answer_does_not_move_with_its_row(world: World) -> None:
     """Rows of 32 are worked out at 8, 16, 24 or 32, several at a time."""
     policy = world.policy()
     prompts = [(254, *[65 + n] * length) for n, length in enumerate((20, 3, 9, 1, 14))]
     answers = [Answer(Question(prompt), (7, 8, 9)[: n % 3 + 1], True) for n, prompt in enumerate(prompts)]
     together = world.engine.rows(policy, answers)
-    assert {row_length(len(answer.question.ids + answer.token_ids) - 1, 32) for answer in answers} == {8, 16, 24}
+    assert {quarter(len(answer.question.ids + answer.token_ids) - 1, 32) for answer in answers} == {8, 16, 24}
     for index, answer in enumerate(answers):
         alone = world.engine.rows(policy, [answer])
         for name, array in alone.items():

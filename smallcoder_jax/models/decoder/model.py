@@ -16,7 +16,7 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from smallcoder_jax.config import ComputeConfig, DecoderConfig
-from smallcoder_jax.layers.attention import Attention, Keys
+from smallcoder_jax.layers.attention import Attention
 from smallcoder_jax.layers.dropout import dropout
 from smallcoder_jax.layers.embedding import Embedding
 from smallcoder_jax.layers.linear import Linear
@@ -25,6 +25,7 @@ from smallcoder_jax.layers.norm import NORMS
 from smallcoder_jax.mesh import split_activations
 from smallcoder_jax.models.decoder import cache as kv_cache
 from smallcoder_jax.models.family import Hidden
+from smallcoder_jax.ops.attention_xla import Keys
 
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
