@@ -86,8 +86,8 @@ docs: $(VENV)/.docs
 	$(BIN)/mkdocs build --strict
 
 bench: $(VENV)/.test
-	$(BIN)/python -m tools.bench_data
-	$(BIN)/python -m tools.bench_step --config=configs/nano.py --against=torch
+	$(BIN)/python -m tools.bench.data
+	$(BIN)/python -m tools.bench.step --config=configs/nano.py --against=torch
 
 # Environments and caches; models and data stay.
 clean:

@@ -133,11 +133,11 @@ def test_every_command_shows_text_through_the_one_function_that_makes_it_visible
         "smallcoder_jax/base/display.py",
         "launch/platforms.py",
         "launch/kubernetes.py",
-        "tools/attention_torch.py",
+        "tools/bench/attention_torch.py",
     }
     printing = {
         path.relative_to(ROOT).as_posix()
-        for path in [*FILES, *(ROOT / "tools").glob("*.py"), *(ROOT / "launch").glob("*.py")]
+        for path in [*FILES, *(ROOT / "tools").rglob("*.py"), *(ROOT / "launch").glob("*.py")]
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
     }
@@ -148,7 +148,7 @@ def test_every_command_parses_its_flags_alike() -> None:
     # launch.platforms runs without the package.
     found = {
         path.relative_to(ROOT).as_posix()
-        for path in [*FILES, *(ROOT / "tools").glob("*.py"), *(ROOT / "launch").glob("*.py")]
+        for path in [*FILES, *(ROOT / "tools").rglob("*.py"), *(ROOT / "launch").glob("*.py")]
         if "argparse.ArgumentParser(" in path.read_text().replace("class ArgumentParser(argparse.ArgumentParser)", "")
     }
     assert found == {"launch/platforms.py"}

@@ -22,8 +22,8 @@ from smallcoder_jax.base.display import printable, say
 from smallcoder_jax.base.errors import EXIT_INTERRUPTED, CheckFailed, UserError, run_cli
 from smallcoder_jax.config import Config
 from smallcoder_jax.configfile import load_config, split_overrides
-from tools import benchmarks
-from tools.benchmarks import Figure
+from tools.bench import benchmarks
+from tools.bench.benchmarks import Figure
 
 if TYPE_CHECKING:
     from smallcoder_jax.evaluate.completions import Written

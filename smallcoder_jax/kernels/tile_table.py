@@ -1,4 +1,4 @@
-"""Which tiles a kernel runs with, by device and shape: what `tools.tune_kernels` measured, as data beside this file.
+"""Which tiles a kernel runs with, by device and shape: measured by `tools.bench.tune_kernels`; data, next to this file.
 
 The table is a JSON list of entries: the class of the tiles and their sizes, the device kind as jax names it, the head
 size, query heads per key head and bucket of lengths they were tuned for, and what was measured when they were chosen.
@@ -56,7 +56,7 @@ def read_table() -> tuple[Entry, ...]:
     """All entries. Raises ValueError where the file is not a list of entries, each with its keys and tiles."""
     entries = json.loads(TABLE.read_text())
     if not isinstance(entries, list):
-        raise ValueError(f"{TABLE}: expected a list of entries; write it with tools.tune_kernels")
+        raise ValueError(f"{TABLE}: expected a list of entries; write it with tools.bench.tune_kernels")
     for entry in entries:
         missing = [key for key in (*KEYS, "tiles", "measured") if key not in entry]
         if missing:
@@ -85,4 +85,6 @@ def _build(kind: type[T], entry: Entry) -> T:
     try:
         return kind(**entry["tiles"])
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{TABLE}: {error}, in {entry}; tune that shape again with tools.tune_kernels") from error
+        raise ValueError(
+            f"{TABLE}: {error}, in {entry}; tune that shape again with tools.bench.tune_kernels"
+        ) from error

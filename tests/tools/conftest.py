@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tools import benchmarks
+from tools.bench import benchmarks
 
 Recorded = Callable[[str], dict[str, tuple[Any, ...]]]
 

@@ -10,7 +10,7 @@ from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import TrainConfig
 from tests.helpers import tiny_config
 from tests.tools.conftest import Recorded
-from tools import bench_scaling
+from tools.bench import scaling as bench_scaling
 
 CONFIG = tiny_config(train=TrainConfig(steps=10, batch_size=6, sequence_length=32, microbatch_size=2))
 

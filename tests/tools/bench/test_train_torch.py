@@ -8,7 +8,7 @@ from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import Config, DataConfig, EvalConfig, TokenizerConfig, TrainConfig
 from tests.helpers import tiny_config, tiny_model
 from tests.tools.conftest import Recorded
-from tools import train_torch
+from tools.bench import train_torch
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 

@@ -10,8 +10,8 @@ import pytest
 from smallcoder_jax.base.errors import CheckFailed, UserError
 from smallcoder_jax.kernels import tile_table
 from smallcoder_jax.kernels.tiles import HopperTiles, TpuTiles
-from tools import attention_jax, tune_kernels
-from tools.tune_kernels import Outcome, Wanted
+from tools.bench import attention_jax, tune_kernels
+from tools.bench.tune_kernels import Outcome, Wanted
 
 TPU, GPU = attention_jax.KERNELS
 SMALL = Wanted(256, 2, 16)

@@ -10,9 +10,10 @@ from smallcoder_jax.base.errors import CheckFailed, UserError
 from smallcoder_jax.config import Config, TrainConfig
 from tests.helpers import tiny_config
 from tests.tools.conftest import Recorded
-from tools import bench_step, op_profile, step_timing, step_torch
+from tools.bench import op_profile, step_timing, step_torch
+from tools.bench import step as bench_step
 
-NANO = str(Path(bench_step.__file__).resolve().parents[1] / "configs" / "nano.py")
+NANO = str(Path(bench_step.__file__).resolve().parents[2] / "configs" / "nano.py")
 
 
 def result(step_seconds: list[float], memory: int, **changes: Any) -> dict[str, Any]:

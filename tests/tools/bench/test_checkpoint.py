@@ -9,14 +9,14 @@ import pytest
 
 from smallcoder_jax.base.errors import CheckFailed, UserError
 from tests.tools.conftest import Recorded
-from tools import bench_checkpoint
+from tools.bench import checkpoint as bench_checkpoint
 
 SMALL = (
     *("--config.model.vocab_size=256", "--config.model.width=64", "--config.model.mlp_width=96"),
     *("--config.model.layers=1", "--config.train.sequence_length=32", "--config.train.batch_size=8"),
     *("--config.train.microbatch_size=0", "--config.eval.batch_size=8"),
 )
-CONFIG = f"--config={Path(__file__).resolve().parents[2] / 'configs' / 'nano.py'}"
+CONFIG = f"--config={Path(__file__).resolve().parents[3] / 'configs' / 'nano.py'}"
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 

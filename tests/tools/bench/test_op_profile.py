@@ -2,7 +2,7 @@
 
 import pytest
 
-from tools.op_profile import Costs, Event, Row, shares, table
+from tools.bench.op_profile import Costs, Event, Row, shares, table
 
 PROGRAM = """HloModule jit_step
 

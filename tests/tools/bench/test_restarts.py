@@ -9,7 +9,7 @@ import pytest
 from smallcoder_jax.base.errors import UserError
 from tests.faults.runs import Runs
 from tests.tools.conftest import Recorded
-from tools import bench_restarts
+from tools.bench import restarts as bench_restarts
 
 
 def test_steps_since_the_newest_save_are_lost(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The PyTorch side of `tools.bench_step`: a training step of our shape in libraries of others.
+"""The PyTorch side of `tools.bench.step`: a training step of our shape in libraries of others.
 
 `torch`: transformers. `litgpt`: the model and loss of litgpt's pretraining.
 """
@@ -15,7 +15,7 @@ import numpy as np
 
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import Config, DecoderConfig, OptimizerConfig
-from tools.step_timing import cores, random_batches, resident_set, timed
+from tools.bench.step_timing import cores, random_batches, resident_set, timed
 
 LLAMA = {"norm": "rmsnorm", "positions": "rope", "mlp": "swiglu", "dropout": 0.0, "window": 0}
 CAUSAL = "causal"  # the attention that knows no documents

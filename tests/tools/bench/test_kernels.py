@@ -10,8 +10,9 @@ from jax.tree_util import Partial
 
 from smallcoder_jax.base.errors import CheckFailed, UserError
 from tests.tools.conftest import Recorded
-from tools import attention_jax, attention_torch, bench_kernels, benchmarks, packed_rows
-from tools.packed_rows import Shape
+from tools.bench import attention_jax, attention_torch, benchmarks, packed_rows
+from tools.bench import kernels as bench_kernels
+from tools.bench.packed_rows import Shape
 
 SHAPE = Shape(2, 96, 24, 4, 2, 16)
 
@@ -173,7 +174,7 @@ def test_a_cpu_is_no_place_to_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_another_python_that_is_not_there_is_named() -> None:
     with pytest.raises(UserError, match="--torch-python"):
-        list(bench_kernels.lines_of("tools.attention_torch", "/nowhere/python", {"time": False}))
+        list(bench_kernels.lines_of("tools.bench.attention_torch", "/nowhere/python", {"time": False}))
 
 
 def test_ours_and_the_best_other_are_recorded_with_the_targets(recorded: Recorded) -> None:

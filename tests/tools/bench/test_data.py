@@ -9,7 +9,7 @@ import pytest
 
 from smallcoder_jax.base.errors import CheckFailed
 from tests.tools.conftest import Recorded
-from tools import bench_data
+from tools.bench import data as bench_data
 
 
 def test_each_pipeline_is_recorded_ours_with_the_limit(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:

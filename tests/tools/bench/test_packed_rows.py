@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from tools import packed_rows
-from tools.packed_rows import Shape
+from tools.bench import packed_rows
+from tools.bench.packed_rows import Shape
 
 
 @pytest.mark.parametrize(("length", "mean"), [(512, 64), (300, 100), (64, 1), (100, 90)])

@@ -1,4 +1,4 @@
-"""What both sides of `tools.bench_step` share: the batches, the clock, and the process's memory and cores."""
+"""What both sides of `tools.bench.step` share: the batches, the clock, and the process's memory and cores."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable
 import numpy as np
 
 from smallcoder_jax.config import Config
-from tools import packed_rows
+from tools.bench import packed_rows
 
 WARMUP_STEPS = 2  # not timed
 BATCHES = 4  # different ones, in turns

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from smallcoder_jax.base.errors import CheckFailed, UserError
-from tools import benchmarks
-from tools.benchmarks import Figure
+from tools.bench import benchmarks
+from tools.bench.benchmarks import Figure
 
 XEON, EPYC = "2 cores of an Intel Xeon (AVX-512, AMX), 24 GiB", "2 cores of an AMD EPYC (AVX-512), 24 GiB"
 
@@ -52,7 +52,7 @@ def test_another_page_is_exit_code_3(folder: Path) -> None:
     page = page_of(folder, line())
     benchmarks.main(["--check"])
     (folder / "page.md").write_text(page + "by hand\n")
-    with pytest.raises(CheckFailed, match=r"python -m tools\.benchmarks writes it"):
+    with pytest.raises(CheckFailed, match=r"python -m tools\.bench\.benchmarks writes it"):
         benchmarks.main(["--check"])
     assert (folder / "page.md").read_text().endswith("by hand\n")
 

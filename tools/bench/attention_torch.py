@@ -1,6 +1,6 @@
-"""The PyTorch side of `tools.bench_kernels`, in a process and, if wanted, an environment of its own.
+"""The PyTorch side of `tools.bench.kernels`, in a process and, if wanted, an environment of its own.
 
-    python -m tools.attention_torch < JOB        (what `tools.bench_kernels` runs)
+    python -m tools.bench.attention_torch < JOB        (what `tools.bench.kernels` runs)
 
 Needs torch and numpy. RoPE is torch.compile'd on a GPU, in one piece with the attention where that compiles.
 
@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tools import packed_rows
-from tools.packed_rows import ALL, BOUND, GRADIENTS, THETA, Shape
+from tools.bench import packed_rows
+from tools.bench.packed_rows import ALL, BOUND, GRADIENTS, THETA, Shape
 
 Attend = Callable[[Any, Any, Any], Any]
 
@@ -42,7 +42,7 @@ class Case(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """One attention, as in `tools.attention_jax`; `why_not` is also asked about the `device` ("cuda" or "cpu")."""
+    """One attention, as in `attention_jax`; `why_not` is also asked about the `device` ("cuda" or "cpu")."""
 
     name: str
     masks: tuple[str, ...]  # passes that do the work of pairs in other documents, and then mask it
@@ -191,7 +191,7 @@ CONTENDERS = (
 
 
 def measure(torch: Any, contender: Contender, shape: Shape, case: Case, want: Any, time: bool) -> dict[str, Any]:
-    """As `measure` in `tools.attention_jax`."""
+    """As `measure` in `tools.bench.attention_jax`."""
     device = case.q.device.type
     if reason := contender.why_not(shape, device):
         return {"why_not": reason}
