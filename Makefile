@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 # Large pages for what a training step allocates on a CPU (BUILD.md, "It is slow while training").
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 RUN ?= runs/quickstart
-# Processes of `make test`, of up to 6 GiB each; 0: none beside pytest's own.
+# Processes of `make test` and `make test-slow`, of up to 6 GiB each; 0: none beside pytest's own.
 WORKERS ?= 2
 
-.PHONY: quickstart pipeline test test-slow test-lowering lint bench docs clean distclean help
+.PHONY: quickstart pipeline test test-slow test-lowering test-lowering-tpu test-lowering-cuda compilers lint bench docs clean distclean help
 
 help:
 	@echo "make quickstart   install, train nano on the standard library's source, evaluate, export, check, complete"
@@ -67,16 +67,22 @@ $(VENV)-%/.installed: pyproject.toml
 	$(VENV)-$*/bin/python -m pip install --quiet -e '.[$*]' pytest beartype
 	@touch $@
 
+compilers: $(VENV)-tpu/.installed $(VENV)-cuda/.installed
+
 # CI takes LOWERING='lowering and not slow': the largest variants, which hold whatever the others do.
 LOWERING ?= lowering
-test-lowering: $(VENV)-tpu/.installed $(VENV)-cuda/.installed
+test-lowering: test-lowering-tpu test-lowering-cuda
+
+test-lowering-tpu: $(VENV)-tpu/.installed
 	TPU_SKIP_MDS_QUERY=1 $(VENV)-tpu/bin/python -m pytest -m '$(LOWERING)' -s tests/lowering/test_tpu.py
+
+test-lowering-cuda: $(VENV)-cuda/.installed
 	JAX_PLATFORMS=cpu $(VENV)-cuda/bin/python -m pytest -m '$(LOWERING)' -s tests/lowering/test_h200.py
 
 # CI leaves out the longest: SLOW='slow and not lowering and not extended'.
 SLOW ?= slow and not lowering
 test-slow: $(VENV)/.test
-	$(BIN)/python -m pytest -m '$(SLOW)'
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m '$(SLOW)'
 
 $(VENV)/.docs: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -e '.[docs]'
