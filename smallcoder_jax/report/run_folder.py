@@ -249,8 +249,10 @@ def compare_identity(recorded: Any, current: Any) -> list[str]:
                 "checkpoint's meta.json was changed; choose another --workdir, or take the file from a copy"
             )
     before, after = _flatten(finite(recorded)), _flatten(finite(current))
-    if "model.width" in before:  # recorded before there were families
-        before.setdefault("model.family", "decoder")
+    for identity in (before, after):
+        if "model.width" in identity:  # recorded before there were families
+            identity.setdefault("model.family", "decoder")
+        identity.pop("data.rl.reward_model", None)  # recorded once: a path, where `data.judge` is the model itself
     lines = []
     for key in sorted(before.keys() | after.keys()):
         if key not in after:

@@ -166,6 +166,7 @@ def test_a_critic_begins_as_the_reward_model(layers: Any, monkeypatch: pytest.Mo
     loaded = loaded_of(config)
     with RunFolder(tmp_path).locked(), io.StringIO() as output:
         task = ppo.make_task(config, loaded, Progress(output))
+        assert "reward_model" not in task.identity["rl"]  # a run may move with the models that it learned from
         trainer = Trainer(config, RunFolder(tmp_path), task, Terminal(output, total_steps=1, log_every=1))
         params = trainer.state.params
         expected = {"model": build.to_layout(judge.params, config.compute), "head": judge.head}

@@ -98,7 +98,10 @@ def test_a_run_of_before_goes_on_to_the_last_bit(optimizer: str, root: Path, tmp
 def test_another_family_is_another_run() -> None:
     recorded = {"model": {"width": 8, "layers": 2}}
     now = {"model": {"family": "decoder", "width": 8, "layers": 2}}
-    assert compare_identity(recorded, now) == []
+    assert compare_identity(recorded, now) == compare_identity(now, recorded) == []
+    assert compare_identity(recorded, recorded) == []
+    moved = {"data": {"judge": "5a", "rl": {"reward_model": "runs/reward"}}}
+    assert compare_identity(moved, {"data": {"judge": "5a"}}) == []
     other = {"model": {**now["model"], "family": "another"}}
     assert compare_identity(recorded, other) == ["model.family: the run has 'decoder', now 'another'"]
 

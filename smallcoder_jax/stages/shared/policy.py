@@ -110,7 +110,8 @@ def make_task(
             "prompts": digest.hexdigest(),
             "tokenizer": tokenizer.hash,
             "judge": judge,
-            "rl": dataclasses.asdict(rl),
+            # A reward model is `judge`, wherever it is.
+            "rl": {name: value for name, value in dataclasses.asdict(rl).items() if name != "reward_model"},
             "sequence_length": config.train.sequence_length,
             "batch_size": config.train.batch_size,
             "seed": config.train.seed,
