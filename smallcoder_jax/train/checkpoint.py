@@ -401,8 +401,9 @@ def leaves_of(tree: Any) -> dict[str, list[Any]]:
 def _check_leaves(saved: dict[str, list[Any]], wanted: dict[str, list[Any]], target: Path) -> None:
     for name in sorted(saved.keys() | wanted.keys()):
         if saved.get(name) != wanted.get(name):
+            own = "/".join(part for part in name.split("/") if part != "model")
             raise UserError(
-                f"checkpoint {target}: parameter '{name}' is {saved.get(name, 'absent')} in the file, but the model "
+                f"checkpoint {target}: parameter '{own}' is {saved.get(name, 'absent')} in the file, but the model "
                 f"wants {wanted.get(name, 'none')}; use the config that the run was made with"
             )
 

@@ -223,10 +223,10 @@ def test_another_shape_or_dtype_is_named(saved: Path) -> None:
     name = "blocks/1/mlp/gate/kernel"
 
     def with_gate(**changes: Any) -> TrainState:
-        gate = wanted.params["blocks"][1]["mlp"]["gate"]["kernel"]
+        gate = wanted.params["model"]["blocks"][1]["mlp"]["gate"]["kernel"]
         values = {"shape": gate.shape, "dtype": gate.dtype, "sharding": gate.sharding, **changes}
         params = jax.tree.map(lambda leaf: leaf, wanted.params)
-        params["blocks"][1]["mlp"]["gate"]["kernel"] = jax.ShapeDtypeStruct(**values)
+        params["model"]["blocks"][1]["mlp"]["gate"]["kernel"] = jax.ShapeDtypeStruct(**values)
         return wanted._replace(params=params)
 
     for changes, given in (({"shape": (64, 98)}, r"\[64, 98\]"), ({"dtype": jnp.bfloat16}, "bfloat16")):
