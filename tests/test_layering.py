@@ -25,7 +25,7 @@ LEVELS = [
     ["data.rows"],
     ["generate", "huggingface", "report"],
     ["train"],
-    ["loading", "evaluate", "preflight", "serve"],
+    ["loading", "evaluate", "preflight"],
     ["rl"],
     ["stages.shared"],
     ["stages"],

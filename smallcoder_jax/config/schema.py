@@ -80,10 +80,10 @@ class Config(Section):
         if (profiled_steps(self.log.profile_steps) or (0, 0))[0] > train.steps:
             yield f"log.profile_steps={self.log.profile_steps!r} begins after train.steps={train.steps}"
         if self.lora.rank and not kind.adapters:
-            others = ", ".join(name for name, other in KINDS.items() if other.adapters)
+            *others, last = [name for name, other in KINDS.items() if other.adapters]
             yield (
                 f"lora.rank={self.lora.rank}, but stage.name={self.stage.name!r} trains all parameters: adapters are "
-                f"for {others}; set it to 0"
+                f"for {', '.join(others)} and {last}; set it to 0"
             )
         if self.lora.rank and self.optimizer.name != "adamw":
             yield f"lora.rank={self.lora.rank} needs optimizer.name='adamw': Muon is for whole kernels"
