@@ -2,10 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Large pages for what a training step allocates on a CPU (BUILD.md, "It is slow while training").
+# Large pages for the memory that a training step allocates on a CPU (BUILD.md, "Training is slow").
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 RUN ?= runs/quickstart
-# Processes of `make test` and `make test-slow`, of up to 6 GiB each; 0: none beside pytest's own.
+# Worker processes of `make test` and `make test-slow`, which take up to 6 GiB each; 0: everything runs in pytest's own process.
 WORKERS ?= 2
 
 .PHONY: quickstart pipeline test test-slow test-lowering test-lowering-tpu test-lowering-cuda compilers lint bench docs clean distclean help
@@ -17,17 +17,17 @@ help:
 	@echo "make test-slow    the tests that take minutes"
 	@echo "make test-lowering  compile training steps for TPUs and for H200s, on a machine without one"
 	@echo "make docs         the guides as a site in build/site; a broken link is an error"
-	@echo "make bench        data pipeline and training step, each beside PyTorch"
-	@echo "make clean        delete environments and caches; make distclean: runs/ and data/ too, when you say yes"
+	@echo "make bench        speed of the data pipeline, and of the training step compared with PyTorch"
+	@echo "make clean        delete environments and caches; make distclean: also runs/ and data/, after asking"
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed, $$($(PYTHON) --version) was found; make PYTHON=python3.12 ... names another"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 
-# What trains. Not compiled: most of it is never imported.
+# What training needs. Its modules are not compiled, because most of them are never imported.
 $(VENV)/.core: pyproject.toml | $(BIN)/python
-	@echo "installing JAX and what training needs into $(VENV): half a minute"
+	@echo "installing JAX and the other packages that training needs into $(VENV): half a minute"
 	$(BIN)/python -m pip install --quiet --no-compile -e .
 	@touch $@
 
@@ -39,7 +39,8 @@ $(VENV)/.test: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -e '.[test]'
 	@touch $@ $(VENV)/.core $(VENV)/.parity $(VENV)/.stages
 
-# torch and transformers, which check the export, are installed while the model trains. What is there is not touched.
+# torch and transformers, which check the export, are installed while the model trains, if they are missing. Installed
+# packages are not changed.
 quickstart: $(VENV)/.core
 	@rm -f $(VENV)/.parity.failed; test -f $(VENV)/.parity || { \
 	  $(BIN)/python -m pip freeze --exclude-editable > $(VENV)/core.txt; \
@@ -49,7 +50,7 @@ quickstart: $(VENV)/.core
 	    && touch $(VENV)/.parity || mv $(VENV)/parity.log $(VENV)/.parity.failed ) & \
 	}; $(BIN)/python -m tools.quickstart --workdir=$(RUN) --checker=$(VENV)/.parity
 
-# Every stage on nano, without a network; started again, it continues.
+# Trains every stage on nano, without a network. The same command continues an interrupted pipeline.
 pipeline: $(VENV)/.stages
 	$(BIN)/python -m tools.run_stages --variant=nano --workdir=runs/pipeline
 
@@ -61,7 +62,7 @@ lint: $(VENV)/.test
 test: lint
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-# The plug-ins of TPUs and of GPUs do not live in one environment.
+# The jax plug-ins for TPUs and GPUs cannot be installed in the same environment.
 $(VENV)-%/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-$*
 	$(VENV)-$*/bin/python -m pip install --quiet -e '.[$*]' pytest beartype
@@ -69,7 +70,7 @@ $(VENV)-%/.installed: pyproject.toml
 
 compilers: $(VENV)-tpu/.installed $(VENV)-cuda/.installed
 
-# CI takes LOWERING='lowering and not slow': the largest variants, which hold whatever the others do.
+# CI uses LOWERING='lowering and not slow': only the largest variants, which cover everything that the others do.
 LOWERING ?= lowering
 test-lowering: test-lowering-tpu test-lowering-cuda
 
@@ -79,7 +80,7 @@ test-lowering-tpu: $(VENV)-tpu/.installed
 test-lowering-cuda: $(VENV)-cuda/.installed
 	JAX_PLATFORMS=cpu $(VENV)-cuda/bin/python -m pytest -m '$(LOWERING)' -s tests/lowering/test_h200.py
 
-# CI leaves out the longest: SLOW='slow and not lowering and not extended'.
+# CI leaves out the longest tests: SLOW='slow and not lowering and not extended'.
 SLOW ?= slow and not lowering
 test-slow: $(VENV)/.test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m '$(SLOW)'
@@ -95,13 +96,13 @@ bench: $(VENV)/.test
 	$(BIN)/python -m tools.bench.data
 	$(BIN)/python -m tools.bench.step --config=configs/nano.py --against=torch
 
-# Environments and caches; models and data stay.
+# Deletes environments and caches, and keeps models and data.
 clean:
 	rm -rf $(VENV) $(VENV)-tpu $(VENV)-cuda build *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './runs/*' -not -path './data/*' -prune -exec rm -rf {} +
 
 distclean:
-	@printf 'This deletes runs/ and data/: every model and all prepared data. Type yes to go on: '; \
+	@printf 'This deletes runs/ and data/: every model and all prepared data. Type yes to continue: '; \
 	  read -r answer && test "$$answer" = yes || { echo "nothing was deleted"; exit 2; }
 	rm -rf runs data
 	$(MAKE) clean

@@ -1,4 +1,4 @@
-"""The commands that an installation puts on the path, each the `main` of a module (`[project.scripts]`)."""
+"""The commands that an installation adds (`[project.scripts]`); each runs the `main` of a module."""
 
 from __future__ import annotations
 

@@ -1,12 +1,12 @@
-"""Is this machine, and the cluster that it is part of, fit to train on? One line for each check, and what to do.
+"""Checks whether this machine and its cluster are fit for training. Prints one line per check, and what to do.
 
     python -m tools.doctor
     python -m tools.doctor --hosts=node1,node2 --folder=/shared/runs
-    srun python -m tools.doctor                    # the processes find each other as those of a training run do
+    srun python -m tools.doctor                    # the processes find each other as in a training run
 
-Checked are versions, drivers, devices, disk, names of hosts, a matrix product on each device and a sum over all
-devices, both beside the speed that is to be expected. Run it with the environment that training gets: launch.platforms
-prints it. Exit code 0, or 3 where a check failed.
+It checks versions, drivers, devices, disk, host names, a matrix product on each device and a sum over all devices. It
+compares the speed of the last two with the expected speed. Run it with the environment that training uses, which
+launch.platforms prints. Ends with exit code 0, or with 3 if a check failed.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from smallcoder_jax.base.errors import CheckFailed, run_cli
 JAX_MINIMUM = (0, 10, 2)
 CUDA_DRIVER = 580  # the first driver branch that runs CUDA 13, which jax[cuda13] brings
 FREE_GIGABYTES = 10.0
-WRITE_MEGABYTES, WRITE_FLOOR = 64, 20.0  # MB to write, and the MB/s below which saving holds training up
+WRITE_MEGABYTES, WRITE_FLOOR = 64, 20.0  # MB to write, and the MB/s below which saving delays training
 NVIDIA_VERSION = Path("/proc/driver/nvidia/version")
-MATMUL_SHARE = 0.5  # of the data sheet's rate; half is what a healthy device passes easily
-LINK_SHARE = 0.25  # of what a device can send to the others of its node or slice
+MATMUL_SHARE = 0.5  # of the rate in the data sheet; a healthy device easily reaches half
+LINK_SHARE = 0.25  # of the rate at which a device can send to the others of its node or slice
 ROUNDS = 5
 
 
 class Finding(NamedTuple):
-    """The outcome of one check. `remedy`: what to do, where it failed."""
+    """The outcome of one check. `remedy`: what to do if it failed, otherwise empty."""
 
     name: str
     text: str
@@ -74,7 +74,7 @@ def check_versions() -> Finding:
 
 
 def check_driver(backend: str) -> Finding:
-    """Whether hardware, driver and the platform that jax chose (`backend`) belong together."""
+    """Whether hardware and driver match the platform that jax chose (`backend`)."""
     if NVIDIA_VERSION.exists():
         text = NVIDIA_VERSION.read_text()
         match = re.search(r"Kernel Module.*?\s(\d+)\.(\d+)", text)
@@ -107,12 +107,12 @@ def check_devices() -> Finding:
     memory = f", {stats['bytes_limit'] / 2**30:.1f} GiB each for arrays" if "bytes_limit" in stats else ""
     text = f"{len(local)} x {local[0].device_kind}{memory}; {len(jax.devices())} over {jax.process_count()} processes"
     if len(jax.devices()) != len(local) * jax.process_count():
-        return Finding("devices", text, "Processes see unlike numbers of devices: compare this line on all machines")
+        return Finding("devices", text, "Processes see different numbers of devices: compare this line on all machines")
     return Finding("devices", text)
 
 
 def check_disk(folder: Path) -> Finding:
-    """Room, speed, and the two things that a run folder needs: locks and links."""
+    """Free space, write speed, and the two features that a run folder needs: locks and links."""
     name = "disk"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -132,16 +132,14 @@ def check_disk(folder: Path) -> Finding:
         return Finding(name, f"{folder}: {error}", "Name another folder with --folder, and with --workdir in training")
     text = f"{folder}: {free:.0f} GB free, {speed:.0f} MB/s written, locks and links work"
     if free < FREE_GIGABYTES:
-        return Finding(
-            name, text, f"Checkpoints want at least {FREE_GIGABYTES:.0f} GB: free some, or take another disk"
-        )
+        return Finding(name, text, f"Checkpoints want at least {FREE_GIGABYTES:.0f} GB: free some, or use another disk")
     if speed < WRITE_FLOOR:
-        return Finding(name, text, f"Below {WRITE_FLOOR:.0f} MB/s saving holds training up: take another disk")
+        return Finding(name, text, f"Below {WRITE_FLOOR:.0f} MB/s saving delays training: use another disk")
     return Finding(name, text)
 
 
 def check_names(hosts: Sequence[str], several: bool) -> Finding:
-    """Whether this machine's own name and those of the others resolve, to addresses that others can reach."""
+    """Whether the names of this machine and the others resolve to addresses that the others can reach."""
     found = []
     for host in [socket.gethostname(), *hosts]:
         try:
@@ -161,7 +159,7 @@ def check_names(hosts: Sequence[str], several: bool) -> Finding:
 
 
 def check_matmul() -> list[Finding]:
-    """A matrix product on every device of this process: right, and fast enough."""
+    """Whether a matrix product on every device of this process is right and fast enough."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -173,7 +171,7 @@ def check_matmul() -> list[Finding]:
     host = np.random.default_rng(0).standard_normal((size, size), np.float32)
     product = jax.jit(jnp.matmul)
     expected, source = (_numpy_rate(host), "NumPy here") if on_cpu else (peak_flops(kind), "data sheet")
-    # Pretended CPU devices share the cores: one of them gets what all of them have.
+    # Simulated CPU devices share the cores, and one device can use all of them.
     devices = jax.local_devices()[:1] if on_cpu else jax.local_devices()
     findings = []
     for device in devices:
@@ -199,7 +197,7 @@ def check_matmul() -> list[Finding]:
 
 
 def check_all_reduce() -> Finding:
-    """A sum over all devices of all processes: right, and fast enough."""
+    """Whether a sum over all devices of all processes is right and fast enough."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -222,7 +220,7 @@ def check_all_reduce() -> Finding:
     rate = 2 * (count - 1) / count * size * 4 / seconds / 1e9
     text = f"{count} devices, {size * 4 / 1e6:.0f} MB each: {rate:.2f} GB/s sent by each"
     if float(total(x).addressable_data(0)[0]) != count * (count - 1) / 2:
-        return Finding("all-reduce", text, "The sum is wrong: have the links between the devices looked at")
+        return Finding("all-reduce", text, "The sum is wrong: have the links between the devices checked")
     chip = chip_of(kind)
     if chip is None or (jax.process_count() > 1 and jax.default_backend() != "tpu"):
         return Finding("all-reduce", f"{text}, the sum is right; no figure is known for these links to compare with")
@@ -232,13 +230,13 @@ def check_all_reduce() -> Finding:
             "all-reduce",
             text,
             f"Expected is {LINK_SHARE:.0%} of {link:.0f} GB/s or more: see nvidia-smi topo -m and NCCL_DEBUG=INFO for "
-            "the path that it takes, or the state of the slice",
+            "the path that it uses, or the state of the slice",
         )
-    return Finding("all-reduce", f"{text}, {rate / link:.0%} of the links'; the sum is right")
+    return Finding("all-reduce", f"{text}, {rate / link:.0%} of the links' rate; the sum is right")
 
 
 def _seconds(work: Callable[[], Any]) -> float:
-    """The least time of a few rounds, compilation left out."""
+    """The least time of a few rounds, without compilation."""
     import jax
 
     jax.block_until_ready(work())
@@ -255,7 +253,8 @@ def _numpy_rate(host: Any) -> float:
 
 
 def examine(options: argparse.Namespace, cluster: Any) -> list[Finding]:
-    """Every check, in order; one that breaks is a finding like any other, for the sum over all waits for everyone."""
+    """Runs every check, in order. A check that raises becomes a finding, since the sum over all devices needs every
+    process."""
     import jax
 
     hosts = [host for host in options.hosts.split(",") if host]
@@ -274,9 +273,9 @@ def examine(options: argparse.Namespace, cluster: Any) -> list[Finding]:
     for name, check in checks:
         try:
             found = check()
-        except Exception as error:  # whatever a broken machine raises: it is what was looked for
+        except Exception as error:  # whatever a broken machine raises is a finding, too
             first = (str(error).splitlines() or [""])[0]
-            found = Finding(name, f"{type(error).__name__}: {first}", "This check could not be made: see its message")
+            found = Finding(name, f"{type(error).__name__}: {first}", "This check could not run: see its message")
         found = found if isinstance(found, list) else [found]
         where = f"{socket.gethostname()} {jax.process_index()}: " if jax.process_count() > 1 else ""
         for finding in found:
@@ -286,13 +285,13 @@ def examine(options: argparse.Namespace, cluster: Any) -> list[Finding]:
 
 
 def main(argv: list[str] | None = None) -> int | None:
-    """Examines and prints. Raises CheckFailed where a check failed."""
+    """Runs all checks and prints the findings. Raises CheckFailed if a check failed."""
     parser = ArgumentParser(
         prog="python -m tools.doctor", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--folder", type=Path, default=Path("runs"), help="where run folders will be (default: runs)")
     parser.add_argument("--hosts", default="", metavar="A,B", help="the machines of the cluster, by name")
-    parser.add_argument("--coordinator", metavar="HOST:PORT", help="as of smallcoder_jax.main, and the next two")
+    parser.add_argument("--coordinator", metavar="HOST:PORT", help="as in smallcoder_jax.main, like the next two")
     parser.add_argument("--processes", type=int, metavar="N")
     parser.add_argument("--process", type=int, metavar="I")
     options = parser.parse_args(argv)

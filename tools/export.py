@@ -3,8 +3,8 @@
     python -m tools.export --checkpoint runs/nano
     python -m tools.export --checkpoint runs/nano --step 2000 --output exported/nano --dtype bfloat16
 
-The folder is put in its place only when `transformers` agrees with the model: logits, token ids, greedy text. An
-exported folder may be given as well: it is read and written again.
+The folder appears only after `transformers` agreed with the model in logits, token ids and greedy text. --checkpoint
+may also be an exported folder, which is read and written again.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def main(argv: list[str] | None = None) -> int | None:
-    """Exports one model. Raises UserError on what cannot be exported, CheckFailed where transformers disagrees."""
+    """Exports one model. Raises UserError if it cannot be exported, and CheckFailed if transformers disagrees."""
     args = build_parser().parse_args(argv)
     import smallcoder_jax
 
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> int | None:
     else:
         if from_config_dict(loaded.info["config"]).stage.kind.head:
             raise UserError(
-                f"{args.checkpoint} is a reward model: it scores answers, and transformers has no such form"
+                f"{args.checkpoint} is a reward model: it scores answers, and transformers has no such model"
             )
         card, dtype = run_card(args.checkpoint, loaded), args.dtype or "float32"
     output = args.output or (args.checkpoint if again else args.checkpoint / "export")
@@ -85,13 +85,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--skip-parity",
         action="store_true",
-        help="write without the comparison, where torch cannot be installed; the model card then says so",
+        help="write without the comparison, if torch cannot be installed; the model card then says so",
     )
     return parser
 
 
 def run_card(path: Path, loaded: LoadedModel) -> dict[str, Any]:
-    """The model card's content for a step of the run in `path`."""
+    """The content of the model card for a step of the run in `path`."""
     from smallcoder_jax.base.files import read_json
     from smallcoder_jax.report.run_folder import RunFolder
 
@@ -102,7 +102,8 @@ def run_card(path: Path, loaded: LoadedModel) -> dict[str, Any]:
 
 
 def lineage(folder: RunFolder, meta: Mapping[str, Any]) -> list[model_card.Trained]:
-    """What a checkpoint of a run went through, the first stage first; runs that are gone, and exports, end the list."""
+    """The stages in which a checkpoint of a run was trained, the first stage first. The list goes back to a run that no
+    longer exists, or to an export."""
     from smallcoder_jax.loading import find_model
     from smallcoder_jax.report.run_folder import RunFolder
     from smallcoder_jax.train import checkpoint
@@ -121,7 +122,7 @@ def lineage(folder: RunFolder, meta: Mapping[str, Any]) -> list[model_card.Train
 
 
 def sample_texts() -> list[str]:
-    """Real code that is on every machine."""
+    """Real code that exists on every machine."""
     return [inspect.getsource(module) for module in (argparse, json, textwrap)]
 
 

@@ -5,8 +5,8 @@
     python -m tools.generate --checkpoint runs/nano --interactive
     python -m tools.generate --checkpoint runs/tools --chat --tools execute_python,run_tests
 
-What the model writes goes to stdout, everything else to stderr. On a terminal, control characters are shown as their
-escapes; a file, a pipe and JSON get the exact text.
+The model's text goes to stdout, everything else to stderr. On a terminal, control characters are shown as escapes;
+files, pipes and JSON receive the exact text.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from smallcoder_jax.tokenizers.chat_wire import calls_to_wire, from_wire
 from smallcoder_jax.toolbox.execute import respond
 from smallcoder_jax.toolbox.functions import TOOLS
 
-ONE_A_LINE = ("", ".txt")  # suffixes of prompt files; any other but .jsonl is code, or text, of many lines
+ONE_A_LINE = ("", ".txt")  # suffixes of files with one prompt per line; other files, except .jsonl, are one prompt
 
 
 def main(argv: list[str] | None = None) -> int | None:
@@ -50,21 +50,21 @@ def main(argv: list[str] | None = None) -> int | None:
     import smallcoder_jax
 
     model = smallcoder_jax.load(args.checkpoint, step=args.step)
-    if job.chat and "config" in model.info and not learned_turns(model.info["config"]):  # an export does not say
+    if job.chat and "config" in model.info and not learned_turns(model.info["config"]):  # an export does not record it
         say("the last stage of this model trained it on no conversations; it may not answer", sys.stderr)
     set_encodings()
     job.run(model.generator, read_line, sys.stdout, sys.stderr)
 
 
 def set_encodings() -> None:
-    """A terminal that cannot show a character gets a question mark; files and pipes hold UTF-8, whatever the locale."""
+    """Makes files and pipes UTF-8, whatever the locale; a terminal shows a question mark for what it cannot display."""
     for stream, errors in ((sys.stdin, "surrogateescape"), (sys.stdout, "replace")):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(encoding=None if stream.isatty() else "utf-8", errors=errors)
 
 
 def read_line(prompt: str) -> str:
-    """A line of the standard input; only a terminal is shown what it is for. Raises EOFError at the end."""
+    """A line of the standard input; `prompt` is shown on a terminal only. Raises EOFError at the end."""
     if sys.stdin.isatty() and sys.stdout.isatty():
         with contextlib.suppress(ImportError):  # not every Python has it
             import readline  # noqa: F401  (gives `input` its editing, and a history that ends with the session)
@@ -91,22 +91,22 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("--prompt", action="append", help="text to continue; may be given several times")
     what.add_argument(
         "--prompt-file",
-        help="prompts.txt: one prompt a line; prompts.jsonl: one JSON string a line; any other file, such as code.py, "
-        "and '-', the standard input, is one prompt",
+        help="prompts.txt: one prompt per line; prompts.jsonl: one JSON string per line; any other file, such as "
+        "code.py, and '-', the standard input, is one prompt",
     )
-    what.add_argument("--fim", nargs=2, metavar=("PREFIX", "SUFFIX"), help="write what goes between the two texts")
-    what.add_argument("--file", type=Path, help="write what goes into this file, at the start of --line")
+    what.add_argument("--fim", nargs=2, metavar=("PREFIX", "SUFFIX"), help="write the text between the two texts")
+    what.add_argument("--file", type=Path, help="write text to insert into this file, at the start of --line")
     what.add_argument("--interactive", action="store_true", help="complete what is typed; /help lists the commands")
     parser.add_argument("--line", type=int, help="line of --file, counted from 1; one past the last appends")
     parser.add_argument(
-        "--chat", action="store_true", help="talk with the model; with prompts, each is a message, answered by itself"
+        "--chat", action="store_true", help="talk with the model; each prompt is a message, answered separately"
     )
     parser.add_argument("--system", metavar="TEXT", help="the system message of --chat")
     parser.add_argument(
         "--tools",
         metavar="FILE|NAMES",
-        help="functions on offer in --chat: a JSON list of schemas, whose calls are shown and not executed; or, with "
-        f"commas, some of {', '.join(TOOLS)}, which run in the sandbox",
+        help="functions that --chat offers: a JSON list of schemas, whose calls are shown and not executed; or, "
+        f"separated by commas, some of {', '.join(TOOLS)}, which run in the sandbox",
     )
     records = parser.add_mutually_exclusive_group()
     records.add_argument("--json", action="store_true", help="print one JSON object per completion")
@@ -130,33 +130,33 @@ def build_parser() -> argparse.ArgumentParser:
 
 @dataclasses.dataclass(frozen=True)
 class Chat:
-    """What a conversation begins with. `executed`: the tools are built in, and their calls run in the sandbox."""
+    """The beginning of a conversation. `executed`: the tools are built in, and their calls run in the sandbox."""
 
     system: str
     tools: tuple[dict[str, Any], ...]
     executed: bool
 
     def ask(self, text: str) -> Conversation:
-        """The conversation that begins with this message of the user's."""
+        """The conversation that begins with this message of the user."""
         system = (Message("system", self.system),) if self.system else ()
         return Conversation((*system, Message("user", text)), self.tools)
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What the flags ask for, read and checked before the model is loaded."""
+    """The work that the flags request, read and checked before the model is loaded."""
 
     options: SamplingOptions
     batch_size: int
     prompts: tuple[str, ...] = ()
-    around: tuple[str, str] | None = None  # prefix and suffix of what is to be filled in
+    around: tuple[str, str] | None = None  # prefix and suffix of the text to fill in
     interactive: bool = False
     chat: Chat | None = None
     json: bool = False
     output_file: Path | None = None
 
     def run(self, generator: Generator, read: Callable[[str], str], output: TextIO, log: TextIO) -> None:
-        """Completes with `generator`; `read` is asked for lines in an interactive session."""
+        """Completes with `generator`; an interactive session gets its lines from `read`."""
         if self.interactive:
             return self._session(generator, read, output, log).run()
         prompts: Sequence[str | Prompt] = self.prompts
@@ -195,7 +195,7 @@ class Job:
     def _write(self, generator: Generator, completions: list[Completion], output: TextIO, log: TextIO) -> None:
         replies: list[Reply | None] = [None] * len(completions)
         if self.chat:
-            asked = self.chat.ask("")  # what counts here are the functions on offer
+            asked = self.chat.ask("")  # only the offered functions matter here
             replies = [reply_of(completion, generator.tokenizer, asked, self.options) for completion in completions]
         if self.json or self.output_file:
             lines = [json.dumps(self._record(i, completions[i], replies[i])) + "\n" for i in range(len(completions))]
@@ -211,7 +211,7 @@ class Job:
             name = "prompt {}, sample {}".format(*(number + 1 for number in divmod(i, self.options.num_samples)))
             if len(completions) > 1:
                 show(f"=== {name} ===\n", output)
-            # A middle or an answer stands by itself; a continuation is read with its start.
+            # A middle or an answer is shown alone, a continuation together with its prompt.
             text = completion.text if self.around else completion.prompt + completion.text
             if reply:
                 text = reply.content + ("\n" if reply.content and reply.calls else "") + call_lines(reply.calls)
@@ -271,7 +271,7 @@ def read_job(args: argparse.Namespace) -> Job:
         seed=args.seed,
         stop=tuple(args.stop),
         num_samples=args.num_samples,
-        truncate_prompt=args.truncate or args.file is not None,  # of a whole file, what is near the line is wanted
+        truncate_prompt=args.truncate or args.file is not None,  # of a whole file, only the text near the line matters
     )
     prompts: tuple[str, ...] = tuple(args.prompt or ())
     around: tuple[str, str] | None = tuple(args.fim) if args.fim else None
@@ -284,12 +284,12 @@ def read_job(args: argparse.Namespace) -> Job:
 
 
 def check_output(path: Path) -> None:
-    """Refuses a file that could not be written after all the work. Raises UserError."""
+    """Raises UserError, before any work is done, if the file could not be written."""
     try:
         folder = path.resolve().parent
         has_folder, is_folder = folder.is_dir(), path.is_dir()
         writable = os.access(path if path.exists() else folder, os.W_OK)
-    except (OSError, RuntimeError) as error:  # a path that is too long; links in a circle
+    except (OSError, RuntimeError) as error:  # a path that is too long, or links in a loop
         raise UserError(f"--output-file {path!s:.200} cannot be written ({reason(error)})") from error
     if not has_folder:
         raise UserError(f"--output-file {path}: there is no folder {path.parent}; make it first")
@@ -300,7 +300,7 @@ def check_output(path: Path) -> None:
 
 
 def read_chat(system: str, tools: str) -> Chat:
-    """What a conversation begins with. `tools`: a file of schemas, or names of functions that are built in."""
+    """The beginning of a conversation. `tools`: a file of schemas, or names of functions that are built in."""
     names = [name.strip() for name in tools.split(",")] if tools else []
     if all(name in TOOLS for name in names):
         chat = Chat(system, tuple(TOOLS[name] for name in dict.fromkeys(names)), executed=bool(names))
@@ -328,11 +328,11 @@ def read_tools(path: Path) -> tuple[dict[str, Any], ...]:
 
 
 def read_prompts(name: str) -> tuple[str, ...]:
-    """The prompts of a file, and how many they are on stderr: one a line, or one in all (see --help)."""
+    """The prompts of a file, one per line or one in all (see --help). Prints their number to stderr."""
     if name == "-":
         return (_standard_input(),)
     path = Path(name)
-    text = read_text(path, "prompts; what comes out of a pipe is given as --prompt-file - on the standard input")
+    text = read_text(path, "prompts; for the output of a pipe, use --prompt-file - and the standard input")
     if path.suffix not in (".jsonl", *ONE_A_LINE):
         if lines := text.count("\n"):
             say(f"{path}: one prompt of {lines:,} lines", sys.stderr)

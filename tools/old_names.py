@@ -1,4 +1,4 @@
-"""Modules that have moved, under the names that they had: `python -m tools.bench_step` and imports go on working."""
+"""Keeps modules that have moved available under their former names, such as `python -m tools.bench_step`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from smallcoder_jax.base.errors import run_cli
 
 
 def moved(old: str, new: str) -> None:
-    """Makes the module `new` the one that is imported as `old`; where `old` is the program, runs it and names `new`."""
+    """Makes `import old` give the module `new`. If `old` was started as the program, says so and runs `new`."""
     module = importlib.import_module(new)
     if old == "__main__":
         say(f"this command is now: python -m {new}", sys.stderr)

@@ -1,8 +1,8 @@
-"""Prepares the data of a config: corpus, tokenizer, token shards. What is there already is kept.
+"""Prepares the data of a config: corpus, tokenizer and token shards. Existing parts are kept.
 
     python -m tools.prepare_data --config=configs/nano.py [--config.data.sources=dir:PATH ...]
 
-Ends with the accounting: what was read, kept and dropped, why, and statistics of the documents.
+Prints the accounting at the end: what was read, kept and dropped, for which reasons, and statistics of the documents.
 """
 
 from __future__ import annotations

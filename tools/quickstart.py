@@ -1,10 +1,11 @@
 """From nothing to a checked model that completes code, on a CPU, in minutes. `make quickstart` runs it.
 
-Trains configs/nano.py on the source of the running Python, evaluates it on all held-out files beside gzip and xz, has
-it complete beginnings of them, exports it and checks the export in transformers. Started again, it continues where it
-was.
+Trains configs/nano.py on the source of the running Python, compares its bits per byte on all held-out files with gzip
+and xz, lets it complete beginnings of these files, exports it and checks the export in transformers. The same command
+continues an interrupted quick start.
 
-Exit code 3 when the model needs more bits per byte than `xz -9e` file by file, or when the export does not agree.
+Ends with exit code 3 when the model needs more bits per byte than `xz -9e` file by file, or when the export does not
+agree with the model.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from smallcoder_jax.loading import LoadedModel
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "nano.py"
-WAIT_SECONDS = 1800  # for an installation that was begun before the training
+WAIT_SECONDS = 1800  # for the installation that started together with the training
 PROMPT = "def read_lines(path):\n    with open("
 
 
@@ -42,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
     config = load_config(str(CONFIG), overrides)
     from smallcoder_jax.models.families import published
 
-    published(config.model).model_type(config.model)  # before anything is trained: what cannot be exported ends here
+    published(config.model).model_type(config.model)  # raises before training if the model could not be exported
     start = time.monotonic()
     import smallcoder_jax
     from smallcoder_jax.base.terminal import format_table, human_count, human_time
@@ -76,7 +77,7 @@ def main(argv: list[str] | None = None) -> int:
         ["tokens seen", human_count(run.tokens_seen)],
         ["bits per byte, this model, file by file", f"{result['bits_per_byte']:.3f}"],
         *[[f"bits per byte, {name}", f"{value:.3f}"] for name, value in references.items()],
-        [f"greedy completions that are Python and do not repeat a line, of {len(written)}", f"{share(written):.0%}"],
+        [f"greedy completions that are Python without repeated lines, of {len(written)}", f"{share(written):.0%}"],
         ["export", "transformers agrees: logits, token ids, greedy text"],
         ["time", human_time(seconds)],
     ]
@@ -95,13 +96,13 @@ def build_parser() -> ArgumentParser:
     """Every flag of the command."""
     parser = ArgumentParser(prog="python -m tools.quickstart", description=__doc__)
     parser.add_argument("--workdir", type=Path, default="runs/quickstart", help="the run folder")
-    parser.add_argument("--checker", type=Path, help="file that appears when torch and transformers are installed")
+    parser.add_argument("--checker", type=Path, help="file that appears once torch and transformers are installed")
     parser.add_argument("--record", action="store_true", help=benchmarks.RECORD_HELP)
     return parser
 
 
 def say_what_is_there(workdir: Path, completion: str) -> None:
-    """Shows the completion of PROMPT, and says what can be opened and typed next."""
+    """Shows the completion of PROMPT, and which files to open and commands to type next."""
     say(f"\nprompt:\n\n{PROMPT}\n\nprompt and completion, greedy:\n\n{PROMPT}{printable(completion)}\n")
     say(f"report      {workdir / 'report.html'}\ncharts      {workdir / 'charts' / 'training_latest.png'}")
     say(f"complete    python -m tools.generate --checkpoint {shlex.quote(str(workdir))} --interactive")
@@ -110,8 +111,8 @@ def say_what_is_there(workdir: Path, completion: str) -> None:
 
 
 def figures(result: dict[str, Any], written: list[Written], seconds: float, *, again: bool) -> list[Figure]:
-    """What is recorded: bits per byte with the limit that the exit code depends on, the compressors, and the rest.
-    `again`: the run folder was there.
+    """The figures to record: bits per byte with the limit on which the exit code depends, the compressors, and the
+    rest. `again`: the run folder existed before.
     """
     from smallcoder_jax.evaluate.completions import share
 
@@ -143,7 +144,7 @@ def complete_held_out(config: Config, model: LoadedModel) -> list[Written]:
 
 
 def is_checked(folder: Path, model: LoadedModel) -> bool:
-    """Whether `folder` holds an export of these very weights that transformers has agreed with."""
+    """Whether `folder` contains an export of exactly these weights that agreed with transformers."""
     import jax
 
     from smallcoder_jax import loading
@@ -153,7 +154,7 @@ def is_checked(folder: Path, model: LoadedModel) -> bool:
         if "parity" not in record.read(folder).card:
             return False
         exported = loading.load(folder).params
-    except UserError:  # there is none, or it is damaged: it is written again
+    except UserError:  # it does not exist or is damaged, and is written again
         return False
     if jax.tree.structure(exported) != jax.tree.structure(model.params):
         return False
@@ -161,8 +162,8 @@ def is_checked(folder: Path, model: LoadedModel) -> bool:
 
 
 def wait_for(stamp: Path) -> None:
-    """Returns when `stamp` exists. Raises UserError with the end of `stamp`.failed where that appears instead, or where
-    neither does for WAIT_SECONDS.
+    """Waits until `stamp` exists. Raises UserError with the end of `stamp`.failed if that file appears instead, or if
+    neither appears within WAIT_SECONDS.
     """
     failed = stamp.with_name(stamp.name + ".failed")
     if not stamp.exists():
@@ -178,7 +179,7 @@ def wait_for(stamp: Path) -> None:
             end = failed.read_text(errors="replace").strip().splitlines()[-5:]
             raise UserError(
                 "torch and transformers, which check the export, could not be installed (BUILD.md says how to do it by "
-                "hand); the model is trained, and the same command goes on from here:\n  " + "\n  ".join(end)
+                "hand); the model is trained, and the same command continues from here:\n  " + "\n  ".join(end)
             )
         time.sleep(0.2)
 

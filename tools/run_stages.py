@@ -1,11 +1,12 @@
-"""A model in stages: tokenizer, language, code, tools, reward, dpo, ppo, grpo, distill; then export and verification.
+"""Trains a model in stages, exports it and verifies the runs. The stages: tokenizer, language, code, tools, reward,
+dpo, ppo, grpo, distill.
 
     python -m tools.run_stages --variant=nano --workdir=runs/pipeline
     python -m tools.run_stages --variant=small --stages=tokenizer,language,code,tools --workdir=runs/small
 
-Each stage begins with the model of the one before, with a fresh optimizer. Started again, it continues where it
-stopped. --config.KEY=VALUE sets a value in all stages; the files in configs/stages say what each one does. Exit code 3
-where a stage made its own measure no better on held-out data, or the export does not agree.
+Each stage starts from the model of the previous one, with a fresh optimizer. The same command continues where it
+stopped. --config.KEY=VALUE sets a value in all stages; the files in configs/stages describe each stage. Ends with exit
+code 3 if a stage did not improve its own measure on held-out data, or if the export does not agree with the model.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m tools.run_stages", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--variant", required=True, help="a file in configs/: nano, tiny, small, staged_medium, ...")
-    parser.add_argument("--stages", help="comma-separated, in their order; default all")
+    parser.add_argument("--stages", help="comma-separated, in this order; default: all")
     parser.add_argument("--workdir", type=Path, help="default runs/stages_VARIANT")
     parser.add_argument(
-        "--no-export", action="store_true", help="only verify at the end: for shapes that transformers does not have"
+        "--no-export", action="store_true", help="only verify at the end: for models that transformers does not have"
     )
-    parser.add_argument("--no-check", action="store_true", help="do not fail where a stage made nothing better")
+    parser.add_argument("--no-check", action="store_true", help="do not fail if a stage improved nothing")
     options = parser.parse_args(arguments)
     from smallcoder_jax import pipeline
     from smallcoder_jax.base.progress import Progress
@@ -68,12 +69,12 @@ def main(argv: list[str] | None = None) -> int:
     say(f"\nall in {human_time(time.monotonic() - start)}; report {workdir / 'stages.html'}")
     failed = [] if options.no_check else pipeline.failures(planned, done)
     if failed:
-        raise CheckFailed("stages that did not do what they are for: " + "; ".join(failed))
+        raise CheckFailed("stages that did not reach their goal: " + "; ".join(failed))
     return 0
 
 
 def check_export(model: ModelConfig) -> None:
-    """Raises UserError, before anything is trained, where the model could not be exported at the end."""
+    """Raises UserError if the model could not be exported at the end. Called before anything is trained."""
     from smallcoder_jax.models.families import published
 
     try:
@@ -83,7 +84,7 @@ def check_export(model: ModelConfig) -> None:
 
 
 def finish(policies: list[Path], runs: list[Path], *, export: bool) -> None:
-    """Exports the last of `policies`, checked in transformers, where that is wanted, and verifies all `runs`."""
+    """Exports the last of `policies` and checks it in transformers if `export` is set, and verifies all `runs`."""
     from tools import export as exporter
     from tools import verify_models
 

@@ -1,9 +1,9 @@
-"""Trains a sentencepiece tokenizer on data sources and says how well it does on documents that it was not trained on.
+"""Trains a sentencepiece tokenizer on data sources and measures it on documents that it was not trained on.
 
     python -m tools.train_tokenizer --sources=stdlib --vocab-size=4096 --output=tokenizers/nano
 
-Use it with --config.tokenizer.path=tokenizers/nano. Exit code 3 when a held-out document does not come back byte for
-byte.
+Use it with --config.tokenizer.path=tokenizers/nano. Ends with exit code 3 if a held-out document does not decode to the
+same bytes.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from smallcoder_jax.tokenizers.base import Tokenizer
 
 def main(argv: list[str] | None = None) -> None:
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sources", required=True, help="as data.sources: stdlib, dir:PATH, jsonl:PATH, hf:NAME, ...")
-    parser.add_argument("--vocab-size", type=int, required=True, help="entries, special pieces and bytes included")
+    parser.add_argument("--sources", required=True, help="in the form of data.sources: stdlib, dir:PATH, hf:NAME, ...")
+    parser.add_argument("--vocab-size", type=int, required=True, help="entries, including special pieces and bytes")
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist or be empty")
     parser.add_argument("--train-bytes", type=int, default=30_000_000, help="how much text to train on")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where corpora are kept")
@@ -40,14 +40,14 @@ def main(argv: list[str] | None = None) -> None:
     ratio, size = bytes_per_token(tokenizer, (document.text for document in read_split(corpus, "validation")))
     tokenizer.save(arguments.output)
     say(f"entries:         {tokenizer.vocab_size:,}")
-    say(f"bytes per token: {ratio:.3f} on {size / 1e6:.2f} MB of held-out text, each document back byte for byte")
+    say(f"bytes per token: {ratio:.3f} on {size / 1e6:.2f} MB of held-out text, which decodes byte for byte")
     say(f"hash:            {tokenizer.hash[:16]}")
     path = shlex.quote(f"--config.tokenizer.path={arguments.output}")
     say(f"use it with:     {path} --config.model.vocab_size={tokenizer.vocab_size}")
 
 
 def bytes_per_token(tokenizer: Tokenizer, texts: Iterable[str]) -> tuple[float, int]:
-    """UTF-8 bytes per id over `texts`, and the bytes. Raises CheckFailed where ids do not give their text back."""
+    """UTF-8 bytes per id over `texts`, and their total bytes. Raises CheckFailed if ids do not decode to their text."""
     held_out = list(texts)
     tokens = size = 0
     for text, ids in zip(held_out, tokenizer.encode_batch(held_out, os.cpu_count() or 1), strict=True):

@@ -1,9 +1,9 @@
-"""Reads prepared data again and compares it with what was recorded about it.
+"""Reads prepared data again and compares them with their records.
 
     python -m tools.validate_data --config=configs/nano.py [--all] [--config.key=value ...]
 
-Counts, hashes, fingerprints, the split and the range of ids are checked for all of it; that ids stand for their
-document byte for byte, for a sample, or with --all for every document. Exit code 3 when something does not hold.
+Checks counts, hashes, fingerprints, the split and the range of ids for all data. Checks for a sample, or with --all for
+every document, that the ids decode to their document byte for byte. Ends with exit code 3 if a check fails.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     others, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
     parser = ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="config file; --config.key=value overrides a key")
-    parser.add_argument("--all", action="store_true", help="compare every document's ids with its text, not a sample")
+    parser.add_argument("--all", action="store_true", help="compare the ids of all documents with their texts")
     arguments = parser.parse_args(others)
     prepared = find_prepared(load_config(arguments.config, overrides))
     try:

@@ -1,10 +1,11 @@
-"""Says of runs whether they hold the models that they say they hold.
+"""Verifies that runs contain the models that their records describe.
 
     python -m tools.verify_models --run runs/nano
     python -m tools.verify_models --all --runs runs --json
 
-Checksums and data fingerprints are worked out again and the newest checkpoint is evaluated on held-out text. Statuses:
-verified, not_found, no_checkpoint, wrong_data, corrupt, error. Exit code 0 when every run is verified, 3 otherwise.
+Computes checksums and data fingerprints again, and evaluates the newest checkpoint on held-out text. The status of a
+run is one of verified, not_found, no_checkpoint, wrong_data, corrupt, error. Ends with exit code 0 if every run is
+verified, and with 3 otherwise.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from smallcoder_jax.base.errors import CheckFailed, UserError, run_cli
 
 
 def main(argv: list[str] | None = None) -> int | None:
-    """Verifies and prints. Raises UserError where there is nothing to verify, CheckFailed where one is not verified."""
+    """Verifies and prints. Raises UserError if there is nothing to verify, CheckFailed if a run is not verified."""
     args = build_parser().parse_args(argv)
     runs = find_runs(args.runs) if args.all else args.run
     from smallcoder_jax.base.runtime import configure_jax
@@ -50,7 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("--run", type=Path, action="append", help="a run folder; may be given several times")
     what.add_argument("--all", action="store_true", help="every run under --runs")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of runs (default: runs)")
-    parser.add_argument("--data", type=Path, help="folder of the prepared data (default: where they were from the run)")
+    parser.add_argument("--data", type=Path, help="folder of the prepared data (default: as recorded in the run)")
     parser.add_argument("--json", action="store_true", help="print the verdicts as JSON")
     parser.add_argument(
         "--batches",
@@ -62,7 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def find_runs(folder: Path) -> list[Path]:
-    """Every run folder under `folder`, at any depth. Raises UserError where there is none."""
+    """Every run folder under `folder`, at any depth. Raises UserError if there is none."""
     runs = sorted(path.parent for path in folder.rglob("run.json"))
     if not runs:
         raise UserError(f"no run under {folder}: expected folders that hold run.json; name another with --runs")

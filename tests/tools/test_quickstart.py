@@ -48,7 +48,7 @@ def test_it_says_why_the_checker_could_not_be_installed(tmp_path: Path) -> None:
     (tmp_path / ".parity.failed").write_text("first\n" * 10 + "ERROR: No matching distribution found for torch\n")
     with pytest.raises(UserError, match="No matching distribution found for torch") as caught:
         wait_for(tmp_path / ".parity")
-    assert "the same command goes on from here" in str(caught.value)
+    assert "the same command continues from here" in str(caught.value)
 
 
 def test_it_does_not_wait_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
