@@ -3,11 +3,11 @@
     python -m launch.kubernetes --dry-run --name=medium --image=IMAGE --hosts=2 --platform=gpu --devices=8 \\
         --claim=runs -- --config=configs/medium.py --workdir=/runs/medium
 
---dry-run prints the manifest; without it the manifest goes to `kubectl apply`. The image holds the project, installed,
-as its working directory. The claim is a volume that all pods may write, mounted at /runs; it holds the run folder.
+--dry-run prints the manifest; without it the manifest goes to `kubectl apply`. The image contains the installed project
+as its working directory. The claim is a volume that all pods can write, mounted at /runs; the run folder is in it.
 
-A pod that ends with 2 (a mistake), 3 (a check that did not hold) or 4 (diverged) fails the JobSet for good. Any other
-failure restarts all pods, at most --retries times, and they continue from the last checkpoint.
+A pod that ends with 2 (a mistake), 3 (a failed check) or 4 (diverged) fails the JobSet permanently. After any other
+failure all pods restart, at most --retries times, and continue from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ GRACE_SECONDS = 300  # between SIGTERM and SIGKILL: time for the last step and i
 
 
 def manifest(options: argparse.Namespace) -> dict[str, Any]:
-    """The JobSet, as kubectl takes it."""
+    """The JobSet in the form that kubectl accepts."""
     pods = {
         "metadata": {"labels": {"app": options.name}},
         "spec": {
-            "restartPolicy": "Never",  # podFailurePolicy asks for it
+            "restartPolicy": "Never",  # podFailurePolicy requires it
             "terminationGracePeriodSeconds": GRACE_SECONDS,
             "nodeSelector": dict(options.node_selector),
             "containers": [_container(options)],
@@ -46,7 +46,7 @@ def manifest(options: argparse.Namespace) -> dict[str, Any]:
         "completions": options.hosts,
         "parallelism": options.hosts,
         "completionMode": "Indexed",
-        "backoffLimit": 0,  # one dead pod fails the Job: its peers cannot go on without it
+        "backoffLimit": 0,  # one dead pod fails the Job, because its peers cannot continue without it
         "podFailurePolicy": {"rules": [{"action": "FailJob", "onExitCodes": mistakes}]},
         "template": pods,
     }
@@ -126,7 +126,7 @@ def main(argv: list[str] | None = None) -> int:
     options.arguments = given[cut + 1 :]
     if not options.arguments:
         parser.error("-- and the arguments of smallcoder_jax.main are missing")
-    # Pods are called NAME-workers-0-INDEX-XXXXX, which a DNS label of 63 characters must hold.
+    # Pods are called NAME-workers-0-INDEX-XXXXX, which has to fit into a DNS label of 63 characters.
     if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", options.name):
         parser.error(f"--name={options.name}: expected at most 40 lower-case letters, digits and dashes")
     if options.hosts < 1 or options.retries < 0:

@@ -4,10 +4,10 @@
     python -m launch.local --platform=gpu -- --config=configs/tiny.py --workdir=runs/tiny     # all GPUs, one process
     python -m launch.local --processes=2 --dry-run -- --config=configs/nano.py                # shows, runs nothing
 
-What follows `--` goes to smallcoder_jax.main as it is. When one process fails, all end. Where a second attempt would
-change nothing, that code is passed on: 2 a mistake, 3 a check that did not hold, 4 diverged, 130 Ctrl-C. Anything
-else (out of memory, a signal, the death of another process, 75: interrupted and saved) is tried again, at most
---retries times. SIGTERM and Ctrl-C are passed on to the processes, and there is no further attempt.
+The arguments after `--` go to smallcoder_jax.main unchanged. When one process fails, all end. If a second attempt would
+change nothing, this program ends with the same code: 2 for a mistake, 3 for a failed check, 4 for a diverged run, 130
+for Ctrl-C. After anything else (out of memory, a signal, the death of another process, or 75: interrupted and saved) it
+starts again, at most --retries times. SIGTERM and Ctrl-C are passed on to the processes, and end all attempts.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import NOT_TRIED_AGAIN
 
 FINAL = (0, *NOT_TRIED_AGAIN, 130)
-GRACE_SECONDS = 90.0  # after a failure: for the others to notice it (distributed.HEARTBEAT_SECONDS) and to end
+GRACE_SECONDS = 90.0  # after a failure, for the others to notice it (distributed.HEARTBEAT_SECONDS) and end
 POLL_SECONDS = 0.05
 
 
 class Command(NamedTuple):
-    environment: dict[str, str]  # what is added to that of the launcher
+    environment: dict[str, str]  # variables in addition to the launcher's
     words: list[str]
 
     def __str__(self) -> str:
@@ -43,7 +43,7 @@ class Command(NamedTuple):
 
 
 def commands(options: argparse.Namespace, environment: Mapping[str, str]) -> list[Command]:
-    """One command per process, joined over a port that is free now."""
+    """One command per process; the processes meet at a port that is currently free."""
     made = []
     where = f"127.0.0.1:{_free_port()}"
     for process in range(options.processes):
@@ -68,7 +68,7 @@ def _free_port() -> int:
 
 
 class Launcher:
-    """Runs the processes of one attempt after the other."""
+    """Runs attempts one after the other, each with all processes."""
 
     def __init__(self, options: argparse.Namespace):
         self.options = options
@@ -91,7 +91,7 @@ class Launcher:
         return code
 
     def _attempt(self) -> int:
-        """The exit code of the processes: of the first that failed, where one did."""
+        """The exit code of the first process that failed, or 0."""
         for command in commands(self.options, os.environ):
             if not self.stopped:
                 self.running.append(subprocess.Popen(command.words, env={**os.environ, **command.environment}))
@@ -104,13 +104,13 @@ class Launcher:
                 deadline = time.monotonic() + GRACE_SECONDS
             if deadline is not None and time.monotonic() > deadline:
                 for process in self.running:
-                    process.kill()  # nothing happens to one that has ended
+                    process.kill()  # has no effect on a process that has ended
         code = self._worse(code)
         self.running = []
         return code
 
     def _worse(self, code: int) -> int:
-        """`code`, the first failure so far, unless there is none yet or a process has ended with a final one."""
+        """`code`, the first failure so far; or the present failure, if there was none or the present one is final."""
         failure = _failure(self.running)
         return failure if not code or failure in FINAL[1:] else code
 
@@ -126,7 +126,7 @@ class Launcher:
 
 
 def _failure(processes: Sequence[subprocess.Popen[bytes]]) -> int:
-    """The code of a process that has failed, a final one before others; 0 where none has."""
+    """The code of a process that has failed, preferably a final code; 0 if none has failed."""
     codes = [process.returncode for process in processes if process.returncode]
     codes = [128 - code if code < 0 else code for code in codes]
     return next((code for code in codes if code in FINAL), codes[0] if codes else 0)
@@ -146,11 +146,11 @@ def main(argv: list[str] | None = None) -> int:
         type=int,
         default=0,
         metavar="D",
-        help="of each process: D pretended ones on a CPU, the next D GPUs on a GPU node; default all there are",
+        help="devices of each process: D simulated ones on a CPU, the next D GPUs on a GPU node; default: all",
     )
     parser.add_argument("--platform", choices=sorted(PLATFORMS), default="cpu")
     parser.add_argument("--retries", type=int, default=3, metavar="N")
-    parser.add_argument("--pause", type=float, default=0.0, metavar="SECONDS", help="before another attempt")
+    parser.add_argument("--pause", type=float, default=0.0, metavar="SECONDS", help="wait before another attempt")
     parser.add_argument("--dry-run", action="store_true", help="print the commands, and run nothing")
     given = list(sys.argv[1:] if argv is None else argv)
     cut = given.index("--") if "--" in given else len(given)

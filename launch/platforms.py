@@ -1,8 +1,8 @@
-"""What the environment of a platform is set to before training starts, and why. Printed as lines for a shell:
+"""The environment variables that are set for a platform before training, and why. They can be printed for a shell:
 
     eval "$(python -m launch.platforms gpu)"
 
-A variable that is set already stays as it is.
+A variable that is already set is not changed.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ class Setting(NamedTuple):
     reason: str
 
 
-# For TPUs no XLA flag is set: what XLA's guide to its flags suggests for them (asynchronous all-gathers, fused with
-# compute) is the default of libtpu, and the rest of the guide is to be tried and measured, which was not done here.
+# No XLA flag is set for TPUs. The flags that XLA's guide recommends for them (asynchronous all-gathers, fused with
+# compute) are libtpu's defaults, and the guide's other flags would have to be measured first, which was not done.
 PLATFORMS: Mapping[str, tuple[Setting, ...]] = {
     "cpu": (
         Setting("JAX_PLATFORMS", "cpu", "never waits for an accelerator that another program holds"),
-        Setting("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1", "large pages for what a step allocates (BUILD.md)"),
+        Setting("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1", "large pages for a step's memory (BUILD.md)"),
     ),
     "gpu": (
-        Setting("JAX_PLATFORMS", "cuda", "without a working driver this is an error, not a slow run on the CPU"),
+        Setting("JAX_PLATFORMS", "cuda", "fails without a working driver, instead of running slowly on the CPU"),
         Setting(
             "XLA_FLAGS",
             "--xla_gpu_enable_latency_hiding_scheduler=true",
@@ -40,12 +40,12 @@ PLATFORMS: Mapping[str, tuple[Setting, ...]] = {
             "JAX reserves three quarters of the memory by default; nothing else runs on these GPUs",
         ),
     ),
-    "tpu": (Setting("JAX_PLATFORMS", "tpu", "without a TPU this is an error, not a slow run on the CPU"),),
+    "tpu": (Setting("JAX_PLATFORMS", "tpu", "fails without a TPU, instead of running slowly on the CPU"),),
 }
 
 
 def settings_of(platform: str, environment: Mapping[str, str]) -> dict[str, str]:
-    """What is to be added to `environment` for a platform."""
+    """The variables to add to `environment` for a platform."""
     return {setting.variable: setting.value for setting in PLATFORMS[platform] if not environment.get(setting.variable)}
 
 

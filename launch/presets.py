@@ -1,7 +1,7 @@
-"""Hardware presets: what of a config is set for the devices that it is to be trained on.
+"""Hardware presets: the config values that depend on the devices used for training.
 
 python -m tools.train_all_variants --preset=v5e-16 --preflight      # whether every variant fits
-python -m tools.train_all_variants --preset=v5e-16                  # on those devices: trains them
+python -m tools.train_all_variants --preset=v5e-16                  # trains them, on those devices
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from smallcoder_jax.config import Config, nearest
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """Devices of one kind, as a mesh of `data`, and what one of them takes at a time.
+    """Devices of one kind, as a mesh along `data`, and how many tokens each processes at a time.
 
-    `topology`: what preflight is asked about. `platform`: whose environment (`launch.platforms`) training runs in.
-    `tokens`: of one device in a forward pass; rows longer than that are taken one at a time. `batch_tokens`: of a step
-    over all devices; 0: the config's. `settings`: whatever else is set.
+    `topology`: the devices for preflight. `platform`: the platform whose environment training uses
+    (`launch.platforms`). `tokens`: tokens per device in a forward pass; longer rows are processed one at a time.
+    `batch_tokens`: tokens of a step over all devices; 0: as in the config. `settings`: all other settings.
     """
 
     topology: str
@@ -31,7 +31,7 @@ class Preset:
 
 
 PRESETS: Mapping[str, Preset] = {
-    # To try the variants out. A CPU multiplies float32 faster than bfloat16; layers in a loop take less memory.
+    # For trying the variants. A CPU multiplies float32 faster than bfloat16, and layers in a loop take less memory.
     "cpu": Preset("cpu", "cpu", 1, 2048, 8192, ("compute.dtype=float32", "compute.layers=scan", "compute.remat=full")),
     "h200": Preset("h200:1x1", "gpu", 1, 32768),
     "h200x8": Preset("h200:1x8", "gpu", 8, 32768),
@@ -42,23 +42,23 @@ PRESETS: Mapping[str, Preset] = {
 
 
 def find_preset(name: str) -> Preset:
-    """The preset of this name. Raises UserError naming those that there are."""
+    """The preset of this name. Raises UserError, which lists all presets, if there is none."""
     if name not in PRESETS:
         raise UserError(f"--preset={name} is not known; {nearest(name, list(PRESETS))}; all: {', '.join(PRESETS)}")
     return PRESETS[name]
 
 
 def preset_overrides(preset: Preset, config: Config) -> list[str]:
-    """The flags that fit `config` to the devices: the batch is rounded up to what divides over them."""
+    """The flags that fit `config` to the devices. The batch is rounded up so that it divides over them."""
     length = config.train.sequence_length
     wanted = max(preset.batch_tokens // length, 1) if preset.batch_tokens else config.train.batch_size
-    rows = min(preset.tokens // length, -(-wanted // preset.devices))  # of a device
+    rows = min(preset.tokens // length, -(-wanted // preset.devices))  # per device
     microbatch = max(rows, 1) * preset.devices
     settings = (
         f"mesh.data={preset.devices}",
         f"train.microbatch_size={microbatch}",
         f"train.batch_size={-(-wanted // microbatch) * microbatch}",
-        "eval.batch_size=0",  # as many as a microbatch
+        "eval.batch_size=0",  # the same as a microbatch
         *preset.settings,
     )
     return [f"--config.{setting}" for setting in settings]

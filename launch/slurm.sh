@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# Trains on the nodes of a Slurm job, one process per task, and starts all again after a crash, from the last checkpoint.
+# Trains on the nodes of a Slurm job, one process per task, and restarts all from the last checkpoint after a crash.
 #
 #   sbatch --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 launch/slurm.sh --config=configs/medium.py --workdir=/shared/m
-#   launch/slurm.sh --dry-run --config=...     # prints what the job would run, and runs nothing
+#   launch/slurm.sh --dry-run --config=...     # only prints what the job would run
 #
-# Submit it in the project's folder. The run folder is on a file system that all nodes share. jax finds the other tasks
-# by Slurm's variables, and gives each task one GPU of its node: as many tasks per node as it has GPUs. PLATFORM (gpu,
-# cpu or tpu), RETRIES (3) and PYTHON (python) are taken from the environment.
+# Submit it in the project's folder. The run folder has to be on a file system that all nodes share. jax finds the other
+# tasks by Slurm's variables, and gives each task one GPU, so start as many tasks per node as it has GPUs. PLATFORM
+# (gpu, cpu or tpu), RETRIES (3) and PYTHON (python) are read from the environment.
 #
-# 0 done, 2 a mistake, 3 a check that did not hold and 4 diverged end the job. 75 (interrupted and saved: the time
-# limit came near, or the job was preempted) puts it back into the queue. Anything else is tried again here.
+# The codes 0 (done), 2 (a mistake), 3 (a failed check) and 4 (diverged) end the job. 75 (interrupted and saved, near
+# the time limit or at a preemption) puts it back into the queue. After any other code the step is started again.
 #SBATCH --job-name=smallcoder
 #SBATCH --signal=TERM@300
 #SBATCH --requeue
@@ -26,8 +26,8 @@ if [ $# -lt 1 ]; then
 fi
 python=${PYTHON:-python}
 settings=$("$python" -m launch.platforms "${PLATFORM:-gpu}") || exit 2
-# --kill-on-bad-exit would turn the 2 of a mistake, with which all tasks end, into the code of a task that was killed.
-# --wait ends a task that outlives the first one by two minutes.
+# After a mistake all tasks end with 2; --kill-on-bad-exit=1 would replace this code by that of a killed task.
+# --wait kills tasks that are still running two minutes after the first one has ended.
 step=(srun --kill-on-bad-exit=0 --wait=120 "$python" -m smallcoder_jax.main "$@")
 if [ -n "$dry" ]; then
   printf '%s\n' "$settings"

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Trains on all hosts of a TPU VM slice, one process per host, and starts them again after a crash.
+# Trains on all hosts of a TPU VM slice, one process per host, and restarts them after a crash.
 #
 #   launch/tpu_vm.sh [--dry-run] NAME ZONE --config=configs/medium.py --workdir=/mnt/shared/medium
 #
-# FOLDER (default smallcoder_jax, in the home directory of every host) holds the project; PYTHON (default python3) has it
-# installed with its [tpu] extra. The run folder is on a file system that all hosts share. jax finds the hosts by the
-# metadata of the slice (--coordinator=auto). Each host starts its process again by itself, at most RETRIES times
-# (default 3): when one dies, the others end within half a minute, and --pause lets all end before any comes back.
+# FOLDER (default smallcoder_jax, in the home directory of every host) is the project; PYTHON (default python3) has it
+# installed with the extra [tpu]. The run folder has to be on a file system that all hosts share. jax finds the hosts by
+# the metadata of the slice (--coordinator=auto). Each host restarts its own process, at most RETRIES times (default 3):
+# when one process dies, the others end within half a minute, and --pause lets all end before any starts again.
 set -u
 dry=
 if [ "${1:-}" = --dry-run ]; then

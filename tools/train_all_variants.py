@@ -1,14 +1,14 @@
-"""Trains all variants, one after the other, each in a run folder and a process of its own, and verifies them.
+"""Trains all variants one after the other, each in its own run folder and process, and verifies them.
 
     python -m tools.train_all_variants --workdir=runs/all
     python -m tools.train_all_variants --workdir=runs/all --variants=tiny,small --steps=2000 --num-samples=10000
     python -m tools.train_all_variants --workdir=runs/all --config.data.sources=stdlib --dry-run
     python -m tools.train_all_variants --preset=v5e-16 --preflight
 
-Any --config.key=value goes to every variant. WORKDIR/VARIANT is the run, WORKDIR/VARIANT.log what it said, and
-WORKDIR/training_summary.json what became of all. A variant that fails is recorded there with its reason, and the others
-go on; the same command again continues what is not finished, whatever ended it. At the end every run in the workdir is
-verified. Exit code 0 when all are trained and verified, 3 when one is not, 75 when a signal came first.
+Every --config.key=value applies to all variants. WORKDIR/VARIANT is the run folder, WORKDIR/VARIANT.log its output, and
+WORKDIR/training_summary.json the result of all variants. A variant that fails is recorded there with its reason, and
+the others continue. The same command continues whatever is not finished, however it ended. At the end every run in the
+workdir is verified. The exit code is 0 if all are trained and verified, 3 if one is not, and 75 after a signal.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ INTERRUPTIONS = (EXIT_INTERRUPTED, 130)
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """One variant: its config file with the flags of this start, or why the two do not go together."""
+    """One variant: its config file with the flags of this start, and `refusal` if they do not fit together."""
 
     variant: str
     file: Path
@@ -75,17 +75,17 @@ class Plan:
         return self.run.path.with_name(f"{self.variant}.log")
 
     def is_trained(self, recorded: Mapping[str, Any]) -> bool:
-        """Whether an earlier start trained this very config to its end."""
+        """Whether an earlier start trained exactly this config to its end."""
         if recorded.get("status") != "trained" or self.config is None or not self.run.config_json.is_file():
             return False
         try:
             return read_json(self.run.config_json, "the config of the run") == finite(to_dict(self.config))
-        except UserError:  # damaged: the trainer looks at the run itself
+        except UserError:  # damaged: the trainer examines the run itself
             return False
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Trains and verifies. Raises UserError on a mistake that concerns all variants, CheckFailed where one failed."""
+    """Trains and verifies. Raises UserError for a mistake that affects all variants, CheckFailed if one failed."""
     given, overrides = split_overrides(sys.argv[1:] if argv is None else argv)
     options = build_parser().parse_args(given)
     preset = find_preset(options.preset) if options.preset else None
@@ -124,17 +124,17 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"comma-separated names of configs/NAME.py, or config files (default: {','.join(VARIANTS)})",
     )
     parser.add_argument("--workdir", type=Path, default=Path("runs/all"), help="folder of the runs (default: runs/all)")
-    parser.add_argument("--steps", type=int, help="as --config.train.steps; a short run wants a short warm-up, too")
-    parser.add_argument("--num-samples", type=int, help="as --config.data.max_documents: documents of every source")
-    parser.add_argument("--preset", help=f"the hardware that batches and mesh are set for: {', '.join(PRESETS)}")
+    parser.add_argument("--steps", type=int, help="sets --config.train.steps; a short run needs a short warm-up, too")
+    parser.add_argument("--num-samples", type=int, help="sets --config.data.max_documents: documents of each source")
+    parser.add_argument("--preset", help=f"the hardware for which batches and mesh are set: {', '.join(PRESETS)}")
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--preflight", action="store_true", help="train nothing: say whether each fits the preset")
-    what.add_argument("--dry-run", action="store_true", help="train nothing: show what would be, and the commands")
+    what.add_argument("--preflight", action="store_true", help="train nothing: show whether each fits the preset")
+    what.add_argument("--dry-run", action="store_true", help="train nothing: show the plan and the commands")
     return parser
 
 
 def make_plans(options: argparse.Namespace, preset: Preset | None, overrides: Sequence[str]) -> list[Plan]:
-    """What is to be trained. Raises UserError where no variant can be, or on a name that is none."""
+    """The variants to train. Raises UserError if no variant can be trained, or for an unknown name."""
     plans = []
     for variant, file in find_variants(options.variants).items():
         run = RunFolder(options.workdir / variant)
@@ -146,7 +146,7 @@ def make_plans(options: argparse.Namespace, preset: Preset | None, overrides: Se
         config, refusal = None, ""
         try:
             if preset is not None:
-                # What the preset sets depends on the length of the rows, and yields to what was given.
+                # The preset's values depend on the length of rows, and given flags override them.
                 flags = [*preset_overrides(preset, load_config(str(file), flags)), *flags]
             config = load_config(str(file), flags)
         except UserError as error:
@@ -158,7 +158,7 @@ def make_plans(options: argparse.Namespace, preset: Preset | None, overrides: Se
 
 
 def find_variants(text: str) -> dict[str, Path]:
-    """Config files by variant. Raises UserError for one that does not exist, or two of one name."""
+    """Config files by variant. Raises UserError for a file that does not exist, or for two with the same name."""
     known = {path.stem: path for path in sorted(CONFIGS.glob("*.py")) if path.stem != "__init__"}
     found: dict[str, Path] = {}
     for word in filter(None, (word.strip() for word in text.split(","))):
@@ -175,9 +175,10 @@ def find_variants(text: str) -> dict[str, Path]:
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[int]:
-    """Holds the workdir until this process and all that it started have ended; gives the lock, for them to inherit.
+    """Locks the workdir until this process and all that it started have ended. Yields the lock for child processes to
+    inherit.
 
-    Where an earlier start was killed, what it started may still train: waits until that has ended.
+    After an earlier start was killed, its child may still train; then this waits until the child has ended.
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -196,7 +197,7 @@ def locked(workdir: Path) -> Iterator[int]:
 class Child:
     """Runs one process at a time, shows what it writes to its log, and passes SIGTERM and Ctrl-C on to it.
 
-    The log is a file, not a pipe: a process outlives this one where this one is killed.
+    The log is a file and not a pipe, so that the child can continue if this process is killed.
     """
 
     def __init__(self, environment: Mapping[str, str], lock: int):
@@ -213,7 +214,7 @@ class Child:
             signal.signal(number, handler)
 
     def run(self, command: Sequence[str], log: Path, output: Path | None = None) -> tuple[int, str]:
-        """The exit code, and what was written to the log. `output`: where the standard output goes, if elsewhere."""
+        """The exit code, and what the process wrote to the log. `output`: a separate file for its standard output."""
         with contextlib.ExitStack() as stack:
             sink = stack.enter_context(log.open("ab"))
             source = stack.enter_context(log.open("rb"))
@@ -222,7 +223,7 @@ class Child:
             stdout = stack.enter_context(output.open("wb")) if output else sink
             process = subprocess.Popen(command, env=self.environment, stdout=stdout, stderr=sink, pass_fds=(self.lock,))
             self.process = process
-            if self.stopped:  # the signal came before there was anything to pass it on to
+            if self.stopped:  # the signal came before the process existed
                 process.send_signal(signal.SIGTERM)
             decoder = codecs.getincrementaldecoder("utf-8")("replace")
             ended = False
@@ -238,11 +239,11 @@ class Child:
     def _stop(self, number: int, frame: FrameType | None) -> None:
         self.stopped = True
         if self.process is not None:
-            self.process.send_signal(signal.SIGTERM)  # nothing happens to one that has ended
+            self.process.send_signal(signal.SIGTERM)  # has no effect on a process that has ended
 
 
 def train(plan: Plan, recorded: dict[str, Any], child: Child) -> dict[str, Any]:
-    """What became of a variant: as `recorded` where it is trained already."""
+    """The result of a variant: `recorded` if it is trained already."""
     if plan.is_trained(recorded):
         say(f"{plan.variant}: trained already, in {plan.run.path}")
         return recorded
@@ -269,7 +270,7 @@ def train(plan: Plan, recorded: dict[str, Any], child: Child) -> dict[str, Any]:
 
 
 def reason_of(code: int, said: str) -> str:
-    """Why a process failed: its own message where it ended with one, else how it ended and its last line."""
+    """Why a process failed: its own message if it ended with one, otherwise how it ended and its last line."""
     for mark in ("\nerror: ", "\ncheck failed: "):
         _, found, message = ("\n" + said).rpartition(mark)
         if found and code in NOT_TRIED_AGAIN:
@@ -280,7 +281,7 @@ def reason_of(code: int, said: str) -> str:
 
 
 def read_results(workdir: Path) -> dict[str, dict[str, Any]]:
-    """What earlier starts recorded in the workdir. Raises UserError where that is damaged."""
+    """The results that earlier starts recorded in the workdir. Raises UserError if the file is damaged."""
     path = workdir / "training_summary.json"
     if not path.is_file():
         return {}
@@ -292,7 +293,7 @@ def read_results(workdir: Path) -> dict[str, dict[str, Any]]:
 
 
 class Summary:
-    """`training_summary.json`, written again after every variant; results of earlier starts are kept."""
+    """`training_summary.json`, which is written after every variant. Results of earlier starts are kept."""
 
     def __init__(self, options: argparse.Namespace, overrides: Sequence[str], plans: Sequence[Plan]):
         self.workdir: Path = options.workdir
@@ -302,7 +303,7 @@ class Summary:
         limits = sorted({config.data.max_documents for config in configs})
         self.facts = {
             "dataset": " and ".join(sorted({config.data.sources for config in configs})),
-            "num_samples": limits[-1] if limits[0] else None,  # of every source; null: all
+            "num_samples": limits[-1] if limits[0] else None,  # from each source; null: all
             "args": {**vars(options), "workdir": str(self.workdir), "overrides": list(overrides)},
         }
         self.verdicts: list[dict[str, Any]] = []
@@ -318,7 +319,7 @@ class Summary:
         write_json(self.workdir / "training_summary.json", content)
 
     def verify(self, child: Child) -> None:
-        """Verifies every run in the workdir, where there is one, and records the verdicts."""
+        """Verifies every run in the workdir, if there is any, and records the verdicts."""
         if not any(self.workdir.rglob("run.json")):
             return
         say(f"\nverifying the runs in {self.workdir}")
@@ -328,7 +329,7 @@ class Summary:
         if child.stopped:
             return
         if code not in (0, EXIT_CHECK_FAILED):
-            raise CheckFailed(f"verification did not come to its end: {reason_of(code, said)}")
+            raise CheckFailed(f"verification did not finish: {reason_of(code, said)}")
         self.verdicts = read_json(output, "the verdicts of tools.verify_models")
         for verdict in self.verdicts:
             variant = str(Path(verdict["run"]).relative_to(self.workdir))
@@ -337,7 +338,7 @@ class Summary:
         self._write()
 
     def table(self) -> str:
-        """All variants that were ever tried in the workdir."""
+        """A table of all variants that were ever tried in the workdir."""
         rows = []
         for variant, result in self.results.items():
             verdict = result.get("verification", {})
@@ -356,7 +357,7 @@ class Summary:
         return format_table([*heads, "bits per byte", "time"], rows)
 
     def check(self) -> None:
-        """Raises CheckFailed where a variant of this start is not trained, or a run of the workdir not verified."""
+        """Raises CheckFailed if a variant of this start is not trained, or a run in the workdir is not verified."""
         problems = [
             f"{variant} {self.results[variant]['status']}: {self.results[variant]['reason']}"
             for variant in self.planned
@@ -399,9 +400,9 @@ def show(plans: Sequence[Plan], results: Mapping[str, Mapping[str, Any]]) -> Non
 
 
 def preflight(plans: Sequence[Plan], preset: Preset | None) -> int:
-    """Asks preflight about every variant. Raises CheckFailed where one does not fit the preset's devices."""
+    """Runs preflight for every variant. Raises CheckFailed if one does not fit the preset's devices."""
     if preset is None:
-        raise UserError(f"--preflight needs --preset, the hardware that is asked about: {', '.join(PRESETS)}")
+        raise UserError(f"--preflight needs --preset, which names the hardware: {', '.join(PRESETS)}")
     problems = [f"{plan.variant}: {plan.refusal}" for plan in plans if plan.config is None]
     for plan in plans:
         if plan.config is not None:
