@@ -1,10 +1,10 @@
-"""The jax side of `kernels` and `tune_kernels`: attentions with RoPE, held against the truth, timed.
+"""The jax side of `kernels` and `tune_kernels`: checks and times implementations of attention with RoPE.
 
     python -m tools.bench.attention_jax < JOB        (what `tools.bench.kernels` runs)
 
-Whatever an attention needs beside q, k and v is an argument of the programs that are compiled, never a constant in
-them: XLA computes with constants while it compiles, and keeps the results. The mask of a row of 8192 is hundreds of
-megabytes, and minutes.
+Whatever an attention needs in addition to q, k and v is an argument of the compiled programs, never a constant in them,
+because XLA computes with constants during compilation and stores the results. For the mask of a row of 8192 tokens this
+would take hundreds of megabytes, and minutes.
 
 Shapes: B batch, T tokens, S keys, N query heads, K key heads, H head size, h = H / 2.
 """
@@ -49,14 +49,16 @@ class Case(NamedTuple):
     sin_BTh: Array
 
 
-Attend = Partial  # a function of q, k and v; the arrays that it holds are its leaves
+Attend = Partial  # a function of q, k and v; the arrays that it contains are its leaves
 
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """One attention. `why_not` says why it cannot be had here, `make` gives the function of q, k and v for a case.
+    """One implementation of attention. `why_not` says why it cannot run here, or returns None. `make` returns the
+    function of q, k and v for a case.
 
-    `masks`: the passes that do the work of pairs in other documents, and then mask it. `no_backward`: why it has none.
+    `masks`: the passes that compute pairs of different documents and then mask them. `no_backward`: why it has no
+    backward pass, or None.
     """
 
     name: str
@@ -74,7 +76,7 @@ def make_case(shape: Shape, dtype: str = "bfloat16") -> Case:
 
 
 def rotated(x_BTNH: Array, case: Case) -> Array:
-    """RoPE as XLA does it, for attentions without."""
+    """RoPE computed by XLA, for attentions that do not rotate themselves."""
     cos, sin = case.cos_BTh[:, :, None, :], case.sin_BTh[:, :, None, :]
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)
@@ -108,7 +110,7 @@ def _backward(pull: Any, do: Array) -> tuple[Array, ...]:
 
 @jax.jit
 def _both(attend: Attend, q: Array, k: Array, v: Array, do: Array) -> tuple[Array, ...]:
-    """The output is not among the results, but its gradient's residuals are."""
+    """The gradients after both passes. The output is computed for them, but is not a result."""
     return jax.vjp(attend, q, k, v)[1](do)
 
 
@@ -119,7 +121,7 @@ def _everything(attend: Attend, q: Array, k: Array, v: Array, do: Array) -> tupl
 
 
 def run(attend: Attend, case: Case) -> tuple[Array, ...]:
-    """Output and the gradients of q, k and v."""
+    """The output, and the gradients of q, k and v."""
     return _everything(attend, *case[:4])
 
 
@@ -137,7 +139,7 @@ def errors(attend: Attend, case: Case, want: tuple[np.ndarray, ...], backward: b
 
 
 def times(attend: Attend, case: Case, backward: bool = True) -> dict[str, float]:
-    """Seconds of the forward pass, of the backward pass by itself, and of both in one program."""
+    """Seconds of the forward pass, of the backward pass alone, and of both in one program."""
     q, k, v, do = case[:4]
     timed = functools.partial(packed_rows.seconds_per_call, wait=jax.block_until_ready)
     found = {"forward": timed(lambda: _forward(attend, q, k, v))}
@@ -149,7 +151,8 @@ def times(attend: Attend, case: Case, backward: bool = True) -> dict[str, float]
 
 
 def measure(contender: Contender, shape: Shape, case: Case, want: tuple[np.ndarray, ...], time: bool) -> dict[str, Any]:
-    """Why the contender is missing at this shape, or its errors and, where they are in bounds and `time`, its times."""
+    """The reason why the contender cannot run at this shape, or its errors and, if `time` and they are small enough,
+    its times."""
     if reason := contender.why_not(shape):
         return {"why_not": reason}
     backward = contender.no_backward is None
@@ -161,14 +164,14 @@ def measure(contender: Contender, shape: Shape, case: Case, want: tuple[np.ndarr
 
 
 def platform_is(wanted: str) -> str | None:
-    """Why a contender for that platform cannot run, or None."""
+    """Why a contender for the platform `wanted` cannot run, or None."""
     found = jax.default_backend()
     return None if found == wanted else f"needs a {wanted}; this is a {found}"
 
 
 class Kernel(NamedTuple):
-    """A kernel of ours: the platform it runs on, the class of its tiles, why it cannot serve a shape (`obstacle` of
-    length, group, head size, type, tiles and device kind), and what it takes to be interpreted.
+    """A kernel of ours: its platform, the class of its tiles, why it does not support a shape (`obstacle`, a function
+    of length, group, head size, type, tiles and device kind), and the argument that makes it interpreted.
     """
 
     name: str
@@ -201,7 +204,7 @@ class Kernel(NamedTuple):
 
 @functools.cache
 def _with_tiles(flash_attention: Callable[..., Array], tiles: Any, interpret: Any) -> Callable[..., Array]:
-    """One function for all rows of a shape, so that it is compiled once for them."""
+    """The same function object for equal arguments, so that it is compiled only once."""
     options = {} if interpret is None else {"interpret": interpret}
     return functools.partial(flash_attention, window=None, tiles=tiles, **options)
 
@@ -222,7 +225,7 @@ def cudnn_why_not(shape: Shape) -> str | None:
 
 
 def cudnn(shape: Shape, case: Case) -> Attend:
-    """Causal, or with a dense mask: jax's door to cuDNN takes no segment ids."""
+    """Causal, or with a dense mask, since jax's interface to cuDNN takes no segment ids."""
     mask = None
     if shape.mean is not None:
         same_BTS = case.segment_ids_BT[:, :, None] == case.segment_ids_BT[:, None, :]
@@ -243,7 +246,7 @@ def cudnn_offsets_why_not(shape: Shape) -> str | None:
 
 
 def cudnn_offsets(shape: Shape, case: Case) -> Attend:
-    """cuDNN's packed layout: where each document starts, and how long it is. jax has it without a public door."""
+    """cuDNN's packed layout, given by the start and length of each document. jax has no public function for it."""
     attention: Any = importlib.import_module("jax._src.cudnn.fused_attention_stablehlo")
     borders = packed_rows.document_borders(np.asarray(case.segment_ids_BT))
     most = max(map(len, borders)) - 1
@@ -260,7 +263,7 @@ def cudnn_offsets(shape: Shape, case: Case) -> Attend:
 
 
 def splash_contender(interpret: bool) -> Contender:
-    """jax's own TPU kernel, documents by segment ids, which it masks; large blocks and one backward kernel."""
+    """jax's own TPU kernel, which masks documents by segment ids, with large blocks and one backward kernel."""
     kernel: Any = importlib.import_module("jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel")
     masks: Any = importlib.import_module("jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask")
 
@@ -286,7 +289,7 @@ def splash_contender(interpret: bool) -> Contender:
             return jax.vmap(lambda q, k, v: one_key_head(q, k, v, segment_ids=ids))(q_KGTH, k_KTH, v_KTH)
 
         def attend(case: Case, one_key_head: Any, q: Array, k: Array, v: Array) -> Array:
-            q = rotated(q, case) * jnp.asarray(shape.size**-0.5, q.dtype)  # it does not scale
+            q = rotated(q, case) * jnp.asarray(shape.size**-0.5, q.dtype)  # the kernel does not scale
             q_BNTH, k_BKTH, v_BKTH = (x.swapaxes(1, 2) for x in (q, rotated(k, case), v))
             q_BKGTH = q_BNTH.reshape(shape.rows, shape.kv_heads, group, shape.length, shape.size)
             rows = jax.vmap(functools.partial(one_row, one_key_head))
@@ -299,17 +302,17 @@ def splash_contender(interpret: bool) -> Contender:
 
 def mgpu_why_not(shape: Shape) -> str | None:
     if shape.mean is not None:
-        return "knows no documents"
+        return "does not support several documents"
     return platform_is("gpu")
 
 
 def mgpu(shape: Shape, case: Case) -> Attend:
-    """jax's example of a Hopper kernel, in float16: what it keeps between its products has no other type."""
+    """jax's example of a Hopper kernel, in float16, the only type of its intermediate values."""
     attention: Any = importlib.import_module("jax.experimental.pallas.ops.gpu.attention_mgpu")
     config = attention.TuningConfig(block_q=64, block_kv=128, max_concurrent_steps=2, causal=True)
 
     def attend(case: Case, q: Array, k: Array, v: Array) -> Array:
-        scaled = rotated(q, case) * jnp.asarray(shape.size**-0.5, q.dtype)  # it does not scale
+        scaled = rotated(q, case) * jnp.asarray(shape.size**-0.5, q.dtype)  # the kernel does not scale
         half = (x.astype(jnp.float16) for x in (scaled, rotated(k, case), v))
         return attention.attention(*half, config).astype(q.dtype)
 
@@ -317,7 +320,8 @@ def mgpu(shape: Shape, case: Case) -> Attend:
 
 
 def tokamax_contender(interpret: bool) -> Contender:
-    """tokamax's Mosaic kernel, documents by the first key that each query sees: it skips by it, but not backward."""
+    """tokamax's Mosaic kernel. Documents are given by the first key that each query sees; only the forward pass skips
+    by it."""
     implementation = {"gpu": "mosaic_gpu", "tpu": "mosaic_tpu"}.get(jax.default_backend(), "xla")
 
     def why_not(shape: Shape) -> str | None:
@@ -341,7 +345,7 @@ def tokamax_contender(interpret: bool) -> Contender:
 
 
 def contenders(interpret: bool) -> list[Contender]:
-    """Everyone of jax, ours first. `interpret`: Pallas kernels run without their device, for checking this program."""
+    """All jax contenders, ours first. `interpret`: run Pallas kernels without their device, to check this program."""
     return [
         *(kernel.contender(interpret) for kernel in KERNELS),
         Contender("XLA, the reference", ALL, lambda shape: None, xla),
@@ -354,7 +358,7 @@ def contenders(interpret: bool) -> list[Contender]:
 
 
 def main() -> None:
-    """A job as JSON on stdin, results as JSON lines on stdout. Raises UserError where there is no device to time on."""
+    """Reads a job as JSON from stdin and prints results as JSON lines. Raises UserError without a device to time on."""
     job = json.load(sys.stdin)
     device = jax.devices()[0]
     if job["time"] and device.platform == "cpu":
@@ -369,7 +373,7 @@ def main() -> None:
         for contender in packed_rows.named(contenders(interpret=not job["time"]), job["contenders"]):
             try:
                 result = measure(contender, shape, case, want, job["time"])
-            except Exception as error:  # a kernel that fails at one shape is a cell of the table; the others still run
+            except Exception as error:  # a failure at one shape becomes a cell of the table; the others still run
                 result = {"why_not": packed_rows.failure(error)}
             line = {"contender": contender.name, "masks": contender.masks, "shape": fields, **result}
             say(json.dumps(line))

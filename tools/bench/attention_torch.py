@@ -1,8 +1,8 @@
-"""The PyTorch side of `tools.bench.kernels`, in a process and, if wanted, an environment of its own.
+"""The PyTorch side of `tools.bench.kernels`, which runs in a separate process and, if wanted, environment.
 
     python -m tools.bench.attention_torch < JOB        (what `tools.bench.kernels` runs)
 
-Needs torch and numpy. RoPE is torch.compile'd on a GPU, in one piece with the attention where that compiles.
+Needs torch and numpy. On a GPU, RoPE is compiled by torch.compile, together with the attention if that compiles.
 
 Shapes: B batch, T tokens, N query heads, K key heads, H head size, h = H / 2.
 """
@@ -29,7 +29,7 @@ Attend = Callable[[Any, Any, Any], Any]
 
 
 class Case(NamedTuple):
-    """The arrays of a shape on the device: [B, T, heads, H] three times, the output's gradient, and what RoPE needs."""
+    """The arrays of a shape on the device: q, k, v and the output's gradient [B, T, heads, H], and RoPE's tables."""
 
     q: Any
     k: Any
@@ -42,10 +42,10 @@ class Case(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """One attention, as in `attention_jax`; `why_not` is also asked about the `device` ("cuda" or "cpu")."""
+    """One attention, as in `attention_jax`; `why_not` also takes the `device` ("cuda" or "cpu")."""
 
     name: str
-    masks: tuple[str, ...]  # passes that do the work of pairs in other documents, and then mask it
+    masks: tuple[str, ...]  # passes that compute pairs of different documents and then mask them
     why_not: Callable[[Shape, str], str | None]
     make: Callable[[Any, Shape, Case], Attend]
     cpu_backward: bool = True  # whether it has a backward pass on a CPU
@@ -91,7 +91,7 @@ def run(torch: Any, attend: Attend, case: Case) -> tuple[Any, ...]:
 
 
 def times(torch: Any, attend: Attend, case: Case, wait: Callable[[Any], None]) -> dict[str, float]:
-    """Seconds of the forward pass, of the backward pass by itself, and of both."""
+    """Seconds of the forward pass, of the backward pass alone, and of both."""
     timed = functools.partial(packed_rows.seconds_per_call, wait=wait)
 
     def forward() -> Any:
@@ -111,8 +111,8 @@ def everywhere(shape: Shape, device: str) -> str | None:
 
 
 def sdpa(torch: Any, shape: Shape, case: Case) -> Attend:
-    """scaled_dot_product_attention: causal, or with a dense mask of documents. Which of its kernels runs is its choice;
-    those that take a mask want as many key heads as query heads.
+    """scaled_dot_product_attention, causal or with a dense mask of documents. It chooses among its kernels itself;
+    those that take a mask need as many key heads as query heads.
     """
     mask, group = None, 1
     if shape.mean is not None:
@@ -132,7 +132,7 @@ def sdpa(torch: Any, shape: Shape, case: Case) -> Attend:
 
 
 def flex(torch: Any, shape: Shape, case: Case) -> Attend:
-    """FlexAttention with a mask of causality and documents, whose blocks it skips where nothing is seen."""
+    """FlexAttention with a mask of causality and documents; it skips blocks in which nothing is visible."""
     flex_attention: Any = importlib.import_module("torch.nn.attention.flex_attention")
     segments = case.segments
 
@@ -156,7 +156,7 @@ def flash_why_not(module: str, shape: Shape, device: str) -> str | None:
 
 
 def flash(module: str, torch: Any, shape: Shape, case: Case) -> Attend:
-    """flash-attn's kernel for sequences of various lengths: documents are sequences."""
+    """flash-attn's kernel for sequences of different lengths; each document is a sequence."""
     function = importlib.import_module(module).flash_attn_varlen_func
     borders = packed_rows.document_borders(case.segments.cpu().numpy())
     lengths = [n for row in borders for n in np.diff(row).tolist()]
@@ -172,7 +172,7 @@ def flash(module: str, torch: Any, shape: Shape, case: Case) -> Attend:
 
 
 def compiled(torch: Any, function: Callable[..., Any], case: Case) -> Callable[..., Any]:
-    """torch.compile'd on a GPU."""
+    """`function`, compiled by torch.compile on a GPU."""
     return torch.compile(function, dynamic=False) if case.q.device.type == "cuda" else function
 
 
@@ -191,7 +191,7 @@ CONTENDERS = (
 
 
 def measure(torch: Any, contender: Contender, shape: Shape, case: Case, want: Any, time: bool) -> dict[str, Any]:
-    """As `measure` in `tools.bench.attention_jax`."""
+    """The same as `measure` in `tools.bench.attention_jax`."""
     device = case.q.device.type
     if reason := contender.why_not(shape, device):
         return {"why_not": reason}
@@ -210,7 +210,7 @@ def measure(torch: Any, contender: Contender, shape: Shape, case: Case, want: An
 
 
 def main() -> None:
-    """A job as JSON on stdin, results as JSON lines on stdout."""
+    """Reads a job as JSON from stdin and prints results as JSON lines."""
     job = json.load(sys.stdin)
     wanted = packed_rows.named(CONTENDERS, job["contenders"])
     try:
@@ -220,7 +220,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if job["time"] and device == "cpu":
         return say_why_not(wanted, job, "PyTorch sees no GPU")
-    # The backward pass is run many times over one forward pass, whose buffers it must not take for itself.
+    # The backward pass runs many times after one forward pass, so it must not reuse that pass's buffers.
     settings: Any = importlib.import_module("torch._functorch.config")
     settings.donated_buffer = False
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
@@ -233,7 +233,7 @@ def main() -> None:
             torch.compiler.reset()
             try:
                 result = measure(torch, contender, shape, case, want, job["time"])
-            except Exception as error:  # what a third party raises is a cell of the table; the others still run
+            except Exception as error:  # a failure becomes a cell of the table; the others still run
                 result = {"why_not": packed_rows.failure(error)}
             print(
                 json.dumps({"contender": contender.name, "masks": contender.masks, "shape": fields, **result}),

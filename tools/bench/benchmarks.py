@@ -1,13 +1,14 @@
-"""The figures of docs/benchmarks/*.jsonl as one page, docs/benchmarks.md.
+"""Writes the figures in docs/benchmarks/*.jsonl as one page, docs/benchmarks.md.
 
     python -m tools.bench.benchmarks [--check]
 
-A file is a subject, a line of it one measured figure as a JSON object (FIELDS). The page shows the newest value of
-every figure on every kind of machine; of two from one day, the later line. docs/benchmarks/template.txt has the page's
-prose and says where each subject's table goes. A line whose value is null says what nobody has measured yet.
+Each file is a subject, and each line one measured figure as a JSON object (FIELDS). The page shows the newest value of
+every figure on every kind of machine, and the later line of two from the same day. docs/benchmarks/template.txt
+contains the page's prose and the place of each subject's table. A line whose value is null names a figure that nobody
+has measured yet.
 
-The benchmarks append lines by `record` (their flag --record). --check writes nothing and ends with exit code 3 where
-the page is not what the files give.
+The benchmarks append lines with `record` (their flag --record). --check writes nothing, and ends with exit code 3 if
+the page differs from what the files give.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ from tools.bench.step_timing import cores
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER, PAGE = ROOT / "docs" / "benchmarks", ROOT / "docs" / "benchmarks.md"
 WIDTH = 110
-# The longest cell of each column of a table: with the separators, and the numbers of runs, a row is WIDTH long.
+# The largest width of a cell in each column. With separators and the numbers of runs, a row is WIDTH long.
 FIGURE_WIDTH, VALUE_WIDTH, LIMIT_WIDTH, MACHINE_WIDTH = 50, 16, 12, 6
-DIGITS = 5  # that are recorded of a measured value
+DIGITS = 5  # recorded digits of a measured value
 RECORD_HELP = "append the figures to docs/benchmarks/, with date, commit, machine, versions and load"
-# The load before this command took the cores for itself.
+# The load before this command used the cores itself.
 LOAD_AT_START = os.getloadavg()[0]
 VECTOR_EXTENSIONS = {"AVX-512": "avx512f", "AMX": "amx_tile"}
 Line = dict[str, Any]
@@ -63,7 +64,7 @@ def _is_date(value: Any) -> bool:
     return isinstance(value, str) and re.fullmatch(r"20\d\d-(0[1-9]|1[0-2])-(0[1-9]|[12]\d|3[01])", value) is not None
 
 
-# What a line holds, in this order, and what is expected of each.
+# The fields of a line, in this order, each with the expected value in words and a check.
 FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "figure": (
         f"one line of at most {FIGURE_WIDTH} characters",
@@ -90,12 +91,12 @@ FIELDS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "note": ("a line of text or null", _optional(_text)),
 }
-RUN = ("date", "machine", "commit", "versions", "load", "command")  # what the figures of one run have in common
+RUN = ("date", "machine", "commit", "versions", "load", "command")  # fields that are equal for all figures of one run
 
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """What a benchmark measured; `record` adds when, where and how."""
+    """One measured figure; `record` adds when, where and how it was measured."""
 
     figure: str
     value: float | str
@@ -111,7 +112,7 @@ def main(argv: list[str] | None = None) -> int | None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--check", action="store_true", help="write nothing; fail where the page is not up to date")
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if the page is not up to date")
     options = parser.parse_args(argv)
     page = render(FOLDER).encode()
     if not options.check:
@@ -123,7 +124,7 @@ def main(argv: list[str] | None = None) -> int | None:
 
 def record(subject: str, figures: Sequence[Figure]) -> None:
     """Appends `figures` to the file of `subject`, with date, commit, machine, versions, command as typed, and the load
-    at the start. Raises UserError where there is no such file or a figure is not what a line may hold.
+    at the start. Raises UserError if there is no such file or a figure does not fit into a line.
     """
     path = FOLDER / f"{subject}.jsonl"
     before = files.read_bytes(path, "the figures of this subject; --record needs a checkout of the project")
@@ -148,12 +149,12 @@ def record(subject: str, figures: Sequence[Figure]) -> None:
 
 
 def short(name: str) -> str:
-    """A model's name as it stands in figures."""
+    """A model's name as it is written in figures."""
     return name.removeprefix("smallcoder-")
 
 
 def parse(text: str, where: str) -> Line:
-    """The line as an object. Raises UserError, with `where`, for anything else than what FIELDS says."""
+    """The line as an object. Raises UserError, which names `where`, if the line does not match FIELDS."""
     try:
         line = files.parse_json(text, unique_keys=True)
     except ValueError as error:
@@ -173,14 +174,14 @@ def parse(text: str, where: str) -> Line:
 
 
 def read(path: Path) -> list[Line]:
-    """The lines of a subject. Raises UserError with file and line."""
+    """The lines of a subject. Raises UserError, which names file and line, for an invalid line."""
     content = files.read_text(path, "measured figures, a JSON object a line")
     lines = content.removesuffix("\n").split("\n") if content else []
     return [parse(text, f"{path}, line {number}") for number, text in enumerate(lines, 1)]
 
 
 def render(folder: Path) -> str:
-    """The page that the files of `folder` give. Raises UserError where a file or the template is malformed."""
+    """The page made from the files of `folder`. Raises UserError if a file or the template is malformed."""
     subjects = {path.stem: read(path) for path in sorted(folder.glob("*.jsonl"))}
     names = machine_names(line for lines in subjects.values() for line in lines)
     parts = {subject: section(lines, names) for subject, lines in subjects.items()}
@@ -201,8 +202,8 @@ def render(folder: Path) -> str:
 
 
 def machine_names(lines: Iterable[Line]) -> dict[str, str]:
-    """A short name for each kind of machine, the earliest first: the last word of its description's first part, with a
-    number where two would have the same.
+    """A short name for each kind of machine, the earliest first: the last word of the first part of its description,
+    with a number if another machine already has that name.
     """
     first: dict[str, str] = {}
     for line in lines:
@@ -221,7 +222,7 @@ def machine_names(lines: Iterable[Line]) -> dict[str, str]:
 
 
 def newest(lines: Iterable[Line]) -> list[Line]:
-    """The newest line of each figure and machine. Figures stand in the order of their newest runs, newest first."""
+    """The newest line of each figure and machine, in the order of the figures' newest runs, newest first."""
     latest: dict[tuple[str, str], tuple[Line, int]] = {}
     runs: list[tuple[Any, ...]] = []
     for line in lines:
@@ -238,7 +239,7 @@ def newest(lines: Iterable[Line]) -> list[Line]:
 
 
 def section(lines: Iterable[Line], names: dict[str, str]) -> list[str]:
-    """The table of a subject, and the runs that its rows are from."""
+    """The table of a subject, and the list of the runs that its rows come from."""
     rows = [["figure", "value", "limit", "held", "on", "run"]]
     runs: dict[tuple[Any, ...], list[Line]] = {}
     for line in newest(lines):
@@ -271,7 +272,7 @@ def shown(line: Line) -> str:
 
 
 def described(lines: Sequence[Line]) -> str:
-    """What the figures of a run have in common, and the parts of their notes, each with the figures that it is of."""
+    """What the figures of a run have in common, and the parts of their notes, each with its figures."""
     first = lines[0]
     load = first["load"] if isinstance(first["load"], str | None) else f"load {first['load']}"
     commit = first["commit"] and f"commit {first['commit']}"
@@ -293,7 +294,7 @@ def described(lines: Sequence[Line]) -> str:
 
 
 def not_measured(subjects: dict[str, list[Line]]) -> list[str]:
-    """A list of the figures that have a line without a value, and none with one; those of one command together."""
+    """A list of the figures that have lines only without a value, grouped by command."""
     commands: dict[str | None, list[str]] = {}
     for lines in subjects.values():
         measured = {line["figure"] for line in lines if line["value"] is not None}
@@ -320,7 +321,7 @@ def _item(text: str) -> list[str]:
 
 
 def commit() -> str | None:
-    """The commit of the checkout, with "+changes" where other files than those of the benchmarks differ from it."""
+    """The commit of the checkout, with "+changes" if files other than those of the benchmarks differ from it."""
     try:
         found = _output("git", "rev-parse", "--short", "HEAD")
         changed = _output("git", "status", "--porcelain", "--", ".", ":!docs/benchmarks", ":!docs/benchmarks.md")
@@ -330,7 +331,7 @@ def commit() -> str | None:
 
 
 def machine() -> str:
-    """The kind of this machine: its GPUs, or its cores, CPU, vector extensions and memory."""
+    """A description of this machine: its GPUs, or its cores, CPU, vector extensions and memory."""
     if gpus := _gpus():
         name, _, power = gpus[0]
         count = "one" if len(gpus) == 1 else str(len(gpus))
@@ -343,7 +344,7 @@ def machine() -> str:
 
 
 def cpu(cpuinfo: Path) -> tuple[str, list[str]]:
-    """The family of the CPU, without model numbers, and the vector extensions that set its speed."""
+    """The family of the CPU, without model numbers, and the vector extensions that determine its speed."""
     try:
         text = cpuinfo.read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -356,7 +357,7 @@ def cpu(cpuinfo: Path) -> tuple[str, list[str]]:
 
 
 def versions() -> str:
-    """Those of Python, jax and flax, and the GPU's driver where there is one."""
+    """The versions of Python, jax and flax, and of the GPU driver if there is one."""
     installed = [f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax")]
     return ", ".join([f"Python {platform.python_version()}", *installed, *(f"driver {gpu[1]}" for gpu in _gpus()[:1])])
 

@@ -1,15 +1,15 @@
-"""How long a save holds up training, and what its checksums cost.
+"""How long a save delays training, and what its checksums cost.
 
     python -m tools.bench.checkpoint --config=configs/tiny.py --config.train.batch_size=1 \\
         --config.train.sequence_length=128 --config.compute.dtype=float32 [--saves 5] [--check] [--record]
 
-Trains a step and saves, in turns, on this machine's disk. "Held up" is the time until training goes on: arrays are
-copied, then written and summed on other threads, which have ended before the next step is timed. Checksums and a
-verified load are timed again by themselves.
+Trains a step and saves, in turns, on this machine's disk. "Held up" is the time until training continues: the arrays
+are copied, and then written and hashed on other threads, which end before the next step is timed. Checksums and a
+verified load are also timed separately.
 
---check ends with exit code 3 where a save holds training up for 0.3 s per GB of state or more, or, at the config's
-checkpoint.every, for 2% of the time of the steps between two saves. A save takes some hundredths of a second whatever
-its size, so the first figure means something from about 1 GB on.
+--check ends with exit code 3 if a save delays training by 0.3 s or more per GB of state or, at the config's
+checkpoint.every, by 2% or more of the time of the steps between two saves. A save of any size takes some hundredths of
+a second, so the first figure is meaningful only from about 1 GB.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int | None:
     )
     parser.add_argument("--config", required=True)
     parser.add_argument("--saves", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="where to save; default: a temporary folder, which is removed")
+    parser.add_argument("--folder", type=Path, help="folder to save in; default: a temporary folder, which is removed")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--record", action="store_true", help=benchmarks.RECORD_HELP)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
@@ -114,7 +114,7 @@ def measure(config: Any, folder: Path, saves: int) -> dict[str, float]:
 
 
 def figures(found: dict[str, float], name: str) -> list[Figure]:
-    """What is recorded, with the limits of --check."""
+    """The figures to record, with the limits of --check."""
     per_gb, share = found["held up, s/GB"], found["held up, share of training"]
     note = f"{found['state, GB']:.2f} GB of state, a step of {found['step, s']:.2f} s between two saves"
     return [

@@ -1,13 +1,13 @@
-"""Tokens per second of the input pipeline, beside Hugging Face `datasets` with a plain PyTorch DataLoader.
+"""Tokens per second of the input pipeline, compared with Hugging Face `datasets` and a plain PyTorch DataLoader.
 
     python -m tools.bench.data [--sources stdlib] [--seconds 10] [--check] [--record] [--json]
 
-Both read the same tokenised documents, shuffled, rearrange half of them for fill-in-the-middle, pack them to rows by
-concatenation and give batches with positions, segments and weights, all on two cores. Ours cuts between characters and
-encodes again around the cut; the DataLoader cuts between tokens, which is cheaper. Ours resumes exactly, which is
-checked first.
+Both read the same tokenised documents in random order, rearrange half of them for fill-in-the-middle, pack them into
+rows by concatenation, and yield batches with positions, segments and weights, all on two cores. Ours cuts between
+characters and encodes the text around the cuts again; the DataLoader cuts between tokens, which is cheaper. Ours
+resumes exactly, which is checked first.
 
---check ends with exit code 3 where ours is below 3 million tokens per second.
+--check ends with exit code 3 if ours is below 3 million tokens per second.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ def main(argv: list[str] | None = None) -> int | None:
     parser = ArgumentParser(
         prog="python -m tools.bench.data", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--sources", default="stdlib", help="documents, written as in data.sources")
-    parser.add_argument("--data-dir", type=Path, help="where prepared data is kept; default: a temporary folder")
+    parser.add_argument("--sources", default="stdlib", help="sources of the documents, in the form of data.sources")
+    parser.add_argument("--data-dir", type=Path, help="folder for prepared data; default: a temporary folder")
     parser.add_argument("--vocab-size", type=int, default=8192)
     parser.add_argument("--sequence-length", type=int, default=8192)
     parser.add_argument("--batch-size", type=int, default=8, help="rows per batch")
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 2], help="worker processes to measure with")
-    parser.add_argument("--seconds", type=float, default=10.0, help="per measurement")
+    parser.add_argument("--seconds", type=float, default=10.0, help="seconds per measurement")
     parser.add_argument("--check", action="store_true", help=f"fail below {WANTED:,} tokens per second")
     parser.add_argument("--record", action="store_true", help=benchmarks.RECORD_HELP)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int | None:
     if options.check and slow:
         raise CheckFailed(
             f"{slow[0]['tokens_per_second']:,} tokens/s with {slow[0]['workers']} workers, wanted {WANTED:,}; "
-            "see that nothing else runs on this machine"
+            "make sure that nothing else runs on this machine"
         )
     return None
 
@@ -116,7 +116,7 @@ def _measure_ours(prepared: Prepared, workers: int, options: argparse.Namespace)
     wanted, got = next(iterator), next(resumed)
     resumed.close()
     if not all(np.array_equal(wanted[key], got[key]) for key in wanted):
-        raise CheckFailed(f"the pipeline with {workers} workers does not resume with the batch that comes next")
+        raise CheckFailed(f"the pipeline with {workers} workers does not resume with the next batch")
     speed = _tokens_per_second(iterator, options.seconds)
     iterator.close()
     return {"pipeline": "grain", "workers": workers, "resumes_exactly": True, "tokens_per_second": speed}
@@ -161,7 +161,7 @@ def _measure_torch(prepared: Prepared, scratch: Path, options: argparse.Namespac
 
 
 class _TokenLevelDocuments:
-    """A worker's endless part of the documents, half of them rearranged by cuts between tokens."""
+    """The endless stream of a worker's share of the documents, half of them rearranged by cuts between tokens."""
 
     def __init__(self, documents: Any, tokenizer: Tokenizer, part: int, parts: int):
         self._documents = documents
@@ -190,7 +190,7 @@ class _TokenLevelDocuments:
 
 
 def _tokens_per_second(batches: Iterator[dict[str, Any]], seconds: float) -> int:
-    for _ in range(8):  # processes started, files opened
+    for _ in range(8):  # until processes have started and files are open
         next(batches)
     tokens = 0
     start = time.perf_counter()
@@ -201,7 +201,7 @@ def _tokens_per_second(batches: Iterator[dict[str, Any]], seconds: float) -> int
 
 
 def figures(result: dict[str, Any]) -> list[Figure]:
-    """What is recorded of each pipeline, ours with the limit of --check."""
+    """The figures to record for each pipeline, ours with the limit of --check."""
     note = f"rows of {result['sequence_length']}, {result['batch_size']} to a batch"
     return [
         Figure(f"ours, {row['workers']} workers: tokens/s", row["tokens_per_second"], None, f"≥ {WANTED / 1e6:g}M",

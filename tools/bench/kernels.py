@@ -1,19 +1,21 @@
-"""Attention with RoPE, forward and backward, beside everyone else's: numerics first, then times, then one table.
+"""Compares our attention with RoPE, forward and backward, with other implementations: numerics first, then times.
 
     python -m tools.bench.kernels [--lengths 2048 8192] [--means one 2048] [--sizes 128] [--check]
         [--record] [--dry-run]
 
-Every contender rotates queries and keys within what is timed, from the same tables of angles; what a batch needs once
-for all layers (masks, offsets, block masks) is made before. Rows hold one document, or documents whose lengths are
-spread log-normally around a mean, the same in every run. TFLOP/s count useful work: of the pairs of tokens that
-causality and documents leave, 4 FLOPs per head dimension forward and 10 backward, no more for a kernel that does more.
+The measured time of every contender includes the rotation of queries and keys, from the same tables of angles. Whatever
+a batch needs only once for all layers (masks, offsets, block masks) is made before. Rows consist of one document, or of
+documents with log-normally distributed lengths, which are the same in every run. TFLOP/s count useful work: for each
+pair of tokens that causality and documents allow, 4 FLOPs per head dimension forward and 10 backward. Additional work
+of a kernel does not count.
 
-Results are held against the reference in float32 (jax), or attention written out (PyTorch), and are timed only where
-the relative error of the output and of all three gradients is at most 2e-2. The jax contenders run in one process,
-PyTorch's in another, which may have an environment of its own (--torch-python), because both bring CUDA libraries.
+Results are compared with the reference in float32 (jax), or with attention written out (PyTorch). A contender is timed
+only if the relative errors of the output and of all three gradients are at most 2e-2. The jax contenders run in one
+process and the PyTorch contenders in another, which may have a separate environment (--torch-python), because both
+bring CUDA libraries.
 
---dry-run does everything but timing, on a CPU, with tiny shapes and Pallas kernels interpreted. --check ends with exit
-code 3 where ours is wrong or missing, or where, on an H200, a figure is below its target.
+--dry-run does everything except timing, on a CPU, with tiny shapes and interpreted Pallas kernels. --check ends with
+exit code 3 if ours is wrong or missing, or if a figure on an H200 is below its target.
 """
 
 from __future__ import annotations
@@ -42,18 +44,18 @@ DRY_SHAPES = [Shape(1, 128, None, 2, 1, 128), Shape(1, 256, 64, 2, 1, 64)]
 OURS, CUDNN = "ours", "cuDNN through jax"
 TARGET_DEVICE = "NVIDIA H200"
 AIMS = {"forward": 650, "backward": 550}  # TFLOP/s, one document
-MASKED_RATIO, MASKED_AIM = 1.5, 2.5  # times the best masked kernel, documents of mean 2048
+MASKED_RATIO, MASKED_AIM = 1.5, 2.5  # speed relative to the best masked kernel, for documents of mean 2048
 Result = dict[str, Any]
 
 
 class Target(NamedTuple):
-    """A figure of ours beside what it should be. `found` is None where it, or what it is held against, is missing."""
+    """A figure of ours and its target. `found` is None if the figure, or the one it is compared with, is missing."""
 
     what: str
     found: float | None
     at_least: float | None
     aim: float
-    figure: str  # its name where figures are recorded
+    figure: str  # its name as a recorded figure
 
     @property
     def missed(self) -> bool:
@@ -101,23 +103,26 @@ def build_parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(
         prog="python -m tools.bench.kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens of a row")
-    parser.add_argument("--means", type=_mean, nargs="+", default=MEANS, help="mean length of documents, or: one")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="tokens per row")
+    parser.add_argument(
+        "--means", type=_mean, nargs="+", default=MEANS, help="mean lengths of documents, or: one (per row)"
+    )
     parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, help="head sizes")
     parser.add_argument("--heads", type=int, default=8, help="query heads; default: %(default)s")
     parser.add_argument("--kv-heads", type=int, default=2, help="key heads; default: %(default)s")
-    parser.add_argument("--tokens", type=int, default=32768, help="of all rows together; default: %(default)s")
-    parser.add_argument("--contenders", nargs="+", default=[], metavar="WORD", help="those with a word in their name")
+    parser.add_argument("--tokens", type=int, default=32768, help="tokens of all rows together; default: %(default)s")
+    parser.add_argument("--contenders", nargs="+", default=[], metavar="WORD", help="those with a word in their names")
     parser.add_argument("--torch-python", default=sys.executable, help="Python with torch and numpy; default: this one")
-    parser.add_argument("--dry-run", action="store_true", help="check numerics of tiny shapes on a CPU; time nothing")
-    parser.add_argument("--check", action="store_true", help="fail where ours is wrong, or below a target on an H200")
+    parser.add_argument("--dry-run", action="store_true", help="check numerics at tiny shapes on a CPU, untimed")
+    parser.add_argument("--check", action="store_true", help="fail if ours is wrong, or below a target on an H200")
     parser.add_argument("--record", action="store_true", help=benchmarks.RECORD_HELP)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     return parser
 
 
 def wanted_shapes(options: argparse.Namespace) -> list[Shape]:
-    """The product of the options, without documents as long as their rows. Raises UserError where it cannot be."""
+    """All combinations of the options in which documents are shorter than rows. Raises UserError for invalid
+    options."""
     if options.kv_heads < 1 or options.heads < options.kv_heads or options.heads % options.kv_heads:
         raise UserError(f"--heads={options.heads} is to be a positive multiple of --kv-heads={options.kv_heads}")
     for name in ("lengths", "sizes"):
@@ -135,7 +140,7 @@ def wanted_shapes(options: argparse.Namespace) -> list[Shape]:
 
 
 def lines_of(module: str, python: str, job: Result) -> Iterator[Result]:
-    """What a process of one side prints, line by line. Raises UserError where it cannot run."""
+    """The lines that the process of one side prints. Raises UserError if it cannot run."""
     environment = dict(os.environ)
     if not job["time"]:
         environment |= {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
@@ -158,8 +163,8 @@ def lines_of(module: str, python: str, job: Result) -> Iterator[Result]:
         raise UserError(f"{module} could not run; its message is above")
     if process.returncode:
         raise UserError(
-            f"{module} ended with {process.returncode}; what it measured is above. --contenders leaves one out that "
-            "takes the process down"
+            f"{module} ended with {process.returncode}; what it measured is above. Use --contenders to exclude one "
+            "that crashes the process"
         )
 
 
@@ -177,7 +182,7 @@ def progress(result: Result) -> str:
 
 
 def rate(report: Result, name: str, shape: tuple[int, int | None, int], part: str) -> float | None:
-    """TFLOP/s of the contenders whose name starts with `name`, the best of them, at (length, mean, head size)."""
+    """The best TFLOP/s of the contenders whose name starts with `name`, at the shape (length, mean, head size)."""
     found = [
         result["tflops"][part]
         for result in report["results"]
@@ -189,7 +194,7 @@ def rate(report: Result, name: str, shape: tuple[int, int | None, int], part: st
 
 
 def targets(report: Result) -> list[Target]:
-    """What is promised of an H200, at the shapes that were measured; nothing elsewhere."""
+    """The targets for an H200 at the measured shapes; none on other devices."""
     if not report["device"].startswith(TARGET_DEVICE):
         return []
     measured = {(one["shape"]["length"], one["shape"]["mean"], one["shape"]["size"]) for one in report["results"]}
@@ -214,13 +219,13 @@ def targets(report: Result) -> list[Target]:
 
 
 def shape_name(length: int, mean: int | None, size: int) -> str:
-    """A shape as it stands in figures: length of a row / mean length of documents."""
+    """The name of a shape in figures: length of a row / mean length of documents, head size."""
     return f"{length}/{mean or 'row'}, head {size}"
 
 
 def figures(report: Result, found: Sequence[Target]) -> list[Figure]:
-    """What is recorded: TFLOP/s of ours and of the best other at each shape that was timed, the largest error of ours,
-    and the ratios that are promised, each beside what it should be.
+    """The figures to record: TFLOP/s of ours and of the best other contender at each timed shape, the largest error of
+    ours, and the ratios that have targets, each with its target.
     """
     wanted = {target.figure: target for target in found if target.found is not None}
     shapes = [(one["shape"]["length"], one["shape"]["mean"], one["shape"]["size"]) for one in report["results"]]
@@ -283,7 +288,7 @@ def table(report: Result, found: Sequence[Target]) -> str:
 
 
 def check(report: Result, found: Sequence[Target]) -> None:
-    """Raises CheckFailed where ours is wrong or missing at a shape, or a target is missed."""
+    """Raises CheckFailed if ours is wrong or missing at a shape, or if a target is missed."""
     failed = []
     ours = [result for result in report["results"] if result["contender"].startswith(OURS)]
     for shape in {json.dumps(result["shape"]) for result in report["results"]}:

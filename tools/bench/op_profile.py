@@ -1,12 +1,12 @@
-"""Where a program's time goes: the operations of a trace, with what each computes and moves (`bench_step --profile`).
+"""The operations of a trace: the time, FLOPs and memory traffic of each (`tools.bench.step --profile`).
 
-A moment of the trace belongs to the operations that run in it, in equal parts: of those that contain one another the
-innermost, on CPUs several threads at once. What belongs to none is idle, or a product that XLA's CPU backend leaves to
-Eigen, whose threads are in no trace. So the shares add up to the time that was
-measured, on one core or many, a CPU, a GPU or a TPU.
+Each moment of the trace is divided equally among the operations that run at that moment. Of nested operations only the
+innermost counts; on CPUs, several threads may run operations at once. Time without any operation is idle, or is spent
+in a product that XLA's CPU backend leaves to Eigen, whose threads are not traced. The shares therefore add up to the
+measured time, on one core or many, and on CPUs, GPUs and TPUs.
 
-FLOPs are those of matrix products, also inside of fusions; bytes are those of operands and results, each once. Both are
-read off the compiled program, and are those of one run of an operation, times how often it ran in a step.
+FLOPs count matrix products, including those inside fusions. Bytes count operands and results, each once. Both are taken
+from the compiled program for one run of an operation, and multiplied by how often it ran in a step.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Event(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """Operations of a step that are alike: their seconds, how often they ran, what products compute, what they move."""
+    """Operations of a step of the same kind: their seconds and runs, and the FLOPs and bytes of all runs."""
 
     name: str
     seconds: float
@@ -54,8 +54,8 @@ class Instruction(NamedTuple):
 
 
 def rows_of(trace: Path, program: str, seconds: float, steps: int) -> list[Row]:
-    """The operations of `steps` steps that took `seconds` in all, dearest first; the last row is the idle time. Those
-    of one kind with results of one shape, as the layers of a model have them, are one row.
+    """The operations of `steps` steps that took `seconds` in total, the most expensive first; the last row is the idle
+    time. Operations of the same kind with results of the same shape, such as those of a model's layers, form one row.
 
     `trace`: a folder that jax.profiler wrote. `program`: the text of the compiled program.
     """
@@ -80,7 +80,7 @@ def rows_of(trace: Path, program: str, seconds: float, steps: int) -> list[Row]:
 
 
 def events_of(trace: Path) -> list[list[Event]]:
-    """The operations of a trace, a list for each thread or stream."""
+    """The operations of a trace, as one list for each thread or stream."""
     import jax
 
     found = []
@@ -103,7 +103,7 @@ def _stats(event: Any) -> dict[str, Any]:
 
 
 def shares(lines: Sequence[Iterable[Event]]) -> dict[str, float]:
-    """Seconds of each operation, as the module's first paragraph says."""
+    """Seconds of each operation, divided as described in the first paragraph of the module."""
     borders: list[tuple[float, int, int, str]] = []
     for line, events in enumerate(lines):
         for event in events:
@@ -121,7 +121,7 @@ def shares(lines: Sequence[Iterable[Event]]) -> dict[str, float]:
             stack.append(name)
         elif name in stack:
             stack.reverse()
-            stack.remove(name)  # the one that began last
+            stack.remove(name)  # the run that started last
             stack.reverse()
     return dict(owned)
 
@@ -144,9 +144,9 @@ class Costs:
                 body = self._computations.setdefault(found[1], [])
 
     def of(self, name: str) -> tuple[float, float]:
-        """(FLOPs of matrix products, bytes of operands and results); zeros for what is not in the program."""
+        """(FLOPs of matrix products, bytes of operands and results); zeros for a name that is not in the program."""
         one = self._instructions.get(name)
-        if one is None or one.opcode == "while":  # whose body has rows of its own
+        if one is None or one.opcode == "while":  # the operations in its body have their own rows
             return 0.0, 0.0
         shapes = [*one.results]
         for operand in one.operands:
@@ -154,7 +154,7 @@ class Costs:
         return self.flops(name), float(sum(math.prod(shape) * SIZES.get(kind, 0) for kind, shape in shapes))
 
     def label(self, name: str) -> str:
-        """The kind of an instruction, which is its name without a number, and the shapes of its results."""
+        """The kind of an instruction (its name without a number) and the shapes of its results."""
         results = self._instructions[name].results if name in self._instructions else ()
         shapes = (f"{kind}[{','.join(map(str, shape))}]" for kind, shape in results[:2])
         return " ".join([re.sub(r"(\.[0-9]+)+$", "", name), *shapes, *(["..."] if len(results) > 2 else [])])
@@ -183,7 +183,7 @@ def _shapes(text: str) -> tuple[tuple[str, tuple[int, ...]], ...]:
 
 
 def _end_of_arguments(text: str) -> int:
-    """Where the bracket closes that was opened before `text`."""
+    """The index at which the bracket closes that was opened before `text`."""
     depth = 1
     for index, character in enumerate(text):
         depth += {"(": 1, ")": -1}.get(character, 0)
@@ -193,7 +193,7 @@ def _end_of_arguments(text: str) -> int:
 
 
 def _split(text: str) -> list[str]:
-    """At the commas outside of brackets."""
+    """Splits `text` at the commas outside brackets."""
     parts, depth, start = [], 0, 0
     for index, character in enumerate(text):
         depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(character, 0)
@@ -204,7 +204,7 @@ def _split(text: str) -> list[str]:
 
 
 def table(rows: Sequence[Row], most: int = 25) -> str:
-    """The dearest operations as text, those that are left as one row, and the sum."""
+    """A table of the `most` most expensive operations, one row for all others, and the sum."""
     from smallcoder_jax.base.terminal import format_table, human_time
 
     *operations, idle = rows

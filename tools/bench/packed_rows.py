@@ -1,6 +1,6 @@
-"""Rows of packed documents for benchmarks, the work that attention over them takes, and the clock.
+"""Rows of packed documents for benchmarks, the work of attention over them, and timing.
 
-Needs numpy only, so that programs of any framework share it.
+Needs numpy only, so that programs of any framework can use it.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
-SPREAD = 1.0  # standard deviation of the logarithm of documents' lengths: most are short, a few are long
-WINDOW_SECONDS, WINDOWS = 0.05, 7  # calls are timed many at a time, several times
+SPREAD = 1.0  # standard deviation of the logarithm of document lengths: most are short, a few are long
+WINDOW_SECONDS, WINDOWS = 0.05, 7  # each window times many calls together
 THETA = 500_000.0  # of RoPE
-BOUND = 2e-2  # of the relative error of an attention of bf16 inputs
+BOUND = 2e-2  # largest relative error of attention with bf16 inputs
 GRADIENTS = ("output", "dq", "dk", "dv")
 ALL = ("forward", "backward", "both")
 PER_PAIR = dict(zip(ALL, (4, 10, 14), strict=True))  # FLOPs per head dimension: 2, 5 and 7 matrix products
@@ -47,7 +47,7 @@ class Shape:
         return "one" if self.mean is None else f"mean {self.mean}"
 
     def segment_ids(self) -> np.ndarray:
-        """[rows, length], the same at every call."""
+        """Document numbers, [rows, length], the same at every call."""
         generator = np.random.default_rng([self.length, self.mean or 0])
         return segment_ids(self.rows, self.length, self.mean, generator)
 
@@ -60,13 +60,14 @@ class Shape:
         )
 
     def flops(self) -> dict[str, int]:
-        """Useful FLOPs of each pass: of the pairs that causality and documents leave, and nothing else."""
+        """Useful FLOPs of each pass, which count only the pairs that causality and documents allow."""
         pairs = visible_pairs(self.segment_ids())
         return {name: per_pair * pairs * self.heads * self.size for name, per_pair in PER_PAIR.items()}
 
 
 def document_lengths(length: int, mean: int, generator: np.random.Generator) -> np.ndarray:
-    """Lengths of the documents that fill a row of `length`, log-normally spread, `mean` on average in every row."""
+    """Lengths of the documents that fill a row of `length`, log-normally distributed, `mean` on average in every
+    row."""
     count = max(1, round(length / mean))
     shares = generator.lognormal(0.0, SPREAD, count)
     borders = np.round(np.cumsum(shares) / shares.sum() * (length - count)).astype(np.int64)
@@ -74,7 +75,7 @@ def document_lengths(length: int, mean: int, generator: np.random.Generator) -> 
 
 
 def segment_ids(rows: int, length: int, mean: int | None, generator: np.random.Generator) -> np.ndarray:
-    """Which document each token belongs to, from 1: int32 [rows, length]. `mean=None`: one document per row."""
+    """The number of each token's document, from 1: int32 [rows, length]. `mean=None`: one document per row."""
     if mean is None:
         return np.ones((rows, length), np.int32)
     per_row = [document_lengths(length, mean, generator) for _ in range(rows)]
@@ -82,18 +83,18 @@ def segment_ids(rows: int, length: int, mean: int | None, generator: np.random.G
 
 
 def document_borders(segments: np.ndarray) -> list[list[int]]:
-    """For each row, where its documents start, and the row's length: [0, ..., length]."""
+    """For each row, the starts of its documents and the row's length: [0, ..., length]."""
     return [[0, *(np.flatnonzero(np.diff(row)) + 1).tolist(), len(row)] for row in segments]
 
 
 def positions(segments: np.ndarray) -> np.ndarray:
-    """Where each token stands in its document: int32, like `segments`."""
+    """The position of each token in its document: int32, like `segments`."""
     rows = [np.concatenate([np.arange(n) for n in np.diff(borders)]) for borders in document_borders(segments)]
     return np.stack(rows).astype(np.int32)
 
 
 def visible_pairs(segments: np.ndarray) -> int:
-    """Pairs of a query and a key of its document at or before it, over all rows."""
+    """The number of pairs of a query and a key at or before it in the same document, over all rows."""
     lengths = itertools.chain.from_iterable(np.diff(borders) for borders in document_borders(segments))
     return sum(int(n) * (int(n) + 1) // 2 for n in lengths)
 
@@ -106,15 +107,15 @@ def rotation(shape: Shape, theta: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def relative_error(got: np.ndarray, want: np.ndarray) -> float:
-    """The largest difference over the largest entry; infinite where anything is not a number."""
+    """The largest difference divided by the largest entry; infinite if any entry is not finite."""
     if got.shape != want.shape or not (np.isfinite(got).all() and np.isfinite(want).all()):
         return float("inf")
     return float(np.abs(got - want).max() / np.abs(want).max())
 
 
 def seconds_per_call(call: Callable[[], Any], wait: Callable[[Any], Any]) -> float:
-    """Median over windows of the seconds per call. Calls follow one another as in training, without waiting for each;
-    `wait` returns when the device has finished what `call` returned.
+    """Median over windows of the seconds per call. As in training, calls follow each other without waiting for each
+    result; `wait` returns when the device has finished what `call` returned.
     """
     wait(call())  # compiled and warm
 
@@ -131,7 +132,7 @@ def seconds_per_call(call: Callable[[], Any], wait: Callable[[Any], Any]) -> flo
 
 
 def named(contenders: Sequence[T], wanted: Sequence[str]) -> list[T]:
-    """The contenders whose name has one of the words `wanted` in it, or all where it is empty."""
+    """The contenders whose name contains one of the words `wanted`, or all if it is empty."""
     return [one for one in contenders if not wanted or any(word in one.name for word in wanted)]
 
 

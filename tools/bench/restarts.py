@@ -1,13 +1,14 @@
-"""What a kill costs: how many steps are lost, and how long it takes until training goes on.
+"""The cost of a kill: how many steps are lost, and how long it takes until training continues.
 
     python -m tools.bench.restarts --config=configs/nano.py [--kills 5] [--check] [--record] [--config.key=value ...]
 
-Starts the run as a process of its own, in a temporary folder: once from nothing, then again and again, each time to be
-killed (SIGKILL) before a step drawn from the 2 * checkpoint.every that follow. Seconds are from the command to the
-first step: imports, the data, compilation or its cache, and, after a kill, a verified checkpoint.
+Starts the run as a separate process in a temporary folder, first from the beginning and then repeatedly. Each process
+is killed (SIGKILL) before a step that is chosen at random from the next 2 * checkpoint.every. The seconds from the
+command to the first step include imports, the data, compilation or its cache, and, after a kill, the verification of a
+checkpoint.
 
---check ends with exit code 3 where a kill loses 2 * checkpoint.every steps or more: those since the newest save, and
-those that were trained while it was written.
+--check ends with exit code 3 if a kill loses 2 * checkpoint.every steps or more. A kill loses the steps since the
+newest save, and the steps that were trained while that save was written.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ def main(argv: list[str] | None = None) -> int | None:
 
 
 def measure(given: list[str], every: int, kills: int, cache: Path) -> dict[str, float]:
-    """Lets the run that `given` starts be killed `kills` times, and once more at its beginning."""
+    """Kills the run that `given` starts once at its beginning, and then `kills` times."""
     draw = random.Random(0)
     first, _ = life(given, 2, cache)
     trained, lost, seconds = 1, [], []
@@ -89,7 +90,8 @@ def measure(given: list[str], every: int, kills: int, cache: Path) -> dict[str, 
 
 
 def life(given: list[str], step: int, cache: Path) -> tuple[float, int]:
-    """Starts the run, to be killed before `step`: seconds to its first step, and the step that it went on from."""
+    """Starts the run and has it killed before `step`. Returns the seconds to its first step, and the step from which it
+    resumed."""
     command = [sys.executable, "-m", "smallcoder_jax.main", *given, f"--inject=kill@step:{step}"]
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)}
     begin, seconds, resumed, lines = time.monotonic(), None, 0, []
@@ -105,14 +107,14 @@ def life(given: list[str], step: int, cache: Path) -> tuple[float, int]:
                 resumed = int(found[1])
     if process.returncode != -9 or seconds is None:
         raise UserError(
-            f"the run ended with {process.returncode} before step {step}, at which it was to be killed:\n"
+            f"the run ended with {process.returncode} before step {step}, at which it should have been killed:\n"
             + "".join(lines[-20:])
         )
     return seconds, resumed
 
 
 def figures(found: dict[str, float], name: str, kills: int) -> list[Figure]:
-    """What is recorded, with the limit of --check."""
+    """The figures to record, with the limit of --check."""
     most, limit = found["steps lost, most"], 2 * found["checkpoint.every"]
     note = f"checkpoint.every {found['checkpoint.every']:.0f}; kills {kills}"
     return [

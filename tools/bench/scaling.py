@@ -3,12 +3,12 @@
     python -m tools.bench.scaling --config=configs/nano.py [--devices 1 2 4 8] [--axis data|fsdp|context|tensor]
         [--rows 1] [--record] [--config.key=value ...]
 
-On GPUs the efficiency is tokens per second over those of one device times the number of devices. On a CPU devices are
-pretended and share its cores, so that more of them cannot be faster: there the efficiency is over one device that
-trains on all the rows by itself, and shows what splitting the step costs.
+On GPUs, the efficiency is the tokens per second divided by those of one device times the number of devices. On a CPU,
+the devices are simulated and share its cores, so that more devices cannot be faster. There, the efficiency is relative
+to one device that trains on all rows by itself, and shows the cost of splitting the step.
 
-`--axis=context` and `--axis=tensor` split the rows themselves: all devices then have `--rows` times their number, as on
-the other axes.
+`--axis=context` and `--axis=tensor` split the rows themselves. As on the other axes, the number of rows is `--rows`
+times the number of devices.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def main(argv: list[str] | None = None) -> int | None:
     parser.add_argument("--config", required=True)
     parser.add_argument("--devices", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--axis", choices=AXES, default="data")
-    parser.add_argument("--rows", type=int, default=1, help="of each device")
-    parser.add_argument("--steps", type=int, default=10, help="timed steps of each; default: %(default)s")
+    parser.add_argument("--rows", type=int, default=1, help="rows per device")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps per number of devices; default: %(default)s")
     parser.add_argument("--record", action="store_true", help=benchmarks.RECORD_HELP)
     parser.add_argument("--json", action="store_true", help="print one JSON list instead of the table")
     options = parser.parse_args(arguments)
@@ -62,8 +62,8 @@ def main(argv: list[str] | None = None) -> int | None:
 
 
 def measure(config: Config, axis: str, devices: int, rows: int, steps: int) -> dict[str, Any]:
-    """Seconds of a step of `rows` rows for each of `devices`, and of one device: with all of these rows on a CPU, with
-    its own on anything else.
+    """Seconds of a step with `rows` rows for each of `devices`, and seconds of a step of one device: with all of these
+    rows on a CPU, with its own `rows` otherwise.
     """
     split = _run(config, {**_alone(), axis: devices}, devices, rows * devices, steps)
     alone_rows = rows if split["accelerator"] else rows * devices
@@ -88,7 +88,7 @@ def _run(config: Config, mesh: dict[str, int], devices: int, rows: int, steps: i
     train = dataclasses.replace(config.train, batch_size=rows, microbatch_size=0)
     config = dataclasses.replace(config, mesh=MeshConfig(**mesh), train=train)
     job = {"name": "ours", "steps": steps, "documents": documents_of(None, config), "config": to_dict(config)}
-    # Each says how many devices there are to a kind of them, and nothing to the others.
+    # Each variable sets the number of devices of one platform, and has no effect on the others.
     visible = {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         "CUDA_VISIBLE_DEVICES": ",".join(map(str, range(devices))),
@@ -99,7 +99,7 @@ def _run(config: Config, mesh: dict[str, int], devices: int, rows: int, steps: i
 
 
 def table(found: list[dict[str, Any]], config: Config, axis: str) -> str:
-    """What was measured, a line for each number of devices."""
+    """The results as a table with one line for each number of devices."""
     rows = [
         (
             each["devices"],
@@ -121,7 +121,7 @@ def table(found: list[dict[str, Any]], config: Config, axis: str) -> str:
 
 
 def figures(found: list[dict[str, Any]], config: Config, axis: str) -> list[Figure]:
-    """What is recorded of each number of devices."""
+    """The figures to record for each number of devices."""
     recorded = []
     for each in found:
         devices = f"{each['devices']} device{'s' if each['devices'] > 1 else ''}"

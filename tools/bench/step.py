@@ -1,28 +1,27 @@
-"""Training speed and memory of a config on random packed batches, beside trainers of PyTorch.
+"""Training speed and memory of a config on random packed batches, compared with PyTorch trainers.
 
     python -m tools.bench.step --config=configs/nano.py --against=torch [--check] [--record] [--config.key=value ...]
 
-Each contender runs in processes of its own, in turns (ours, theirs, theirs, ours), on all cores or the first GPU. Ours
-is the training step that `smallcoder_jax.main` runs. Theirs, of the same shape with gradient clipping and fused AdamW,
-the same rows, type and number of steps, is one of
+Each contender runs in its own processes, in turns (ours, theirs, theirs, ours), on all cores or the first GPU. Ours is
+the training step that `smallcoder_jax.main` runs. Theirs has the same shape, rows, data type and number of steps, with
+gradient clipping and fused AdamW, and is one of
 
     torch    transformers' LlamaForCausalLM with the loss in the model
     litgpt   litgpt's GPT and the loss of its pretraining
 
-(--compile adds torch.compile; --autocast adds the same once more with torch.autocast in bfloat16, for float32 configs),
-and does not keep the documents of a row apart, which ours does, unless
---their-attention names one of transformers' implementations that can (sdpa, flex_attention, flash_attention_2). All
-train with AdamW, whatever the config says.
+--compile adds torch.compile. For float32 configs, --autocast adds the same contender with torch.autocast in bfloat16.
+Unlike ours, theirs does not separate the documents of a row, unless --their-attention names one of transformers'
+implementations that can (sdpa, flex_attention, flash_attention_2). All train with AdamW, whatever the config says.
 
-Memory is the largest resident set of the process, libraries and compilation included; on a GPU, the most that the
-allocator handed out. MFU counts the attention that causality and documents leave; on a CPU, which has no agreed peak,
-it is a share of the rate of one large matrix product measured in the same run.
+Memory is the largest resident set of the process, including libraries and compilation; on a GPU it is the allocator's
+peak. MFU counts only the attention between pairs of tokens that causality and documents allow. CPUs have no agreed
+peak; there, MFU is relative to the rate of a large matrix product that is measured in the same run.
 
 --profile shows where our step's time goes, operation by operation (tools/bench/op_profile.py).
 
---check ends with exit code 3 below 1.2 times PyTorch's tokens per second (1.3 on a GPU; 1.6 where our products are
-mixed, and 1.25 beside autocast), or above its memory, or, for Medium-LC on an H200, below what is promised of it in
-tokens per second.
+--check ends with exit code 3 if ours reaches less than 1.2 times PyTorch's tokens per second (1.3 on a GPU, 1.6 where
+our products are mixed, 1.25 compared with autocast), if it needs more memory than PyTorch, or if Medium-LC on an H200
+stays below its required tokens per second.
 """
 
 from __future__ import annotations
@@ -59,13 +58,13 @@ if TYPE_CHECKING:
 WANTED_RATIO, WANTED_GPU_RATIO, WANTED_MIXED_RATIO, WANTED_AUTOCAST_RATIO = 1.2, 1.3, 1.6, 1.25
 AUTOCAST = " autocast"  # at the end of a contender's name
 PRODUCTS = {"float32": "exact", "float32, mixed products": "mixed", "bfloat16": "bf16"}  # in names of figures
-DOCUMENTS_PER_ROW = 4  # unless --documents says how long they are
-# Tokens per second promised of an H200, and aimed at, by config and mean length of documents (None: one a row).
+DOCUMENTS_PER_ROW = 4  # unless --documents gives their length
+# Tokens per second on an H200, required and aimed at, by config and mean length of documents (None: one per row).
 H200 = "NVIDIA H200"
 H200_TOKENS = {("smallcoder-medium-lc", None): (160_000, 178_000), ("smallcoder-medium-lc", 2048): (230_000, 290_000)}
 PROFILED_STEPS = 3
-PEAK_SIZE, PEAK_TRIES = 2048, 8  # of the matrix product that stands for a CPU's peak
-# glibc's large pages, for both: on a CPU, the memory of a step is taken anew for every step, page by page.
+PEAK_SIZE, PEAK_TRIES = 2048, 8  # of the matrix product whose rate counts as a CPU's peak
+# glibc's large pages, for both contenders: on a CPU, every step allocates its memory again, page by page.
 LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 ROOT = Path(__file__).resolve().parents[2]
 Result = dict[str, Any]
@@ -85,7 +84,7 @@ def main(argv: list[str] | None = None) -> int | None:
     if options.against:
         check_llama(config, options.against)
     warn_of_company()
-    # This process imports neither jax nor torch: a child's largest resident set starts at that of its parent.
+    # This process imports neither jax nor torch, because a child's largest resident set starts at its parent's.
     theirs = [options.against] if options.against else []
     order = ["ours", *theirs, *(name + AUTOCAST for name in theirs if options.autocast)]
     rounds: dict[str, list[Result]] = {name: [] for name in order}
@@ -113,18 +112,18 @@ def build_parser() -> argparse.ArgumentParser:
         prog="python -m tools.bench.step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, help="config file; --config.key=value overrides a key")
-    parser.add_argument("--against", choices=tuple(BUILDERS), help="measure this beside ours")
+    parser.add_argument("--against", choices=tuple(BUILDERS), help="measure this trainer, too")
     parser.add_argument("--documents", metavar="row|MEAN", help="one per row, or their mean length; default: 4 per row")
     parser.add_argument("--their-attention", default=CAUSAL, help="default: %(default)s, without documents")
     parser.add_argument(
-        "--torch-python", default=sys.executable, help="Python with theirs; it needs ml_collections, too"
+        "--torch-python", default=sys.executable, help="Python that has their packages, and ml_collections"
     )
     parser.add_argument("--steps", type=_positive, default=20, help="timed steps per round; default: %(default)s")
     parser.add_argument("--rounds", type=_positive, default=2, help="processes per contender; default: %(default)s")
-    parser.add_argument("--compile", action="store_true", help="theirs with torch.compile")
-    parser.add_argument("--autocast", action="store_true", help="theirs in bfloat16 as well, beside a float32 config")
-    parser.add_argument("--profile", action="store_true", help="show the dearest operations of our step")
-    parser.add_argument("--check", action="store_true", help="fail where ours is below what is promised")
+    parser.add_argument("--compile", action="store_true", help="run theirs with torch.compile")
+    parser.add_argument("--autocast", action="store_true", help="for float32 configs, also run theirs in bfloat16")
+    parser.add_argument("--profile", action="store_true", help="show the most expensive operations of our step")
+    parser.add_argument("--check", action="store_true", help="fail if ours misses a limit")
     parser.add_argument("--record", action="store_true", help=benchmarks.RECORD_HELP)
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     return parser
@@ -143,8 +142,8 @@ def documents_of(text: str | None, config: Config) -> int | None:
 
 
 def run_contender(job: Result, python: str, environment: Mapping[str, str] = MappingProxyType({})) -> Result:
-    """Measures one contender in a fresh process, with `environment` added to this one's. Raises UserError where that
-    process fails.
+    """Measures one contender in a fresh process, with `environment` added to this process's environment. Raises
+    UserError if that process fails.
     """
     name, command = job["name"], [python, "-c", "from tools.bench.step import contend; contend()"]
     done = subprocess.run(
@@ -184,7 +183,7 @@ def contend() -> None:
 
 
 def measure_ours(config: Config, steps: int, documents: int | None, *, profile: bool) -> Result:
-    """Runs the project's training step; with `profile` a few more of them, which are traced."""
+    """Measures the project's training step. With `profile`, runs a few more steps, which are traced."""
     import jax
 
     from smallcoder_jax.base.runtime import give_back_memory
@@ -214,7 +213,7 @@ def measure_ours(config: Config, steps: int, documents: int | None, *, profile: 
     operations = traced(run, compiled.as_text()) if profile else []
     device = mesh.devices.flat[0]
     on_device = device.memory_stats() or {}
-    memory = on_device.get("peak_bytes_in_use") or resident_set()  # before the peak is measured, which takes more
+    memory = on_device.get("peak_bytes_in_use") or resident_set()  # before measuring the peak, which takes more
     flops_per_token = family_of(config.model).flops_per_token
     without, whole = (flops_per_token(config.model, length) for length in (0, train.sequence_length))
     known_peak = peak_flops(device.device_kind)
@@ -238,7 +237,7 @@ def measure_ours(config: Config, steps: int, documents: int | None, *, profile: 
 
 
 def traced(run: Callable[[int], float], program: str) -> list[op_profile.Row]:
-    """The operations of a few steps."""
+    """The operations of a few traced steps."""
     import jax
 
     with tempfile.TemporaryDirectory() as folder:
@@ -251,7 +250,7 @@ def traced(run: Callable[[int], float], program: str) -> list[op_profile.Row]:
 
 
 def measure_peak(dtype: str, kind: Kind) -> float:
-    """FLOP/s of the fastest of several large matrix products of a kind on one device."""
+    """FLOP/s of one device: the fastest of several large matrix products of this kind."""
     import jax
     import jax.numpy as jnp
 
@@ -268,7 +267,7 @@ def measure_peak(dtype: str, kind: Kind) -> float:
 
 
 def summarise(rounds: dict[str, list[Result]], config: Config) -> Result:
-    """One row per contender over its rounds, and the ratios. Raises UserError where they ran on unlike hardware."""
+    """One row per contender over its rounds, and the ratios. Raises UserError if they ran on different hardware."""
     first = {name: results[0] for name, results in rounds.items()}
     ours = first["ours"]
     for name, result in first.items():
@@ -323,7 +322,7 @@ def summarise(rounds: dict[str, list[Result]], config: Config) -> Result:
 
 
 def wanted_ratio(name: str, ours: Result) -> float:
-    """How many times as fast as contender `name` ours is to be."""
+    """The required ratio of our speed to that of contender `name`."""
     if ours["accelerator"]:
         return WANTED_GPU_RATIO
     if name.endswith(AUTOCAST):
@@ -366,7 +365,7 @@ def table(report: Result) -> str:
 
 
 def check(report: Result) -> None:
-    """Raises CheckFailed where ours is not as fast, or takes more memory, than promised."""
+    """Raises CheckFailed if ours is slower, or takes more memory, than required."""
     failed = []
     for name, ratio in report["ratios"].items():
         if ratio["speed"] < ratio["wanted"]:
@@ -374,27 +373,25 @@ def check(report: Result) -> None:
                 f"{ratio['speed']:.2f} times the tokens per second of {name}; expected {ratio['wanted']} or more"
             )
         if ratio["memory"] > 1:
-            failed.append(f"{ratio['memory']:.2f} times the memory of {name}; expected no more than it takes")
+            failed.append(f"{ratio['memory']:.2f} times the memory of {name}; expected no more")
     if promised := promised_tokens(report):
         found, (least, aim) = report["contenders"]["ours"]["tokens_per_second"], promised
         if found < least:
             failed.append(f"{found:,.0f} tokens per second; expected {least:,} or more, and the aim is {aim:,}")
     elif not report["ratios"]:
-        failed.append(
-            f"nothing to hold it against: tokens per second are promised of an H200, not of {report['device']}"
-        )
+        failed.append(f"nothing to compare with: tokens per second are required of an H200, not of {report['device']}")
     if failed:
         raise CheckFailed("; ".join(failed))
 
 
 def promised_tokens(report: Result) -> tuple[int, int] | None:
-    """Tokens per second that are promised of this device, and aimed at."""
+    """Required and aimed-at tokens per second of this device; None if there are none."""
     on_h200 = report["device"].startswith(H200)
     return H200_TOKENS.get((report["name"], report["documents"])) if on_h200 else None
 
 
 def figures(report: Result) -> list[Figure]:
-    """What is recorded of ours and of each contender, with the limits of --check."""
+    """The figures to record for each contender, with the limits of --check."""
     rows = f"{report['batch_size']}x{report['sequence_length']}/{report['documents'] or 'row'}"
     step = f"{benchmarks.short(report['name'])} {rows} {PRODUCTS.get(report['dtype'], report['dtype'])}"
     found = []
@@ -419,12 +416,12 @@ def figures(report: Result) -> list[Figure]:
 
 
 def warn_of_company() -> None:
-    """Says on stderr when other programs take the cores: PyTorch's threads then wait for one another, and ours less."""
+    """Warns on stderr if other programs use the cores: PyTorch's threads then wait for each other more than ours do."""
     busy = os.getloadavg()[0]
     if busy > cores() / 4:
         say(
-            f"warning: the load average is {busy:.1f} on {cores()} cores; figures taken beside other programs are not "
-            "to be relied on",
+            f"warning: the load average is {busy:.1f} on {cores()} cores; figures that are measured while "
+            "other programs run are not reliable",
             sys.stderr,
         )
 

@@ -1,4 +1,4 @@
-"""What both sides of `tools.bench.step` share: the batches, the clock, and the process's memory and cores."""
+"""Shared by both sides of `tools.bench.step`: the batches, timing, and the memory and cores of the process."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from smallcoder_jax.config import Config
 from tools.bench import packed_rows
 
 WARMUP_STEPS = 2  # not timed
-BATCHES = 4  # different ones, in turns
+BATCHES = 4  # different batches, used in turns
 
 
 def random_batches(config: Config, documents: int | None) -> list[dict[str, np.ndarray]]:
-    """Full rows of random tokens, of one document (None) or of documents of `documents` tokens on average; the same for
-    all contenders.
+    """Full rows of random tokens: one document per row (None), or documents of `documents` tokens on average. They are
+    the same for all contenders.
     """
     generator = np.random.default_rng(config.train.seed)
     shape = (config.train.batch_size, config.train.sequence_length)
@@ -40,14 +40,14 @@ def random_batches(config: Config, documents: int | None) -> list[dict[str, np.n
 
 
 def visible_share(config: Config, documents: int | None) -> float:
-    """Share of a whole row's causal pairs of tokens that documents leave, over the batches."""
+    """The share of a row's causal pairs of tokens that are in the same document, over all batches."""
     length = config.train.sequence_length
     pairs = [packed_rows.visible_pairs(batch["segment_ids"]) for batch in random_batches(config, documents)]
     return sum(pairs) / (BATCHES * config.train.batch_size * length * (length + 1) // 2)
 
 
 def timed(run: Callable[[int], float], steps: int) -> tuple[list[float], float]:
-    """Seconds of each of `steps` steps, and the last one's loss. `run` returns when its step is done."""
+    """Seconds of each of `steps` steps, and the loss of the last one. `run` returns when its step is done."""
     seconds, loss = [], 0.0
     for number in range(WARMUP_STEPS + steps):
         start = time.perf_counter()
@@ -57,11 +57,11 @@ def timed(run: Callable[[int], float], steps: int) -> tuple[list[float], float]:
 
 
 def resident_set() -> int:
-    """Bytes of the largest resident set that this process has had."""
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes, the others in KiB
+    """The largest resident set of this process so far, in bytes."""
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts in bytes, other systems in KiB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """The number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

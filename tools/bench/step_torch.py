@@ -1,4 +1,4 @@
-"""The PyTorch side of `tools.bench.step`: a training step of our shape in libraries of others.
+"""The PyTorch side of `tools.bench.step`: a training step of the same shape in other libraries.
 
 `torch`: transformers. `litgpt`: the model and loss of litgpt's pretraining.
 """
@@ -18,12 +18,12 @@ from smallcoder_jax.config import Config, DecoderConfig, OptimizerConfig
 from tools.bench.step_timing import cores, random_batches, resident_set, timed
 
 LLAMA = {"norm": "rmsnorm", "positions": "rope", "mlp": "swiglu", "dropout": 0.0, "window": 0}
-CAUSAL = "causal"  # the attention that knows no documents
-Loss = Callable[[Any, dict[str, Any]], Any]  # of the model and a microbatch
+CAUSAL = "causal"  # attention that ignores the borders of documents
+Loss = Callable[[Any, dict[str, Any]], Any]  # (model, microbatch) -> loss
 
 
 def check_llama(config: Config, name: str) -> None:
-    """Raises UserError for a model that is no Llama, which is what these libraries compute."""
+    """Raises UserError for a model that is not a Llama, the only architecture of these libraries' trainers."""
     differing = [
         f"model.{name}={getattr(config.model, name)!r} instead of {wanted!r}"
         for name, wanted in LLAMA.items()
@@ -36,7 +36,7 @@ def check_llama(config: Config, name: str) -> None:
 def measure_torch(
     name: str, config: Config, steps: int, documents: int | None, *, attention: str, compile: bool, autocast: bool
 ) -> dict[str, Any]:
-    """Runs steps of contender `name`, in bfloat16 where the config or `autocast` says so. Raises UserError where it is
+    """Measures steps of contender `name`, in bfloat16 if the config or `autocast` says so. Raises UserError if it is
     not installed.
     """
     torch, model, loss_of = BUILDERS[name](config, attention)
@@ -68,7 +68,7 @@ def measure_torch(
             torch.nn.utils.clip_grad_norm_(parameters, settings.clip_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return float(total)  # waits for the device, the optimizer's work included
+        return float(total)  # waits for the device, including the optimizer's work
 
     step_seconds, loss = timed(run, steps)
     accelerator = device.type == "cuda"
@@ -91,7 +91,7 @@ def measure_torch(
 
 
 def adamw(torch: Any, parameters: Iterable[Any], settings: OptimizerConfig, learning_rate: float) -> Any:
-    """Fused AdamW; vectors do not decay."""
+    """Fused AdamW, without weight decay for vectors."""
     parameters = list(parameters)
     return torch.optim.AdamW(
         [
@@ -108,8 +108,8 @@ def adamw(torch: Any, parameters: Iterable[Any], settings: OptimizerConfig, lear
 def build_transformers(config: Config, attention: str) -> tuple[Any, Any, Loss]:
     torch, transformers = modules("torch", "smallcoder_jax[parity]", "torch", "transformers")
     if attention == CAUSAL:
-        # Without a mask function, transformers passes no mask, and sdpa takes its causal kernel. For "sdpa" itself a
-        # compiled model makes a dense mask, because it cannot see that rows are one document each.
+        # Without a mask function, transformers passes no mask, and sdpa uses its causal kernel. With "sdpa" itself, a
+        # compiled model makes a dense mask, because it cannot know that each row is one document.
         sdpa = importlib.import_module("transformers.integrations.sdpa_attention").sdpa_attention_forward
         transformers.AttentionInterface.register(CAUSAL, sdpa)
     torch.manual_seed(config.train.seed)
@@ -159,14 +159,14 @@ def build_litgpt(config: Config, attention: str) -> tuple[Any, Any, Loss]:
 
 
 def decoder_of(config: Config) -> DecoderConfig:
-    """The shape of the config's model. Raises UserError for a family that the contenders do not have."""
+    """The config of the model. Raises UserError for a family that the contenders do not have."""
     if not isinstance(config.model, DecoderConfig):
         raise UserError(f"{config.model.family=}: only a decoder can be measured against these; leave out --against")
     return config.model
 
 
 def llama_config(config: Config, transformers: Any, attention: str) -> Any:
-    """The transformers configuration of our shape."""
+    """The transformers configuration of the same shape."""
     model = decoder_of(config)
     return transformers.LlamaConfig(
         vocab_size=model.vocab_size,
@@ -188,7 +188,7 @@ def llama_config(config: Config, transformers: Any, attention: str) -> Any:
 
 
 def modules(contender: str, package: str, *names: str) -> list[Any]:
-    """The modules of a contender. Raises UserError with the command that installs them."""
+    """The modules of a contender. Raises UserError, which gives the command that installs them, if one is missing."""
     try:
         return [importlib.import_module(name) for name in names]
     except ImportError as error:

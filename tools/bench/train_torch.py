@@ -1,13 +1,13 @@
-"""What a plain PyTorch trainer makes of the same model, text and time as ours.
+"""Compares ours with a plain PyTorch trainer that gets the same model, text and time.
 
     python -m tools.bench.train_torch --config=configs/nano.py --workdir=runs/beside [--record] [--config.key=value ...]
 
-Ours is trained as the config says, and its time is taken: start, compilation, evaluations and checkpoints included.
-Then transformers' LlamaForCausalLM of the same shape is trained for as many seconds, once in float32 and once with
-torch.autocast in bfloat16, on the same packed rows in the same order, with fused AdamW, gradient clipping, and a
-learning rate that rises over the first twentieth of the time and then falls linearly to 0; its building and its saving
-are not counted. All are judged by one evaluation, on every held-out file. Theirs does not keep the documents of a row
-apart while it trains, as plain trainers do not.
+Ours is trained with its config, and the time is measured, including start, compilation, evaluations and checkpoints.
+Then transformers' LlamaForCausalLM of the same shape is trained for the same number of seconds, once in float32 and
+once with torch.autocast in bfloat16, on the same packed rows in the same order. It uses fused AdamW, gradient clipping,
+and a learning rate that rises over the first twentieth of the time and then falls linearly to 0. The time to build and
+save it does not count. The same evaluation judges all of them, on every held-out file. Like other plain trainers, it
+does not separate the documents of a row during training.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ LEARNING_RATE = 3e-3
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One trainer, and what came of it."""
+    """One trainer and its results."""
 
     name: str
     steps: int
@@ -56,7 +56,12 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--config", required=True, help="config file; --config.key=value overrides a key")
     parser.add_argument("--workdir", type=Path, required=True, help="a new folder: ours/, torch/, torch_autocast/")
-    parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE, help="theirs; default: %(default)s")
+    parser.add_argument(
+        "--learning-rate",
+        type=float,
+        default=LEARNING_RATE,
+        help="PyTorch's; default: %(default)s",
+    )
     parser.add_argument("--record", action="store_true", help=benchmarks.RECORD_HELP)
     options = parser.parse_args(arguments)
     config = load_config(options.config, overrides)
@@ -75,13 +80,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def check(config: Config, learning_rate: float) -> None:
-    """Raises UserError for what cannot be compared, before anything is trained."""
+    """Raises UserError, before anything is trained, for a config that cannot be compared."""
     check_llama(config, "torch")
     modules("torch", "smallcoder_jax[parity]", "torch", "transformers")
     if not 0 < learning_rate < 1:
         raise UserError(f"--learning-rate={learning_rate}: expected a number above 0 and below 1")
     if config.stage.name != "pretrain" or config.stage.start:
-        raise UserError("stage: theirs begins with drawn parameters and predicts text; give a config without a stage")
+        raise UserError("stage: theirs starts from random parameters and predicts text; give a config without a stage")
     if config.compute.dtype != "float32":
         raise UserError(f"compute.dtype={config.compute.dtype}: expected float32, which theirs has without autocast")
     import jax
@@ -91,13 +96,13 @@ def check(config: Config, learning_rate: float) -> None:
 
 
 def compare(config: Config, workdir: Path, learning_rate: float) -> list[Row] | None:
-    """Trains all three, one after the other; None where a signal ended ours."""
+    """Trains all three, one after the other; None if a signal ended ours."""
     import smallcoder_jax
     from smallcoder_jax.base.progress import Progress
     from smallcoder_jax.run import evaluate_run
     from smallcoder_jax.stages.shared import documents
 
-    prepared = documents.prepare_on_all(config, Progress(sys.stderr))  # before the clock runs, for all of them
+    prepared = documents.prepare_on_all(config, Progress(sys.stderr))  # for all trainers, before the time starts
     begun = time.monotonic()
     run = smallcoder_jax.train(config, workdir / "ours")
     seconds = time.monotonic() - begun
@@ -119,7 +124,7 @@ def compare(config: Config, workdir: Path, learning_rate: float) -> list[Row] | 
 def train(
     config: Config, prepared: Any, seconds: float, learning_rate: float, *, autocast: bool
 ) -> tuple[Any, int, float]:
-    """Trains transformers' Llama on our rows until `seconds` are over: the model, its steps, and the seconds."""
+    """Trains transformers' Llama on our rows for `seconds`. Returns the model, its steps, and the seconds."""
     from smallcoder_jax.stages.shared import documents
     from smallcoder_jax.stages.shared.next_token import make_loss
 
@@ -155,7 +160,7 @@ def train(
 
 
 def bits_per_byte(config: Config, folder: Path, prepared: Any) -> float:
-    """Of a model that transformers saved in `folder`, by the evaluation that ours is judged by."""
+    """The bits per byte of a model that transformers saved in `folder`, by the same evaluation as ours."""
     from smallcoder_jax.base.progress import Progress
     from smallcoder_jax.evaluate.sound import check_measures
     from smallcoder_jax.huggingface.read import read_export
@@ -176,7 +181,7 @@ def bits_per_byte(config: Config, folder: Path, prepared: Any) -> float:
 
 
 def figures(rows: list[Row], name: str, learning_rate: float) -> list[Figure]:
-    """What is recorded of each trainer."""
+    """The figures to record for each trainer."""
     recorded = []
     for row in rows:
         note = name if row.name == "smallcoder_jax" else f"{name}; AdamW at {learning_rate:g}"

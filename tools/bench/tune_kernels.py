@@ -1,15 +1,15 @@
-"""Finds the fastest tiles of our attention kernel on this device, and writes them where `ops.attention` reads them.
+"""Finds the fastest tiles of our attention kernel on this device, and writes them to the table of `ops.attention`.
 
     python -m tools.bench.tune_kernels [--shapes 8192:4:128 ...] [--dry-run]
 
-For every shape (length, query heads per key head, head size; by default those of the configs) it takes the tiles that
-the kernel accepts, checks output and gradients of each against the reference at rows of one document and at packed
-rows, times those that are right, forward and backward, and writes the one with the least time over both kinds of rows
-to smallcoder_jax/kernels/tiles_table.json, after every shape. A candidate that is wrong or does not compile is shown
-and never chosen.
+For every shape (length, query heads per key head, head size; by default the configs' shapes) it takes the tiles that
+the kernel accepts, and compares the output and gradients of each with the reference, for rows of one document and for
+packed rows. It times the correct candidates, forward and backward, and writes the one with the least time over both
+kinds of rows to smallcoder_jax/kernels/tiles_table.json, after every shape. A candidate that is wrong or does not
+compile is shown and never chosen.
 
-It needs the device of a kernel, and ends with exit code 2 on any other. --dry-run lists the candidates of each kernel
-and shape, anywhere, and writes nothing.
+It needs a device for which there is a kernel, and ends with exit code 2 on others. --dry-run lists the candidates of
+each kernel and shape on any machine, and writes nothing.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ from tools.bench.attention_jax import KERNELS, Kernel
 from tools.bench.packed_rows import BOUND, Shape
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-TOKENS = 16384  # of the rows that are timed
+TOKENS = 16384  # of all timed rows together
 KV_HEADS = 2
 DOCUMENTS_PER_ROW = 4  # of the packed rows
 
 
-# What is tried: for each class, groups of sizes that depend on one another. The groups are tuned one after the other,
-# because each decides the speed of another kernel. What the class refuses is left out.
+# The values to try: for each class, groups of sizes that depend on each other. The groups are tuned one after the
+# other, because each affects the speed of a different kernel. Combinations that the class refuses are left out.
 BLOCKS, STAGES = (64, 128, 256), (2, 3, 4)
 VALUES: dict[type[Any], list[dict[str, tuple[int, ...]]]] = {
     TpuTiles: [{"block_q": (128, 256, 512, 1024, 2048), "block_kv": (128, 256, 512, 1024, 2048)}],
@@ -58,7 +58,7 @@ VALUES: dict[type[Any], list[dict[str, tuple[int, ...]]]] = {
 
 
 class Wanted(NamedTuple):
-    """A shape to tune for: rows of `length`, `group` query heads of `size` to a key head."""
+    """A shape to tune for: rows of `length`, with `group` query heads of `size` per key head."""
 
     length: int
     group: int
@@ -66,7 +66,7 @@ class Wanted(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What became of a candidate: seconds of each pass over each kind of rows, or the problem."""
+    """The result of a candidate: seconds of each pass over each kind of rows, or the problem."""
 
     tiles: Any
     seconds: dict[str, float]
@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> int | None:
 
 
 def config_shapes() -> list[Wanted]:
-    """The attention shapes of all configs, each once."""
+    """The attention shapes of all configs, without duplicates."""
     found = set()
     for path in sorted(CONFIGS.glob("[a-z]*.py")):
         config = load_config(str(path), [])
@@ -121,7 +121,8 @@ def config_shapes() -> list[Wanted]:
 def candidates(
     kernel: Kernel, shape: Wanted, device: str | None, values: dict[str, tuple[int, ...]], start: Any
 ) -> Iterator[tuple[Any, str | None]]:
-    """The tiles `start` with all `values` that the class allows and rows can fill, each with the kernel's obstacle."""
+    """The tiles `start` with all combinations of `values` that the class allows and rows can fill, each with the
+    kernel's obstacle."""
     for sizes in itertools.product(*values.values()):
         try:
             tiles = dataclasses.replace(start, **dict(zip(values, sizes, strict=True)))
@@ -132,7 +133,7 @@ def candidates(
 
 
 def listing(kernel: Kernel, shape: Wanted, device: str | None) -> str:
-    """The candidates of a shape as a table: those of every group of sizes, the others at their defaults."""
+    """The candidates of a shape as a table: for every group of sizes, with the other sizes at their defaults."""
     rows = [
         (tiles, obstacle or "")
         for values in VALUES[kernel.tiles]
@@ -146,7 +147,7 @@ def heading(kernel: Kernel, shape: Wanted) -> str:
 
 
 def tune(kernel: Kernel, shape: Wanted, device: str, *, interpret: bool) -> tile_table.Entry:
-    """Tries all candidates, prints what became of them, and writes the best. Raises CheckFailed where none is right."""
+    """Tries all candidates, prints their results, and writes the best. Raises CheckFailed if none is correct."""
     trial, tiles, best = Trial(kernel, shape, interpret), kernel.tiles(), None
     say(heading(kernel, shape))
     for values in VALUES[kernel.tiles]:
@@ -166,7 +167,7 @@ def tune(kernel: Kernel, shape: Wanted, device: str, *, interpret: bool) -> tile
 
 
 class Trial:
-    """The rows of a shape, of one document and packed, with their truth: what candidates are held against."""
+    """The rows of a shape, of one document and packed, with the reference results for candidates."""
 
     def __init__(self, kernel: Kernel, shape: Wanted, interpret: bool):
         self.kernel, self.interpret = kernel, interpret
@@ -179,11 +180,11 @@ class Trial:
         self.wants = {name: attention_jax.truth(kind, self.cases[name]) for name, kind in kinds.items()}
 
     def of(self, tiles: Any) -> Outcome:
-        """Checks a candidate, and times it if it is right."""
+        """Checks a candidate, and times it if it is correct."""
         say(f"  {tiles}", sys.stderr)
         try:
             return self._measure(tiles)
-        except Exception as error:  # what the compiler refuses is an outcome; other candidates may still do
+        except Exception as error:  # a candidate that does not compile has this outcome; others may still work
             return Outcome(tiles, {}, None, packed_rows.failure(error))
 
     def _measure(self, tiles: Any) -> Outcome:
@@ -200,7 +201,7 @@ class Trial:
 
 
 def choose(outcomes: Sequence[Outcome]) -> Outcome:
-    """The right candidate with the least time in all. Raises CheckFailed where there is none."""
+    """The correct candidate with the least total time. Raises CheckFailed if there is none."""
     best = min(outcomes, key=lambda outcome: outcome.total, default=None)
     if best is None or best.problem:
         reasons = "; ".join(f"{outcome.tiles}: {outcome.problem}" for outcome in outcomes) or "no candidate is possible"
