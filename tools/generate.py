@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int | None:
 
     model = smallcoder_jax.load(args.checkpoint, step=args.step)
     if job.chat and "config" in model.info and not learned_turns(model.info["config"]):  # an export does not record it
-        say("the last stage of this model trained it on no conversations; it may not answer", sys.stderr)
+        say("the last stage of this model did not train on conversations, so it may not answer", sys.stderr)
     set_encodings()
     job.run(model.generator, read_line, sys.stdout, sys.stderr)
 

@@ -212,7 +212,7 @@ def test_a_model_that_learned_no_turns_is_talked_with_after_a_word(scripted, mon
         model = types.SimpleNamespace(generator=scripted(answer), info=info)
         monkeypatch.setattr(smallcoder_jax, "load", lambda path, step, model=model: model, raising=False)
         tool.main(["--checkpoint", "runs/any", "--chat", "--prompt", "Hi"])
-        said.append("trained it on no conversations" in capsys.readouterr().err)
+        said.append("did not train on conversations" in capsys.readouterr().err)
     assert said == [True, False, False]
 
 

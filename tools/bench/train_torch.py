@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     if config.train.microbatch_size not in (0, config.train.batch_size):
         raise UserError(f"train.microbatch_size={config.train.microbatch_size}: theirs has none; expected 0")
     if options.workdir.exists():
-        raise UserError(f"{options.workdir} exists: a run that goes on has no time to compare with; name a new folder")
+        raise UserError(f"{options.workdir} exists: the time of a continued run cannot be compared; name a new folder")
     rows = compare(config, options.workdir, options.learning_rate)
     if rows is None:
         return EXIT_INTERRUPTED

@@ -45,7 +45,7 @@ def test_theirs_gets_our_time_and_our_evaluation(tmp_path: Path, capsys: pytest.
 
 def test_what_cannot_be_compared_is_refused(tmp_path: Path) -> None:
     flags = ["--config=configs/nano.py", f"--workdir={tmp_path}"]
-    with pytest.raises(UserError, match=r"exists: a run that goes on has no time to compare with"):
+    with pytest.raises(UserError, match=r"exists: the time of a continued run cannot be compared"):
         train_torch.main(flags)
     with pytest.raises(UserError, match=r"compares with Llama"):
         train_torch.main([*flags, "--config.model.norm=layernorm"])
