@@ -4,7 +4,7 @@
     run = sc.train(config, "runs/mine")        # config: a ConfigDict, a Config, or the path of a config file
     model = sc.load("runs/mine")               # or an exported folder
     print(model.generate("def main():")[0].text)
-    print(model.chat([{"role": "user", "content": "Hello."}]).content)  # where it was trained on conversations
+    print(model.chat([{"role": "user", "content": "Hello."}]).content)  # for a model trained on conversations
 
 Importing the package touches no device.
 """
@@ -25,14 +25,15 @@ if TYPE_CHECKING:
     from smallcoder_jax.run import Run
 
 check_environment()
-# The first import of the subpackage `train` sets an attribute of that name: done here, before the function takes it.
+# The first import of the subpackage `train` sets an attribute `train` of this package. It is imported here so that the
+# function below replaces that attribute, and not the other way round.
 importlib.import_module("smallcoder_jax.train")
 
 
 def train(config: Config | ConfigDict | str | Path, workdir: str | Path) -> Run:
-    """Trains, or continues, the run in `workdir`; returns its folder, last step and evaluation.
+    """Trains, or continues, the run in `workdir`. Returns its folder, last step and evaluation.
 
-    Raises smallcoder_jax.base.errors.UserError with what to do when config, data or workdir do not fit.
+    Raises smallcoder_jax.base.errors.UserError, with advice, when config, data or workdir do not fit.
     """
     from smallcoder_jax import run
     from smallcoder_jax.config import Config, from_config_dict
@@ -46,9 +47,9 @@ def train(config: Config | ConfigDict | str | Path, workdir: str | Path) -> Run:
 
 
 def load(path: str | Path, *, step: int | str | None = None) -> LoadedModel:
-    """The model of a run folder (its best step, or `step`) or of an exported folder, ready to generate.
+    """The model in a run folder (its best step, or `step`) or in an exported folder, ready to generate.
 
-    Raises smallcoder_jax.base.errors.UserError when there is none or its checksums do not hold.
+    Raises smallcoder_jax.base.errors.UserError when there is none or when its checksums do not match.
     """
     from smallcoder_jax import loading
 

@@ -1,4 +1,4 @@
-"""A trained model from a run folder or an exported folder."""
+"""Loads a trained model from a run folder or an exported folder."""
 
 from __future__ import annotations
 
@@ -35,8 +35,11 @@ from smallcoder_jax.train.whereabouts import read_tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """Shape, the model's own parameters, unrolled, and tokenizer. `info`: what the run or the export says of itself.
-    `origin`: where it is from, as JSON: `path`, `step` and `hash`. `head`: of the stages that train one.
+    """A trained model with its config, parameters and tokenizer.
+
+    `params` are the model's own parameters in the unrolled layout. `info` is the metadata that the run or the export
+    recorded. `origin` says where the model was loaded from, as JSON: `path`, `step` and `hash`. `head` holds the
+    parameters of the head, for stages that train one.
     """
 
     model: ModelConfig
@@ -52,7 +55,7 @@ class LoadedModel:
     def generator(self) -> Generator:
         return Generator(self.model, self.compute, self.params, self.tokenizer)
 
-    def __repr__(self) -> str:  # a notebook shows it, and parameters are many numbers
+    def __repr__(self) -> str:  # a notebook shows it, and the default would print all parameters
         step = "" if self.origin["step"] is None else f", step {self.origin['step']}"
         return (
             f"<model of {one_line(self.origin['path'])}{step}: {self.model.parameter_count():,} parameters, "
@@ -68,18 +71,18 @@ class LoadedModel:
     def chat(
         self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None, **options: Any
     ) -> Reply:
-        """What the assistant answers to `messages`: `content` and `calls`. No call is executed.
+        """The assistant's answer to `messages`: `content` and `calls`. No call is executed.
 
-        Messages and the schemas of the `tools` on offer are in the shape of OpenAI's API; `reply.to_wire()` is the
-        answer in it. `options` are the fields of `SamplingOptions`, but for `num_samples`. Raises UserError for a
-        conversation that cannot be one, and for a model that has no turns.
+        `messages` and the schemas in `tools` have the format of OpenAI's API, and `reply.to_wire()` gives the answer in
+        the same format. `options` are the fields of `SamplingOptions` except `num_samples`. Raises UserError for an
+        invalid conversation, and for a model whose tokenizer has no pieces for turns.
         """
         return self.chat_stream(messages, tools=tools, **options).reply()
 
     def chat_stream(
         self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None, **options: Any
     ) -> ReplyStream:
-        """`chat` while it is written: iterate over the pieces of its content, then ask for `reply()`."""
+        """Like `chat`, but streamed: iterate over the pieces of the content, then call `reply()`."""
         conversation = from_wire({"messages": list(messages), "tools": list(tools or ())})
         return ReplyStream(self.generator, conversation, _options(options))
 
@@ -116,7 +119,7 @@ def _has(path: Path, name: str) -> bool:
 
 
 def _no_model(path: Path) -> UserError:
-    """The error for a path that is neither a run nor an export; inside a run, with the flags that were meant."""
+    """The error for a path that is neither a run nor an export. For a path inside a run, it names the flags to use."""
     what = "is neither a run (run.json) nor an export (model.safetensors)" if path.exists() else "does not exist"
     place = path.absolute()
     for folder in place.parents:
@@ -131,9 +134,9 @@ def _no_model(path: Path) -> UserError:
 
 
 def origin(path: Path, step: int | str | None = None) -> dict[str, Any]:
-    """Where a model is from, as JSON: `path`, `step` (None: an export) and a `hash` of its files. Reads no model.
+    """Where a model is stored, as JSON: `path`, `step` (None for an export) and a `hash` of its files.
 
-    Raises UserError where there is none.
+    Does not load the model. Raises UserError when there is no model in `path`.
     """
     if _is_export(path):
         number, digest = None, weights.digest(path)
@@ -164,8 +167,10 @@ def _from_run(folder: RunFolder, step: int | str | None) -> LoadedModel:
 
 
 def _base(path: Path, facts: Mapping[str, Any]) -> build.Params:
-    """The unrolled parameters that the adapters of the run in `path` are for; `facts` are what it recorded of their
-    origin. Raises UserError where they are gone or others.
+    """The unrolled parameters of the base model to which the adapters of the run in `path` belong.
+
+    `facts` is the origin of the base model as the run recorded it. Raises UserError when the base model is missing or
+    has changed.
     """
     step = "" if facts["step"] is None else f", step {facts['step']}"
     what = f"{path} holds adapters to the model in {facts['path']}{step}"
@@ -174,11 +179,11 @@ def _base(path: Path, facts: Mapping[str, Any]) -> build.Params:
 
 
 def find_model(folder: Path, recorded: str, wanted: str, step: int | None, what: str) -> Path:
-    """The run or export that the run in `folder` began with or learned from: `recorded` is its path, from the working
-    folder or from `folder`, and `wanted` the hash of its files at `step`. Where it is not there, it is looked for
-    beside `folder`: the runs of a chain may have moved together.
+    """Finds the run or export that the run in `folder` started from or learned from.
 
-    Raises UserError, beginning with `what`, where it is gone or has changed.
+    `recorded` is its path, relative to the working folder or to `folder`, and `wanted` is the hash of its files at
+    `step`. If it is not at that path, the parent of `folder` is searched too, because the runs of a chain may have been
+    moved together. Raises UserError, whose message begins with `what`, when the model is missing or has changed.
     """
     advice = "bring that model back from a copy, or use an export of this run"
     reasons: dict[Path, str] = {}
@@ -200,10 +205,10 @@ def find_model(folder: Path, recorded: str, wanted: str, step: int | None, what:
 
 
 def _places(folder: Path, recorded: Path) -> list[Path]:
-    """Where a model can be that a run in `folder` recorded: the likeliest first, each once."""
+    """The folders in which a model recorded by a run in `folder` may be, most probable first, without duplicates."""
     ends = [Path(*recorded.parts[start:]) for start in range(len(recorded.parts))]
-    beside = [folder.parents[0] / end for end in ends if not end.is_absolute() and ".." not in end.parts]
-    places = [recorded, Path(os.path.normpath(folder / recorded)), *beside]
+    siblings = [folder.parents[0] / end for end in ends if not end.is_absolute() and ".." not in end.parts]
+    places = [recorded, Path(os.path.normpath(folder / recorded)), *siblings]
     return list(dict.fromkeys(place for place in places if place.is_dir())) or [places[1]]
 
 
@@ -216,7 +221,7 @@ def _from_export(path: Path) -> LoadedModel:
 
 
 def _exported_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer beside a model: as this package wrote it, or else as it was published."""
+    """The tokenizer stored with an exported model, in this package's format or else in the published format."""
     published = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
     if published and not (folder / KIND_FILE).is_file():
         return open_tokenizer("hf", str(folder))

@@ -24,11 +24,11 @@ from smallcoder_jax.configfile import load_config, split_overrides
 DESCRIPTION = """Trains the model of a config file, or continues the run that the workdir holds.
 
 Any value of the config can be set: --config.train.steps=100 --config.data.sources=dir:/my/code
---mode=preflight says what it would take on devices that need not be here: memory, time, cost.
-Exit codes: 0 done; 2 a mistake in what was given; 3 it does not fit (preflight); 4 too many updates in a row skipped
-(loss or gradient not finite, or a spike); 5 stalled (a wait took too long, the stacks are written); 75 interrupted by
-SIGTERM or Ctrl-C (saved; the same command continues). Where another process of the same run died, 134 or 1: start all
-again, as launch/ does, and they continue from the last checkpoint."""
+--mode=preflight estimates memory, time and cost on devices that need not be on this machine.
+Exit codes: 0 done; 2 a mistake in the flags or the config; 3 it does not fit (preflight); 4 too many updates in a row
+skipped (loss or gradient not finite, or a spike); 5 stalled (a wait took too long; the stacks of all threads are
+written); 75 interrupted by SIGTERM or Ctrl-C (saved; the same command continues). When another process of the same run
+died, the code is 134 or 1: start all processes again, as launch/ does, and they continue from the last checkpoint."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,7 +57,7 @@ def main(argv: list[str] | None = None) -> int:
         "--inject",
         metavar="FAULTS",
         default="",
-        help=f"faults to try a run with, as KIND@PLACE:N,...; kinds: {', '.join(KINDS)}; places: {', '.join(PLACES)}",
+        help=f"faults to inject, as KIND@PLACE:N,...; kinds: {', '.join(KINDS)}; places: {', '.join(PLACES)}",
     )
     parser.add_argument("--coordinator", metavar="HOST:PORT", help="several processes: where process 0 runs, or auto")
     parser.add_argument("--processes", type=int, metavar="N", help="several processes: how many")
@@ -66,9 +66,9 @@ def main(argv: list[str] | None = None) -> int:
         "--topology", help="preflight: v5e:16x16, v5p:4x4x4, 2xv6e:8x8 (slices), h200:2x8 (nodes x GPUs), cpu"
     )
     parser.add_argument("--tokens", type=float, help="preflight: a budget of tokens; default what the config trains on")
-    parser.add_argument("--price", type=float, help="preflight: of an hour of one chip, in any currency")
-    parser.add_argument("--json", metavar="FILE", help="preflight: write the report there, too")
-    parser.add_argument("--list", action="store_true", help="list the files in configs/, and end")
+    parser.add_argument("--price", type=float, help="preflight: the price of one chip-hour, in any currency")
+    parser.add_argument("--json", metavar="FILE", help="preflight: also write the report to FILE")
+    parser.add_argument("--list", action="store_true", help="list the files in configs/, and exit")
     options = parser.parse_args(arguments)
     if options.list:
         say(list_configs())
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _check_mode(options: argparse.Namespace) -> None:
-    """Refuses flags of another mode: they would be ignored."""
+    """Refuses flags of another mode, which would be ignored."""
     if options.step is not None and options.mode != "evaluate":
         raise UserError("--step belongs to --mode=evaluate; training continues from the newest step")
     if options.mode == "preflight":
@@ -111,7 +111,9 @@ def _check_mode(options: argparse.Namespace) -> None:
 
 
 def evaluate(options: argparse.Namespace, overrides: list[str]) -> int:
-    """Prints what a model is judged by, as JSON: a run by its own config, unless --config is of another stage."""
+    """Prints the measures of a model as JSON. A run is evaluated by its own config unless --config is of another
+    stage.
+    """
     if distributed.find_cluster(options.coordinator, options.processes, options.process, os.environ) is not None:
         raise UserError("--mode=evaluate runs in one process; leave --coordinator and its like out")
     config = load_config(options.config, overrides) if options.config is not None else None
@@ -133,12 +135,14 @@ def evaluate(options: argparse.Namespace, overrides: list[str]) -> int:
 
 
 def _own_config(workdir: Path, overrides: list[str]) -> Config | None:
-    """The config of the run in `workdir`, with overrides; None for an export, or where there is nothing."""
+    """The config of the run in `workdir`, with overrides; None for an export, or when there is nothing."""
     return load_config(str(workdir / "config.json"), overrides) if (workdir / "run.json").exists() else None
 
 
 def preflight(config: Config, options: argparse.Namespace) -> int:
-    """Prints the table, writes the JSON. Raises CheckFailed where the config does not fit the devices."""
+    """Prints the report as a table, and writes it as JSON with --json. Raises CheckFailed when the config does not fit
+    the devices.
+    """
     from smallcoder_jax import run
     from smallcoder_jax.preflight.show import table
 
@@ -156,8 +160,8 @@ def preflight(config: Config, options: argparse.Namespace) -> int:
 
 
 def list_configs() -> str:
-    """A table of the project's config files, variants and then stages: name, true parameter count, context and data.
-    Imports no model.
+    """A table of the project's config files, first variants, then stages: name, exact parameter count, context and
+    data. Imports no model.
     """
     from smallcoder_jax.base.terminal import format_table
     from smallcoder_jax.configfile import config_files, config_folder, read_config_file

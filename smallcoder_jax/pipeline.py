@@ -1,8 +1,8 @@
-"""Stages in a row: each begins with the model of the one before, all with one tokenizer; a ledger says what is done.
+"""Trains a chain of stages. Each starts from the model of the previous one, and all share one tokenizer.
 
 WORKDIR/tokenizer/         the tokenizer of all stages
-WORKDIR/STAGE/             a run folder each
-WORKDIR/stages.json        the ledger: by stage, what it was made from, how long it took, its measures
+WORKDIR/STAGE/             the run folder of each stage
+WORKDIR/stages.json        the ledger of finished stages: for each, a key of its inputs, its duration and its measures
 WORKDIR/stages.html        the table and the charts of all stages
 """
 
@@ -30,14 +30,15 @@ from smallcoder_jax.stages import sft
 from smallcoder_jax.tokenizers import chat
 
 CONFIGS = PROJECT / "configs"
-# In their order; each but the first is a file in configs/stages/, which says what judges it.
+# In the order of training. Each stage but the first has a file in configs/stages/, which names its measures.
 STAGES = ("tokenizer", "language", "code", "tools", "reward", "dpo", "ppo", "grpo", "distill")
-ERRORS = 2  # standard errors: a difference below that is taken for noise
+ERRORS = 2  # standard errors; a smaller difference is taken for noise
 
 
 class Change(NamedTuple):
-    """Of a measure. `before` is None where there was no model; `standard_error` is that of the difference, where it is
-    known."""
+    """The values of a measure before and after a stage. `before` is None when there was no model before.
+    `standard_error` is the standard error of the difference, where it is known.
+    """
 
     before: float | None
     after: float
@@ -45,7 +46,7 @@ class Change(NamedTuple):
 
 
 def fault(measure: Measure, change: Change) -> str | None:
-    """What does not hold, in words; None where all does."""
+    """The requirement of `measure` that `change` does not meet, in words; None when all are met."""
     before, after, error = change
     found = f"{measure.name} was {before}, is {after:.4g}"
     if measure.least is not None and not after >= measure.least:
@@ -62,7 +63,7 @@ def fault(measure: Measure, change: Change) -> str | None:
 
 @dataclasses.dataclass(frozen=True)
 class Planned:
-    """A stage with its config, its start and what else it needs filled in."""
+    """A stage and its config, in which the start and other models that it needs are filled in."""
 
     stage: str
     folder: Path
@@ -75,7 +76,7 @@ class Planned:
 
 @dataclasses.dataclass(frozen=True)
 class Done:
-    """A stage that has ended, and what it changed, by measure."""
+    """A finished stage, its duration and how each measure changed."""
 
     stage: str
     seconds: float
@@ -83,8 +84,8 @@ class Done:
 
 
 def plan(variant: str, stages: Sequence[str], workdir: Path, overrides: Sequence[str]) -> list[Planned]:
-    """The stages that train a model, in their order. Raises UserError for one that is not known, stands before what it
-    needs, or whose config is wrong.
+    """The stages that train a model, in order. Raises UserError for an unknown stage, for a stage that comes before one
+    that it needs, and for a wrong config.
     """
     for stage in stages:
         if stage not in STAGES:
@@ -101,15 +102,15 @@ def plan(variant: str, stages: Sequence[str], workdir: Path, overrides: Sequence
 
 
 def _models_before(kind: StageKind, stage: str, planned: Sequence[Planned]) -> list[str]:
-    """The flags that name the models which a stage needs, of those planned before it."""
+    """The flags that name the models that a stage needs, chosen among the stages planned before it."""
     policies = [each for each in planned if each.config.stage.kind.policy]
-    drawn = [each for each in policies if not each.config.stage.kind.needs]
+    pretrained = [each for each in policies if not each.config.stage.kind.needs]
     judges = [each for each in planned if each.config.stage.kind.head]
     flags = []
     if "teacher" in kind.needs:
         if not policies:
             raise UserError(f"--stages: {stage} needs a teacher: a stage before it that trains a model")
-        flags.append(f"--config.distill.teacher={(drawn or policies)[-1].folder}")
+        flags.append(f"--config.distill.teacher={(pretrained or policies)[-1].folder}")
     elif policies:
         flags.append(f"--config.stage.start={policies[-1].folder}")
     if "reward_model" in kind.needs:
@@ -120,28 +121,28 @@ def _models_before(kind: StageKind, stage: str, planned: Sequence[Planned]) -> l
 
 
 def ensure_tokenizer(planned: Sequence[Planned], folder: Path, progress: Progress) -> None:
-    """Trains the tokenizer of all stages on the documents and conversations that they read, unless it is there."""
+    """Trains the tokenizer of all stages on the documents and conversations that they read, unless it exists."""
     if folder.is_dir():
         return
     first = planned[0].config
-    drawn = [each for each in planned if not each.config.stage.kind.needs]
-    sources = list(dict.fromkeys(each.config.data.sources for each in drawn))
+    pretraining = [each for each in planned if not each.config.stage.kind.needs]
+    sources = list(dict.fromkeys(each.config.data.sources for each in pretraining))
     if not sources:
         raise UserError("--stages: the tokenizer is trained on what language or code read; name one of them")
     data = dataclasses.replace(first.data, sources=",".join(sources))
-    said = [
+    conversations = [
         chat.render(record.conversation)
         for each in planned
         if each.config.stage.kind.reads == "conversations"
         for record in sft.prepare(each.config, progress).read("train")
     ]
-    tokenizer, _ = make_tokenizer(data, first.model.vocab_size, first.tokenizer.train_bytes, progress, said)
+    tokenizer, _ = make_tokenizer(data, first.model.vocab_size, first.tokenizer.train_bytes, progress, conversations)
     with new_folder(folder) as temporary:
         tokenizer.save(temporary)
 
 
 def run_stage(each: Planned, workdir: Path) -> Done | None:
-    """Trains a stage, or finds in the ledger that it is done; None where a signal came before its end."""
+    """Trains a stage unless the ledger says that it is done. Returns None when a signal interrupted it."""
     ledger = workdir / "stages.json"
     entries = read_json(ledger, "the ledger of stages") if ledger.exists() else {}
     names = [(measure.name, measure.error) for measure in each.measures]
@@ -162,12 +163,12 @@ def run_stage(each: Planned, workdir: Path) -> Done | None:
 
 
 def runs_of(planned: Sequence[Planned]) -> list[Path]:
-    """Every run folder that a chain makes, in its order."""
-    return [folder for each in planned for folder in (each.folder, *_beside(each))]
+    """Every run folder that a chain makes, in order."""
+    return [folder for each in planned for folder in (each.folder, *_baselines(each))]
 
 
-def _beside(each: Planned) -> list[Path]:
-    """The run that a stage is judged beside: of a student, the same model that had no teacher."""
+def _baselines(each: Planned) -> list[Path]:
+    """The run that a stage is compared with: for a student, the same model trained without a teacher."""
     return [each.folder.with_name(f"{each.folder.name}_alone")] if "teacher" in each.config.stage.kind.needs else []
 
 
@@ -181,12 +182,12 @@ def write_report(workdir: Path, variant: str, done: Sequence[Done]) -> Path:
 
 
 def table_rows(done: Sequence[Done]) -> list[tuple[str, str, Change]]:
-    """Stage, measure, and its change."""
+    """The rows of the table: stage, measure, and its change."""
     return [(each.stage, name.replace("_", " "), change) for each in done for name, change in each.measures.items()]
 
 
 def failures(planned: Sequence[Planned], done: Sequence[Done]) -> list[str]:
-    """The measures that did not get better, or not as good as is wanted, in words."""
+    """Descriptions of the measures that did not improve, or are not as good as required."""
     measures = {each.stage: each.measures for each in planned}
     found = [
         (each.stage, fault(measure, each.measures[measure.name])) for each in done for measure in measures[each.stage]
@@ -195,18 +196,18 @@ def failures(planned: Sequence[Planned], done: Sequence[Done]) -> list[str]:
 
 
 def _made_from(config: Config) -> list[Any]:
-    """The hashes of the models that a stage begins with or learns from."""
+    """The hashes of the models that a stage starts from or learns from."""
     paths = (config.stage.start, config.distill.teacher, config.rl.reward_model)
     return [loading.origin(Path(path))["hash"] for path in paths if path]
 
 
 def _measures(each: Planned) -> dict[str, Change] | None:
-    """Before and after, by the stage's own evaluations; None where a signal came first."""
+    """The measures before and after a stage, from the stage's own evaluations; None when a signal came first."""
     config = each.config
     before, after = _logged(each.folder)
-    if not all(measure.name in after for measure in each.measures):  # they take an evaluation of their own
+    if not all(measure.name in after for measure in each.measures):  # a measure that training does not log
         before, after = [run.evaluate_run(Path(path), config) for path in (config.stage.start, each.folder)]
-    for folder in _beside(each):
+    for folder in _baselines(each):
         alone = dataclasses.replace(config, distill=dataclasses.replace(config.distill, alpha=1.0))
         if run.train(alone, folder).interrupted:
             return None
@@ -218,7 +219,7 @@ def _measures(each: Planned) -> dict[str, Change] | None:
 
 
 def _logged(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The evaluation before the first step, where there was one, and the best one."""
+    """The logged evaluation before the first step (empty when there was none) and the best one."""
     _, rows = read_csv(RunFolder(folder).eval_log_csv)
     first = [row for row in rows if row["step"] == 0]
     return first[0] if first else {}, min(rows, key=lambda row: row["loss"])

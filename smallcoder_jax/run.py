@@ -46,7 +46,7 @@ _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACC
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A finished or interrupted run: its folder, and what it reached."""
+    """A finished or interrupted run: its folder, last step and results."""
 
     folder: Path
     step: int
@@ -58,14 +58,16 @@ class Run:
 def train(config: Config, workdir: Path, *, faults: Faults = NONE, allow_changed: tuple[str, ...] = ()) -> Run:
     """Trains `config` in `workdir`, or continues the run that is there.
 
-    `faults` are tried on it (`--inject`). `allow_changed` names the parts of the run's identity that may differ from
-    what is recorded. Raises UserError when the data cannot be had, or when `workdir` cannot be written, is in use or
-    holds another run; Interrupted when SIGTERM comes before there is anything to save; Diverged.
+    `faults` are injected into the run (`--inject`). `allow_changed` names the parts of the run's identity that may
+    differ from the recorded ones.
+
+    Raises UserError when the data cannot be obtained, or when `workdir` is not writable, is in use or holds another
+    run. Raises Interrupted when SIGTERM arrives before there is anything to save, and Diverged when training diverges.
     """
     configure_jax()
     folder = RunFolder(workdir)
     with contextlib.ExitStack() as stack:
-        # First: preparing data can take hours.
+        # Checked first, because preparing data can take hours.
         folder.check_shared(distributed.from_first(lambda: stack.enter_context(folder.locked())))
         output = sys.stderr if distributed.is_first() else stack.enter_context(open(os.devnull, "w"))
         stack.enter_context(disk_explained(workdir))
@@ -83,11 +85,11 @@ def train(config: Config, workdir: Path, *, faults: Faults = NONE, allow_changed
 
 
 def evaluate_run(workdir: Path, config: Config, step: str | None = None) -> dict[str, Any]:
-    """What the stage of `config` is judged by, of a run or an export, on held-out data (`measure` of its file), and the
-    step; a run keeps it as a line of `evaluations.jsonl`, too.
+    """The measures of the stage of `config` for a run or an export on held-out data, and the step.
 
-    Raises UserError when the config's data or row length do not fit the model, CheckFailed where the model or a measure
-    is not finite.
+    The measures come from `measure` of the stage's module. For a run, the result is also appended to
+    `evaluations.jsonl`. Raises UserError when the config's data or row length do not fit the model, and CheckFailed
+    when the model or a measure is not finite.
     """
     configure_jax()
     loaded, progress, folder = loading.load(workdir, step=step), Progress(sys.stderr), RunFolder(workdir)
@@ -106,8 +108,11 @@ def evaluate_run(workdir: Path, config: Config, step: str | None = None) -> dict
 
 
 def _at_hand(config: Config, folder: RunFolder, meta: Mapping[str, Any], run: Mapping[str, Any]) -> Config:
-    """The config with its data and the models that it refers to as they are from here, as far as they are found: a run
-    may have been moved since, with or without them. `meta` is the meta.json of its checkpoint, `run` its run.json."""
+    """The config with the current paths of its data and of the models that it refers to.
+
+    The run may have been moved since it recorded them, with or without its data and models. Paths that cannot be found
+    stay as they are. `meta` is the meta.json of the checkpoint, and `run` is the content of run.json.
+    """
     identity = meta["identity"]
     if config.data.dir == meta["config"]["data"]["dir"] and not Path(config.data.dir).expanduser().is_dir():
         places = [place for place in data_folders(folder, config, run) if place.is_dir()]
@@ -123,16 +128,16 @@ def _at_hand(config: Config, folder: RunFolder, meta: Mapping[str, Any], run: Ma
         recorded = getattr(values, name)
         if not recorded or wanted is None:
             continue
-        with contextlib.suppress(UserError):  # what needs it says that it is not there
+        with contextlib.suppress(UserError):  # the code that needs the model reports that it is missing
             found = loading.find_model(folder.path, recorded, wanted, None, f"{section}.{name}={recorded}")
             config = dataclasses.replace(config, **{section: dataclasses.replace(values, **{name: str(found)})})
     return config
 
 
 def reevaluate(config: Config, step_folder: Path, meta: dict[str, Any]) -> float:
-    """The held-out loss of a checkpoint by its stage, with data made anew (see `evaluate.verify`).
+    """The held-out loss of a checkpoint under its stage, on data that is prepared again (see `evaluate.verify`).
 
-    Raises UserError where the run would have another identity now than the checkpoint has.
+    Raises UserError when the identity of the run would now differ from the checkpoint's.
     """
     configure_jax()
     folder = RunFolder(step_folder.parents[1])
@@ -146,7 +151,7 @@ def reevaluate(config: Config, step_folder: Path, meta: dict[str, Any]) -> float
     parts = {**jax.device_put(task.frozen, program.frozen_shardings), **params}
     evaluation = on_this_device(config.compute, task.loss_fn, parts, rows=eval_rows(config), limit=config.eval.batches)
     found = task.evaluate(dataclasses.replace(evaluation, loss_alone=True))
-    assert found is not None  # nobody stops it
+    assert found is not None  # None means that a stop was requested, which cannot happen here
     return found["loss"]
 
 
@@ -157,14 +162,15 @@ def _make_task(config: Config, progress: Progress) -> Task:
 
 
 def _stage(config: Config) -> Any:
-    """The file of the config's stage, imported when it is wanted: no stage needs another."""
+    """The module of the config's stage. It is imported on demand, because no stage needs another."""
     return importlib.import_module(f"smallcoder_jax.stages.{config.stage.name}")
 
 
 def preflight(config: Config, topology: str, tokens: float | None = None, price: float | None = None) -> Report:
-    """What training `config` on a topology takes (see `preflight.examine`); nothing of it needs to be here, nor data.
+    """The resources that training `config` on a topology takes (see `preflight.examine`).
 
-    Raises UserError on a topology that is not known, and where its compiler is not installed.
+    Neither the devices nor the data need to be available. Raises UserError for an unknown topology, and when its
+    compiler is not installed.
     """
     if not config.stage.kind.next_token:
         known = " and ".join(name for name, kind in KINDS.items() if kind.next_token)
@@ -174,7 +180,7 @@ def preflight(config: Config, topology: str, tokens: float | None = None, price:
 
 @contextlib.contextmanager
 def disk_explained(workdir: Path) -> Iterator[None]:
-    """Turns a disk's want of space, of inodes or of rights in the body into a UserError that names the file."""
+    """Turns a lack of disk space, inodes or permissions in the body into a UserError that names the file."""
     try:
         yield
     except OSError as error:
@@ -188,8 +194,8 @@ def disk_explained(workdir: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def memory_explained(config: Config) -> Iterator[None]:
-    """Turns a device's want of memory in the body into a UserError: the preflight of the same step on these devices,
-    and the nearest setting that fits.
+    """Turns running out of device memory in the body into a UserError. Its message has the preflight report of the same
+    step on these devices, and the nearest setting that fits.
     """
     try:
         yield
@@ -202,14 +208,19 @@ def memory_explained(config: Config) -> Iterator[None]:
         if report.remedy:
             advice = f"nearest setting that fits: {' '.join(report.remedy)}"
         elif report.memory.fits:
-            advice = "by this the step fits: another program may hold memory, or evaluation or samples may need more"
+            advice = (
+                "by this estimate the step fits: another program may hold memory, or evaluation or samples may need "
+                "more"
+            )
         else:
             advice = "nothing that was tried fits; take more devices or a smaller model"
         raise UserError(f"out of memory: {error}\n\n{table(report)}\n\n{advice}") from error
 
 
 def _results(config: Config, outcome: Outcome, references: dict[str, float]) -> dict[str, Any]:
-    """The results of `write_report`. The model was evaluated on a part of what the compressors were given: both say."""
+    """The `results` for `write_report`. The model was evaluated on only a part of the text that the compressors were
+    given, so the names of both results say which text they cover.
+    """
     return {
         "steps": outcome.step,
         "tokens seen": human_count(outcome.tokens_seen),
@@ -241,7 +252,7 @@ def _say_end(config: Config, folder: RunFolder, outcome: Outcome, terminal: Term
 
 
 def next_commands(config: Config, path: Path) -> list[str]:
-    """What can be done with a run, as commands to type: none of them would refuse it."""
+    """Commands that can be run next on a run. Only commands that accept this run are listed."""
     quoted = shlex.quote(str(path))
     try:
         exportable = not config.stage.kind.head and bool(published(config.model).model_type(config.model))

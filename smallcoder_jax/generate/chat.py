@@ -1,4 +1,4 @@
-"""The assistant's next turn of a conversation: whole, or piece by piece as it is written."""
+"""The assistant's next turn of a conversation, as a whole or streamed in pieces."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from smallcoder_jax.tokenizers.chat_wire import calls_to_wire
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """What the assistant answered: `content`, and the functions that it `calls`; nothing is executed.
+    """The assistant's answer: its `content`, and the functions that it `calls`. Nothing is executed.
 
-    `content` ends before a stop string and holds no special pieces. `errors`: what is wrong with the calls; one that
-    could not be read at all is not among `calls`. `finish_reason` is as in `Completion`. `dropped_prompt_tokens`: of
-    the oldest turns, which did not fit into the model's context.
+    `content` ends before a stop string and holds no special pieces. `errors` describes what is wrong with the calls; a
+    call that could not be parsed is not in `calls`. `finish_reason` is as in `Completion`. `dropped_prompt_tokens` is
+    the number of tokens of the oldest turns, which were dropped because they did not fit into the model's context.
     """
 
     content: str
@@ -35,19 +35,20 @@ class Reply:
 
     @property
     def message(self) -> Message:
-        """The turn, as a conversation goes on with it."""
+        """The turn as a message, with which the conversation can be continued."""
         return Message("assistant", self.content, self.calls)
 
     def to_wire(self) -> dict[str, Any]:
-        """The turn in the shape of OpenAI's API, to be appended to `messages`."""
+        """The turn in the format of OpenAI's API, to be appended to `messages`."""
         wire: dict[str, Any] = {"role": "assistant", "content": self.content}
         return {**wire, "tool_calls": calls_to_wire(self.calls, first=0)} if self.calls else wire
 
 
 class ReplyStream:
-    """A turn as it is written. Iterating gives the content in pieces of whole characters; `reply` reads what is left.
+    """A turn that is being generated.
 
-    Raises UserError, when it is made, for a conversation that does not fit, and for more than one sample.
+    Iterating yields the content in pieces of whole characters. `reply` consumes the remaining pieces and returns the
+    turn. The constructor raises UserError for a conversation that does not fit, and for more than one sample.
     """
 
     def __init__(self, generator: Generator, conversation: Conversation, options: SamplingOptions):
@@ -62,7 +63,7 @@ class ReplyStream:
         return self._pieces
 
     def reply(self) -> Reply:
-        """The whole turn. Raises UserError where reading it was broken off."""
+        """The whole turn. Raises UserError when generating it was interrupted."""
         collections.deque(self._pieces, maxlen=0)
         if self._reply is None:
             raise UserError("this answer was broken off while it was read; ask for another one")
@@ -82,13 +83,14 @@ class ReplyStream:
 
 
 def call_lines(calls: Sequence[ToolCall]) -> str:
-    """Calls to be read by people, one a line: the name, and the arguments as JSON."""
+    """The calls as text for people, one per line: the name, and the arguments as JSON."""
     return "".join(f"{call.name} {json.dumps(call.arguments, ensure_ascii=False)}\n" for call in calls)
 
 
 def check_tools(tools: Sequence[Mapping[str, Any]]) -> None:
     """Raises UserError, naming the place, for functions of the same name, and for a schema whose keywords have values
-    by which no call can be checked."""
+    that are not valid JSON schema.
+    """
     names = [tool["function"]["name"] for tool in tools]
     for index, tool in enumerate(tools):
         if names.index(names[index]) != index:
@@ -114,7 +116,7 @@ def _check_schema(schema: Any, where: str) -> None:
 def reply_of(
     completion: Completion, tokenizer: Tokenizer, conversation: Conversation, options: SamplingOptions
 ) -> Reply:
-    """The turn that a completion of `Generator.chat_prompt` is."""
+    """Parses a completion of `Generator.chat_prompt` as a turn."""
     reader = _Reader(tokenizer, conversation, options)
     for token in completion.token_ids:
         reader.push(token)
@@ -122,20 +124,20 @@ def reply_of(
 
 
 class _Reader:
-    """Ids to content, of which nothing belongs to a stop string, and to calls."""
+    """Parses ids into content, which ends before a stop string, and calls."""
 
     def __init__(self, tokenizer: Tokenizer, conversation: Conversation, options: SamplingOptions):
         self._parser = MessageParser(tokenizer, conversation.tools)
         self._stop = TextStream(options.stop)
-        self._parsed = 0  # characters that the parser gave
+        self._parsed = 0  # characters of content that the parser has returned
         self._content = ""
 
     def push(self, token: int) -> str:
-        """The content that is certain after this id."""
+        """The new content that is final after this id."""
         return self._add(self._parser.feed([token]))
 
     def finish(self, completion: Completion) -> tuple[Reply, str]:
-        """The turn, and the rest of its content."""
+        """The turn, and the content that `push` has not returned."""
         parsed = self._parser.finish()
         rest = self._add(parsed.message.content[self._parsed :])
         self._content += (end := self._stop.finish())

@@ -1,4 +1,4 @@
-"""Prompts in, completions out: batching, the run-ahead loop and the host's side of stopping.
+"""Generates completions of prompts: batching, dispatching steps ahead, and stopping rows on the host.
 
 Shapes: U different prompts, B rows, P prompt columns, V vocabulary.
 """
@@ -33,13 +33,13 @@ FinishReason = Literal["stop", "length"]
 
 @dataclasses.dataclass(frozen=True)
 class Completion:
-    """What a model wrote after a prompt.
+    """The continuation of a prompt by a model.
 
-    `text` ends before a stop string and holds no special pieces. `token_ids` are all tokens produced, the ending one
-    included, and `logprobs` their natural log-probabilities under the model itself; neither is in the `repr`.
-    `finish_reason` is "stop" after an ending token or a stop string, "length" after `max_tokens`. `tokens_per_second`
-    is the decoding rate of this completion: its tokens after the first over the time from the first to the last; 0
-    where there is only one.
+    `text` ends before a stop string and holds no special pieces. `token_ids` are all generated tokens, including the
+    end token, and `logprobs` are their natural log-probabilities under the model itself. The `repr` omits both.
+    `finish_reason` is "stop" after an end token or a stop string, and "length" after `max_tokens`. `tokens_per_second`
+    is the decoding rate of this completion: the number of tokens after the first, divided by the time from the first to
+    the last token; 0 when there is only one token.
     """
 
     prompt: str
@@ -53,10 +53,10 @@ class Completion:
 
 
 class Generator:
-    """A model ready to complete text.
+    """Generates text with a model.
 
-    Takes the unrolled parameters and keeps no copy of them. Cheap to make: compiled functions are shared by all
-    generators of the same shapes, so a training loop makes one from the current parameters whenever it wants samples.
+    Takes the unrolled parameters and keeps no copy of them. Cheap to create, because all generators of the same shapes
+    share their compiled functions: a training loop creates one from the current parameters whenever it needs samples.
     """
 
     def __init__(self, model: ModelConfig, compute: ComputeConfig, params: Params, tokenizer: Tokenizer):
@@ -67,7 +67,7 @@ class Generator:
             )
         self.model, self.tokenizer = model, tokenizer
         self._compute = dataclasses.replace(compute, layers="unroll", remat="none")
-        self._params = jax.tree.map(jnp.asarray, params)  # arrays of devices stay where they are, host arrays move once
+        self._params = jax.tree.map(jnp.asarray, params)  # moves host arrays once; device arrays stay
         self._place = _replicated_like(self._params)
         self._end_ids = frozenset(end_ids(tokenizer))
         self._vocabulary = _vocabulary_of(tokenizer, self._end_ids, model.vocab_size, self._place)
@@ -75,11 +75,11 @@ class Generator:
     def generate(
         self, prompts: abc.Sequence[str | abc.Sequence[int] | Prompt], options: SamplingOptions, batch_size: int = 8
     ) -> list[Completion]:
-        """Completions of every prompt, `options.num_samples` of the first, then of the second, and so on.
+        """`options.num_samples` completions of each prompt, in the order of the prompts.
 
-        Text gets a BOS in front; ids are taken as they are. `batch_size` rows are decoded at a time, those of similar
-        length together; a prompt that several of them share is read once. The same seed, prompt and sample number give
-        the same text in any batch. Raises UserError on a prompt that does not fit.
+        A text prompt gets a BOS in front, and ids are used as they are. `batch_size` rows, of similar length, are
+        decoded at a time, and a prompt that several of them share is read once. The same seed, prompt and sample number
+        give the same text in every batch. Raises UserError for a prompt that does not fit.
         """
         if batch_size < 1:
             raise UserError(f"{batch_size=} must be at least 1")
@@ -92,13 +92,13 @@ class Generator:
         return [row.completion() for row in rows]
 
     def generate_fim(self, prefix: str, suffix: str, options: SamplingOptions) -> list[Completion]:
-        """What goes between `prefix` and `suffix`. Raises UserError where the tokenizer has no FIM pieces."""
+        """Completions for the gap between `prefix` and `suffix`. Raises UserError when the tokenizer has no FIM pieces."""
         return self.generate([self.fim_prompt(prefix, suffix, options)], options)
 
     def stream(
         self, prompt: str | abc.Sequence[int] | Prompt, options: SamplingOptions
     ) -> abc.Generator[str, None, Completion]:
-        """The text of one completion in pieces of whole characters, as it is written; returns the completion."""
+        """Yields the text of one completion, in whole characters, as it is generated. Returns the completion."""
         row = self._one_row(prompt, options)
         for pieces in self._run([row], options, 1):
             if pieces[0]:
@@ -106,7 +106,7 @@ class Generator:
         return row.completion()
 
     def stream_ids(self, prompt: Prompt, options: SamplingOptions) -> abc.Generator[int, None, Completion]:
-        """The ids of one completion as they are written, the ending one included; returns the completion."""
+        """Yields the ids of one completion as they are generated, including the end token. Returns the completion."""
         row = self._one_row(prompt, options)
         for _ in self._run([row], options, 1):
             yield row.token_ids[-1]
@@ -117,7 +117,7 @@ class Generator:
         return prompting.next_turn(self.tokenizer, conversation, self._room(options))
 
     def fim_prompt(self, prefix: str, suffix: str, options: SamplingOptions) -> Prompt:
-        """The prompt that asks for the middle, for `generate` and `stream`."""
+        """The prompt that asks for the text between `prefix` and `suffix`, for `generate` and `stream`."""
         return prompting.fill_in_middle(self.tokenizer, prefix, suffix, self._room(options))
 
     def _one_row(self, prompt: str | abc.Sequence[int] | Prompt, options: SamplingOptions) -> _Row:
@@ -136,12 +136,12 @@ class Generator:
         return Room(self.model.context, options.max_tokens, options.truncate_prompt)
 
     def _run(self, rows: list[_Row], options: SamplingOptions, batch_size: int) -> abc.Iterator[list[str]]:
-        """Decodes rows to their ends; yields each row's new text, step by step."""
+        """Decodes rows until all are finished; yields the new text of each row after every step."""
         for tokens_B, logprobs_B in self._steps(rows, options, batch_size):
             now = time.perf_counter()
             yield [
                 "" if row.finish_reason else row.accept(int(token), float(logprob), now, self._bytes_of(int(token)))
-                for row, token, logprob in zip(rows, tokens_B, logprobs_B, strict=False)  # the batch's rest is padding
+                for row, token, logprob in zip(rows, tokens_B, logprobs_B, strict=False)  # the other rows are padding
             ]
             if all(row.finish_reason for row in rows):
                 return
@@ -149,8 +149,8 @@ class Generator:
     def _steps(
         self, rows: list[_Row], options: SamplingOptions, batch_size: int
     ) -> abc.Iterator[tuple[np.ndarray, np.ndarray]]:
-        """The tokens and log-probabilities of every step. A step is dispatched before the one before it is read, so
-        that the device never waits for the host.
+        """The tokens and log-probabilities of every step. Each step is dispatched before the results of the previous
+        one are read, so that the device never waits for the host.
         """
         size = min(power_of_two(len(rows)), batch_size)
         width = min(bucket(max(len(row.prompt.ids) for row in rows) - 1), self.model.context)
@@ -166,12 +166,12 @@ class Generator:
         yield jax.device_get(produced)
 
     def _bytes_of(self, token: int) -> bytes | None:
-        """The bytes of a token; None for one that ends the row."""
+        """The bytes of a token; None for an end token."""
         return None if token in self._end_ids else self.tokenizer.token_bytes[token]
 
 
 class _Row:
-    """The host's record of one completion in the making."""
+    """The host's state of one completion that is being generated."""
 
     def __init__(self, prompt: Prompt, sample: int, options: SamplingOptions):
         self.prompt, self.sample, self.seed = prompt, sample, options.seed
@@ -181,10 +181,10 @@ class _Row:
         self._text = ""
         self.token_ids: list[int] = []
         self._logprobs: list[float] = []
-        self._first = self._last = 0.0  # seconds, when the first and the last token arrived
+        self._first = self._last = 0.0  # times in seconds at which the first and the last token arrived
 
     def accept(self, token: int, logprob: float, now: float, token_bytes: bytes | None) -> str:
-        """Takes the next token; returns the text that it makes certain."""
+        """Adds the next token; returns the text that is final with it."""
         if not math.isfinite(logprob):
             raise NotFinite(
                 f"the model's scores after {len(self.prompt.ids) + len(self.token_ids)} tokens are not finite "
@@ -204,7 +204,9 @@ class _Row:
         return piece
 
     def completion(self) -> Completion:
-        """The finished row. Its decoding rate counts from the first token: neither prompt nor compilation is in it."""
+        """The completion of the finished row. Its decoding rate starts at the first token, so it includes neither the
+        prefill nor compilation.
+        """
         seconds = self._last - self._first
         return Completion(
             prompt=self.prompt.text,
@@ -221,7 +223,7 @@ class _Row:
 def _vocabulary_of(
     tokenizer: Tokenizer, ends: abc.Set[int], vocab_size: int, place: jax.sharding.Sharding
 ) -> step.Vocabulary:
-    """Ids without text are never produced, unless they end a row or call a tool. On the device."""
+    """The vocabulary on the device. Ids without text are suppressed, unless they end a row or call a tool."""
     tool_ids = {tokenizer.specials[piece] for piece in TOOL_PIECES if piece in tokenizer.specials}
     suppressed_V = np.ones(vocab_size, bool)
     suppressed_V[: tokenizer.vocab_size] = [not piece for piece in tokenizer.token_bytes]
@@ -233,8 +235,9 @@ def _vocabulary_of(
 
 
 def _pack_rows(rows: list[_Row], size: int, width: int, pad_id: int, place: jax.sharding.Sharding) -> step.Prompts:
-    """The different prompts without their last tokens, on the right of `width` columns; rows up to `size`, the last of
-    them unused."""
+    """Packs the distinct prompts, without their last tokens, at the right of `width` columns, and `size` rows, of which
+    those after `rows` are unused.
+    """
     places = {ids: i for i, ids in enumerate(dict.fromkeys(row.prompt.ids for row in rows))}
     shape = (min(power_of_two(len(places)), size), width)
     tokens_UP, segment_ids_UP = np.full(shape, pad_id, np.int32), np.zeros(shape, np.int32)
@@ -253,7 +256,7 @@ def _pack_rows(rows: list[_Row], size: int, width: int, pad_id: int, place: jax.
 
 
 def _replicated_like(params: Params) -> jax.sharding.Sharding:
-    """Where small inputs go: beside the parameters, on every device of their mesh."""
+    """The sharding of small inputs: on the device of the parameters, or replicated over their mesh."""
     sharding = jax.tree.leaves(params)[0].sharding
     if isinstance(sharding, jax.sharding.NamedSharding):
         return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec())

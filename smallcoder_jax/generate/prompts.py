@@ -1,4 +1,4 @@
-"""Text to the ids that a model is asked to continue, within its context."""
+"""Converts text to the ids that a model is asked to continue, within the model's context."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from smallcoder_jax.tokenizers.chat import Conversation, encode, has_chat
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """What a model continues. `dropped`: how many of the prompt's tokens did not fit and were left out."""
+    """The ids that a model continues. `dropped` is the number of tokens that were left out because they did not fit."""
 
     text: str
     ids: tuple[int, ...]
@@ -23,7 +23,7 @@ class Prompt:
 
 @dataclasses.dataclass(frozen=True)
 class Room:
-    """How many tokens a prompt may have, and whether a longer one is cut or refused."""
+    """The number of tokens that a prompt may have, and whether a longer one is truncated or refused."""
 
     context: int
     max_tokens: int
@@ -45,12 +45,14 @@ class Room:
 
 
 def from_text(tokenizer: Tokenizer, text: str, room: Room) -> Prompt:
-    """BOS and the text. Cut, it is the last tokens that fit, as a later piece of a document is in training."""
+    """BOS and the text. Of a prompt that is too long, the last tokens that fit are kept, without BOS, like a later
+    piece of a document in training.
+    """
     return _keep_end([tokenizer.bos_id, *_encode(tokenizer, text)], text, room)
 
 
 def from_ids(tokenizer: Tokenizer, ids: Sequence[int], room: Room) -> Prompt:
-    """Ids as they are. Raises UserError for none, for one outside the vocabulary and for too many."""
+    """The ids as they are. Raises UserError when there are none or too many, or one is outside the vocabulary."""
     if isinstance(ids, Mapping) or (isinstance(ids, Sequence) and any(isinstance(i, Mapping) for i in ids)):
         raise UserError(
             "a prompt is text or a list of ids, and this is a message of a conversation; model.chat(messages) answers "
@@ -72,8 +74,8 @@ def from_ids(tokenizer: Tokenizer, ids: Sequence[int], room: Room) -> Prompt:
 def next_turn(tokenizer: Tokenizer, conversation: Conversation, room: Room) -> Prompt:
     """A conversation and the header of the assistant's next turn.
 
-    Cut, it loses its oldest exchanges, each whole: from one message of the user's to the next. A system message and the
-    functions on offer stay. Raises UserError for a conversation that cannot be one, and for a tokenizer without the
+    When it is too long, the oldest exchanges are dropped, each as a whole: from one user message up to the next. The
+    system message and the tools are kept. Raises UserError for an invalid conversation, and for a tokenizer without the
     pieces of turns.
     """
     if not has_chat(tokenizer):
@@ -104,9 +106,10 @@ def next_turn(tokenizer: Tokenizer, conversation: Conversation, room: Room) -> P
 
 
 def fill_in_middle(tokenizer: Tokenizer, prefix: str, suffix: str, room: Room) -> Prompt:
-    """Prefix-suffix-middle order (Bavarian et al., arXiv 2207.14255), from which the model writes the middle.
+    """A prompt in prefix-suffix-middle order (Bavarian et al., arXiv 2207.14255): the model writes the middle after it.
 
-    Cut, the tokens next to the gap stay: half of the room to each side, and what one side leaves to the other.
+    When it is too long, the tokens next to the gap are kept. Each side gets half of the room, and what one side does
+    not use goes to the other.
     """
     missing = [piece for piece in (FIM_PREFIX, FIM_SUFFIX, FIM_MIDDLE) if piece not in tokenizer.specials]
     if missing:

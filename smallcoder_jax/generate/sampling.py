@@ -1,4 +1,4 @@
-"""How the next token is chosen: the options, checked once, and the arithmetic on the device.
+"""Chooses the next token: the options, which are checked once, and the arithmetic on the device.
 
 Shapes: B rows, V vocabulary.
 """
@@ -19,11 +19,11 @@ from smallcoder_jax.base.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class SamplingOptions:
-    """What a caller may ask of a completion. Raises UserError on a value outside its range.
+    """The options of a completion. Raises UserError for a value outside its range.
 
-    Applied in this order: repetition penalty, temperature, top-k, top-p. `num_samples` completions are made of every
-    prompt. A text ends before the first of the `stop` strings. With `truncate_prompt` a prompt that leaves no room for
-    `max_tokens` in the model's context loses its start instead of being refused.
+    They are applied in this order: repetition penalty, temperature, top-k, top-p. Every prompt gets `num_samples`
+    completions. A text ends before the first occurrence of a `stop` string. With `truncate_prompt`, a prompt that
+    leaves no room for `max_tokens` in the model's context loses its start instead of being refused.
     """
 
     max_tokens: int = 200
@@ -66,7 +66,7 @@ def _is_text(stop: object) -> bool:
 
 
 class Settings(NamedTuple):
-    """The numbers among the options, one per row: data and not code, so that other values compile nothing."""
+    """The numeric options, one value per row. They are data, not code, so other values need no compilation."""
 
     temperature_B: Array
     top_k_B: Array
@@ -75,7 +75,7 @@ class Settings(NamedTuple):
 
 
 def settings_of(options: SamplingOptions, rows: int, place: jax.sharding.Sharding) -> Settings:
-    """The options for `rows` rows, on the device."""
+    """The numeric options for `rows` rows, on the device."""
     columns = (
         np.full(rows, options.temperature, np.float32),
         np.full(rows, options.top_k, np.int32),
@@ -86,21 +86,23 @@ def settings_of(options: SamplingOptions, rows: int, place: jax.sharding.Shardin
 
 
 def penalise(logits_BV: Array, seen_BV: Array, penalty_B: Array) -> Array:
-    """Scores of tokens that occurred, divided by the penalty where positive and multiplied where negative."""
+    """The logits with the repetition penalty: those of tokens that occurred are divided by it if positive, else
+    multiplied.
+    """
     penalty_B1 = penalty_B[:, None]
     punished_BV = jnp.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
     return jnp.where(seen_BV, punished_BV, logits_BV)
 
 
 def best(scores_BV: Array, weights_BV: Array, needed_B: Array) -> Array:
-    """The fewest best-scored entries of each row whose weights add up to `needed_B`: bool [B, V].
+    """A mask, bool [B, V], of the fewest best-scored entries of each row whose weights add up to `needed_B`.
 
-    Entries with the score of the last one kept are kept too; all are kept where the whole row is not enough. The
-    threshold is found by halving the range of float32 bit patterns, 32 sums over V: a sort of the vocabulary costs
-    more than a small model's forward pass.
+    Entries that tie with the last one kept are kept too. All are kept when the whole row does not reach `needed_B`. The
+    threshold is found by bisecting the range of float32 bit patterns, with 32 sums over V, because sorting the
+    vocabulary costs more than a small model's forward pass.
     """
     bits_BV = jax.lax.bitcast_convert_type(scores_BV, jnp.int32)
-    # As integers, negative floats run backwards; turned round, integer order is the order of the floats.
+    # Bit patterns of negative floats, read as integers, are in reverse order. Flipped, all are in the floats' order.
     order_BV = jnp.where(bits_BV < 0, bits_BV ^ 0x7FFFFFFF, bits_BV)
 
     def halve(_: Array, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
@@ -116,9 +118,9 @@ def best(scores_BV: Array, weights_BV: Array, needed_B: Array) -> Array:
 
 
 def probabilities(scores_BV: Array, settings: Settings) -> Array:
-    """What a sample is drawn from: softmax at the temperature, cut to the top-k and then to the top-p of it.
+    """The distribution to sample from: softmax at the temperature, restricted to the top-k and then to the top-p.
 
-    Rows with temperature 0 are computed at 1; the caller takes their best entry instead.
+    Rows with temperature 0 are computed at temperature 1. The caller takes their best entry instead of sampling.
     """
     temperature_B = jnp.where(settings.temperature_B > 0, settings.temperature_B, 1.0)
     scaled_BV = (scores_BV - scores_BV.max(axis=1, keepdims=True)) / temperature_B[:, None]
@@ -132,16 +134,16 @@ def probabilities(scores_BV: Array, settings: Settings) -> Array:
         in_top_p_BV = best(scaled_BV, jax.nn.softmax(scaled_BV, axis=1), settings.top_p_B)
         return jnp.where(in_top_p_BV | ~has_top_p_B[:, None], scaled_BV, -jnp.inf)
 
-    # What no row asks for costs nothing.
+    # A restriction that no row asks for is not computed.
     scaled_BV = jax.lax.cond(has_top_k_B.any(), cut_to_top_k, lambda scaled_BV: scaled_BV, scaled_BV)
     scaled_BV = jax.lax.cond(has_top_p_B.any(), cut_to_top_p, lambda scaled_BV: scaled_BV, scaled_BV)
     return jax.nn.softmax(scaled_BV, axis=1)
 
 
 def choose(logits_BV: Array, seen_BV: Array, suppressed_V: Array, settings: Settings, keys_B: Array) -> Array:
-    """The next token of every row, int32 [B]: the best one at temperature 0, else one drawn with the row's key.
+    """The next token of every row, int32 [B]: the best one at temperature 0, else one sampled with the row's key.
 
-    `seen_BV` marks tokens that the repetition penalty applies to; those of `suppressed_V` are never chosen.
+    `seen_BV` marks the tokens to which the repetition penalty applies. Tokens in `suppressed_V` are never chosen.
     """
     scores_BV = penalise(logits_BV, seen_BV, settings.repetition_penalty_B)
     scores_BV = jnp.where(suppressed_V[None, :], -jnp.inf, scores_BV)
@@ -151,7 +153,7 @@ def choose(logits_BV: Array, seen_BV: Array, suppressed_V: Array, settings: Sett
         probability_BV = probabilities(scores_BV, settings)
         cumulative_BV = jnp.cumsum(probability_BV, axis=1)
         point_B = jax.vmap(lambda key: jax.random.uniform(key))(keys_B) * cumulative_BV[:, -1]
-        # Parallel sums of float32 are not quite monotone: the second condition keeps what was cut from being drawn.
+        # Parallel float32 sums are not strictly monotone. The second condition excludes tokens of probability 0.
         drawn_B = jnp.argmax((cumulative_BV > point_B[:, None]) & (probability_BV > 0), axis=1).astype(jnp.int32)
         return jnp.where(settings.temperature_B > 0, drawn_B, greedy_B)
 

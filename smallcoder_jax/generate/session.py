@@ -1,4 +1,4 @@
-"""A model at a terminal: code that is completed, or a conversation, each as it is written."""
+"""An interactive terminal session with a model, which completes code or holds a conversation. Text is streamed."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ from smallcoder_jax.tokenizers.chat_parser import check_call
 
 _OPTIONS_HELP = """\
   /temp X       temperature, 0 is greedy
-  /topk N       choose among the N likeliest tokens, 0 is off
-  /topp X       choose among the likeliest tokens that add up to X, 1 is off
+  /topk N       choose among the N most probable tokens, 0 is off
+  /topp X       choose among the most probable tokens whose probabilities add up to X, 1 is off
   /max N        tokens per answer
-  /greedy       always the likeliest token
+  /greedy       always the most probable token
   /sample       back to sampling, at the last temperature
   /help         this text
-  /quit         the end, as Ctrl-D and Ctrl-C are; Ctrl-C during an answer stops only that
+  /quit         end the session, as Ctrl-D and Ctrl-C do; Ctrl-C during an answer stops only the answer
 """
 _CONTINUED = "A line that ends with \\ is continued on the next one."
 
-# Command to the option that it sets, and how its value is read.
+# Command -> the option that it sets, and the function that parses its value.
 SETTERS: dict[str, tuple[str, Callable[[str], Any]]] = {
     "/temp": ("temperature", float),
     "/topk": ("top_k", int),
     "/topp": ("top_p", float),
     "/max": ("max_tokens", int),
 }
-MOST_ROUNDS = 8  # of calls that are executed, before the user is asked again
+MOST_ROUNDS = 8  # of executed calls, before the user is asked again
 
 
 class Session:
-    """Completes code. Reads lines with `read` (which raises EOFError at the end, as `input` does); what the model
-    writes goes to `output`, everything else to `log`.
+    """Completes code.
 
-    Every answer has its own seed, counted up from that of `options`, so that the same prompt again gives another text
-    and the whole session can be repeated.
+    Lines are read with `read`, which raises EOFError at the end, as `input` does. The model's text goes to `output`,
+    everything else to `log`. Every answer has its own seed, counted up from `options.seed`, so that repeating a prompt
+    gives another text but the whole session can be reproduced.
     """
 
     commands: tuple[str, ...] = (*SETTERS, "/greedy", "/sample", "/help", "/quit")
-    help = f"Type the start of some code; the model goes on. {_CONTINUED}\n{_OPTIONS_HELP}"
+    help = f"Type the start of some code; the model continues it. {_CONTINUED}\n{_OPTIONS_HELP}"
 
     def __init__(
         self, generator: Generator, options: SamplingOptions, read: Callable[[str], str], output: TextIO, log: TextIO
@@ -58,7 +58,7 @@ class Session:
         self._sample_temperature = options.temperature or SamplingOptions.temperature
 
     def run(self) -> None:
-        """Serves until /quit, the end of the input or Ctrl-C."""
+        """Runs until /quit, the end of the input or Ctrl-C."""
         self._note("/help lists the commands")
         try:
             while (text := self._read_text("> ")) != "/quit":
@@ -108,7 +108,7 @@ class Session:
         self._stream(self._generator.stream(text, self.options))
 
     def _stream(self, pieces: Iterable[str]) -> tuple[str, bool]:
-        """Shows pieces as they come; returns the text, and whether it came to its end."""
+        """Shows pieces as they arrive; returns the text, and whether it is complete (not stopped by Ctrl-C)."""
         written: list[str] = []
         try:
             for piece in pieces:
@@ -127,18 +127,18 @@ class Session:
 
 
 class ChatSession(Session):
-    """Holds a conversation. `tools` are the functions on offer; `respond` executes a call that fits its schema, or is
-    None, and then the user types the response.
+    """Holds a conversation.
 
-    A turn becomes part of the conversation when it is over. What Ctrl-C left of an answer does, too; a turn that ended
-    in an error, or whose calls got no response, does not.
+    `tools` are the functions that the model may call. `respond` executes a call that fits its schema; if it is None,
+    the user types the response. A turn becomes part of the conversation when it is finished, and so does an answer that
+    Ctrl-C cut short. A turn that ended in an error, or whose calls got no response, does not.
     """
 
     commands = (*Session.commands, "/system", "/reset")
     help = f"""\
-Type what you have to say; the model answers. {_CONTINUED}
-A line that is to begin with / begins with a space before it.
-  /system TEXT  the system message; without a text, there is none
+Type a message; the model answers. {_CONTINUED}
+To send a line that begins with /, put a space before it.
+  /system TEXT  set the system message; without TEXT, remove it
   /reset        forget what was said; the system message stays
 {_OPTIONS_HELP}"""
 
@@ -154,14 +154,14 @@ A line that is to begin with / begins with a space before it.
         tools: Sequence[dict[str, Any]] = (),
         respond: Callable[[ToolCall], str] | None = None,
     ):
-        # Every conversation outgrows the context some day.
+        # A long conversation outgrows the context.
         super().__init__(generator, dataclasses.replace(options, truncate_prompt=True), read, output, log)
         self.system = system
         self.messages: tuple[Message, ...] = ()
         self._tools, self._respond = tuple(tools), respond
 
     def run(self) -> None:
-        """Serves as `Session` does. Raises UserError at once where no message could be answered."""
+        """Runs as `Session.run` does. Raises UserError at once when no message could be answered."""
         self._generator.chat_prompt(self._conversation([Message("user", "")]), self.options)
         super().run()
 

@@ -1,9 +1,9 @@
-"""What is compiled: one prefill per prompt length and one decode step per cache length.
+"""The compiled functions of generation: one prefill per prompt length and one decode step per cache length.
 
-Parameters, sampling settings and the tokenizer's special ids are arguments, so new values of them compile nothing.
-`place` is where everything but the parameters lives: their device, or every device of their mesh.
+Parameters, sampling settings and the tokenizer's special ids are arguments, so new values need no compilation. `place`
+is the sharding of everything but the parameters: their device, or replicated over their mesh.
 
-Shapes: U different prompts, B rows, P prompt columns, V vocabulary.
+Shapes: U distinct prompts, B rows, P prompt columns, V vocabulary.
 """
 
 from __future__ import annotations
@@ -23,16 +23,15 @@ from smallcoder_jax.models.family import Cache
 
 
 class Prompts(NamedTuple):
-    """Different prompts without their last tokens, padded on the left, and the rows that go on from them: the first
-    decode step reads the last ones.
+    """Distinct prompts without their last tokens, padded on the left, and the rows that continue them.
 
-    A row's random numbers come from its seed, a number made of its prompt, and which sample of it the row is: not
-    from where in a batch it stands. `unused_B` marks rows that only fill up the batch.
+    The first decode step reads the last tokens. A row's random numbers depend on its seed, a hash of its prompt and its
+    sample number, but not on its place in the batch. `unused_B` marks rows that only fill up the batch.
     """
 
     tokens_UP: Array  # int32
     segment_ids_UP: Array  # int32: 1, and 0 on padding
-    prompt_of_B: Array  # int32: a row's place among the prompts
+    prompt_of_B: Array  # int32: index of the row's prompt
     last_B: Array  # int32
     unused_B: Array  # bool
     seeds_B: Array  # uint32
@@ -41,15 +40,15 @@ class Prompts(NamedTuple):
 
 
 class Vocabulary(NamedTuple):
-    """What a tokenizer's ids mean to a model."""
+    """The properties of a tokenizer's ids that decoding needs."""
 
     suppressed_V: Array  # bool: never produced
-    ends_V: Array  # bool: a row that produced it is done
-    pad_id: Array  # int32: what a row that is done produces
+    ends_V: Array  # bool: finishes the row that produces it
+    pad_id: Array  # int32: what a finished row produces
 
 
 class State(NamedTuple):
-    """Everything that one step hands to the next; donated."""
+    """The state that one step passes to the next. It is donated."""
 
     cache: Cache
     positions_B: Array  # of the tokens that the next step reads
@@ -60,7 +59,7 @@ class State(NamedTuple):
 
 
 class Produced(NamedTuple):
-    """One token per row, and its log-probability under the model itself: before penalty, temperature and cuts."""
+    """One token per row, and its log-probability under the model itself, before penalty, temperature and cuts."""
 
     tokens_B: Array
     logprobs_B: Array
@@ -76,7 +75,7 @@ def prefill(
     place: jax.sharding.Sharding,
     length: int,
 ) -> State:
-    """Reads the prompts into a new cache of `length` columns, each once, however many rows go on from it."""
+    """Reads each prompt once into a new cache of `length` columns, even if several rows continue it."""
     module = bind(abstract_model(model, compute)[0], params)
     count, of_B = prompts.tokens_UP.shape[0], prompts.prompt_of_B
     positions_UP = jnp.maximum(jnp.cumsum(prompts.segment_ids_UP, axis=1) - 1, 0)
@@ -109,7 +108,7 @@ def decode(
     compute: ComputeConfig,
     place: jax.sharding.Sharding,
 ) -> tuple[State, Produced]:
-    """Reads one token per row and produces the next. Rows that are done read padding, which nothing sees."""
+    """Reads one token per row and produces the next. Finished rows read padding, which no token attends to."""
     module = bind(abstract_model(model, compute)[0], params)
     alive_B = jnp.logical_not(state.ended_B).astype(jnp.int32)
     hidden_B1D, cache = module.extend(tokens_B[:, None], state.positions_B[:, None], alive_B[:, None], state.cache)
@@ -129,7 +128,8 @@ def decode(
         keys_B=state.keys_B,
         count=state.count + 1,
     )
-    # Split as the compiler likes, a mesh's state would come out of prefill unlike out of decode: two compilations.
+    # Without the constraint, prefill and decode could return differently sharded states, and decode would be compiled
+    # twice.
     return jax.lax.with_sharding_constraint((state, produced), place)
 
 

@@ -1,10 +1,10 @@
-"""Config to model: a static graph, and parameters as a plain nested dict of arrays.
+"""Builds a model from a config: a static graph, and parameters as a plain nested dict of arrays.
 
-A model's parameters exist in two layouts: unrolled (`blocks/0/...`, what files and exports use) and scanned
-(`blocks/...` with a leading axis of layers). The same key draws the same numbers in both.
+The parameters of a model have two layouts: unrolled (`blocks/0/...`, used in files and exports) and scanned
+(`blocks/...` with a leading axis of layers). The same key initialises both with the same numbers.
 
-What is trained has parts: `{"model": ...}` and, of some stages, `"head"`, `"critic"` (a model with a head, in the same
-parts), `"lora"` with `"lora_scale"`, and `"teacher"` (a model, without parts).
+The parameters that a loss sees are divided into parts: `"model"` and, in some stages, `"head"`, `"critic"` (a model and
+a head, again as parts), `"lora"` with `"lora_scale"`, and `"teacher"` (the parameters of a model, not divided).
 """
 
 from __future__ import annotations
@@ -37,24 +37,26 @@ def abstract_model(model: ModelConfig, compute: ComputeConfig) -> tuple[Any, Par
 
 
 def init_params(model: ModelConfig, compute: ComputeConfig, key: Array) -> Params:
-    """Fresh parameters of a model in the layout of `compute.layers`; traceable: `jit` can place them on a mesh."""
+    """Fresh parameters of a model in the layout of `compute.layers`. Traceable, so that `jit` can place them on a
+    mesh.
+    """
     unrolled = dataclasses.replace(compute, layers="unroll")
     module = family_of(model).module(model, unrolled, rngs=nnx.Rngs(params=key))
     return to_layout(nnx.to_pure_dict(nnx.state(module)), compute)
 
 
 def bind(graph: Any, params: Params) -> Module:
-    """The module that `graph` describes over a model's own parameters; cheap, made anew inside every trace."""
+    """The module that `graph` describes, with a model's own parameters. Cheap: every trace makes a new one."""
     return nnx.merge(graph, params)
 
 
 def logits(model: Module, hidden_BTD: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-    """Scores of the next token, float32."""
+    """The logits of the next token, float32."""
     return cross_entropy.logits(hidden_BTD, model.unembedding()).astype(jnp.float32)
 
 
 def model_params(parts: Params) -> Params:
-    """The model's own parameters of all parts, adapters merged."""
+    """The model's own parameters, taken from `parts`; adapters are merged into them."""
     own = parts["model"]
     return lora.merge(own, parts["lora"], parts["lora_scale"]) if "lora" in parts else own
 
@@ -65,7 +67,9 @@ def to_layout(params: Params, compute: ComputeConfig) -> Params:
 
 
 def to_scanned(params: Params) -> Params:
-    """Stacks all blocks, wherever they are: `blocks/{i}/...` to `blocks/...` with a leading axis of layers."""
+    """Stacks the blocks of every model in `params`: `blocks/{i}/...` becomes `blocks/...` with a leading axis of
+    layers.
+    """
 
     def stacked(name: Any, below: Any) -> Any:
         if name == "blocks" and all(isinstance(key, int) for key in below):
@@ -76,7 +80,7 @@ def to_scanned(params: Params) -> Params:
 
 
 def to_unrolled(params: Params) -> Params:
-    """The inverse of `to_scanned`; parameters that are unrolled already are returned as they are."""
+    """The inverse of `to_scanned`. Parameters that are already unrolled are returned as they are."""
 
     def unrolled(name: Any, below: Any) -> Any:
         if name == "blocks" and not all(isinstance(key, int) for key in below):

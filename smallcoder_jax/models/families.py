@@ -1,4 +1,4 @@
-"""The families of models, by the name that `model.family` has: the one place that knows them all."""
+"""The families of models by name (`model.family`). This is the only place that lists them all."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def family_of(model: ModelConfig) -> Family:
 
 
 def published(model: ModelConfig) -> Published:
-    """How others know models of this family. Raises UserError where they do not."""
+    """The published format of this model's family. Raises UserError when it has none."""
     found = family_of(model).published
     if isinstance(found, str):
         raise UserError(f"a model with model.family={model.family!r} cannot be exported: {found}")
@@ -26,5 +26,5 @@ def published(model: ModelConfig) -> Published:
 
 
 def all_published() -> list[Published]:
-    """Those of all families that others know."""
+    """The published formats of all families that have one."""
     return [family.published for family in FAMILIES.values() if not isinstance(family.published, str)]

@@ -1,4 +1,4 @@
-"""What a family of models is to the rest of the package, which asks it here and knows no model by name.
+"""The interface of a family of models. The rest of the package uses models only through it and knows none by name.
 
 Shapes: B batch, T positions, D width, V vocabulary.
 """
@@ -17,20 +17,24 @@ from jaxtyping import Float, Int
 from smallcoder_jax.config import ComputeConfig
 from smallcoder_jax.models.published import Published
 
-Cache = Any  # of a family: a pytree whose arrays have rows as their first axis; scalars are the same for all rows
+Cache = Any  # a family's own pytree: arrays have rows as their first axis, scalars are the same for all rows
 
 
 class Hidden(NamedTuple):
-    """What a model makes of tokens: normed hidden states, from which logits and scores are made, and losses of its own
-    by name, each a sum with its weight; what is added to the loss of a stage is their quotient, per token."""
+    """The output of a model: normed hidden states, from which logits and scores are computed, and its own losses.
+
+    `losses` maps the name of each loss to its sum and its weight. The quotient of the two is added to the stage's loss
+    per token.
+    """
 
     states_BTD: Array
     losses: Mapping[str, tuple[Array, Array]] = {}
 
 
 class Module(Protocol):
-    """An `nnx.Module` of a family. Its parameters are float32, and layers that are alike are in a list `blocks`, or,
-    with `compute.layers == "scan"`, one module `blocks` whose parameters have a leading axis."""
+    """An `nnx.Module` of a family. Its parameters are float32. Identical layers are in a list `blocks` or, with
+    `compute.layers == "scan"`, are one module `blocks` whose parameters have a leading axis of layers.
+    """
 
     def __call__(
         self,
@@ -39,8 +43,9 @@ class Module(Protocol):
         segment_ids_BT: Int[Array, "B T"],
         dropout_key: Array | None = None,
     ) -> Hidden:
-        """Packed rows: positions restart and nothing crosses from one document (segment) to another; segment 0 is
-        padding. Without a key there is no dropout."""
+        """The hidden states of packed rows. Positions restart with every document (segment), and no information crosses
+        from one segment to another. Segment 0 is padding. Without a key there is no dropout.
+        """
         ...
 
     def extend(
@@ -50,8 +55,10 @@ class Module(Protocol):
         segment_ids_BT: Int[Array, "B T"],
         cache: Cache,
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        """As `__call__` for T tokens that follow what `cache` holds, in the unrolled layout: the hidden states and the
-        cache that goes on. A token of segment 0 leaves no trace in it."""
+        """The hidden states of T tokens that continue the tokens in `cache`, and the extended cache.
+
+        Needs the unrolled layout. Tokens of segment 0 have no effect on later tokens.
+        """
         ...
 
     def unembedding(self) -> Float[Array, "V D"]:
@@ -63,25 +70,25 @@ class Module(Protocol):
 class Family:
     """One family. Names of parameters are paths in the unrolled layout, such as `blocks/0/mlp/up/kernel`."""
 
-    module: Callable[..., Module]  # (model, compute, *, rngs): reproducible from `rngs.params()`
-    init_cache: Callable[[Any, ComputeConfig, int, int], Cache]  # (model, compute, rows, positions), empty
-    sharding: Sequence[
-        tuple[str, PartitionSpec]
-    ]  # name pattern -> split; the first match holds, and every name has one
-    muon: str  # pattern of the names whose parameters Muon takes; it is for matrices of hidden layers
-    flops_per_token: Callable[[Any, int], float]  # (model, row length) of a training step
-    # (query heads per key-value head, head size) for the choice of a kernel; None: it has no attention.
+    module: Callable[..., Module]  # (model, compute, *, rngs) -> the module, initialised from `rngs.params()`
+    init_cache: Callable[[Any, ComputeConfig, int, int], Cache]  # (model, compute, rows, positions) -> an empty cache
+    # (pattern of parameter names, how these are split). The first match applies; every name must match a pattern.
+    sharding: Sequence[tuple[str, PartitionSpec]]
+    muon: str  # pattern of the names of parameters that Muon optimises: the matrices of hidden layers
+    flops_per_token: Callable[[Any, int], float]  # (model, row length) -> FLOPs of a training step per token
+    # model -> (query heads per key-value head, head size), to choose a kernel; None: the family has no attention.
     attention_shape: Callable[[Any], tuple[int, int]] | None
-    published: Published | str  # how others know it; or, in a sentence, why it cannot be exported
-    losses: tuple[str, ...] = ()  # names of `Hidden.losses`, which steps log
+    published: Published | str  # the published format; or a sentence that says why models cannot be exported
+    losses: tuple[str, ...] = ()  # names of `Hidden.losses`; training steps log them
 
 
 def with_own_losses(
     loss: Array, weight: Array, sums: dict[str, Array], hidden: Hidden
 ) -> tuple[Array, dict[str, Array]]:
-    """The loss of a stage, a sum over `weight`, with the model's own, and its sums with theirs.
+    """Adds the model's own losses to the `loss` and the `sums` of a stage.
 
-    The mean of each of the model's losses counts as much as the stage's own: its quotient, times `weight`.
+    `loss` is a sum over tokens whose weights add up to `weight`. The mean of each of the model's losses is multiplied
+    by `weight`, so that it counts as much as the mean of the stage's loss.
     """
     for name, (total, own) in hidden.losses.items():
         scaled = total / jnp.maximum(own, 1.0) * weight

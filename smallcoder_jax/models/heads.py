@@ -1,6 +1,6 @@
-"""A head of one number on hidden states: a reward, or a value. Its parameters are the part `head`.
+"""A scalar head on hidden states, which predicts a reward or a value. Its parameters are the part `head`.
 
-Shapes: B rows, T positions, D width, S of the positions.
+Shapes: B rows, T positions, D width, S selected positions of a row.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from smallcoder_jax.models.build import Params
 
 
 def init_head(width: int, key: Array) -> Params:
-    """Fresh parameters; scores then have a standard deviation of about 1 / sqrt(width), for normed hidden states."""
+    """Fresh parameters. On normed hidden states, scores have a standard deviation of about 1 / sqrt(width)."""
     return {"kernel": jax.random.normal(key, (width, 1), jnp.float32) / width, "bias": jnp.zeros(1, jnp.float32)}
 
 
@@ -25,5 +25,5 @@ def head_scores(head: Params, hidden_BTD: Float[Array, "*B D"]) -> Float[Array, 
 
 
 def scores_at(head: Params, hidden_BTD: Float[Array, "B T D"], places_BS: Int[Array, "B S"]) -> Float[Array, "B S"]:
-    """The scores at some places of each row."""
+    """The scores at the positions `places_BS` of each row."""
     return head_scores(head, jnp.take_along_axis(hidden_BTD, places_BS[..., None], axis=1))

@@ -1,9 +1,9 @@
-"""Low-rank adapters (LoRA, arXiv 2106.09685): instead of a kernel W, a product that is added to it is trained.
+"""Low-rank adapters (LoRA, arXiv 2106.09685): a kernel W stays fixed, and a low-rank product added to it is trained.
 
     W + alpha / rank * a @ b        a [in, rank], b [rank, out]
 
-Adapters are the part `lora`, at the paths of their kernels; the part `lora_scale` is alpha / rank. What uses a model
-gets ordinary parameters, merged (`build.model_params`): nothing else knows of adapters.
+Adapters are the part `lora` of the parameters, at the paths of their kernels. The part `lora_scale` is alpha / rank.
+`build.model_params` merges them into ordinary parameters, so no other code has to know about adapters.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ Params = dict[Any, Any]
 
 
 def init_adapters(lora: LoraConfig, params: Params, key: Array) -> Params:
-    """Fresh adapters, float32, for unrolled `params` (arrays or shapes); traceable. `a` is drawn with variance 1 / in,
-    `b` is 0: the merged model is the one without adapters.
+    """Fresh float32 adapters for unrolled `params` (arrays or shapes). Traceable.
 
-    Raises UserError where `lora.pattern` is no regular expression, or no kernel of a block matches it.
+    `a` is initialised at random with variance 1 / in and `b` with 0, so that the merged model initially equals the one
+    without adapters. Raises UserError when `lora.pattern` is no regular expression, or matches no kernel of a block.
     """
 
     def of_block(kernels: dict[str, Any], key: Array) -> Params:
@@ -43,27 +43,28 @@ def init_adapters(lora: LoraConfig, params: Params, key: Array) -> Params:
 
 
 def beside(lora: LoraConfig, params: Params) -> Params:
-    """The parts that stay as they are while adapters are trained: a model's parameters, and the scale."""
+    """The parts that are not trained when adapters are: the parameters of the model, and the scale."""
     return {"model": params, "lora_scale": np.float32(lora.alpha / lora.rank)}
 
 
 @jax.jit
 def merge(params: Params, adapters: Params, scale: Array) -> Params:
-    """`params` with what adapters of the same layout add to the kernels, in float32. Scanned kernels have a leading
-    axis, and so have their adapters.
+    """`params` with the products of the adapters added to their kernels, in float32.
+
+    Both have the same layout: scanned kernels have a leading axis, and so have their adapters.
     """
 
     def add(below: Any, adapters: Params) -> Any:
         if isinstance(below, dict):
             return {name: add(own, adapters[name]) if name in adapters else own for name, own in below.items()}
-        # In full precision: kernels that are merged for an export, on whatever device, are those that were trained.
+        # In full precision, so that kernels merged for an export equal the trained ones on every device.
         return below + scale * jnp.matmul(adapters["a"], adapters["b"], precision=jax.lax.Precision.HIGHEST)
 
     return add(params, adapters)
 
 
 def _kernels(lora: LoraConfig, block: Params) -> dict[str, Any]:
-    """By their path in the block, the kernels that get adapters."""
+    """The kernels that get adapters, by their path in the block."""
     try:
         pattern = re.compile(lora.pattern)
     except re.error as error:

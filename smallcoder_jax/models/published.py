@@ -1,6 +1,6 @@
-"""How the models of a family are published: the names and shapes of their tensors, and the fields of their config.json.
+"""The published format of a family: the names and shapes of its tensors, and the fields of its config.json.
 
-`huggingface` reads and writes the files; a family says what is in them.
+`huggingface` reads and writes the files; the family defines their content.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import ModelConfig
 
 ParamPath = tuple[str | int, ...]
-_LIMITS = {int: (1, 2**31 - 1), float: (0, 1e30)}  # of the numbers in config.json
+_LIMITS = {int: (1, 2**31 - 1), float: (0, 1e30)}  # smallest and largest number allowed in config.json, by type
 
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """Published tensor `name` holds the parameters at `ours`, side by side along their last axis, transposed or not.
+    """The published tensor `name` holds the parameters at `ours`, concatenated along their last axis.
 
-    Ours are [in, out]; torch's Linear is [out, in].
+    Our kernels are [in, out]. torch's Linear is [out, in], and then `transposed` is true.
     """
 
     name: str
@@ -31,13 +31,16 @@ class Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The fields of a config.json, with errors that name it."""
+    """The fields of a config.json. Errors name the file."""
 
     path: Path
     values: Mapping[str, Any]
 
     def get(self, key: str, kind: type, default: Any = None) -> Any:
-        """The value of `key`; where it is absent or null `default`, and without one a UserError."""
+        """The value of `key`, or `default` when it is absent or null.
+
+        Raises UserError when there is neither, and for a value of another type or out of range.
+        """
         value = self.values.get(key)
         value = default if value is None else value
         if type(value) is not kind and not (kind is float and type(value) is int):
@@ -48,7 +51,7 @@ class Settings:
         return float(value) if kind is float else value
 
     def insist(self, key: str, default: Any, *supported: Any) -> None:
-        """Refuses what the model does not compute."""
+        """Raises UserError when the value of `key` is not one of `supported`, those that the model can compute."""
         value = self.values.get(key, default)
         if value not in supported:
             raise UserError(f"{self.path}: {key} is {shown(value)}; supported: {', '.join(map(repr, supported))}")
@@ -56,22 +59,24 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Published:
-    """What a family says of its files. The functions take the shape of a model first."""
+    """The published format of a family. Every function but the `readers` takes the config of a model first."""
 
-    # The `model_type` that computes what this model computes. Raises UserError that names the fields in the way.
+    # The `model_type` of transformers that computes the same function. Raises UserError that names the fields for which
+    # there is none.
     model_type: Callable[[Any], str]
-    readers: Mapping[str, Callable[[Settings], ModelConfig]]  # by model_type, from the fields of a config.json
-    settings: Callable[[Any], dict[str, Any]]  # the fields of config.json, but those of the tokenizer
+    readers: Mapping[str, Callable[[Settings], ModelConfig]]  # by model_type: the fields of config.json -> the config
+    settings: Callable[[Any], dict[str, Any]]  # the fields of config.json, except those of the tokenizer
     tensors: Callable[[Any], list[Tensor]]  # together they hold every parameter exactly once
-    shapes: Callable[[Any], dict[ParamPath, tuple[int, ...]]]  # of every parameter, by arithmetic, unrolled
-    # (model, the weights, shapes of the tensors that they hold): our name of each tensor -> theirs. Old files have
-    # other names, and hold what is computed and not learned. Raises UserError where they can be none of this model.
+    shapes: Callable[[Any], dict[ParamPath, tuple[int, ...]]]  # of every unrolled parameter, computed from the config
+    # (model, file of weights, shapes of its tensors by name) -> for the published name of each tensor, its name in the
+    # file: old files use other names, and also hold tensors that are not parameters. Raises UserError when the file
+    # cannot hold this model.
     stored: Callable[[Any, Path, Mapping[str, tuple[int, ...]]], dict[str, str]]
-    tied: Callable[[Any], tuple[str, str] | None]  # a tensor that is the same as another, and that: files may have both
-    describe: Callable[[Any], tuple[str, dict[str, str]]]  # for the model card: what it is, and rows of its table
+    tied: Callable[[Any], tuple[str, str] | None]  # the names of two tied tensors; a file may hold both
+    describe: Callable[[Any], tuple[str, dict[str, str]]]  # for the model card: a phrase, and rows of its table
 
 
 def shown(value: Any) -> str:
-    """A value of unknown length as a message shows it."""
+    """The `repr` of a value for a message, truncated when it is long."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."

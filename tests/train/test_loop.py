@@ -276,7 +276,7 @@ def test_want_of_memory_is_explained(root: Path, tmp_path: Path, monkeypatch: py
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes.")
 
     monkeypatch.setattr(loop.Trainer, "_train", run_out)
-    with pytest.raises(UserError, match=r"out of memory: .*99 bytes(.|\n)*peak(.|\n)*by this the step fits"):
+    with pytest.raises(UserError, match=r"out of memory: .*99 bytes(.|\n)*peak(.|\n)*by this estimate the step fits"):
         run.train(config_of(root), tmp_path)
     monkeypatch.setattr(run, "target_here", lambda devices: Target("cpu", devices, 1024.0, "what this test allows"))
     with pytest.raises(UserError, match=r"fits +NO(.|\n)*nothing that was tried fits"):

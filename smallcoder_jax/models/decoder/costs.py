@@ -6,8 +6,8 @@ from smallcoder_jax.config import DecoderConfig
 
 
 def flops_per_token(model: DecoderConfig, sequence_length: int) -> float:
-    """Floating-point operations of one training step per token: 6 per matrix parameter, and causal attention once
-    (a query of one long document sees half of the row on average), as in the PaLM paper's appendix B.
+    """FLOPs of one training step per token: 6 per matrix parameter, plus causal attention, as in appendix B of the PaLM
+    paper. A query in a row of one long document attends to half of the row on average.
     """
     matrices = model.parameter_count()
     if model.embeddings == "untied":

@@ -1,4 +1,4 @@
-"""The decoder as a family."""
+"""The decoder's implementation of the `Family` interface."""
 
 from __future__ import annotations
 

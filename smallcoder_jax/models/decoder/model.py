@@ -1,4 +1,4 @@
-"""The decoder: SmallCoder (Llama style), the staged sizes and the GPT-2 family, by configuration only.
+"""The decoder. SmallCoder (Llama style), the staged sizes and GPT-2 differ only in their configuration.
 
 Shapes: B batch, T positions, D width, V vocabulary, L layers, K key-value heads, H head size.
 """
@@ -39,7 +39,7 @@ class Block(nnx.Module):
     def __init__(self, model: DecoderConfig, compute: ComputeConfig, *, rngs: nnx.Rngs):
         dtype = jnp.dtype(compute.dtype)
         norm, std = NORMS[model.norm], model.width**-0.5
-        # The residual stream adds up 2 L outputs: each is drawn that much smaller (GPT-2, section 2.3).
+        # The residual stream adds up 2 L outputs, so their kernels are initialised smaller (GPT-2, section 2.3).
         shrink = (2 * model.layers) ** -0.5
         self.dropout = model.dropout
         self.attention_norm = norm(model.width, model.norm_eps)
@@ -70,8 +70,9 @@ class Block(nnx.Module):
         key: Array | None = None,
         extend_keys: Callable[[Array, Array], Keys] | None = None,
     ) -> Float[Array, "B T D"]:
-        """`extend_keys` turns this block's new keys, rotated once and for all, and values into all that the queries may
-        see (a cache)."""
+        """The output of the block. `extend_keys` turns the block's new rotated keys and values into all keys that the
+        queries may attend to, those in a cache included.
+        """
         normed_BTD = self.attention_norm(x_BTD)
         k_BTKH, v_BTKH = self.attention.project_keys(normed_BTD)
         if extend_keys:
@@ -84,9 +85,9 @@ class Block(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Tokens to hidden states. Parameters are float32, activations in `compute.dtype`.
+    """Computes hidden states from tokens. Parameters are float32, activations have `compute.dtype`.
 
-    With `compute.layers == "scan"` the blocks are one module whose parameters carry a leading axis L.
+    With `compute.layers == "scan"` the blocks are one module whose parameters have a leading axis L.
     """
 
     def __init__(self, model: DecoderConfig, compute: ComputeConfig, *, rngs: nnx.Rngs):
@@ -115,7 +116,7 @@ class Decoder(nnx.Module):
         segment_ids_BT: Int[Array, "B T"],
         dropout_key: Array | None = None,
     ) -> Hidden:
-        """See `Module`. It has no losses of its own."""
+        """See `Module`. The decoder has no losses of its own."""
         x_BTD = self._embed(tokens_BT, positions_BT, dropout_key)
 
         def apply(x_BTD: Array, block: tuple[nnx.GraphDef, nnx.State], layer: Array | int) -> Array:
@@ -141,10 +142,7 @@ class Decoder(nnx.Module):
         segment_ids_BT: Int[Array, "B T"],
         cache: kv_cache.Cache,
     ) -> tuple[Float[Array, "B T D"], kv_cache.Cache]:
-        """As `__call__` for T tokens that follow what `cache` holds; returns the hidden states and the longer cache.
-
-        Needs the unrolled layout. Writing past the cache's length is the caller's error.
-        """
+        """See `Module`. The caller must not write past the length of the cache."""
         column = cache["written"]
         cache = {
             "keys": list(cache["keys"]),
@@ -165,7 +163,7 @@ class Decoder(nnx.Module):
         return self.final_norm(x_BTD), cache
 
     def unembedding(self) -> Float[Array, "V D"]:
-        """The matrix whose rows score the vocabulary: the embedding itself when tied."""
+        """The matrix whose rows score the vocabulary: the embedding itself when the two are tied."""
         return self.embed.embedding[...] if self.unembed is None else self.unembed.kernel[...].T
 
     def _embed(self, tokens_BT: Array, positions_BT: Array, dropout_key: Array | None) -> Array:

@@ -1,6 +1,7 @@
-"""How decoders are published: as Llama and as GPT-2 in transformers. One map of names for each, in both directions.
+"""The published formats of decoders: Llama and GPT-2 in transformers. One map of names each serves for reading and
+writing.
 
-GPT-2's Conv1D is [in, out], as our kernels are, and keeps query, key and value in one tensor.
+Kernels of GPT-2's Conv1D are [in, out], like ours. GPT-2 keeps query, key and value in one tensor.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from smallcoder_jax.models.published import ParamPath, Published, Settings, Tens
 def model_type(model: DecoderConfig) -> str:
     """`llama` or `gpt2`: the published architecture that computes what `model` computes.
 
-    Raises UserError that names the fields which neither can express. Dropout acts in training only and decides nothing.
+    Raises UserError that names the fields that neither can express. Dropout is ignored, because it acts only in
+    training.
     """
     llama = {"norm": "rmsnorm", "positions": "rope", "mlp": "swiglu"}
     gpt2 = {"norm": "layernorm", "positions": "learned", "mlp": "gelu", "bias": "all"}
@@ -46,8 +48,10 @@ def tensors(model: DecoderConfig) -> list[Tensor]:
 
 
 def shapes(model: DecoderConfig) -> dict[ParamPath, tuple[int, ...]]:
-    """The shape of every parameter of `model` in the unrolled layout, by arithmetic: it may be a size that no machine
-    could build. A test holds it against the model itself.
+    """The shape of every parameter of `model` in the unrolled layout.
+
+    It is computed from the config without building the model, which may be too large for any machine. A test compares
+    it with the model itself.
     """
     d, q_width, kv_width = model.width, model.heads * model.head_size, model.kv_heads * model.head_size
     sizes = {
@@ -65,19 +69,20 @@ def shapes(model: DecoderConfig) -> dict[ParamPath, tuple[int, ...]]:
 
     def shape(path: ParamPath) -> tuple[int, ...]:
         layer, kind = path[-2:]
-        size = sizes.get(str(layer), (d, d))  # else a norm, which has no kernel
+        size = sizes.get(str(layer), (d, d))  # a norm has no kernel
         return size if kind in ("kernel", "embedding") else size[1:]
 
     return {path: shape(path) for tensor in tensors(model) for path in tensor.ours}
 
 
 def stored(model: DecoderConfig, where: Path, held: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
-    """Our name of every parameter of the weights in `where`, to the name that they have for it.
+    """Maps the published name of each tensor to its name in the weights in `where`.
 
-    A model that was saved without its head has names without the prefix of the body (OpenAI's own GPT-2). Old files
-    also hold what is no parameter and follows from the settings: the causal mask, the frequencies of the rotation. Of a
-    head that is tied to the table, some writers keep the one, some the other, some both. What config.json says is
-    compared with `held` before anything is built: raises UserError.
+    A model that was saved without its head, such as OpenAI's own GPT-2, has names without the prefix of the body. Old
+    files also hold tensors that are not parameters but follow from the settings: the causal mask and the frequencies of
+    the rotary embedding. Of a head and the embedding that it is tied to, a file may hold either one or both.
+
+    Raises UserError, before anything is built, when config.json says more layers than `held` has tensors.
     """
     if model.layers > len(held):
         raise UserError(f"config.json says {model.layers:,} layers, but {where} holds {len(held):,} tensors in all")
@@ -93,7 +98,7 @@ def stored(model: DecoderConfig, where: Path, held: Mapping[str, tuple[int, ...]
 
 
 def tied(model: DecoderConfig) -> tuple[str, str] | None:
-    """The head and the table that it is tied to."""
+    """The names of the head and of the embedding that it is tied to; None when they are not tied."""
     return (_HEAD, tensors(model)[0].name) if model.embeddings == "tied" else None
 
 
@@ -202,7 +207,7 @@ _LLAMA_LINEAR: dict[str, ParamPath] = {
 }
 
 _HEAD = "lm_head.weight"
-# By family: what the names of all but the head begin with, and tensors of files that are computed and not learnt.
+# By model_type: the prefix of all names but the head's, and the tensors of files that are computed, not learned.
 _BODIES = {
     "llama": ("model.", re.compile(r"\.rotary_emb\.inv_freq$")),
     "gpt2": ("transformer.", re.compile(r"\.attn\.(masked_)?bias$")),
@@ -257,7 +262,7 @@ def _read_llama(settings: Settings) -> DecoderConfig:
 
 
 def _rope_theta(settings: Settings) -> float:
-    """The rotation's base, spelled `rope_parameters` or `rope_theta` with `rope_scaling`."""
+    """The base of the rotary embedding, given in `rope_parameters`, or as `rope_theta` with `rope_scaling`."""
     thetas = []
     for key in ("rope_parameters", "rope_scaling"):
         rotation = settings.get(key, dict, {})
