@@ -92,7 +92,7 @@ class Generator:
         return [row.completion() for row in rows]
 
     def generate_fim(self, prefix: str, suffix: str, options: SamplingOptions) -> list[Completion]:
-        """Completions for the gap between `prefix` and `suffix`. Raises UserError when the tokenizer has no FIM pieces."""
+        """Fills the gap between `prefix` and `suffix`. Raises UserError when the tokenizer has no FIM pieces."""
         return self.generate([self.fim_prompt(prefix, suffix, options)], options)
 
     def stream(

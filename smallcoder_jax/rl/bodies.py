@@ -1,10 +1,10 @@
-"""The rest of a function as a model writes it: where it ends, what it reaches for, and how many of its calls are right.
+"""Function bodies written by a model: where a body ends, whether it cheats, and how many of its examples are right.
 
-A body is to compute its values. The question is a function of the standard library, so that a body which gets hold of
-that function, by an import or by reading its source, would be right without an idea of how. Two walls stand before it:
-what a body may name is looked at here, before anything runs (`overreach`), and where it runs no file can be opened,
-no module is loaded any more, and that of the true function is not there. What is expected stays here, and values are
-compared by exact type.
+A body has to compute its values. The function asked for is in the standard library, so a body that gets hold of it, by
+an import or by reading its source, would be right without any understanding. Two barriers prevent that. Before
+anything runs, the names that the body uses are checked (`overreach`). While it runs, it cannot open files or load
+modules, and the module of the true function is absent. The expected values stay in this process, and values are
+compared with their exact types.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from smallcoder_jax.rl.questions import Body
 from smallcoder_jax.sandbox import run as sandbox
 
 LIMITS = sandbox.Limits(wall_s=5.0, cpu_s=5, memory_bytes=512 << 20)
-CACHED = 10_000  # runs whose outcome is remembered
+CACHED = 10_000  # runs whose outcome is cached
 
-IMPORTABLE = ("collections", "itertools", "math", "re")  # by a body; none of them has a function that is asked for
-# Ways to objects by a name that is not in the source, to more code, to files and to frames.
+IMPORTABLE = ("collections", "itertools", "math", "re")  # by a body; no question asks for a function of these
+# Builtins and attributes that give access to objects by names not in the source, to more code, to files or to frames.
 _LOOK_UPS = ("delattr", "getattr", "globals", "locals", "setattr", "vars")
 _BUILTINS = ("breakpoint", "compile", "eval", "exec", "help", "input", "open", *_LOOK_UPS)
 _FRAMES = ("ag_frame", "cr_frame", "gi_frame", "tb_frame", "f_back", "f_builtins", "f_globals", "f_locals")
 _HARMLESS = ("__class__", "__doc__", "__init__", "__name__", "__qualname__")
 _MODULES = sys.stdlib_module_names | {"path"}  # such as os.path, re.enum, random._bisect
 
-# Where a body runs. A hook for audit events cannot be taken away again.
+# Runs before a body and restricts it. A hook for audit events cannot be removed again.
 _CLOSED = """\
 import sys
 for name in {loaded!r}:
@@ -47,13 +47,13 @@ del sys, name, refuse
 
 
 def split_body(before: str, text: str) -> tuple[str, str]:
-    """`text` up to the end of the function in which the lines `before` end, and the rest.
+    """Splits `text` at the end of the function whose first lines are the last ones of `before`.
 
-    The end is where Python finds it: a comment and the inside of a string may begin in the first column, and a line
-    ends with a newline and nothing else. Where Python finds no end, all is body.
+    Python's tokenizer determines the end, because comments and the inside of strings may begin in the first column.
+    Lines end only with a newline. When the tokenizer finds no end, all of `text` is body.
     """
     text = text.replace("\r\n", "\n").replace("\r", "\n")  # as the compiler reads them
-    if "\0" in text:  # no Python; the tokenizer of CPython 3.13 raises SystemError for it
+    if "\0" in text:  # invalid in Python; the tokenizer of CPython 3.13 raises SystemError for it
         return text, ""
     lines, first = io.StringIO(before + text).readlines(), before.count("\n")
     depth, end = 0, first
@@ -70,11 +70,12 @@ def split_body(before: str, text: str) -> tuple[str, str]:
 
 
 def overreach(question: Body, body: str) -> str | None:
-    """What in a body could lead to more than its arguments, the code before it, the builtins and `IMPORTABLE`: to the
-    true function, say; also that it is no Python. None: nothing does.
+    """The reason to refuse a body, or None.
 
-    Refused are other imports, most names between double underscores, builtins that look up names or run text, frames,
-    and attributes with the name of a module that are not called: an honest body seldom has any of these.
+    A body may use only its arguments, the code before it, the builtins and `IMPORTABLE`. Anything that could lead
+    further, for example to the true function, is refused: other imports, most names between double underscores,
+    builtins that look up names or run text, frames, and attributes that have the name of a module and are not called.
+    An honest body seldom has any of these. Text that is not valid Python is refused too.
     """
     tree = tree_of(question.before + body)
     if tree is None:
@@ -112,8 +113,11 @@ def _reached(node: ast.AST) -> tuple[list[str], list[str], list[str]]:
 
 
 def share_right(question: Body, body: str) -> float:
-    """From 0 to 1: the share of a question's examples that hold, beyond those that one constant has right. An example
-    holds where the call returns the expected value, of the same type."""
+    """The share, from 0 to 1, of a question's examples that hold, beyond those that the best constant answer gets
+    right.
+
+    An example holds when the call returns the expected value with the same type.
+    """
     values = [value for _, value in question.examples]
     held = _held(question, body) if overreach(question, body) is None else 0
     constant = max(collections.Counter(values).values())
@@ -124,12 +128,12 @@ def share_right(question: Body, body: str) -> float:
 
 @functools.lru_cache(CACHED)
 def _held(question: Body, body: str) -> int:
-    """How many examples hold, of a body that was looked at."""
+    """The number of examples that hold for a body that `overreach` has accepted."""
     calls = []
     for example, _ in question.examples:
         call: Any = ast.parse(example, mode="eval").body
         calls.append(sandbox.Call(call.func.id, tuple(map(ast.literal_eval, call.args))))
-    loaded = (*IMPORTABLE, "heapq", *_imported(question.before + body))  # Counter.most_common takes heapq
+    loaded = (*IMPORTABLE, "heapq", *_imported(question.before + body))  # Counter.most_common imports heapq
     closed = _CLOSED.format(loaded=loaded, hidden=(question.module, "_" + question.module))
     outcome = sandbox.run_python(closed + question.before + body, calls=calls, limits=LIMITS)
     if outcome.ended != "finished":

@@ -1,6 +1,6 @@
-"""Minibatches of what the current policy does: questions, answers, rewards, advantages, and several epochs of them.
+"""Minibatches of experience: answers of the current policy with rewards and advantages, used for several epochs.
 
-Shapes: N answers of an iteration, B rows of a minibatch, T places of a row.
+Shapes: N answers of an iteration, B rows of a minibatch, T positions of a row.
 """
 
 from __future__ import annotations
@@ -19,18 +19,22 @@ from smallcoder_jax.config import Config, RLConfig
 from smallcoder_jax.rl.rewards import Reward
 from smallcoder_jax.rl.rollouts import Answer, Batch, Question, RolloutEngine
 
-# What is known of an iteration's answers, the same in all its rows: for the log.
+# Statistics of an iteration's answers for the log. All rows of an iteration have the same values.
 REPORTED = ("reward", "start_kl", "answer_tokens", "ended", "kl_coefficient")
 _QUESTIONS, _DRAWS, _ROWS = range(3)  # streams of random numbers
-ADAPTIVE_STEP, LARGEST_ERROR = 0.1, 0.2  # of the coefficient, by iteration (arXiv 1909.08593, section 2.2)
+ADAPTIVE_STEP, LARGEST_ERROR = 0.1, 0.2  # of the KL coefficient's update (arXiv 1909.08593, section 2.2)
 
-# (rows of an iteration, its rewards [N], the KL coefficient) -> the rows with what the stage's loss needs beside them
+# (config, rows of an iteration, its rewards [N], the KL coefficient) -> the rows, with the columns that the stage's
+# loss needs added
 Learn = Callable[[RLConfig, Batch, np.ndarray, float], Batch]
 
 
 def ppo_rows(rl: RLConfig, rows: Batch, rewards_N: np.ndarray, kl_coefficient: float) -> Batch:
-    """`advantages` and `returns` [N, T] by GAE: the reward comes with the last token, and every token costs what the
-    policy's log-probability of it has gained on the start's. Advantages have mean 0 and deviation 1 over all tokens.
+    """Adds `advantages` and `returns` [N, T], computed by GAE.
+
+    The reward is added at the last token. Every token has a penalty: the KL coefficient times the difference between
+    the policy's and the start model's log-probability. Advantages are normalised to mean 0 and standard deviation 1
+    over all tokens.
     """
     real_NT = rows["loss_weights"] > 0
     rewards_NT = -kl_coefficient * (rows["log_probs"] - rows["reference"])
@@ -52,8 +56,10 @@ _generalized_advantages = jax.jit(
 
 
 def grpo_rows(rl: RLConfig, rows: Batch, rewards_N: np.ndarray, kl_coefficient: float) -> Batch:
-    """`advantages` [N, 1] of each answer among those to its question; the divergence from the start is in the loss. And
-    `alike_groups` [N, 1], for the log: the share of questions to which all answers are worth the same: none teaches.
+    """Adds `advantages` [N, 1], each relative to the other answers to the same question, and `alike_groups` [N, 1].
+
+    `alike_groups` is for the log: the share of questions whose answers all have the same reward, which teach nothing.
+    The divergence from the start model is part of the loss, so `kl_coefficient` is not used.
     """
     del kl_coefficient
     rewards_BG = rewards_N.reshape(-1, rl.group_size)
@@ -72,8 +78,11 @@ _group_advantages = jax.jit(
 
 
 def statistics(rows: Batch, answers: Sequence[Answer], rewards_N: np.ndarray) -> Batch:
-    """Of every answer, [N, 1]: `reward`; `start_kl`, the divergence of the policy from its start over the answer, in
-    nats, estimated as in `losses.reference_divergence`; `answer_tokens`; and `ended`, 1 or 0."""
+    """Statistics of every answer, each [N, 1].
+
+    `reward`; `start_kl`, the divergence of the policy from the start model over the answer, in nats, estimated as in
+    `losses.reference_divergence`; `answer_tokens`; and `ended`, 1 or 0.
+    """
     difference_NT = rows["reference"] - rows["log_probs"]
     columns = {
         "reward": rewards_N,
@@ -85,12 +94,12 @@ def statistics(rows: Batch, answers: Sequence[Answer], rewards_N: np.ndarray) ->
 
 
 class Experience:
-    """Endless minibatches of `train.batch_size` rows: `rl.inner_epochs` shuffled epochs over the answers to
-    `rl.questions` questions, then new answers of the policy that was last seen.
+    """Endless minibatches of `train.batch_size` rows.
 
-    Questions come in another order in every epoch over them. An answer depends on the seed, the iteration and the
-    policy. The state of an iteration that is under way holds its answers with all that was computed for them, so that
-    a run continues in the middle of one as if it had not stopped.
+    An iteration samples answers to `rl.questions` questions from the policy last given to `on_params`, and then yields
+    `rl.inner_epochs` shuffled epochs over them. The order of the questions changes in every epoch over the questions.
+    Answers depend on the seed, the iteration and the policy. The state holds the answers of an unfinished iteration and
+    everything computed for them, so that a run that stopped in the middle of one continues exactly.
     """
 
     def __init__(
@@ -103,15 +112,15 @@ class Experience:
             )
         self._config, self._engine, self._questions = config, engine, questions
         self._reward, self._learn = reward, learn
-        self._iteration, self._taken = 0, 0  # iterations begun, minibatches of the newest that were given
+        self._iteration, self._taken = 0, 0  # iterations begun, minibatches taken from the newest
         self._kl_coefficient = config.rl.kl_coefficient  # of the next iteration
         self._rows: Batch | None = None
         self._written = ""  # the rows as text
         self._params: Any = None
-        self._start_rewards: dict[int, np.ndarray] = {}  # of answers of the start, by the number of held-out questions
+        self._start_rewards: dict[int, np.ndarray] = {}  # of the start model, by the number of held-out questions
 
     def on_params(self, params: Any) -> None:
-        """The policy that answers from now on."""
+        """Sets the policy that gives the answers from now on."""
         self._params = params
 
     def __iter__(self) -> Iterator[Batch]:
@@ -134,8 +143,9 @@ class Experience:
         return batch
 
     def get_state(self) -> dict[str, Any]:
-        """The place behind the minibatch returned last; JSON-serialisable. `rows` is text of about the size of the
-        answers' tokens and numbers, and empty between iterations."""
+        """The state after the minibatch returned last, JSON-serialisable. `rows` holds the arrays of the iteration as
+        compressed text, and is empty between iterations.
+        """
         return {
             "iteration": self._iteration,
             "taken": self._taken,
@@ -144,7 +154,7 @@ class Experience:
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continues from a place that `get_state` gave for the same questions and settings."""
+        """Continues from a state that `get_state` returned for the same questions and settings."""
         self._iteration, self._taken = state["iteration"], state["taken"]
         self._kl_coefficient, self._written = state["kl_coefficient"], state["rows"]
         self._rows = _from_text(self._written) if self._written else None
@@ -155,22 +165,24 @@ class Experience:
     def evaluation(
         self, questions: Sequence[Question], limit: int, rows: int, *, beside_start: bool = True
     ) -> Iterator[Batch]:
-        """Columns [rows, 1] of the first `limit` batches of `rows` questions (0: all): means of `statistics` over
-        `rl.eval_answers` answers of the policy to each, drawn with the same random numbers in every evaluation; `gain`,
-        what these are worth more than as many answers of the start, 0 where they are not compared with it
-        (`beside_start`); `counted`, 1 where there is a question."""
+        """Evaluates the policy on the first `limit` batches of `rows` questions (0: all). Yields columns [rows, 1].
+
+        Each question gets `rl.eval_answers` answers, sampled with the same random numbers in every evaluation. The
+        columns are the means of `statistics` over them; `gain`, the reward minus the reward of as many answers of the
+        start model, or 0 without `beside_start`; and `counted`, 1 for a question and 0 for padding.
+        """
         asked = list(questions[: limit * rows] if limit else questions)
         each, missing = self._config.rl.eval_answers, -len(asked) % rows
         answers = self._held_out(self._params, asked)
         rewards = self._reward(answers)
-        policy = {name: part for name, part in self._params.items() if name != "critic"}  # no value is asked for
+        policy = {name: part for name, part in self._params.items() if name != "critic"}  # values are not needed
         scored = self._engine.rows(policy, answers)
         theirs = rewards
         if beside_start:
             if len(asked) not in self._start_rewards:
                 is_start = np.array_equal(scored["log_probs"], scored["reference"])
-                drawn = rewards if is_start else self._reward(self._held_out(self._engine.start(policy), asked))
-                self._start_rewards[len(asked)] = drawn
+                found = rewards if is_start else self._reward(self._held_out(self._engine.start(policy), asked))
+                self._start_rewards[len(asked)] = found
             theirs = self._start_rewards[len(asked)]
         columns = statistics(scored, answers, rewards) | {"gain": (rewards - theirs)[:, None]}
         columns["counted"] = np.ones_like(columns["reward"])
@@ -184,9 +196,9 @@ class Experience:
         return self._engine.answer(params, asked, samples=rl.eval_answers, seed=seed)
 
     def _roll_out(self) -> Batch:
-        """Answers of the policy, with what is to be learned from them. Begins an iteration."""
+        """Begins an iteration: samples answers of the policy and computes everything that the loss needs."""
         rl, seed = self._config.rl, self._config.train.seed
-        chosen = [self._questions[i] for i in _drawn(len(self._questions), rl.questions, self._iteration, seed)]
+        chosen = [self._questions[i] for i in _chosen(len(self._questions), rl.questions, self._iteration, seed)]
         self._iteration += 1
         draw = int(np.random.default_rng((seed, _DRAWS, self._iteration)).integers(2**32))
         answers = self._engine.answer(self._params, chosen, samples=rl.group_size, seed=draw)
@@ -207,16 +219,20 @@ class Experience:
 
 
 def next_coefficient(rl: RLConfig, coefficient: float, kl: float) -> float:
-    """The KL coefficient after an iteration whose answers diverged by `kl` nats on average: larger where that was above
-    `rl.kl_target`, smaller where below; the same without a target."""
+    """The KL coefficient after an iteration whose answers diverged from the start model by `kl` nats on average.
+
+    It grows when `kl` was above `rl.kl_target` and shrinks when it was below. Without a target it does not change.
+    """
     if not rl.kl_target:
         return coefficient
     error = min(max(kl / rl.kl_target - 1.0, -LARGEST_ERROR), LARGEST_ERROR)
     return coefficient * (1.0 + ADAPTIVE_STEP * error)
 
 
-def _drawn(count: int, wanted: int, iteration: int, seed: int) -> list[int]:
-    """Which of `count` questions an iteration asks: places of an endless row of shuffled epochs."""
+def _chosen(count: int, wanted: int, iteration: int, seed: int) -> list[int]:
+    """The indices of the questions that an iteration asks: consecutive items of an endless sequence of shuffled
+    epochs.
+    """
     places = range(iteration * wanted, (iteration + 1) * wanted)
     orders = {
         epoch: np.random.default_rng((seed, _QUESTIONS, epoch)).permutation(count)

@@ -1,4 +1,4 @@
-"""What a policy is asked, with what is known of a right answer."""
+"""The questions that a policy is asked, with the facts by which answers are checked."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from smallcoder_jax.rl.rollouts import Question
 from smallcoder_jax.tokenizers import chat
 from smallcoder_jax.tokenizers.base import Tokenizer
 
-SHOWN, HIDDEN = 2, 4  # examples of a function, in its docstring and to be checked
+SHOWN, HIDDEN = 2, 4  # examples of a function: in its docstring, and kept back for checking
 
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """A turn of the assistant: the functions on offer, and the calls that are right; none: it answers by itself."""
+    """A turn of the assistant: the tools on offer, and the right calls; without calls, a text answer is right."""
 
     tools: tuple[dict[str, Any], ...]
     calls: tuple[chat.ToolCall, ...]
@@ -28,8 +28,11 @@ class Turn:
 
 @dataclasses.dataclass(frozen=True)
 class Body:
-    """The rest of a function of the standard library: the code in front of it, which ends with a line; calls, with the
-    values that they have to return, as text; and the `module` in which the true function is."""
+    """The missing body of a function of the standard library.
+
+    `before` is the code up to the body, which ends with a newline. `examples` are calls and the values that they have
+    to return, both as text. `module` is the module of the true function.
+    """
 
     before: str
     examples: tuple[tuple[str, str], ...]
@@ -37,10 +40,11 @@ class Body:
 
 
 def from_conversations(tokenizer: Tokenizer, *, side: str, count: int, seed: int, most_tokens: int) -> list[Question]:
-    """First turns of the assistant in the first `count` generated conversations of a seed, of those whose request is on
-    `side` of the split (`train` or `validation`). A turn whose true wording takes more than `most_tokens` is left out.
+    """Questions that ask for the assistant's first turn in generated conversations.
 
-    Nothing is run: what the first turn calls depends on the request alone.
+    Of the first `count` conversations of the seed, those whose request is on `side` of the split (`train` or
+    `validation`) are used. A turn whose reference text takes more than `most_tokens` is left out. Nothing is executed,
+    because the calls of the first turn depend only on the request.
     """
     found = []
     for draft in different(seed, count):
@@ -57,13 +61,15 @@ def from_conversations(tokenizer: Tokenizer, *, side: str, count: int, seed: int
 
 
 def from_code(tokenizer: Tokenizer, *, side: str, draws: int) -> list[Question]:
-    """Functions of the standard library whose body is missing, with examples in the docstring, and others to be checked
-    by. `draws`: of calls, of which examples are made; the same in every run. A function is on one side of the split
-    (`train` or `validation`) by its name, whatever its examples. Values that are all alike check nothing: those
-    questions are left out."""
+    """Questions that ask for the missing body of a function of the standard library.
+
+    Some examples are shown in the docstring, and others are kept back for checking. They come from `draws` random
+    calls, which are the same in every run. The name of a function alone decides its side of the split (`train` or
+    `validation`). Questions whose hidden examples all have the same value are left out, because they check nothing.
+    """
     rng = random.Random("bodies")
     snippets: dict[str, Snippet] = {}
-    examples: dict[str, dict[str, str]] = collections.defaultdict(dict)  # of a source: the value of every call
+    examples: dict[str, dict[str, str]] = collections.defaultdict(dict)  # by source: the value of every call
     for _ in range(draws):
         snippet, call, value = draw_callable(rng)
         if side_of(f"body of {snippet.name}") == side and value is not None:
@@ -83,7 +89,9 @@ def from_code(tokenizer: Tokenizer, *, side: str, draws: int) -> list[Question]:
 
 
 def _without_body(snippet: Snippet, shown: list[tuple[str, str]]) -> str | None:
-    """What the function needs, its head and a docstring with examples; None where the body is in the head's line."""
+    """The code that the function needs, its head and a docstring with examples; None when head and body share a
+    line.
+    """
     lines = snippet.code.split("\n")
     (function,) = (
         node for node in ast.parse(snippet.code).body

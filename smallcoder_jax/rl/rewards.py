@@ -1,8 +1,8 @@
-"""What an answer is worth: by a reward model, by the function calls in it, or by running the code that it is.
+"""Rewards of answers: by a reward model, by checking function calls, or by running code.
 
-A reward is a function of answers, of which each gets one number.
+A reward is a function that maps answers to one number each.
 
-Shapes: N answers; B rows, T places of a row.
+Shapes: N answers; B rows, T positions of a row.
 """
 
 from __future__ import annotations
@@ -37,18 +37,19 @@ from smallcoder_jax.tokenizers.chat_parser import Parsed, parse, same_value
 
 Reward = Callable[[Sequence[Answer]], np.ndarray]  # float32 [N]
 
-VERSION = 3  # raised when the same checked answers begin to be worth something else
-# Of a turn that has to call: well-formed calls; of the right functions; with nearly the arguments wanted; right in all.
-# Without a way from one to the next, all answers to a question are often worth the same, and teach nothing.
+VERSION = 3  # raised whenever the reward of the same checked answer changes
+# Rewards of a turn that has to call: for well-formed calls; for the right functions; for nearly the right arguments;
+# for right calls. Without these intermediate rewards, all answers to a question often get the same one, and teach
+# nothing.
 WELL_FORMED, RIGHT_TOOL, ALIKE, RIGHT = 0.2, 0.5, 0.9, 1.0
-_COMPARED = 1000  # characters of an argument: comparing takes their square
+_COMPARED = 1000  # characters of an argument that are compared: the time grows with their square
 
 
 class RewardModel:
-    """The score that a model of the stage `reward` gives to question and answer: of its head, on the hidden state of
-    the answer's last token; less `cut_off_price` where the answer was cut off, which the model cannot know.
+    """The score that a model of the stage `reward` gives to a question and its answer.
 
-    Raises UserError for a model without a head, or with another tokenizer than the one that answers are written in.
+    It is the output of the head at the answer's last token, minus `cut_off_price` for an answer that was cut off, which
+    the model cannot see. Raises UserError for a model without a head, or with another tokenizer than the policy's.
     """
 
     def __init__(self, loaded: LoadedModel, tokenizer: Tokenizer, rows: int, cut_off_price: float):
@@ -97,15 +98,15 @@ class RewardModel:
 
 
 class CheckedReward:
-    """1 for a right answer to a `Turn` or `Body`, less for one that is partly right, 0 for one that is not.
+    """The checked reward: 1 for a right answer to a `Turn` or `Body`, less for a partly right one, 0 for a wrong one.
 
-    A turn earns `WELL_FORMED`, or from `RIGHT_TOOL` to `ALIKE` by how like its arguments are to those of the true
-    calls, or `RIGHT`. It is right with just these; where they run Python or a shell, also with others that print the
-    same. In a turn that is to call nothing, what is written is not judged, but that it ends. Of a body counts the share
-    of examples that hold (`bodies.share_right`).
+    A turn that has to call gets `RIGHT` for the true calls; calls that run Python or a shell are also right when they
+    print the same. Otherwise it gets between `RIGHT_TOOL` and `ALIKE`, depending on how similar its arguments are, when
+    it calls the right functions, and `WELL_FORMED` for other well-formed calls. A turn that should call nothing gets
+    `RIGHT` for any text without calls. A body gets the share of examples that hold (`bodies.share_right`).
 
-    Text that nobody asked for, beside calls or behind a body, takes `rl.surplus_price` of what the rest has earned. A
-    turn that was cut off earns nothing, a body `rl.cut_off_price` less, but never less than nothing.
+    Surplus text, in addition to calls or after a body, costs the share `rl.surplus_price` of the reward. A turn that
+    was cut off gets 0. A body that was cut off gets `rl.cut_off_price` less, but at least 0.
 
     Programs run in the sandbox, several at a time.
     """
@@ -135,15 +136,15 @@ class CheckedReward:
             return 0.0
         if not turn.calls:
             return RIGHT if found.message.content.strip() and not calls and not found.errors else 0.0
-        return self._less_surplus(_worth(found, turn), found.message.content)
+        return self._less_surplus(_calls_reward(found, turn), found.message.content)
 
 
-def _worth(found: Parsed, turn: Turn) -> float:
-    """Of a turn that has to call, without the price of what is beside the calls."""
+def _calls_reward(found: Parsed, turn: Turn) -> float:
+    """The reward of a turn that has to call, before surplus text is penalised."""
     calls = found.message.tool_calls
     valid, tool, same = call_levels(found, turn.calls)
     if tool and not found.errors:
-        same = same or all(map(_as_good, calls, turn.calls))
+        same = same or all(map(_equivalent, calls, turn.calls))
     if same:
         return RIGHT
     if tool:
@@ -152,8 +153,10 @@ def _worth(found: Parsed, turn: Turn) -> float:
 
 
 def likeness(calls: Sequence[ToolCall], wanted: Sequence[ToolCall]) -> float:
-    """From 0 to 1: the mean over the arguments of the wanted calls, of which texts may be alike in part, and over those
-    that nobody wanted, which count 0."""
+    """The similarity, from 0 to 1, of the arguments of `calls` to those of `wanted`.
+
+    It is the mean over the wanted arguments, of which texts may match in part, and the superfluous ones, which count 0.
+    """
     shares = []
     for call, one in zip(calls, wanted, strict=True):
         shares += [0.0] * len(call.arguments.keys() - one.arguments.keys())
@@ -167,8 +170,8 @@ def likeness(calls: Sequence[ToolCall], wanted: Sequence[ToolCall]) -> float:
     return sum(shares) / len(shares) if shares else 0.0
 
 
-def _as_good(call: ToolCall, wanted: ToolCall) -> bool:
-    """Whether a call that fits its schema does what the true call does."""
+def _equivalent(call: ToolCall, wanted: ToolCall) -> bool:
+    """Whether a call that fits its schema equals the true call, or is a program that prints the same."""
     if call == wanted:
         return True
     if call.name not in _PROGRAMS:
@@ -177,13 +180,13 @@ def _as_good(call: ToolCall, wanted: ToolCall) -> bool:
     return bool(printed) and printed_by(call.name, json.dumps(call.arguments)) == printed
 
 
-# What a test prints says little about the code in it: these are right by their arguments alone.
+# The output of a test says little about the code in it, so tools that run tests are compared by their arguments alone.
 _PROGRAMS = ("execute_python", "execute_bash")
 
 
 @functools.lru_cache(CACHED)
 def printed_by(name: str, arguments: str) -> str | None:
-    """What a program prints in the sandbox; None where it fails, or does not come to its end."""
+    """The output of a program in the sandbox; None when it fails or does not finish."""
     (program,) = json.loads(arguments).values()
     if "\0" in program or len(program.encode()) >= sandbox.MAX_ARGUMENT:
         return None

@@ -1,10 +1,11 @@
-"""Answers of the current policy to questions, and what the policy and its start make of their tokens.
+"""Rollouts: answers of the current policy to questions, with the log-probabilities of their tokens under the policy and
+under the start model.
 
-The policy is the model at the temperature at which it is sampled, over all of its vocabulary, without dropout. Ids that
-the generator never produces (padding, most special pieces) keep their share of the probability: a model that learned
-anything gives them next to none.
+The policy is the model's distribution over the whole vocabulary at the sampling temperature, without dropout. Ids that
+the generator never produces (padding, most special pieces) keep their probability, which is almost 0 in a trained
+model.
 
-Shapes: B rows, one answer each; T places of a row; X = B T tokens; D width; V vocabulary.
+Shapes: B rows, one answer each; T positions of a row; X = B T tokens; D width; V vocabulary.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ Batch = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """A prompt as ids, and what a reward has to know beside them: see `rl.questions`."""
+    """A prompt as ids, and the facts that a reward needs in addition (see `rl.questions`)."""
 
     ids: tuple[int, ...]
     facts: Any = None
@@ -47,7 +48,9 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """The ids written behind a question, the ending one included. `ended`: there is one; else they were cut off."""
+    """The ids generated after a question, including the end token. `ended` is false when there is none, because the
+    answer was cut off.
+    """
 
     question: Question
     token_ids: tuple[int, ...]
@@ -55,34 +58,34 @@ class Answer:
 
 
 class Pass(NamedTuple):
-    """A forward pass of a policy. `scaled_XD` @ `unembed_VD`^T are its logits, the temperature included."""
+    """A forward pass of a policy. `scaled_XD` @ `unembed_VD`^T are the logits divided by the temperature."""
 
     scaled_XD: Array
     unembed_VD: Array
-    log_probs_X: Array  # of the targets that were written, elsewhere 0
+    log_probs_X: Array  # of the answer's tokens; 0 elsewhere
     hidden: Hidden
 
 
 def policy_pass(graph: Any, params: build.Params, batch: dict[str, Array], temperature: float) -> Pass:
-    """The one that rollouts and training steps share."""
+    """Computes the forward pass. Rollouts and training steps share it."""
     module = build.bind(graph, build.model_params(params))
     hidden = module(batch["tokens"], batch["positions"], batch["segment_ids"])
     scaled_XD, unembed_VD = flat_tokens(hidden.states_BTD) / temperature, module.unembedding()
     losses = token_losses(scaled_XD, unembed_VD, flat_tokens(batch["targets"]))
-    # Elsewhere, e to a difference from what is stored could be infinite.
+    # Outside answers, the exponential of a difference from the stored value could be infinite.
     log_probs_X = jnp.where(flat_tokens(batch["loss_weights"]) > 0, -losses.nll_X, 0.0)
     return Pass(scaled_XD, unembed_VD, log_probs_X, hidden)
 
 
 def critic_values(graph: Any, critic: build.Params, batch: dict[str, Array]) -> Array:
-    """What a critic, a model with a `head`, expects at every token, [B, T]."""
+    """The values [B, T] that a critic, a model with a `head`, predicts at every token."""
     module = build.bind(graph, build.model_params(critic))
     hidden = module(batch["tokens"], batch["positions"], batch["segment_ids"])
     return head_scores(critic["head"], hidden.states_BTD)
 
 
 def pack_answers(answers: Sequence[Answer], length: int, pad_id: int) -> Batch:
-    """A batch of the training contract [B, T] with one answer in a row; weight 1 on what was written, 0 elsewhere."""
+    """A training batch [B, T] with one answer per row. Weights are 1 on the answer's tokens and 0 elsewhere."""
     rows = [[np.array(answer.question.ids + answer.token_ids, np.int32)] for answer in answers]
     batch = fill_batch(rows, len(rows), length, pad_id)
     for weights_T, answer in zip(batch["loss_weights"], answers, strict=True):
@@ -91,7 +94,7 @@ def pack_answers(answers: Sequence[Answer], length: int, pad_id: int) -> Batch:
 
 
 def fitting(questions: Sequence[Question], config: Config) -> list[Question]:
-    """The questions that leave room for an answer, each once. Raises UserError where there are none."""
+    """The questions that leave room for an answer, without duplicates. Raises UserError when there are none."""
     room = config.train.sequence_length - config.rl.answer_tokens
     kept = list({question.ids: question for question in questions if len(question.ids) <= room}.values())
     if not kept:
@@ -103,22 +106,24 @@ def fitting(questions: Sequence[Question], config: Config) -> list[Question]:
 
 
 class RolloutEngine:
-    """Draws answers, and computes what training needs to know of their tokens.
+    """Samples answers, and computes the log-probabilities and values of their tokens that training needs.
 
-    `start`: the parameters of the model that the policy began as, unrolled; a copy is kept beside the policy, for the
-    divergence from it. Policies are given in all their parts, in the layout of `compute.layers`, placed on a mesh.
+    `start` holds the unrolled parameters of the start model. A copy is kept to compute the policy's divergence from it.
+    Policies are given with all their parts, in the layout of `compute.layers`, placed on a mesh.
     """
 
     def __init__(self, config: Config, tokenizer: Tokenizer, start: build.Params):
         self._config, self._tokenizer = config, tokenizer
         layout = {"model": build.to_layout(start, config.compute)}
-        # By way of the host: a copy, since what the policy starts as is given away with its first step.
+        # Copied to the host, because the first training step donates the parameters that the policy starts with.
         self._start = jax.tree.map(np.array, layout)
         self._placed: _Placed | None = None
 
     def answer(self, params: build.Params, questions: Sequence[Question], *, samples: int, seed: int) -> list[Answer]:
-        """`samples` answers of the policy to the first question, then to the second, and so on: drawn at
-        `rl.temperature` from the whole vocabulary, of at most `rl.answer_tokens`."""
+        """`samples` answers of the policy to each question, in the order of the questions.
+
+        They are sampled at `rl.temperature` from the whole vocabulary and have at most `rl.answer_tokens` tokens.
+        """
         rl = self._config.rl
         options = SamplingOptions(
             max_tokens=rl.answer_tokens, temperature=rl.temperature, top_k=0, top_p=1.0, seed=seed, num_samples=samples
@@ -133,20 +138,21 @@ class RolloutEngine:
         ]
 
     def rows(self, params: build.Params, answers: Sequence[Answer]) -> Batch:
-        """The answers packed, with `log_probs` under the policy, `reference` under its start, and `values` where it has
-        a critic; each [B, T], 0 where the weight is.
+        """The packed answers, with the `log_probs` of their tokens under the policy, those under the start model as
+        `reference` and, for a policy with a critic, `values`.
 
-        Answers of similar length are worked out together, in rows no longer than they need.
+        Each is [B, T], and 0 where the weight is 0. Answers of similar length are computed together, in rows only as
+        long as they need.
         """
         batch = pack_answers(answers, self._config.train.sequence_length, self._tokenizer.pad_id)
-        placed, size = self._beside(params), self._config.train.microbatch_rows
+        placed, size = self._placed_start(params), self._config.train.microbatch_rows
         scores = {name: np.zeros_like(batch["loss_weights"]) for name in ("log_probs", "reference", "values")}
         lengths = np.count_nonzero(batch["segment_ids"], axis=1)
         order = np.argsort(lengths, kind="stable")
         for start in range(0, len(answers), size):
             chosen = order[start : start + size]
             length = quarter(lengths[chosen[-1]], self._config.train.sequence_length)
-            filled = np.resize(chosen, size)  # the last microbatch may want rows
+            filled = np.resize(chosen, size)  # the last microbatch may not be full
             part = {name: array[filled, :length] for name, array in batch.items()}
             part = place_batch(batch_sharding(placed.mesh), part)
             found, of_start = jax.device_get((placed.score(params, part), placed.score(placed.start, part)))
@@ -157,11 +163,11 @@ class RolloutEngine:
         return {**batch, **scores}
 
     def start(self, params: build.Params) -> build.Params:
-        """The model that the policy began as, `{"model": ...}`, placed as `params` are."""
-        return self._beside(params).start
+        """The parameters of the start model, `{"model": ...}`, on the mesh of `params`."""
+        return self._placed_start(params).start
 
-    def _beside(self, params: build.Params) -> _Placed:
-        """The start on the mesh of a policy."""
+    def _placed_start(self, params: build.Params) -> _Placed:
+        """The start model on the mesh of a policy."""
         mesh = jax.tree.leaves(params)[0].sharding.mesh
         if self._placed is None or self._placed.mesh != mesh:
             start = jax.device_put(
@@ -174,7 +180,7 @@ class RolloutEngine:
 
 
 class _Placed(NamedTuple):
-    """The start of a policy on a mesh, and `make_score` compiled for that."""
+    """The start model on a mesh, and `make_score` compiled for that mesh."""
 
     mesh: Mesh
     start: build.Params
@@ -182,7 +188,7 @@ class _Placed(NamedTuple):
 
 
 def make_score(config: Config) -> Callable[[build.Params, dict[str, Array]], dict[str, Array]]:
-    """A function of parameters and a batch: `log_probs` of what was written and, with a critic, `values`."""
+    """A function that maps parameters and a batch to the `log_probs` of the answers and, with a critic, `values`."""
     graph = build.abstract_model(config.model, config.compute)[0]
 
     def score(params: build.Params, batch: dict[str, Array]) -> dict[str, Array]:

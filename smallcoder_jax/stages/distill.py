@@ -1,6 +1,7 @@
-"""Distillation: next-token prediction on documents, and beside it a teacher's distribution over the vocabulary.
+"""Distillation: next-token prediction on documents, combined with matching a teacher's distribution over the
+vocabulary.
 
-The teacher runs beside the student, or else what it finds likeliest was worked out before (`shared.teacher_tokens`).
+The teacher runs alongside the student, or its most probable tokens are computed beforehand (`shared.teacher_tokens`).
 """
 
 from __future__ import annotations
@@ -32,8 +33,10 @@ from smallcoder_jax.train.task import Task
 
 
 def make_loss(config: Config, teacher: ModelConfig, teacher_compute: ComputeConfig) -> LossFn:
-    """`losses.distillation` of a packed batch. The teacher's parameters are `params["teacher"]`; with `distill.top_k`,
-    what is known of it is in the batch, `teacher_ids` and `teacher_log_probs` [B, T, K].
+    """`losses.distillation` of a packed batch.
+
+    The teacher's parameters are `params["teacher"]`. With `distill.top_k`, its most probable tokens are in the batch
+    instead, as `teacher_ids` and `teacher_log_probs` [B, T, K].
     """
     distill = config.distill
     graph, _ = build.abstract_model(config.model, config.compute)
@@ -67,12 +70,14 @@ def make_loss(config: Config, teacher: ModelConfig, teacher_compute: ComputeConf
 
 
 def summary(sums: dict[str, float]) -> dict[str, float]:
-    """That of a language model, and the divergence from the teacher in nats per token."""
+    """The summary of a language model, and the divergence from the teacher in nats per token."""
     return {**language_summary(sums), "kl": ratio(sums["kl"], sums["weight"])}
 
 
 def make_task(config: Config, loaded: LoadedModel | None, progress: Progress) -> Task:
-    """Raises UserError where there is no teacher, or it has another tokenizer than the data."""
+    """The task. Raises UserError when no teacher is named, or when the teacher does not fit the data, the row length or
+    the vocabulary.
+    """
     if not config.distill.teacher:
         raise UserError("stage.name=distill needs --config.distill.teacher: the folder of a run or of an export")
     teacher = loading.load(Path(config.distill.teacher))
@@ -84,9 +89,8 @@ def make_task(config: Config, loaded: LoadedModel | None, progress: Progress) ->
     prepared = documents.prepare_on_all(config, progress)
     for model in (teacher, *([loaded] if loaded else [])):
         check_tokenizer(model, prepared.tokenizer)
-    if (
-        teacher.model.vocab_size != config.model.vocab_size
-    ):  # one tokenizer, and tables with other numbers of spare rows
+    # With the same tokenizer, the embeddings may still have different numbers of spare rows.
+    if teacher.model.vocab_size != config.model.vocab_size:
         raise UserError(
             f"the teacher in {config.distill.teacher} has a table of {teacher.model.vocab_size} rows, but "
             f"{config.model.vocab_size=}; they are compared row by row: set model.vocab_size={teacher.model.vocab_size}"
@@ -113,11 +117,13 @@ def make_task(config: Config, loaded: LoadedModel | None, progress: Progress) ->
 
 
 def _with_kept_tokens(config: Config, teacher: LoadedModel, task: Task, progress: Progress) -> Task:
-    """The task with the teacher's likeliest tokens in its batches, worked out first where they are not there yet."""
+    """The task with the teacher's most probable tokens in its batches. They are computed first if they are not on
+    disk.
+    """
     one_process(config)
     train, limit, held_out = config.train, config.eval.batches, range(eval_rows(config))
     shape = {"length": train.sequence_length, "count": config.distill.top_k}
-    # What an answer is worth to the student (alpha) changes nothing of what the teacher says.
+    # The teacher's tokens do not depend on alpha, the weight that the student gives them.
     folder = folder_of(config, {name: value for name, value in task.identity.items() if name != "alpha"})
     score = scorer(config, teacher)
     of_train = KeptTokens(folder / "train", rows=train.batch_size, **shape)
@@ -134,7 +140,7 @@ def _with_kept_tokens(config: Config, teacher: LoadedModel, task: Task, progress
         for batch in task.validation_batches(limit, rows):
             yield {**batch, **next(kept)}
 
-    task.facts["teacher"] += f"; its {config.distill.top_k} likeliest tokens, kept in {folder}"
+    task.facts["teacher"] += f"; its {config.distill.top_k} most probable tokens, kept in {folder}"
     return dataclasses.replace(
         task,
         train_batches=lambda rows: WithTeacher(task.train_batches(rows), of_train),

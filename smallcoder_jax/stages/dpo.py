@@ -1,7 +1,7 @@
-"""Direct preference optimisation: the better answer of a pair is made more likely than it was at the start, compared
-with the worse one.
+"""Direct preference optimisation (DPO): relative to the start model, the policy learns to prefer the chosen answer of a
+pair to the rejected one.
 
-Shapes: R rows, 2 the chosen and the rejected answers, B = 2 R, S slots for pairs, X = R S pairs, T places, P all
+Shapes: R rows, 2 the chosen and the rejected answers, B = 2 R, S slots for pairs, X = R S pairs, T positions, P all
 pairs of a side.
 """
 
@@ -32,7 +32,9 @@ from smallcoder_jax.train.task import Task
 
 
 def make_loss(config: Config, criteria: Sequence[str]) -> LossFn:
-    """`losses.direct_preference`; the log-probabilities at the start are in the batch, as `reference` [R, S, 2]."""
+    """`losses.direct_preference`. The log-probabilities under the start model are in the batch as `reference` [R, S,
+    2].
+    """
     graph, _ = build.abstract_model(config.model, config.compute)
 
     def loss_fn(params: Any, batch: Batch, key: Array | None) -> preference_pairs.Judged:
@@ -52,8 +54,10 @@ def make_loss(config: Config, criteria: Sequence[str]) -> LossFn:
 
 
 def answer_log_probs(model: Module, hidden: Hidden, batch: Batch) -> Array:
-    """Log-probabilities [B, S] of whole answers, the tokens that end them included, in nats; 0 for empty slots.
-    `hidden`: of `preference_pairs.hidden_states`."""
+    """Log-probabilities [B, S] of whole answers, including their end tokens, in nats; 0 for empty slots.
+
+    `hidden` is the result of `preference_pairs.hidden_states`.
+    """
     targets_BT, segment_ids_BT, weights_BT = (
         preference_pairs.answers(batch[name]) for name in ("targets", "segment_ids", "loss_weights")
     )
@@ -64,7 +68,7 @@ def answer_log_probs(model: Module, hidden: Hidden, batch: Batch) -> Array:
 
 
 def reference_log_probs(config: Config, loaded: LoadedModel, pairs: preference_pairs.Pairs) -> preference_pairs.Columns:
-    """By side: the log-probabilities [P, 2] of all pairs' answers under the model that a run begins with."""
+    """By side of the split, the log-probabilities [P, 2] of the answers of all pairs under the start model."""
     compute = dataclasses.replace(config.compute, layers="unroll", remat="none")
     graph, _ = build.abstract_model(config.model, compute)
 
@@ -74,7 +78,7 @@ def reference_log_probs(config: Config, loaded: LoadedModel, pairs: preference_p
             answer_log_probs(model, preference_pairs.hidden_states(model, batch, None), batch)
         )
 
-    # As in the training steps, so that a run begins with a margin of 0.
+    # The same precision as in training steps, so that a run starts with a margin of 0.
     matmul = precision.choose(config.compute, jax.default_backend())
     log_probs = jax.jit(precision.multiplying(matmul.kind, by_pair))
     rows = eval_rows(config)
@@ -91,7 +95,7 @@ def reference_log_probs(config: Config, loaded: LoadedModel, pairs: preference_p
 
 
 def make_task(config: Config, loaded: LoadedModel | None, progress: Progress) -> Task:
-    """Raises UserError where there is no model to begin with, or no pairs."""
+    """The task. Raises UserError when there is no start model, or there are no pairs."""
     loaded = need_start(config, loaded)
     pairs = preference_pairs.prepare(config, loaded.tokenizer, progress)
     progress.note("log-probabilities of all answers at the start")
@@ -102,7 +106,7 @@ def make_task(config: Config, loaded: LoadedModel | None, progress: Progress) ->
 
 
 def measure(config: Config, loaded: LoadedModel, progress: Progress) -> dict[str, float]:
-    """What `preference_pairs.summary` says of all held-out pairs, beside the model that `stage.start` names."""
+    """`preference_pairs.summary` of all held-out pairs. The reference is the model that `stage.start` names."""
     before = need_start(config, load_start(config))
     pairs = preference_pairs.prepare(config, loaded.tokenizer, progress)
     columns = reference_log_probs(config, before, pairs)

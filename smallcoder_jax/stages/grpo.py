@@ -1,6 +1,6 @@
-"""GRPO (arXiv 2402.03300): answers to one question compete with each other, and no values are learned.
+"""GRPO (arXiv 2402.03300): each answer is compared with the other answers to its question. There is no critic.
 
-Shapes: B rows, T places of a row, X = B T tokens.
+Shapes: B rows, T positions of a row, X = B T tokens.
 """
 
 from __future__ import annotations
@@ -27,13 +27,15 @@ REPORTED = ("ratio", "clipped", "kl", "alike_groups")
 
 
 def make_loss(config: Config) -> LossFn:
-    """The clipped surrogate and the divergence from the start, of each answer the mean over its tokens (eq. 3)."""
+    """The clipped surrogate plus the divergence from the start model, each a mean over the tokens of an answer (eq.
+    3).
+    """
     graph, rl = build.abstract_model(config.model, config.compute)[0], config.rl
 
     def loss_fn(params: Any, batch: Batch, key: Array | None) -> tuple[Array, Array, dict[str, Array]]:
         written_BT = batch["loss_weights"]
         lengths_B1 = jnp.maximum(written_BT.sum(axis=1, keepdims=True), 1.0)
-        # Times the iteration's mean length, so that weights add up to tokens, as in all stages.
+        # Multiplied by the iteration's mean length, so that weights add up to tokens, as in all stages.
         weights_X = flat_tokens(written_BT * (batch["answer_tokens"] / lengths_B1))
         advantages_X = flat_tokens(jnp.broadcast_to(batch["advantages"], written_BT.shape))
         made = policy_pass(graph, params, batch, rl.temperature)
@@ -51,7 +53,7 @@ def make_loss(config: Config) -> LossFn:
 
 def make_task(config: Config, loaded: LoadedModel | None, progress: Progress) -> Task:
     """See `policy.make_task`."""
-    del progress  # prompts take seconds
+    del progress  # preparing prompts takes only seconds
     return policy.make_task(config, loaded, loss_fn=make_loss(config), learn=grpo_rows, reported=REPORTED)
 
 

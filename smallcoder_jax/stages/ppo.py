@@ -1,6 +1,6 @@
-"""PPO (arXiv 1707.06347) with a critic beside the policy, and a price for leaving the model it started from.
+"""PPO (arXiv 1707.06347) with a separate critic, and a penalty on the divergence from the start model.
 
-Shapes: B rows, T places of a row, X = B T tokens.
+Shapes: B rows, T positions of a row, X = B T tokens.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def make_loss(config: Config) -> LossFn:
 
 def make_task(config: Config, loaded: LoadedModel | None, progress: Progress) -> Task:
     """See `policy.make_task`."""
-    del progress  # prompts take seconds
+    del progress  # preparing prompts takes only seconds
     loaded = need_start(config, loaded)
     task = policy.make_task(config, loaded, loss_fn=make_loss(config), learn=ppo_rows, reported=REPORTED)
     start = Start({"model": loaded.params, "critic": first_critic(config, loaded)}, loaded.origin)
@@ -67,10 +67,11 @@ def make_task(config: Config, loaded: LoadedModel | None, progress: Progress) ->
 
 
 def first_critic(config: Config, loaded: LoadedModel) -> build.Params:
-    """A model with a head, unrolled: the reward model, which knows what an answer will be worth before the policy
-    does (so do Ouyang et al., arXiv 2203.02155); where answers are checked, the model that the policy begins as.
+    """The initial critic: a model with a head, unrolled.
 
-    Raises UserError where the reward model has another shape than the policy.
+    It is the reward model, which can already predict the reward of an answer (as in Ouyang et al., arXiv 2203.02155).
+    When answers are checked instead, it is the start model of the policy with a fresh head. Raises UserError when the
+    reward model has another shape than the policy.
     """
     if not config.rl.reward_model:
         return {"model": loaded.params, "head": first_head(config)}

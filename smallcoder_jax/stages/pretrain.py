@@ -1,4 +1,4 @@
-"""Pretraining: next-token prediction on packed documents, of prose or code, from drawn parameters or another run's."""
+"""Pretraining: next-token prediction on packed documents of prose or code, from scratch or from another run's model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from smallcoder_jax.train.task import Task
 
 
 def make_task(config: Config, loaded: LoadedModel | None, progress: Progress) -> Task:
-    """Raises UserError where the data cannot be had, or their tokenizer is not that of the start."""
+    """The task. Raises UserError when the data cannot be obtained, or its tokenizer is not the start model's."""
     prepared = documents.prepare_on_all(config, progress)
     if loaded is not None:
         check_tokenizer(loaded, prepared.tokenizer)

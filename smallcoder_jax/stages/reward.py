@@ -1,6 +1,6 @@
-"""A reward model: a decoder with a scalar head, trained so that the better answer of a pair scores higher.
+"""A reward model: a model with a scalar head, trained so that the chosen answer of a pair gets the higher score.
 
-Shapes: R rows, 2 the chosen and the rejected answers, B = 2 R, S slots for pairs, X = R S pairs, T places, D width.
+Shapes: R rows, 2 the chosen and the rejected answers, B = 2 R, S slots for pairs, X = R S pairs, T positions, D width.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def make_loss(config: Config, criteria: Sequence[str]) -> LossFn:
 
 
 def make_task(config: Config, loaded: LoadedModel | None, progress: Progress) -> Task:
-    """Raises UserError where there is no model to begin with, or no pairs."""
+    """The task. Raises UserError when there is no start model, or there are no pairs."""
     loaded = need_start(config, loaded)
     pairs = preference_pairs.prepare(config, loaded.tokenizer, progress)
     return preference_pairs.make_task(config, loaded, pairs, make_loss(config, pairs.criteria), {}, {})

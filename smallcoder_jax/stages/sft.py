@@ -1,4 +1,4 @@
-"""Fine-tuning on conversations: next-token prediction of what the assistant wrote, its end of turn included."""
+"""Fine-tuning on conversations: next-token prediction of the assistant's turns, including the token that ends them."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from smallcoder_jax.train.sums import language_summary
 from smallcoder_jax.train.task import Task
 
 _SHOWN = 2  # held-out conversations whose first turn is sampled during training
-_ANSWER_TOKENS = 256  # of a turn, when calls are scored
-_SCORED_ROWS = 32  # turns written at a time
+_ANSWER_TOKENS = 256  # at most, of a turn whose calls are scored
+_SCORED_ROWS = 32  # turns generated at a time
 
 
 def prepare(config: Config, progress: Progress | None) -> Dialogs:
-    """The conversations of a config, made where they are not there yet."""
+    """The conversations of a config. They are created first if they are not on disk."""
     settings = config.dialogs
     if settings.source:
         return prepare_dialogs(Path(config.data.dir), settings.source, settings.count, progress)
@@ -43,7 +43,7 @@ def prepare(config: Config, progress: Progress | None) -> Dialogs:
 
 
 def make_task(config: Config, loaded: LoadedModel | None, progress: Progress) -> Task:
-    """Raises UserError where there is no model to begin with, or its tokenizer has no pieces for turns."""
+    """The task. Raises UserError when there is no start model, or its tokenizer has no pieces for turns."""
     loaded = need_start(config, loaded)
     tokenizer, train = loaded.tokenizer, config.train
     dialogs = prepare(config, progress)
@@ -99,7 +99,7 @@ def make_task(config: Config, loaded: LoadedModel | None, progress: Progress) ->
 
 
 def measure(config: Config, loaded: LoadedModel, progress: Progress) -> dict[str, float]:
-    """Shares of held-out turns that are right (`tool_calls.ToolScores`), of the first `eval.batches` x rows."""
+    """Shares of correct turns (`tool_calls.ToolScores`) in the first `eval.batches` x rows held-out conversations."""
     records = prepare(config, progress).read("validation")
     limit = config.eval.batches * eval_rows(config)
 
