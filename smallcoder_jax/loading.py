@@ -169,8 +169,7 @@ def _from_run(folder: RunFolder, step: int | str | None) -> LoadedModel:
 def _base(path: Path, facts: Mapping[str, Any]) -> build.Params:
     """The unrolled parameters of the base model to which the adapters of the run in `path` belong.
 
-    `facts` is the origin of the base model as the run recorded it. Raises UserError when the base model is missing or
-    has changed.
+    `facts` is the origin of the base model as the run recorded it. Raises UserError when it is missing or has changed.
     """
     step = "" if facts["step"] is None else f", step {facts['step']}"
     what = f"{path} holds adapters to the model in {facts['path']}{step}"

@@ -111,9 +111,7 @@ def _check_mode(options: argparse.Namespace) -> None:
 
 
 def evaluate(options: argparse.Namespace, overrides: list[str]) -> int:
-    """Prints the measures of a model as JSON. A run is evaluated by its own config unless --config is of another
-    stage.
-    """
+    """Prints the measures of a model as JSON. A run's own config is used unless --config is of another stage."""
     if distributed.find_cluster(options.coordinator, options.processes, options.process, os.environ) is not None:
         raise UserError("--mode=evaluate runs in one process; leave --coordinator and its like out")
     config = load_config(options.config, overrides) if options.config is not None else None
@@ -140,9 +138,7 @@ def _own_config(workdir: Path, overrides: list[str]) -> Config | None:
 
 
 def preflight(config: Config, options: argparse.Namespace) -> int:
-    """Prints the report as a table, and writes it as JSON with --json. Raises CheckFailed when the config does not fit
-    the devices.
-    """
+    """Prints the report as a table, and with --json also writes it. Raises CheckFailed when the config does not fit."""
     from smallcoder_jax import run
     from smallcoder_jax.preflight.show import table
 

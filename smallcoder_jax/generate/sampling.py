@@ -86,9 +86,7 @@ def settings_of(options: SamplingOptions, rows: int, place: jax.sharding.Shardin
 
 
 def penalise(logits_BV: Array, seen_BV: Array, penalty_B: Array) -> Array:
-    """The logits with the repetition penalty: those of tokens that occurred are divided by it if positive, else
-    multiplied.
-    """
+    """The logits, where those of tokens that occurred are divided by the penalty if positive, else multiplied."""
     penalty_B1 = penalty_B[:, None]
     punished_BV = jnp.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
     return jnp.where(seen_BV, punished_BV, logits_BV)

@@ -37,9 +37,7 @@ def abstract_model(model: ModelConfig, compute: ComputeConfig) -> tuple[Any, Par
 
 
 def init_params(model: ModelConfig, compute: ComputeConfig, key: Array) -> Params:
-    """Fresh parameters of a model in the layout of `compute.layers`. Traceable, so that `jit` can place them on a
-    mesh.
-    """
+    """Fresh parameters in the layout of `compute.layers`. Traceable, so that `jit` can place them on a mesh."""
     unrolled = dataclasses.replace(compute, layers="unroll")
     module = family_of(model).module(model, unrolled, rngs=nnx.Rngs(params=key))
     return to_layout(nnx.to_pure_dict(nnx.state(module)), compute)
@@ -67,9 +65,7 @@ def to_layout(params: Params, compute: ComputeConfig) -> Params:
 
 
 def to_scanned(params: Params) -> Params:
-    """Stacks the blocks of every model in `params`: `blocks/{i}/...` becomes `blocks/...` with a leading axis of
-    layers.
-    """
+    """Stacks the blocks of every model in `params`: `blocks/{i}/...` to `blocks/...` with a leading axis of layers."""
 
     def stacked(name: Any, below: Any) -> Any:
         if name == "blocks" and all(isinstance(key, int) for key in below):

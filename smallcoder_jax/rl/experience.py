@@ -230,9 +230,7 @@ def next_coefficient(rl: RLConfig, coefficient: float, kl: float) -> float:
 
 
 def _chosen(count: int, wanted: int, iteration: int, seed: int) -> list[int]:
-    """The indices of the questions that an iteration asks: consecutive items of an endless sequence of shuffled
-    epochs.
-    """
+    """The indices of the questions that an iteration asks: the next items of an endless series of shuffled epochs."""
     places = range(iteration * wanted, (iteration + 1) * wanted)
     orders = {
         epoch: np.random.default_rng((seed, _QUESTIONS, epoch)).permutation(count)

@@ -89,9 +89,7 @@ def from_code(tokenizer: Tokenizer, *, side: str, draws: int) -> list[Question]:
 
 
 def _without_body(snippet: Snippet, shown: list[tuple[str, str]]) -> str | None:
-    """The code that the function needs, its head and a docstring with examples; None when head and body share a
-    line.
-    """
+    """The code that the function needs, its head, and a docstring with examples; None if head and body share a line."""
     lines = snippet.code.split("\n")
     (function,) = (
         node for node in ast.parse(snippet.code).body

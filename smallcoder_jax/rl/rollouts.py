@@ -48,9 +48,7 @@ class Question:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """The ids generated after a question, including the end token. `ended` is false when there is none, because the
-    answer was cut off.
-    """
+    """The ids generated after a question, including the end token. `ended` is false for an answer that was cut off."""
 
     question: Question
     token_ids: tuple[int, ...]

@@ -117,9 +117,7 @@ def make_task(config: Config, loaded: LoadedModel | None, progress: Progress) ->
 
 
 def _with_kept_tokens(config: Config, teacher: LoadedModel, task: Task, progress: Progress) -> Task:
-    """The task with the teacher's most probable tokens in its batches. They are computed first if they are not on
-    disk.
-    """
+    """The task with the teacher's most probable tokens in its batches. Tokens that are not on disk are computed now."""
     one_process(config)
     train, limit, held_out = config.train, config.eval.batches, range(eval_rows(config))
     shape = {"length": train.sequence_length, "count": config.distill.top_k}

@@ -32,9 +32,7 @@ from smallcoder_jax.train.task import Task
 
 
 def make_loss(config: Config, criteria: Sequence[str]) -> LossFn:
-    """`losses.direct_preference`. The log-probabilities under the start model are in the batch as `reference` [R, S,
-    2].
-    """
+    """`losses.direct_preference`. The start model's log-probabilities are in the batch as `reference` [R, S, 2]."""
     graph, _ = build.abstract_model(config.model, config.compute)
 
     def loss_fn(params: Any, batch: Batch, key: Array | None) -> preference_pairs.Judged:

@@ -27,9 +27,7 @@ REPORTED = ("ratio", "clipped", "kl", "alike_groups")
 
 
 def make_loss(config: Config) -> LossFn:
-    """The clipped surrogate plus the divergence from the start model, each a mean over the tokens of an answer (eq.
-    3).
-    """
+    """The clipped surrogate plus the divergence from the start model, both means over an answer's tokens (eq. 3)."""
     graph, rl = build.abstract_model(config.model, config.compute)[0], config.rl
 
     def loss_fn(params: Any, batch: Batch, key: Array | None) -> tuple[Array, Array, dict[str, Array]]:

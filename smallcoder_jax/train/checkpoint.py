@@ -1,4 +1,4 @@
-"""Checkpoints: the only user of Orbax.
+"""Saves and restores checkpoints. This is the only module that uses Orbax.
 
     checkpoints/250/state/         Orbax: `params`, and `rest` (optimizer, step, RNG, guard)
     checkpoints/250/meta.json      config, run identity, tokenizer hash, leaves, evaluation so far
@@ -6,10 +6,10 @@
     checkpoints/250/manifest.json  checksum of every other file, written last: without it the step does not exist
     checkpoints/best               link to the best step by validation loss
 
-Orbax notices truncated and missing files, but loads flipped bits in silence: hence our own checksums, verified on
-every load. They are computed on the thread that waits for the asynchronous save.
+Orbax notices truncated and missing files, but silently loads flipped bits. We therefore keep our own checksums and
+verify them on every load. They are computed on the thread that waits for the asynchronous save.
 
-Of several processes each writes its part of the arrays, and process 0 everything else, once all parts are there.
+With several processes, each writes its part of the arrays. Process 0 writes everything else once all parts are written.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _not_of_orbax(record: logging.LogRecord) -> bool:
 
 
 def _without_closed_loops(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """`hook`, but for what the threads of TensorStore leave when Orbax's loop has ended before their work has."""
+    """`hook`, without the errors of TensorStore's threads that finish after Orbax has closed its event loop."""
 
     def show(unraisable: Any) -> None:
         if not (isinstance(unraisable.exc_value, RuntimeError) and str(unraisable.exc_value) == "Event loop is closed"):
@@ -57,14 +57,14 @@ def _without_closed_loops(hook: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return show
 
 
-# Of every error that it raises Orbax tells more: the stacks of its threads, hundreds of lines before our one.
+# For every error that it raises, Orbax also logs the stacks of its threads: hundreds of lines before our one line.
 for _name in ("absl", "asyncio"):
     logging.getLogger(_name).addFilter(_not_of_orbax)
 sys.unraisablehook = _without_closed_loops(sys.unraisablehook)
 
 
 class Damaged(UserError):
-    """A step whose files are not those that were saved."""
+    """A step whose files differ from those that were saved."""
 
 
 class Restored(NamedTuple):
@@ -74,7 +74,7 @@ class Restored(NamedTuple):
 
 
 class Checkpointer:
-    """Saves without blocking, keeps the newest `keep` steps and the best one."""
+    """Saves checkpoints without blocking. Keeps the newest `keep` steps and the best one."""
 
     def __init__(self, folder: Path, keep: int, faults: Faults = NONE):
         self.folder, self.keep, self.faults = folder, keep, faults
@@ -85,24 +85,24 @@ class Checkpointer:
 
     def _make_room(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.iterdir():  # of a process that was killed while saving
+        for leftover in self.folder.iterdir():  # left by a process that was killed while saving
             ours = leftover.name.isdecimal() and leftover.is_dir() and not leftover.is_symlink()
             if ours and not (leftover / MANIFEST).is_file():
                 shutil.rmtree(leftover)
         link = self.folder / BEST
-        if link.is_dir() and not link.is_symlink():  # of a copy that followed links
+        if link.is_dir() and not link.is_symlink():  # the folder is a copy that followed links
             link.rename(_free_name(self.folder, f"{BEST}.copied"))
-        best = best_step(self.folder)  # the process may have been killed before it had moved the link
+        best = best_step(self.folder)  # a process may have been killed before it moved the link
         if best is not None:
             self._mark_best(best)
 
     def save(
         self, state: TrainState, meta: dict[str, Any], data_state: Any, *, best: bool = False, keep: int | None = None
     ) -> None:
-        """Starts saving `state` under its step. Raises what an earlier save raised.
+        """Starts saving `state` under its step. Raises the error of an earlier save that failed.
 
-        Returns when the arrays are copied from the device; `best` also makes this step the best one. `keep` is how many
-        steps stay, this one among them, in place of what the checkpointer was made with; 0: all.
+        Returns when the arrays are copied from the device. `best` also marks this step as the best one. `keep`
+        overrides the checkpointer's number of steps to keep, this one included; 0 keeps all.
         """
         self.wait()
         step = int(state.step)
@@ -110,7 +110,7 @@ class Checkpointer:
         first = distributed.is_first()
         saved = distributed.from_first(lambda: self._is_saved(step))
         self._refused.discard(step)
-        if saved:  # only the mark is new
+        if saved:  # only the mark may have changed
             if best and first:
                 self._mark_best(step)
             return
@@ -127,7 +127,7 @@ class Checkpointer:
 
         def finish() -> None:
             try:
-                response.result()  # of all processes: Orbax waits for the slowest before it ends on any
+                response.result()  # Orbax waits for the slowest process before it finishes on any
                 self.faults.reach("manifest")
                 if first:
                     write_json(target / MANIFEST, {"format": 1, "files": checksums(target)})
@@ -136,14 +136,14 @@ class Checkpointer:
                     self._prune(self.keep if keep is None else keep)
                     if "bitflip" in self.faults.reach("checkpoint"):
                         flip_bit(target)
-            except BaseException as error:  # whatever it is: the next call on the main thread is all that can tell
+            except BaseException as error:  # whatever it is, only the next call on the main thread can report it
                 self._error = error
 
         self._thread = threading.Thread(target=finish, name=f"save-{step}")
         self._thread.start()
 
     def wait(self) -> None:
-        """Waits for the save in flight. Raises UserError naming the cause when it failed (a full disk, for example)."""
+        """Waits for the pending save. Raises UserError naming the cause when it failed (a full disk, for example)."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -156,7 +156,7 @@ class Checkpointer:
             raise self._failure(error) from error
 
     def steps(self) -> list[int]:
-        """Complete steps, ascending, as process 0 sees them."""
+        """The complete steps, ascending, as process 0 sees them."""
         return distributed.from_first(lambda: complete_steps(self.folder))
 
     def best(self) -> int | None:
@@ -166,10 +166,10 @@ class Checkpointer:
     def restore(
         self, step: int, abstract: TrainState, check: Callable[[dict[str, Any]], None] = lambda meta: None
     ) -> Restored:
-        """The state of `step`, placed as the shardings in `abstract` say, after verifying every checksum.
+        """Verifies every checksum and returns the state of `step`, placed by the shardings in `abstract`.
 
-        `check` is given meta.json before any array is read, and raises where the step is not wanted. Raises Damaged
-        naming the file when one does not match, UserError naming the parameter whose shape or dtype differs.
+        `check` gets meta.json before any array is read, and raises to refuse the step. Raises Damaged, naming the file,
+        when a checksum does not match, and UserError, naming the parameter, when a shape or dtype differs.
         """
         distributed.from_first(lambda: verified(self.folder / str(step)) and None)
         return self._load(step, abstract, check)
@@ -188,10 +188,10 @@ class Checkpointer:
     def restore_newest(
         self, abstract: TrainState, check: Callable[[dict[str, Any]], None], note: Callable[[str], None]
     ) -> Restored | None:
-        """The newest step whose checksums hold, as `restore`; None when nothing was ever saved.
+        """Restores the newest step whose checksums match, as `restore` does; None when nothing was ever saved.
 
-        Steps that are refused on the way are named to `note`. They stay until the run comes to them again, and are then
-        kept as `STEP.damaged`. Raises Damaged when there are steps but none is sound.
+        `note` is told of newer steps that are damaged. They stay until the run saves the same step again, and are then
+        renamed to `STEP.damaged`. Raises Damaged when there are steps but none is sound.
         """
         sound, reasons = distributed.from_first(self._newest_sound)
         self._refused |= {step for step, _ in reasons}
@@ -223,7 +223,7 @@ class Checkpointer:
         return (target / MANIFEST).is_file()
 
     def _failure(self, error: BaseException) -> BaseException:
-        # Another process died while this one waited for it: nobody's mistake, and worth another try.
+        # Another process died while this one waited for it. This is not the user's mistake, and a restart may help.
         if isinstance(error, TimeoutError | jax.errors.JaxRuntimeError):
             return error
         return UserError(
@@ -241,12 +241,12 @@ class Checkpointer:
         best = self.best()
         for step in [step for step in complete_steps(self.folder) if step not in self._refused][:-keep]:
             if step != best:
-                (self.folder / str(step) / MANIFEST).unlink()  # first: a half-removed step is no step
+                (self.folder / str(step) / MANIFEST).unlink()  # first, so that a half-removed step is not complete
                 shutil.rmtree(self.folder / str(step))
 
 
 def complete_steps(folder: Path) -> list[int]:
-    """The steps under a run's checkpoints whose save was finished, ascending; links are none."""
+    """The steps under a run's checkpoints whose save was finished, ascending. Links do not count."""
     if not folder.is_dir():
         return []
     names = (path.name for path in folder.iterdir() if not path.is_symlink() and (path / MANIFEST).is_file())
@@ -254,13 +254,16 @@ def complete_steps(folder: Path) -> list[int]:
 
 
 def best_step(folder: Path) -> int | None:
-    """The complete step with the lowest validation loss that was recorded at its save, the first of several; where none
-    was recorded, or not all can be read, that of the link `best`. None where there is neither."""
+    """The complete step with the lowest validation loss recorded when it was saved; the first one of a tie.
+
+    When no loss was recorded, or a step cannot be read, it is the step that the link `best` names. None when there is
+    neither.
+    """
     recorded = []
     for step in complete_steps(folder):
         try:
             meta = read_meta(folder / str(step))
-        except UserError:  # it may be the best: whoever loads it is told
+        except UserError:  # it may be the best one; loading it will report the error
             return _linked(folder)
         evaluation, best = meta.get("evaluation"), meta.get("best_loss")
         if isinstance(best, float) and isinstance(evaluation, dict) and evaluation.get("loss") == best:
@@ -269,7 +272,7 @@ def best_step(folder: Path) -> int | None:
 
 
 def _linked(folder: Path) -> int | None:
-    """The complete step that the link `best` names. One that leads elsewhere is not followed."""
+    """The complete step that the link `best` names. A link to anything else is ignored."""
     link = folder / BEST
     name = os.readlink(link) if link.is_symlink() else ""
     return int(name) if name.isdecimal() and int(name) in complete_steps(folder) else None
@@ -281,9 +284,10 @@ def _free_name(folder: Path, name: str) -> Path:
 
 
 def find_step(folder: Path, step: int | str | None) -> Path:
-    """The folder of `step` ('best', a number, or None: best if there is one, else newest) under a run's checkpoints.
+    """The folder of `step` under a run's checkpoints. `step` is a number, 'best', or None for the best step if one is
+    known and else the newest.
 
-    Raises UserError when there is none.
+    Raises UserError when there is no such step.
     """
     steps = complete_steps(folder)
     if not steps:
@@ -299,14 +303,16 @@ def find_step(folder: Path, step: int | str | None) -> Path:
 
 
 def load_params(step_folder: Path, abstract: Any) -> tuple[Any, dict[str, Any]]:
-    """Only the parameters of a step, verified, and its meta.json. `abstract` as in `Checkpointer.restore`."""
+    """Verifies a step; returns only its parameters, and its meta.json. `abstract` is as in `Checkpointer.restore`."""
     target = verified(step_folder)
     meta = read_meta(target)
     return _load_trees(target, meta, {"params": abstract})["params"], meta
 
 
 def _load_trees(target: Path, meta: dict[str, Any], abstract: dict[str, Any]) -> dict[str, Any]:
-    """Of `params` and `rest` those that `abstract` has. Raises UserError where parameters are not those saved."""
+    """Loads the trees (`params`, `rest`) that `abstract` has. Raises UserError when its parameters are not the saved
+    ones.
+    """
     flat = layouts.is_flat(meta["leaves"])
     wanted = layouts.flattened(abstract) if flat else abstract
     _check_leaves(meta["leaves"], leaves_of(wanted["params"]), target)
@@ -317,7 +323,7 @@ def _load_trees(target: Path, meta: dict[str, Any], abstract: dict[str, Any]) ->
 
 @contextlib.contextmanager
 def _interrupts_as_they_are() -> Iterator[None]:
-    """Raises a signal's exception in the body as itself: Orbax turns it into one of its own."""
+    """Re-raises a signal's exception from the body unchanged, because Orbax wraps it in one of its own."""
     try:
         yield
     except Exception as error:
@@ -330,7 +336,7 @@ def _interrupts_as_they_are() -> Iterator[None]:
 
 
 def read_meta(step_folder: Path) -> dict[str, Any]:
-    """The content of a step's meta.json. Raises UserError if it is missing, damaged or of another form."""
+    """The content of a step's meta.json. Raises UserError if it is missing, damaged or malformed."""
     path = step_folder / "meta.json"
     what = "what a checkpoint says of itself, with its leaves"
     meta = read_json(path, what)
@@ -340,7 +346,7 @@ def read_meta(step_folder: Path) -> dict[str, Any]:
 
 
 def verify_step(step_folder: Path) -> list[str]:
-    """What is wrong with the files of a step, one line each; empty when every checksum matches."""
+    """The problems with the files of a step, one line each; empty when every checksum matches."""
     manifest = step_folder / MANIFEST
     if not manifest.is_file():
         return [f"{manifest}: missing, so the save was never finished"]
@@ -359,18 +365,18 @@ def verify_step(step_folder: Path) -> list[str]:
 
 
 def _misnamed(step_folder: Path) -> list[str]:
-    """Whether the folder of a step, which its number names, holds another."""
+    """A line that says so when a step's folder is named after another step; else empty."""
     try:
         step = read_meta(step_folder).get("step")
-    except UserError:  # in a form that was sealed so: whoever reads it is told
+    except UserError:  # its checksum matches, so it was saved like this; reading it will report the error
         return []
-    if not step_folder.name.isdecimal() or step == int(step_folder.name):  # not a step's name: one that was put aside
+    if not step_folder.name.isdecimal() or step == int(step_folder.name):  # a name like STEP.damaged is no number
         return []
     return [f"{step_folder / 'meta.json'}: it is of step {step}: the folder was renamed"]
 
 
 def verified(step_folder: Path) -> Path:
-    """The folder itself once every checksum holds; raises Damaged otherwise."""
+    """Returns the folder itself if every checksum matches; raises Damaged otherwise."""
     problems = verify_step(step_folder)
     if problems:
         raise Damaged(f"checkpoint {step_folder} is damaged:\n  " + "\n  ".join(problems))
@@ -378,8 +384,10 @@ def verified(step_folder: Path) -> Path:
 
 
 def checksums(step_folder: Path, recorded: Mapping[str, Any] | None = None) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of every file of a step but its manifest, by relative path. With `recorded`, only files of the
-    size that it says are read; of others the hash is None."""
+    """Size and SHA-256 of every file of a step except its manifest, by relative path.
+
+    With `recorded`, a file whose size differs from the recorded one is not read, and its hash is None.
+    """
     files = sorted(path for path in step_folder.rglob("*") if path.is_file() and path.name != MANIFEST)
     files += sorted(path for path in (step_folder / "state").rglob(MANIFEST) if path.is_file())
 
@@ -392,7 +400,7 @@ def checksums(step_folder: Path, recorded: Mapping[str, Any] | None = None) -> d
 
 
 def leaves_of(tree: Any) -> dict[str, list[Any]]:
-    """Path -> [shape, dtype] of every array: Orbax casts a wrong dtype in silence, so we compare ourselves."""
+    """Path -> [shape, dtype] of every array. Orbax silently casts to another dtype, so we compare them ourselves."""
     return {
         path_name(path): [list(leaf.shape), str(leaf.dtype)] for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
@@ -409,5 +417,5 @@ def _check_leaves(saved: dict[str, list[Any]], wanted: dict[str, list[Any]], tar
 
 
 def _orbax_path(step_folder: Path) -> str:
-    """Where Orbax's part of a step is; it takes absolute paths only."""
+    """The absolute path of Orbax's part of a step. Orbax does not accept relative paths."""
     return str(step_folder.resolve() / "state")

@@ -1,4 +1,4 @@
-"""Evaluation of a model: the loss on held-out batches, what it writes, gradients."""
+"""Evaluates a model during training: the loss on held-out batches, samples of its text, and gradients."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from smallcoder_jax.train.watchdog import Watchdog
 
 
 class Evaluator:
-    """Evaluates a task on the mesh of its training. `frozen`: the parts that are not trained, on that mesh."""
+    """Evaluates a task on its training mesh. `frozen` holds the parts that are not trained, on that mesh."""
 
     def __init__(self, config: Config, task: Task, program: Program, frozen: Any, watchdog: Watchdog, vote: StopVote):
         self._config, self._frozen, self._watchdog, self._vote = config, frozen, watchdog, vote
@@ -40,10 +40,10 @@ class Evaluator:
             frozen_shardings=program.frozen_shardings,
         )
         self._gradient = make_gradient(task.loss_fn, program.matmul.kind, program.mesh)
-        self.rows = process_rows(program.mesh, eval_rows(config))  # of each global batch, those of this process
+        self.rows = process_rows(program.mesh, eval_rows(config))  # this process's rows of each global batch
 
     def evaluate(self, task: Task, params: build.Params, stop: StopRequest) -> dict[str, float] | None:
-        """`Task.evaluate` of the parameters that are trained; None where a signal comes before the end."""
+        """`Task.evaluate` for the trained parameters `params`; None when a signal comes before the end."""
         what, seconds = "a validation batch (guard.data_seconds)", self._config.guard.data_seconds
         return task.evaluate(
             Evaluation(
@@ -57,15 +57,16 @@ class Evaluator:
         )
 
     def gradient(self, params: build.Params, batch: Mapping[str, np.ndarray]) -> Any:
-        """Of the loss per token, as in the training step."""
+        """The gradient of the loss per token, as in the training step."""
         return self._gradient(params, place_batch(self._sharding, batch), self._frozen)
 
 
 def on_this_device(
     compute: ComputeConfig, loss_fn: LossFn, params: build.Params, *, rows: int, limit: int
 ) -> Evaluation:
-    """An evaluation on the device that JAX takes by itself, without a mesh, of at most `limit` batches of `rows` (0:
-    all). `params` are all parts that the loss sees.
+    """An evaluation on JAX's default device, without a mesh, of at most `limit` batches (0: all) of `rows` rows.
+
+    `params` are all parts that the loss sees.
     """
 
     def sums_of(params: build.Params, batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -78,9 +79,10 @@ def on_this_device(
 
 
 def draw_samples(config: Config, task: Task, params: build.Params, accuracy: float | None) -> list[dict[str, Any]]:
-    """What the model makes of the task's prompts, or else of `eval.sample_prompts`: {input, output, accuracy} each.
+    """Samples completions of the task's prompts or, if it has none, of `eval.sample_prompts`.
 
-    `params` are all parts that the loss sees. Raises NotFinite where the scores of the next token are not finite.
+    Each sample is {input, output, accuracy}. `params` are all parts that the loss sees. Raises NotFinite if logits are
+    not.
     """
     prompts = task.prompts
     if prompts is None:
@@ -101,8 +103,7 @@ def draw_samples(config: Config, task: Task, params: build.Params, accuracy: flo
 
 
 def make_gradient(loss_fn: LossFn, matmul: precision.Kind, mesh: Mesh) -> Any:
-    """A jitted function of parameters, batch and frozen parameters: the gradient of the loss per token, as in the
-    training step."""
+    """A jitted function (parameters, batch, frozen parameters) -> gradient of the loss per token, as in training."""
 
     def mean_loss(params: Any, batch: dict[str, jax.Array], frozen: Any) -> jax.Array:
         loss_sum, weight_sum, _ = loss_fn({**frozen, **params}, batch, None)
@@ -112,6 +113,6 @@ def make_gradient(loss_fn: LossFn, matmul: precision.Kind, mesh: Mesh) -> Any:
 
 
 def whole_leaves(tree: Any) -> dict[str, np.ndarray]:
-    """Every parameter by its name, with the parts that other processes hold."""
+    """Every parameter as a whole array by its name, gathered from all processes."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {parameter_name(path): multihost_utils.process_allgather(leaf, tiled=True) for path, leaf in leaves}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# Dense bf16 TFLOP/s of the data sheets, by the start of jax's device kind.
+# Dense bf16 TFLOP/s from the data sheets, by the prefix of JAX's device kind.
 PEAK_TFLOPS = {
     "TPU v4": 275,
     "TPU v5 lite": 197,
@@ -18,7 +18,7 @@ PEAK_TFLOPS = {
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """FLOP/s of one device, or None where there is no agreed figure (a CPU)."""
+    """The peak FLOP/s of one device, or None when no figure is known (a CPU)."""
     for start, tera in PEAK_TFLOPS.items():
         if device_kind.startswith(start):
             return tera * 1e12

@@ -1,6 +1,6 @@
-"""Which updates are taken: none from a loss or gradient that is not finite, and by policy none from a spike.
+"""Decides which updates are applied: not those whose loss or gradient is not finite, nor, by configuration, spikes.
 
-The decision is part of the compiled step and what it rests on is part of the state, so a continued run decides alike.
+The decision is made in the compiled step from values in the training state, so a continued run decides alike.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from smallcoder_jax.config import GuardConfig
 
 
 class GuardState(NamedTuple):
-    """Updates skipped in all and in a row, and moving averages of the losses of those that were taken."""
+    """The numbers of updates skipped in total and in a row, and moving averages of the losses of applied updates."""
 
     skipped: Array  # int32, as are the next two
     skipped_in_a_row: Array
@@ -29,10 +29,10 @@ def init_guard() -> GuardState:
 
 
 def is_sound(guard: GuardConfig, state: GuardState, loss: Array, grad_norm: Array) -> Array:
-    """Whether a step with this mean loss and global gradient norm may update: bool scalar.
+    """Whether a step with this mean loss and global gradient norm may update the parameters: bool scalar.
 
-    A spike is a loss more than `spike_sigma` standard deviations above the moving average; none is seen before
-    `spike_window` updates have been taken.
+    A spike is a loss more than `spike_sigma` standard deviations above the moving average. None is detected before
+    `spike_window` updates have been applied.
     """
     sound = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
     if guard.spike_sigma:
@@ -53,5 +53,5 @@ def advance(guard: GuardConfig, state: GuardState, sound: Array, loss: Array) ->
 
 
 def select(condition: Array, chosen: Any, otherwise: Any) -> Any:
-    """`chosen` or `otherwise`, two trees of one structure, by a scalar."""
+    """`chosen` if the scalar `condition` is true, else `otherwise`; both are trees of the same structure."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), chosen, otherwise)

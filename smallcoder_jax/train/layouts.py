@@ -1,9 +1,9 @@
-"""Checkpoints of before a model's parameters were a part of their own: they lay beside the head and the critic.
+"""Reads older checkpoints, in which the model's parameters were not a part of their own, but next to head and critic.
 
     now   {"model": {"embed": ..., "blocks": ...}, "head": ..., "critic": {"model": ..., "head": ...}}
     flat  {"embed": ..., "blocks": ..., "head": ..., "critic": {"embed": ..., "blocks": ..., "head": ...}}
 
-The optimizer's state has trees of the same form in it.
+The optimizer's state contains trees of the same structure.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from smallcoder_jax.mesh import parameter_name, path_name
 
 
 def is_flat(names: Iterable[str]) -> bool:
-    """Whether these paths of parameters are of a flat checkpoint. Adapters alone are the same in both."""
+    """Whether these parameter paths come from a flat checkpoint. Adapters alone are the same in both layouts."""
     return not any("model" in name.split("/") for name in names)
 
 
 def flattened(tree: Any) -> Any:
-    """The tree as a flat checkpoint has it."""
+    """Converts a tree to the flat layout."""
     if isinstance(tree, dict):
         below = {name: flattened(part) for name, part in tree.items() if name != "model"}
         return {**below, **flattened(tree["model"])} if "model" in tree else below
@@ -33,6 +33,6 @@ def flattened(tree: Any) -> Any:
 
 
 def unflattened(flat: Any, wanted: Any) -> Any:
-    """The leaves of `flat` in the form of `wanted`, of which it is the flat one."""
+    """The leaves of `flat` in the structure of `wanted`. `flat` has the structure of `flattened(wanted)`."""
     leaves = {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(flat)}
     return jax.tree_util.tree_map_with_path(lambda path, _: leaves[parameter_name(path)], wanted)

@@ -1,6 +1,6 @@
-"""The only training loop. A stage hands it a `Task`; it never knows which stage it is.
+"""The only training loop. A stage gives it a `Task`, and the loop does not know which stage it is.
 
-Nothing in the loop waits for the device but the reading of metrics, and that is one step behind the dispatch.
+Only reading metrics waits for the device, and metrics are read one step after they were dispatched.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from smallcoder_jax.train.stop import StopRequest
 from smallcoder_jax.train.task import Task
 from smallcoder_jax.train.watchdog import Watchdog
 
-_AT_STEP = "the step or the batch of an evaluation that it is at"
+_AT_STEP = "the current step or batch of an evaluation"
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a run ended. `interrupted`: SIGTERM or SIGINT came before the last step; the state was saved."""
+    """How a run ended. `interrupted` means that SIGTERM or SIGINT came before the last step; the state was saved."""
 
     step: int
     interrupted: bool
@@ -50,19 +50,19 @@ class Outcome:
 
 
 class Dispatched(NamedTuple):
-    """A step on its way: what it will report, and the batch that it was given, for the case that it is skipped."""
+    """A dispatched step: its future metrics, and its batch, which is kept in case the update is skipped."""
 
     step: int
     metrics: dict[str, jax.Array]
     waited: float
     batch: dict[str, jax.Array]
-    data_state: Any  # of the iterator before it drew this batch
+    data_state: Any  # of the iterator before it returned this batch
 
 
 class Trainer:
-    """One run in one folder: built, resumed if the folder holds a run, trained to `train.steps`.
+    """Trains one run in one folder up to `train.steps`. Resumes if the folder holds a run.
 
-    Whoever makes one holds `folder.locked()` as long as it is used.
+    The caller must hold `folder.locked()` as long as the trainer is used.
     """
 
     def __init__(
@@ -90,11 +90,11 @@ class Trainer:
         start = find_start(config, task, program, self.checkpointer, self.records, terminal)
         self.state, self.history = start.state, start.history
         self.data_state, self.saved_step = start.data_state, start.saved_step
-        self.owes_save = False  # it was due while updates were being skipped
-        self.at_work = _AT_STEP  # for who interrupts it
+        self.owes_save = False  # a save was due while updates were being skipped
+        self.at_work = _AT_STEP  # what it is doing, for the message on a signal
         self.step = int(self.state.step)
         self.skipped_in_a_row = int(self.state.guard.skipped_in_a_row)
-        self.verified_at = self.step  # the step at which the data have to be verified
+        self.verified_at = self.step  # the step at which the data must have been verified
         if task.manifest is not None:
             tokens = config.train.batch_size * config.train.sequence_length
             self.verified_at += steps_until_repeated(task.manifest, config.data, tokens)
@@ -103,7 +103,7 @@ class Trainer:
         self.log = self.records.open_log(program, self.step, self.step - self.history.owes_evaluation)
 
     def run(self) -> Outcome:
-        """Trains until `train.steps`, or until SIGTERM or SIGINT, and saves. Raises what the data or a save raised."""
+        """Trains until `train.steps`, or until SIGTERM or SIGINT, and saves. Raises errors of the data or of a save."""
         began, owed = self.step, self.history.owes_evaluation
         stop = StopRequest(self._hear)
         with contextlib.closing(self.log), self.watchdog, stop:
@@ -113,21 +113,21 @@ class Trainer:
                 if self.step < self.config.train.steps and not self.vote.passed:
                     self._train(stop)
             finally:
-                # A signal must not kill the last save, nor the folder be free before its end.
+                # A signal must not kill the last save, and the folder stays locked until it has finished.
                 with self.watchdog.wait("a checkpoint (guard.save_seconds)", self.config.guard.save_seconds):
                     self.checkpointer.wait()
-        # Of a run that was finished already, nothing is new.
+        # A run that was already finished has nothing new to write.
         if is_first() and (self.step > began or owed or not self.folder.training_info_json.exists()):
             self._write_info()
         interrupted = self.vote.passed and (self.step < self.config.train.steps or self.history.owes_evaluation)
         return Outcome(self.step, interrupted, self.history.evaluation, self.history.tokens_seen)
 
     def _hear(self) -> None:
-        """What the handler of a signal does at once; anything else waits for the end of a step."""
+        """Called by the signal handler at once. The rest of stopping waits for the end of a step."""
         self.watchdog.limit("the end, after a signal (guard.stop_seconds)", self.config.guard.stop_seconds)
         since = "nothing is saved" if self.saved_step is None else f"what came after step {self.saved_step} is lost"
         self.terminal.at_once(
-            f"asked to stop: it ends, and is saved, after {self.at_work}. Ctrl-C from now on ends it at once: {since}"
+            f"asked to stop: the run is saved and ends after {self.at_work}. Ctrl-C now ends it at once: {since}"
         )
 
     def _train(self, stop: StopRequest) -> None:
@@ -142,7 +142,7 @@ class Trainer:
             batch, data_state, waited = self._draw(drawn)
             self.faults.reach("compile")
             compile_start = time.monotonic()
-            self.at_work = "the step is compiled, which can take minutes, and taken once"
+            self.at_work = "compiling the step, which can take minutes, and running it once"
             compiled = self.train_step.lower(self.state, batch, self.frozen).compile()
             give_back_memory()
             self.at_work = _AT_STEP
@@ -194,8 +194,10 @@ class Trainer:
         return any(period and self.step % period == 0 for period in every)
 
     def _between_steps(self, stop: StopRequest) -> bool:
-        """Evaluation, samples, saving, histograms and charts: whatever is due after this step. Returns whether the run
-        ends here; where that is because of a signal, an evaluation waits until it is continued.
+        """Runs whatever is due after this step: evaluation, samples, saving, histograms and charts.
+
+        Returns whether the run ends here. If it ends because of a signal, an evaluation that is due waits until the run
+        is continued.
         """
         config, step = self.config, self.step
         finished = step >= config.train.steps
@@ -213,24 +215,25 @@ class Trainer:
         return last
 
     def _save_sound(self, best: bool | None, last: bool) -> None:
-        """Saves, but for parameters that may be spoiled: where updates are being skipped or the evaluation was not
-        finite, the steps before are all that is left of the run. The save then waits for an update that is made; that
-        of a run which ends replaces none. `best` is what `_evaluate` found at this step.
+        """Saves, unless the parameters may be bad: while updates are being skipped, or when the evaluation was not
+        finite, a save would displace good checkpoints.
 
-        Raises Diverged where the run would end with a model that is not finite.
+        A save that was due while updates are skipped is done after the next applied update. If the run ends first, it
+        is saved without removing older steps. `best` is the result of `_evaluate` at this step. Raises Diverged when
+        the run would end with a model that is not finite.
         """
         keep = self.config.checkpoint.keep
         if best or (self.history.is_finite and not self.skipped_in_a_row):
             self.owes_save = False
-            # What no evaluation has seen is not all that stays: whether it is finite is known after the next step.
+            # A step that was not evaluated must not be the only one kept: only the next step shows if it is finite.
             self._save(bool(best), max(keep, 2) if best is None else keep)
         elif last and (self.history.is_finite or self.vote.passed):
             self._save(False, 0)
         elif last:
             self.log.flush()
             raise Diverged(
-                f"the validation loss of step {self.step}, the last one, is not finite: nothing of it is saved. "
-                f"{self._sound_steps()} Lower optimizer.learning_rate, or begin anew from sound data"
+                f"the validation loss of step {self.step}, the last one, is not finite: this step is not saved. "
+                f"{self._sound_steps()} Lower optimizer.learning_rate, or start again from sound data"
             )
         elif not self.owes_save:
             self.owes_save = bool(self.skipped_in_a_row)
@@ -243,12 +246,12 @@ class Trainer:
         return f"The newest sound checkpoint is step {steps[-1]}." if steps else "There is no checkpoint yet."
 
     def _report(self, meter: Meter, dispatched: Dispatched) -> None:
-        """Reads the metrics of a step that was dispatched before the newest one. Raises Diverged."""
+        """Reads and logs the metrics of a dispatched step. Raises Diverged after too many skipped updates."""
         step, guard = dispatched.step, self.config.guard
         with self.watchdog.wait(f"the result of step {step} (guard.step_seconds)", guard.step_seconds):
             values = {name: float(value) for name, value in jax.device_get(dispatched.metrics).items()}
         self.vote.count(values)
-        # The weights of a bad batch may be what is not finite.
+        # The weights of a bad batch may themselves be not finite.
         tokens, in_a_row = int(np.nan_to_num(values.pop("tokens"), posinf=0)), int(values.pop("skipped_in_a_row"))
         self.skipped_in_a_row = in_a_row
         if values.pop("skipped"):
@@ -264,19 +267,20 @@ class Trainer:
         self._check_data()
 
     def _check_data(self) -> None:
-        """Raises UserError where a file of the data is another than was prepared. Waits for that to be known where a
-        document could come again, and before the run ends."""
+        """Raises UserError when a data file differs from the prepared one. Waits for the verification to finish before
+        a document can be repeated, and before the run ends.
+        """
         verification = self.task.verification
         if verification is None:
             return
         if self.step >= min(self.verified_at, self.config.train.steps):
             if not verification.done:
-                self.terminal.note("waiting until every file of token shards is held against its checksum")
+                self.terminal.note("waiting until the checksum of every file of token shards is verified")
             verification.wait()
         verification.check()
 
     def _skipped(self, dispatched: Dispatched, values: dict[str, float], in_a_row: int) -> None:
-        """Notes an update that was not made, with the batch that led to it. Raises Diverged after too many."""
+        """Records a skipped update and its batch. Raises Diverged after too many in a row."""
         step = dispatched.step
         finite = np.isfinite(values["loss"]) and np.isfinite(values["grad_norm"])
         reason = "the loss is a spike" if finite else "loss or gradient is not finite"
@@ -286,11 +290,11 @@ class Trainer:
             raise Diverged(
                 f"{in_a_row} updates in a row were skipped (guard.max_skipped), the last at step {step}: {reason}. The "
                 f"batches are in {path.parent}. {self._sound_steps()} Look at them, lower "
-                "optimizer.learning_rate, or raise guard.spike_sigma if they are no spikes to you"
+                "optimizer.learning_rate, or raise guard.spike_sigma if you do not consider them spikes"
             )
 
     def _evaluate(self, stop: StopRequest) -> bool | None:
-        """Evaluates, logs, writes samples. Whether the loss is the best so far; None where a signal came first."""
+        """Evaluates, logs, writes samples. Returns whether the loss is the best so far; None if a signal came first."""
         self.history.owes_evaluation = True
         if self.vote.passed:
             return None
@@ -308,18 +312,18 @@ class Trainer:
                 self.log.samples(self.step, samples)
                 if samples:
                     self.terminal.sample(samples[0]["input"], samples[0]["output"])
-            except NotFinite as error:  # the guard decides what becomes of the run
+            except NotFinite as error:  # only the guard may end the run
                 self.terminal.note(f"no samples: {error}")
         return best
 
     def _save(self, best: bool, keep: int) -> None:
-        self.log.flush()  # a run that continues from this step has its lines
+        self.log.flush()  # so that a run that continues from this step has its log lines
         with self.watchdog.wait("a checkpoint (guard.save_seconds)", self.config.guard.save_seconds):
             self.checkpointer.save(self.state, self.records.meta(self.history), self.data_state, best=best, keep=keep)
         self.saved_step = self.step
 
     def _histograms(self) -> None:
-        """Weights and, where the task has validation batches, gradients on the first rows of them, by name."""
+        """Logs histograms of weights and, if the task has validation batches, of gradients on the first batch."""
         rows = next(iter(self.task.validation_batches(1, self.evaluator.rows)), None)
         gradients = {} if rows is None else self.evaluator.gradient(self.state.params, rows)
         self.log.histograms(self.step, whole_leaves(self.state.params), whole_leaves(gradients))

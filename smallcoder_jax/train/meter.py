@@ -1,4 +1,4 @@
-"""How fast a run goes, and how near its device's peak."""
+"""Measures the speed of a run, and how close it is to the peak of its device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from smallcoder_jax.train.flops import peak_flops
 
 
 class Meter:
-    """Wall time per step, without evaluations and saves in between."""
+    """Measures the wall time per step, excluding evaluations and saves."""
 
     def __init__(self, config: Config, mesh: Mesh):
         self.flops = family_of(config.model).flops_per_token(config.model, config.train.sequence_length)
@@ -28,7 +28,7 @@ class Meter:
         self.last += time.monotonic() - self.paused
 
     def step(self, tokens: int, waited: float) -> dict[str, float]:
-        """Rates of one step that has just finished."""
+        """The rates of the step that has just finished."""
         now = time.monotonic()
         seconds, self.last = now - self.last, now
         self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
@@ -36,13 +36,13 @@ class Meter:
         return self._rates(tokens, seconds, waited, 1)
 
     def interval(self) -> dict[str, float]:
-        """Rates since the last call."""
+        """The rates since the last call."""
         rates = self._rates(self.tokens, self.seconds, self.waited, self.steps)
         self.tokens, self.seconds, self.waited, self.steps = 0, 0.0, 0.0, 0
         return rates
 
     def _rates(self, tokens: int, seconds: float, waited: float, steps: int) -> dict[str, float]:
-        """`mfu` only where the device's peak is known."""
+        """The rates by name. `mfu` is included only if the device's peak is known."""
         rate = tokens / max(seconds, 1e-9)
         rates = {"tokens_per_second": rate, "data_wait": waited / steps, "step_time": seconds / steps}
         return rates if self.peak is None else {**rates, "mfu": rate * self.flops / self.peak}

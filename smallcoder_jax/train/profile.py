@@ -1,4 +1,4 @@
-"""A trace of some training steps, for XProf and Perfetto (`log.profile_steps`)."""
+"""Traces some training steps for XProf and Perfetto (`log.profile_steps`)."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ NOT_TRACED = contextlib.nullcontext()
 
 
 class StepProfile:
-    """Traces the steps that `log.profile_steps` names into `folder`: every operation on host and devices with its time.
+    """Traces the steps in `log.profile_steps` into `folder`: every operation on host and devices with its time.
 
-    A traced step is waited for, which a step otherwise is not, so that what follows it is not in the trace.
+    Unlike other steps, the last traced step is waited for, so that the trace does not contain what follows.
     """
 
     def __init__(self, log: LogConfig, folder: Path):
@@ -25,7 +25,9 @@ class StepProfile:
         self._folder, self._running = folder, False
 
     def step(self, number: int) -> contextlib.AbstractContextManager[Any]:
-        """What a step is dispatched in: it names the step in the trace, and begins the trace before the first."""
+        """The context in which to dispatch a step. It names the step in the trace, and the first one starts the
+        trace.
+        """
         if number == self._first:
             self._folder.mkdir(parents=True, exist_ok=True)
             profiler.start(str(self._folder))
@@ -33,7 +35,7 @@ class StepProfile:
         return jax.profiler.StepTraceAnnotation("train", step_num=number) if self._running else NOT_TRACED
 
     def after(self, step: int, results: Any) -> bool:
-        """To be called with what the dispatched step will have written. Returns whether a trace was written now."""
+        """To be called after a step is dispatched, with its future results. Returns whether a trace was written now."""
         if not self._running:
             return False
         jax.block_until_ready(results)
@@ -43,7 +45,7 @@ class StepProfile:
         return True
 
     def close(self) -> None:
-        """Writes what was traced, when a run ends in the middle of it."""
+        """Writes the trace of a run that ends while it is being traced."""
         if self._running:
             self._running = False
             profiler.stop()

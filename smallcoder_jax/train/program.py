@@ -1,4 +1,4 @@
-"""A training step put together from a config and a loss, for devices that need not be here."""
+"""Assembles a training step from a config and a loss, for devices that need not be present."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from smallcoder_jax.train.step import LossFn, make_train_step
 
 
 class Program(NamedTuple):
-    """The jitted step of `make_train_step`, and what it works on: `state` and `frozen` are shapes with shardings."""
+    """The jitted step of `make_train_step` and its parts. `state` and `frozen` are shapes with shardings."""
 
     mesh: Mesh
     optimizer: optax.GradientTransformation
@@ -44,10 +44,12 @@ def make_program(
     frozen: Any = None,
     frozen_model: ModelConfig | None = None,
 ) -> Program:
-    """Nothing is compiled, and no memory taken. `devices`: of any platform, a topology's included; None: all that are
-    here. `reported`: as `make_train_step` takes it. `frozen`: parts that are not trained (arrays or shapes), those of
-    `frozen_model` where that is another model; None: where adapters are trained the shapes of the model, else nothing.
-    Raises UserError where config and devices do not fit together.
+    """Builds the program without compiling anything or allocating device memory.
+
+    `devices` may be of any platform, including those of a topology; None means all devices. `reported` is as in
+    `make_train_step`. `frozen` holds the parts that are not trained, as arrays or shapes; they belong to `frozen_model`
+    if that is given. Without `frozen`, it is the shapes of the base model if adapters are trained, and else empty.
+    Raises UserError when config and devices do not fit together.
     """
     train, model, family = config.train, config.model, family_of(config.model)
     mesh = make_mesh(config.mesh, model, train.microbatch_rows, devices)
@@ -112,19 +114,19 @@ def _placed(shapes: Any, shardings: Any) -> Any:
 
 
 def abstract_batch(config: Config, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of a training batch, with their sharding."""
+    """The shapes of a training batch, with shardings."""
     shape = (config.train.batch_size, config.train.sequence_length)
     kinds = {"loss_weights": jnp.float32} | dict.fromkeys(("tokens", "targets", "positions", "segment_ids"), jnp.int32)
     return {name: jax.ShapeDtypeStruct(shape, kind, sharding=batch_sharding(mesh)) for name, kind in kinds.items()}
 
 
 def compile_step(program: Program, config: Config) -> Any:
-    """The compiled step. Raises jax.errors.JaxRuntimeError where the compiler finds that it does not fit (TPUs)."""
+    """Compiles the step. Raises jax.errors.JaxRuntimeError when the compiler finds that it does not fit (TPUs)."""
     return program.step.lower(program.state, abstract_batch(config, program.mesh), program.frozen).compile()
 
 
 def memory_bytes(compiled: Any) -> int:
-    """Memory of a device while a compiled program runs, by the compiler's analysis."""
+    """Bytes of memory that a compiled program uses on each device, by the compiler's analysis."""
     analysis = compiled.memory_analysis()
     return (
         analysis.argument_size_in_bytes

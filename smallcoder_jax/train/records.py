@@ -1,4 +1,4 @@
-"""What a run writes down about itself: which run it is, how it started, what it skipped, how it ended."""
+"""The records that a run keeps about itself: its identity, its start, its skipped updates and its end."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Records:
             self.refuse_another_run(folder.read_run_json().get("identity"))
 
     def refuse_another_run(self, recorded: Any) -> None:
-        """Raises UserError where the identity that was `recorded` is not this run's; tells what may differ."""
+        """Raises UserError when the `recorded` identity is not this run's. Differences that are allowed are noted."""
         refused, allowed = split_allowed(compare_identity(recorded, self.identity), self._allow_changed)
         if refused:
             raise UserError(
@@ -55,7 +55,7 @@ class Records:
             self._terminal.note(f"allowed to differ: {line}")
 
     def open_log(self, program: Program, step: int, evaluated_step: int) -> MetricsLog | SilentLog:
-        """Writes what the run is, and opens its logs behind `step`; on other processes than the first, nothing."""
+        """Writes the config and the identity, and opens the logs for continuing after `step`. Only process 0 writes."""
         if not is_first():
             return SilentLog()
         config, folder, task = self._config, self._folder, self._task
@@ -90,7 +90,7 @@ class Records:
     def show_start(
         self, program: Program, state: TrainState, frozen: Any, memory: Any, compiled_in: float, first_step: float
     ) -> None:
-        """The table at the start, and warnings. `memory` is XLA's analysis of the step; times are in seconds."""
+        """Shows the table at the start, and warnings. `memory` is XLA's analysis of the step; times are in seconds."""
         config, task = self._config, self._task
         title = (
             f"{config.name}: {config.train.steps} steps of {config.train.batch_size} x "
@@ -105,7 +105,7 @@ class Records:
     def keep_skipped(
         self, step: int, reason: str, values: dict[str, float], batch: dict[str, jax.Array], data_state: Any
     ) -> Path:
-        """Keeps the batch of an update that was not made; the file it is in. `values` have loss and grad_norm."""
+        """Saves the batch of a skipped update and returns its file. `values` contains loss and grad_norm."""
         loss, norm = values["loss"], values["grad_norm"]
         with jax.transfer_guard("allow"):
             path = self._folder.write_skipped(
@@ -117,7 +117,7 @@ class Records:
         return path
 
     def meta(self, history: History) -> dict[str, Any]:
-        """What a checkpoint says of the run that it is of."""
+        """The description of the run that is stored in a checkpoint."""
         return {
             "config": to_dict(self._config),
             "identity": self.identity,
@@ -128,7 +128,7 @@ class Records:
         }
 
     def write_info(self, history: History, state: TrainState, frozen: Any, best_step: int | None) -> None:
-        """The summary at the end, `training_info.json`."""
+        """Writes the summary at the end, `training_info.json`."""
         trained = (state.params, frozen.get("model", {}))
         write_training_info(
             self._folder,
@@ -148,7 +148,7 @@ class Records:
         )
 
     def _started_from(self) -> dict[str, Any] | None:
-        """The facts of the start, with its path as it is from the run folder."""
+        """The facts of the start model, with its path relative to the run folder."""
         start = self._task.start
         return None if start is None else {**start.facts, "path": self._folder.relative(Path(start.facts["path"]))}
 

@@ -1,4 +1,4 @@
-"""Where a run begins: at its newest sound checkpoint, with the parameters of another, or with drawn ones."""
+"""Finds where a run starts: at its newest sound checkpoint, with another run's parameters, or with random ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from smallcoder_jax.train.task import Task
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """What training goes on from. `saved_step`, `data_state`: of the checkpoint; None where there is none."""
+    """The state from which training continues. `saved_step` and `data_state` come from the checkpoint, if any."""
 
     state: TrainState
     history: History
@@ -31,8 +31,8 @@ class Start:
 def find_start(
     config: Config, task: Task, program: Program, checkpointer: Checkpointer, records: Records, terminal: Terminal
 ) -> Start:
-    """Raises UserError where the checkpoints are another run's, or none of them is sound."""
-    # Checkpoints may have come here without their run.json, or beside another.
+    """The start of the run. Raises UserError when the checkpoints belong to another run, or none of them is sound."""
+    # Checkpoints may have been copied here without their run.json, or next to another run's.
     restored = checkpointer.restore_newest(
         program.state, lambda meta: records.refuse_another_run(meta.get("identity")), terminal.note
     )
@@ -44,14 +44,16 @@ def find_start(
 
 
 def _first(config: Config, task: Task, program: Program, terminal: Terminal) -> Start:
-    """A run that begins with another's parameters is evaluated first: what it was before is known then."""
+    """The start of a new run. If it begins with another run's parameters, it owes an evaluation before the first step,
+    which later ones can be compared with.
+    """
     start = task.start
     if start is None:
         return Start(
             jax.jit(lambda: init_state(config, program.optimizer), out_shardings=program.shardings)(), History()
         )
     terminal.note(f"begins with the parameters of {start.facts['path']}, and a fresh optimizer")
-    # Adapters are drawn, and the start stays as it is beside them.
+    # Adapters are initialised at random, and the start model is among the frozen parts.
     params = {} if config.lora.rank else build.to_layout(start.params, config.compute)
     shardings = {name: program.shardings.params[name] for name in params}
     state = jax.jit(

@@ -1,4 +1,4 @@
-"""What a run says of itself before its first step: model, memory, mesh."""
+"""The table that a run shows before its first step: model, memory and mesh."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from smallcoder_jax.train.state import TrainState
 def start_sections(
     config: Config, program: Program, state: TrainState, frozen: Any, memory: Any
 ) -> dict[str, dict[str, str]]:
-    """Section -> name -> value. `memory` is XLA's analysis of the compiled step, None where there is none."""
+    """Section -> name -> value. `memory` is XLA's analysis of the compiled step, or None."""
     mesh = program.mesh
-    count, beside = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.params, frozen))
+    count, frozen_count = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.params, frozen))
     chunk = program.cross_entropy.chunk
     sections = {
         "model": {
-            "parameters": f"{count:,}" + (f" trained, {beside:,} beside them" if beside else ""),
+            "parameters": f"{count:,}" + (f" trained, {frozen_count:,} frozen" if frozen_count else ""),
             "shape": config.model.summary(),
             "compute": f"{config.compute.dtype}, layers {config.compute.layers}, remat {config.compute.remat}",
             "products": f"{program.matmul.kind} ({program.matmul.reason})",

@@ -1,4 +1,4 @@
-"""Everything that a step reads and writes: parameters, optimizer, step, RNG, and what its guard has seen."""
+"""The training state that a step reads and writes: parameters, optimizer, step, RNG key and the guard's state."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from smallcoder_jax.train.guard import GuardState, init_guard
 
 
 class TrainState(NamedTuple):
-    """`key` is the raw data of a `jax.random.key`; a step draws from it folded with `step`."""
+    """The training state. `key` is the raw data of a `jax.random.key`; each step uses the key folded with `step`."""
 
     step: Array
     params: Any
@@ -32,8 +32,10 @@ class TrainState(NamedTuple):
 def init_state(
     config: Config, optimizer: optax.GradientTransformation, start: build.Params | None = None
 ) -> TrainState:
-    """A fresh state; traceable. `start`: the parts to begin with, in the layout of `config.compute.layers`; those
-    that it lacks are drawn, and all where it is None.
+    """A fresh state. Traceable.
+
+    `start` holds the parts to begin with, in the layout of `config.compute.layers`. Parts that it lacks are initialised
+    at random; without `start`, all are.
     """
     key = jax.random.key(config.train.seed)
     params = trained_params(config, start)
@@ -47,7 +49,7 @@ def init_state(
 
 
 def trained_params(config: Config, start: build.Params | None = None) -> build.Params:
-    """The parts of `init_state`: the model and, of some stages, a head or a critic; or adapters alone."""
+    """The trained parts of a fresh state: the model and, in some stages, a head or a critic; or only adapters."""
     key = jax.random.key(config.train.seed)
     if config.lora.rank:
         _, shapes = build.abstract_model(config.model, dataclasses.replace(config.compute, layers="unroll"))
@@ -63,12 +65,14 @@ def trained_params(config: Config, start: build.Params | None = None) -> build.P
 
 
 def first_head(config: Config) -> build.Params:
-    """The head that a model, or a critic, has before it has learned anything."""
+    """The freshly initialised head of a model or a critic."""
     return init_head(config.model.width, jax.random.fold_in(jax.random.key(config.train.seed), 2))
 
 
 def state_sharding(mesh: Mesh, state: TrainState, rules: Rules) -> TrainState:
-    """Shardings for `state` (arrays or shapes). Optimizer moments are split as the parameter whose path they end in."""
+    """Shardings for `state` (arrays or shapes). Optimizer moments are sharded like the parameter that they belong
+    to.
+    """
     leaves = jax.tree_util.tree_leaves_with_path(state.params)
     known = {path_name(path): (parameter_name(path), leaf.shape) for path, leaf in leaves}
 

@@ -21,8 +21,8 @@ from smallcoder_jax.train import guard
 from smallcoder_jax.train.state import TrainState
 
 Batch = dict[str, Array]
-# (params, batch, rng key or None) -> (loss_sum, weight_sum, sums); None: an evaluation. `params` are those that are
-# trained and those that are not, joined at the top.
+# (params, batch, RNG key) -> (loss_sum, weight_sum, sums). The key is None in an evaluation. `params` holds all parts,
+# both trained and frozen.
 LossFn = Callable[[Any, Batch, Array | None], tuple[Array, Array, dict[str, Array]]]
 
 
@@ -40,11 +40,12 @@ def make_train_step(
     shardings: TrainState,
     frozen_shardings: Any,
 ) -> Callable[[TrainState, Batch, Any], tuple[TrainState, dict[str, Array]]]:
-    """The jitted step (state, batch, frozen parameters): state is donated; metrics are float32 scalars.
+    """The jitted step (state, batch, frozen parameters) -> (state, metrics). The state is donated; metrics are float32
+    scalars.
 
-    Of the loss's sums those that `reported` names are metrics, over the sum of weights. The gradient is that of
-    loss_sum / weight_sum over the whole batch, whatever the number of microbatches. Where loss or gradient is not sound
-    (`train.guard`), parameters and optimizer stay as they were and `skipped` is 1.
+    The sums that `reported` names become metrics, divided by the sum of weights. The step computes the gradient of
+    loss_sum / weight_sum over the whole batch, whatever the number of microbatches. When loss or gradient is not sound
+    (`train.guard`), parameters and optimizer do not change and `skipped` is 1.
     """
 
     def step(state: TrainState, batch: Batch, frozen: Any) -> tuple[TrainState, dict[str, Array]]:
@@ -57,7 +58,7 @@ def make_train_step(
         gradient_of = jax.value_and_grad(loss_of, has_aux=True)
         gradients, weight, sums = _accumulate(gradient_of, state.params, batch, microbatches)
         denominator = jnp.maximum(weight, 1.0)
-        # A product, because XLA fuses it into its users; a quotient it would keep: a second tree of gradients.
+        # XLA fuses this product into its users. It would materialise a quotient: a second tree of gradients.
         per_token = 1.0 / denominator
         gradients = jax.tree.map(lambda g: g * per_token, gradients)
         loss, grad_norm = sums["loss"] / denominator, optax.global_norm(gradients)
@@ -68,10 +69,10 @@ def make_train_step(
         metrics = {
             "loss": loss,
             **{name: sums[name] / denominator for name in reported},
-            # Not the weight: that of pairs of answers is their number.
+            # Not the sum of weights, which for pairs of answers is their number.
             "tokens": jnp.sum(batch["loss_weights"] > 0, dtype=jnp.float32),
             "grad_norm": grad_norm,
-            # The optimizer counts the updates that it made.
+            # The optimizer counts only the updates that were applied.
             "learning_rate": jnp.float32(peak) * share(state.step - state.guard.skipped),
             "skipped": 1.0 - sound.astype(jnp.float32),
             "skipped_in_a_row": guarded.skipped_in_a_row.astype(jnp.float32),
@@ -87,8 +88,8 @@ def make_train_step(
 
 
 def _accumulate(gradient_of: Any, params: Any, batch: Batch, microbatches: int) -> tuple[Any, Array, dict[str, Array]]:
-    """Sums of gradients, weights and metrics over the microbatches. Each takes every M-th row, so that all devices
-    take part in each.
+    """Sums of gradients, weights and metrics over the microbatches. Each microbatch takes every M-th row, so that all
+    devices take part in it.
     """
 
     def sums_of(index: Array, rows: Batch) -> tuple[Any, Array, dict[str, Array]]:
@@ -111,7 +112,7 @@ def _accumulate(gradient_of: Any, params: Any, batch: Batch, microbatches: int) 
 def make_eval_step(
     loss_fn: LossFn, *, matmul: precision.Kind, mesh: Mesh, shardings: Any, frozen_shardings: Any
 ) -> Callable[[Any, Batch, Any], dict[str, Array]]:
-    """The jitted evaluation step: (params, batch, frozen parameters) -> the loss's sums and `weight`."""
+    """The jitted evaluation step: (params, batch, frozen parameters) -> the sums of the loss, and `weight`."""
 
     def step(params: Any, batch: Batch, frozen: Any) -> dict[str, Array]:
         _, weight, sums = loss_fn({**frozen, **params}, batch, None)

@@ -1,4 +1,4 @@
-"""What SIGTERM and Ctrl-C do to a run: before its first step they end it, later they are heard between two steps."""
+"""Handles SIGTERM and Ctrl-C. Before the first step they end the run at once; later it stops between two steps."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _AGAIN_SECONDS = 0.05
 
 
 class StopRequest:
-    """Turns SIGTERM or SIGINT into a request that the loop sees between steps; a second SIGINT is immediate."""
+    """Turns SIGTERM or SIGINT into a request that the loop checks between steps. A second SIGINT interrupts at once."""
 
     def __init__(self, asked: Callable[[], None]) -> None:
         self.asked = asked
@@ -42,9 +42,10 @@ class StopRequest:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """SIGTERM raises Interrupted in the body, so that temporary files are removed; on the main thread only. Where it
-    comes in a finalizer or a callback of the garbage collector, out of which nothing can be raised, it is sent again;
-    where somebody else caught it, the body ends with it.
+    """Makes SIGTERM raise Interrupted in the body, so that temporary files are removed. Works on the main thread only.
+
+    If the signal arrives in a finalizer or a callback of the garbage collector, from which no exception can propagate,
+    it is sent again. If other code caught the exception, it is raised again at the end of the body.
     """
     message = "interrupted before the first step; nothing was lost, the same command starts again"
     heard: list[threading.Timer] = []

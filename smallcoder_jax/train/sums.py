@@ -1,4 +1,4 @@
-"""Sums of losses over evaluation batches, as a CLU metric, and what they come to."""
+"""Sums of losses over evaluation batches, as a CLU metric, and the measures computed from them."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -14,9 +14,9 @@ from smallcoder_jax.base.errors import UserError
 
 @struct.dataclass
 class EvalMetrics(clu.metrics.Metric):
-    """Sums of a loss over batches, by name; merging two gives exactly the sums over both.
+    """Sums of a loss over batches, by name. Merging two gives exactly the sums over both.
 
-    The sums are Python floats on the host: merging touches no device, and adds in double precision.
+    The sums are Python floats on the host, so merging does not use the device and adds in double precision.
     """
 
     sums: dict[str, float]
@@ -35,16 +35,17 @@ class EvalMetrics(clu.metrics.Metric):
         return type(self)({name: self.sums.get(name, 0.0) + other.sums.get(name, 0.0) for name in sorted(names)})
 
     def compute(self) -> dict[str, float]:
-        """The sums themselves: what they come to, a stage knows (`Task.summarise`)."""
+        """The sums themselves. The stage computes measures from them (`Task.summarise`)."""
         return dict(self.sums)
 
 
 def add_up(
     batches: Iterable[Mapping[str, Any]], vote: StopVote | None = None, wanted: Callable[[], bool] = lambda: False
 ) -> dict[str, float] | None:
-    """The sums of a loss over batches, from those of each. They are read one batch behind, so that the device does not
-    wait for the host. With a `vote`, None where a stop is `wanted` before the end. Raises UserError where there is no
-    batch.
+    """Adds up the sums of a loss over batches.
+
+    The sums of each batch are read after the next one was dispatched, so that the device does not wait for the host.
+    With a `vote`, returns None if a stop is `wanted` before the end. Raises UserError when there is no batch.
     """
     total, pending = EvalMetrics.empty(), None
 
@@ -67,8 +68,10 @@ def add_up(
 
 
 def language_summary(sums: Mapping[str, float]) -> dict[str, float]:
-    """From the sums of `losses.language_model`, with `weight` and, where they are known, UTF-8 `bytes`: loss (nats per
-    token), perplexity, bits_per_byte, accuracy and top5_accuracy; NaN where nothing counted.
+    """Loss (nats per token), perplexity, bits_per_byte, accuracy and top5_accuracy of a language model.
+
+    They are computed from the sums of `losses.language_model`, with `weight` and, if known, UTF-8 `bytes`. Measures
+    whose denominator is 0 are NaN.
     """
     loss = ratio(sums["nats"], sums["weight"])
     return {
@@ -81,5 +84,5 @@ def language_summary(sums: Mapping[str, float]) -> dict[str, float]:
 
 
 def ratio(total: float, count: float) -> float:
-    """The quotient; NaN where nothing counted."""
+    """The quotient; NaN when `count` is 0."""
     return total / count if count else math.nan

@@ -1,4 +1,4 @@
-"""What a stage hands the loop, and what makes a run this run."""
+"""The interface between stages and the training loop, and the identity of a run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ from smallcoder_jax.train.sums import ratio
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """What a run begins with in place of drawn parameters. `params`: all parts, unrolled. `facts`: their origin."""
+    """The parameters that a run begins with instead of random ones. `params` holds the parts, unrolled, and `facts`
+    says where they are from.
+    """
 
     params: build.Params
     facts: dict[str, Any]
@@ -30,51 +32,52 @@ class Start:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """What a task is given to evaluate a model: its parameters, the loss of a batch, and who adds up."""
+    """The tools with which a task evaluates a model."""
 
-    params: build.Params  # all parts, as `score` has them
-    score: Callable[[Mapping[str, np.ndarray]], Mapping[str, Any]]  # rows of a batch -> the loss's sums and `weight`
+    params: build.Params  # all parts of the model that `score` uses
+    score: Callable[[Mapping[str, np.ndarray]], Mapping[str, Any]]  # rows of a batch -> sums of the loss, and `weight`
     add: Callable[[Iterable[Mapping[str, Any]]], dict[str, float] | None]  # `sums.add_up`; None: a signal came first
-    drawn: Callable[[Iterable[Any]], Iterator[Any]]  # the same items, each of them waited for
-    rows: Sequence[int]  # of each global batch, those of this process
-    limit: int  # batches at most; 0: all
-    loss_alone: bool = False  # nothing else is asked for, where it takes long to work out
+    drawn: Callable[[Iterable[Any]], Iterator[Any]]  # yields the same items; the watchdog times the wait for each
+    rows: Sequence[int]  # this process's rows of each global batch
+    limit: int  # of batches; 0: all
+    loss_alone: bool = False  # only the loss is needed; other measures that take long may be left out
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What a stage supplies: a loss and batches, and what is to be said about the data.
+    """The contribution of a stage to a run: the loss, the batches, and facts about the data.
 
-    Batches are given as those rows of the global ones that this process holds, named by their numbers.
+    Functions that return batches take the numbers of this process's rows in the global batch, and return only these.
     """
 
     loss_fn: LossFn
-    summarise: Callable[[dict[str, float]], dict[str, float]]  # the loss's sums, `weight` among them, to what is logged
+    summarise: Callable[[dict[str, float]], dict[str, float]]  # sums of the loss and `weight` -> the logged measures
     train_batches: Callable[[Sequence[int]], BatchIterator]
-    # At most so many; 0: all. None come where a task is evaluated by other means.
+    # (limit of batches, 0: all; rows) -> batches. There are none if the task is evaluated in another way.
     validation_batches: Callable[[int, Sequence[int]], Iterable[dict[str, np.ndarray]]]
-    identity: dict[str, Any]  # what a resumed run must agree in
+    identity: dict[str, Any]  # values that must be the same in a resumed run
     tokenizer: Tokenizer
     dataset: str
     dummy_data: bool
     facts: dict[str, str]  # lines of the start table
-    warnings: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)  # of the data; training goes on
-    accounting: Mapping[str, Any]  # where the data is from, for the report
-    references: dict[str, float] = dataclasses.field(default_factory=dict)  # bits per byte of compressors, held out
+    warnings: tuple[str, ...] = dataclasses.field(default=(), kw_only=True)  # about the data; training continues
+    accounting: Mapping[str, Any]  # the origin of the data, for the report
+    references: dict[str, float] = dataclasses.field(default_factory=dict)  # compressors' bits per byte, held-out text
     reported: tuple[str, ...] = ("accuracy",)  # sums of the loss that training steps log
-    manifest: shards.Manifest | None = None  # of the token shards, where it reads any
-    verification: Verification | None = None  # of these shards, begun
+    manifest: shards.Manifest | None = None  # of the token shards, if it reads any
+    verification: Verification | None = None  # of these shards, already running
     start: Start | None = None
     frozen: build.Params = dataclasses.field(default_factory=dict)  # parts that are not trained; the loss sees all
-    frozen_model: ModelConfig | None = None  # whose they are, where that is another than the config's
-    prompts: Mapping[str, Sequence[int]] | None = None  # for samples, by what is shown; None: those of the config
-    own_losses: tuple[str, ...] = ()  # of the model (`Family.losses`)
-    # Data that depends on the model: given all parameters before each batch is drawn.
+    frozen_model: ModelConfig | None = None  # the model that they belong to, if it is not the config's
+    prompts: Mapping[str, Sequence[int]] | None = None  # for samples: text to show -> ids; None: those of the config
+    own_losses: tuple[str, ...] = ()  # names of the model's own losses (`Family.losses`)
+    # For data that depends on the model: called with all parameters before each batch is taken.
     on_params: Callable[[build.Params], None] | None = None
 
     def evaluate(self, evaluation: Evaluation) -> dict[str, float] | None:
-        """What `summarise` says of the held-out batches, and the means of the model's own losses; None where a signal
-        came before the end. Raises UserError where there is nothing held out."""
+        """The result of `summarise` on the held-out batches, and the means of the model's own losses; None when a
+        signal came before the end. Raises UserError when there is no held-out data.
+        """
         batches = evaluation.drawn(self.validation_batches(evaluation.limit, evaluation.rows))
         sums = evaluation.add(map(evaluation.score, batches))
         if sums is None:
@@ -83,7 +86,7 @@ class Task:
 
 
 def run_identity(config: Config, task: Task) -> dict[str, Any]:
-    """What makes a run this run: its data and their order, the shape, and the arithmetic of its steps."""
+    """The values that identify a run: its data and their order, the model's shape, and the arithmetic of its steps."""
     plain = to_dict(config)
     return {
         **({"start": task.start.facts["hash"]} if task.start else {}),
@@ -96,10 +99,10 @@ def run_identity(config: Config, task: Task) -> dict[str, Any]:
         **({"lora": plain["lora"]} if config.lora.rank else {}),
         "compute": {
             **{key: plain["compute"][key] for key in ("dtype", "layers")},
-            # What was resolved: a run may not go on with other products on another machine.
+            # The resolved kind, so that a run cannot continue with other matrix products on another machine.
             **({"matmul": "mixed"} if precision.choose(config.compute, jax.default_backend()).kind == "mixed" else {}),
         },
         "guard": {key: plain["guard"][key] for key in ("spike_sigma", "spike_window")},
-        # A schedule that decays is another schedule when the number of steps differs.
+        # With another number of steps, a schedule that decays is a different one.
         "steps": config.train.steps if config.optimizer.schedule != "constant" else "any",
     }

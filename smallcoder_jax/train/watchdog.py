@@ -1,4 +1,4 @@
-"""Ends a run that waits too long for something, and says for what: a hung run costs as much as one that trains."""
+"""Ends a run that waits too long for something, and says for what. A hung run costs as much as one that trains."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import EXIT_STALLED
 
-_EVERY, _MOST = 0.2, 1.0  # seconds between two looks: wanted, and counted at most
+_EVERY, _MOST = 0.2, 1.0  # seconds between two checks: intended, and at most counted
 
 
 class _Wait(NamedTuple):
     what: str
-    seconds: float  # 0: for ever
+    seconds: float  # 0: no limit
     since: float  # by the watchdog's clock
 
 
@@ -29,8 +29,8 @@ class Watchdog:
     """Watches one thread. `with watchdog: with watchdog.wait("a batch (guard.data_seconds)", 60): ...`
 
     When a wait lasts longer than its seconds, the stacks of all threads go to standard error and to a file
-    `stacks-TIME-PID.txt` in `folder`, and the process ends with EXIT_STALLED: nothing gentler would end a thread that
-    hangs in a library. Time in which the whole process was stopped (Ctrl-Z, a container that is paused) does not count.
+    `stacks-TIME-PID.txt` in `folder`, and the process exits with EXIT_STALLED, because no gentler way ends a thread
+    that hangs in a library. Time in which the whole process was stopped (Ctrl-Z, a paused container) does not count.
     """
 
     def __init__(self, folder: Path):
@@ -38,7 +38,7 @@ class Watchdog:
         self._wait: _Wait | None = None
         self._limit: _Wait | None = None
         self._ended = threading.Event()
-        self._clock = 0.0  # seconds in which the watchdog could look
+        self._clock = 0.0  # seconds in which the process was running, so that the watchdog could check
 
     def __enter__(self) -> Watchdog:
         threading.Thread(target=self._look, name="watchdog", daemon=True).start()
@@ -49,7 +49,7 @@ class Watchdog:
 
     @contextlib.contextmanager
     def wait(self, what: str, seconds: float) -> Iterator[None]:
-        """While the body runs, it is waited for; a wait inside another takes its place until it ends."""
+        """Limits the time of the body. An inner wait replaces the outer one until it ends."""
         outer, self._wait = self._wait, _Wait(what, seconds, self._clock)
         try:
             yield
@@ -57,7 +57,7 @@ class Watchdog:
             self._wait = None if outer is None else outer._replace(since=self._clock)
 
     def each(self, what: str, seconds: float, items: Iterable[Any]) -> Iterator[Any]:
-        """`items`, each of them waited for."""
+        """Yields `items`, and limits the time of waiting for each."""
         iterator = iter(items)
         while True:
             with self.wait(what, seconds):
@@ -67,7 +67,7 @@ class Watchdog:
             yield item
 
     def limit(self, what: str, seconds: float) -> None:
-        """From now on the process has `seconds` to end, whatever it waits for."""
+        """Gives the process `seconds` from now to end, whatever it waits for."""
         self._limit = _Wait(what, seconds, self._clock)
 
     def _look(self) -> None:

@@ -1,7 +1,7 @@
-"""What a run needs beside its checkpoints, found from where the run folder lies now.
+"""Finds what a run needs in addition to its checkpoints, even if its folder has been moved.
 
-The tokenizer and what is known of the data lie in the run folder itself. Token shards do not: they are recognised by
-their fingerprint, wherever they are.
+The tokenizer and the facts about the data are stored in the run folder itself. Token shards are not, but they are
+recognised by their fingerprint, wherever they are.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from smallcoder_jax.tokenizers.load import load_tokenizer
 
 
 def keep_tokenizer(folder: RunFolder, tokenizer: Tokenizer) -> None:
-    """Puts the tokenizer into the run folder, unless a sound copy is there. Raises UserError where another one is read
-    back, and OSError."""
+    """Copies the tokenizer into the run folder, unless a sound copy is there. Raises UserError when reading it back
+    gives another tokenizer, and OSError.
+    """
     if folder.tokenizer.is_dir():
         try:
             read_tokenizer(folder, tokenizer.hash)
             return
-        except UserError:  # damaged since
+        except UserError:  # the copy is damaged
             shutil.rmtree(folder.tokenizer)
     partial = folder.path / f".{folder.tokenizer.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -38,13 +39,13 @@ def keep_tokenizer(folder: RunFolder, tokenizer: Tokenizer) -> None:
 
 
 def read_tokenizer(folder: RunFolder, wanted: str) -> tuple[Tokenizer, Path]:
-    """The tokenizer of a run, and the folder that it was read from; `wanted` is the hash that the run recorded.
+    """The tokenizer of a run, and the folder that it was read from. `wanted` is the hash that the run recorded.
 
-    Raises UserError where it is gone, damaged or another.
+    Raises UserError when the tokenizer is missing, damaged or another one.
     """
     path = folder.tokenizer
     advice = f"put a copy of the run's tokenizer there as {folder.tokenizer}"
-    if not path.is_dir():  # runs once kept the path of their tokenizer in place of the tokenizer
+    if not path.is_dir():  # older runs stored the path of their tokenizer, not the tokenizer
         recorded = folder.read_run_json().get("tokenizer_folder")
         if not isinstance(recorded, str):
             raise UserError(f"the run's tokenizer is gone: {path} does not exist; {advice}")
@@ -61,18 +62,19 @@ def read_tokenizer(folder: RunFolder, wanted: str) -> tuple[Tokenizer, Path]:
 
 
 def data_folders(folder: RunFolder, config: Config, run: Mapping[str, Any]) -> list[Path]:
-    """Where the data of a run can be: `data.dir` as it is from here, and where it was from the run folder. `run` is the
-    content of run.json."""
+    """The folders in which the data of a run may be: `data.dir`, and its recorded location relative to the run folder.
+    `run` is the content of run.json.
+    """
     found = [Path(config.data.dir).expanduser()]
     if isinstance(run.get("data_folder"), str):
         found.append(Path(os.path.normpath(folder.path.resolve() / run["data_folder"])))
-    if isinstance(run.get("tokenizer_folder"), str):  # of a run that did not record its data
+    if isinstance(run.get("tokenizer_folder"), str):  # an older run that did not record its data
         found += Path(run["tokenizer_folder"]).parents[1:2]
     return found
 
 
 def find_tokens(folder: RunFolder, config: Config, run: Mapping[str, Any], fingerprint: str) -> Path | None:
-    """The folder of token shards whose manifest has `fingerprint`, None where it is gone."""
+    """The folder of token shards whose manifest has `fingerprint`; None when it is missing."""
     for root in data_folders(folder, config, run):
         for manifest in sorted(root.glob(f"tokens/*/{shards.MANIFEST}")):
             if shards.has_fingerprint(manifest, fingerprint):
@@ -81,8 +83,11 @@ def find_tokens(folder: RunFolder, config: Config, run: Mapping[str, Any], finge
 
 
 def read_trained_tokens(folder: RunFolder, meta: Mapping[str, Any], run: Mapping[str, Any]) -> shards.Manifest | None:
-    """The manifest of the token shards that a checkpoint was trained on, of which `meta` is the meta.json: as the run
-    kept it, or else that of the shards. None where it is gone, or where no documents were read."""
+    """The manifest of the token shards that a checkpoint was trained on: the run's copy, or else the one with the
+    shards.
+
+    `meta` is the meta.json of the checkpoint. None when the manifest is missing, or when no documents were read.
+    """
     fingerprint = meta["identity"]["data"].get("fingerprint")
     if fingerprint is None:
         return None

@@ -159,8 +159,8 @@ def test_an_interrupt_while_the_step_is_compiled_is_answered_at_once(root: Path,
         assert trainer.run().interrupted
         assert trainer.checkpointer.steps() == [1]
     assert heard[0].endswith(
-        "asked to stop: it ends, and is saved, after the step is compiled, which can take minutes, and taken once. "
-        "Ctrl-C from now on ends it at once: nothing is saved\n"
+        "asked to stop: the run is saved and ends after compiling the step, which can take minutes, and running it "
+        "once. Ctrl-C now ends it at once: nothing is saved\n"
     )
 
 

@@ -19,8 +19,7 @@ from smallcoder_jax.models.published import ParamPath, Published, Settings, Tens
 def model_type(model: DecoderConfig) -> str:
     """`llama` or `gpt2`: the published architecture that computes what `model` computes.
 
-    Raises UserError that names the fields that neither can express. Dropout is ignored, because it acts only in
-    training.
+    Raises UserError that names the fields that neither can express. Dropout is ignored: it acts only in training.
     """
     llama = {"norm": "rmsnorm", "positions": "rope", "mlp": "swiglu"}
     gpt2 = {"norm": "layernorm", "positions": "learned", "mlp": "gelu", "bias": "all"}
