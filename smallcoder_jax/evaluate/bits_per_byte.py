@@ -1,4 +1,4 @@
-"""What general compressors need for the same text: numbers beside which a model's bits per byte can be placed."""
+"""Bits per byte of general-purpose compressors on the same text, as a reference for a model's bits per byte."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ COMPRESSORS: dict[str, Callable[[bytes], int]] = {"gzip -9": gzip_bytes, "xz -9e
 def compressor_bits_per_byte(texts: Sequence[bytes]) -> dict[str, dict[str, float]]:
     """Bits of compressed size per byte of text: {compressor: {"per_file": each text by itself, "all_in_one": joined}}.
 
-    Both are over the total bytes, so that a long text counts more than a short one; empty texts are left out, as a
-    model that predicts bytes has none to predict in them. The compressors release the interpreter lock: all cores work.
-    Raises UserError where there is no text.
+    Both are divided by the total number of bytes, so a long text counts more than a short one. Empty texts are left
+    out, because a model has nothing to predict in them. The compressors release the interpreter lock, so all cores are
+    used. Raises UserError when there is no text.
     """
     texts = [text for text in texts if text]
     total = sum(map(len, texts))
@@ -57,27 +57,28 @@ def compressor_bits_per_byte(texts: Sequence[bytes]) -> dict[str, dict[str, floa
 
 
 def held_out_references(prepared: Prepared) -> dict[str, float]:
-    """Compressors' bits per byte of the validation documents of `prepared`, each by itself and all in one.
+    """Compressors' bits per byte on the validation documents of `prepared`, each by itself and all in one.
 
-    Worked out once and kept beside the token shards. Beyond `SAMPLE_BYTES`, every n-th document is taken.
+    The result is computed once and stored with the token shards. If there are more than `SAMPLE_BYTES`, only every n-th
+    document is used.
     """
     cache = prepared.tokens_folder / CACHE
     if cache.exists():
-        what = f"compressors' bits per byte. Delete {cache}, and they are worked out again"
+        what = f"compressors' bits per byte. Delete {cache}, and they are computed again"
         kept = read_json_object(cache, what)
         if kept["fingerprint"] == prepared.manifest.fingerprint:
             return kept["bits_per_byte"]
     found = compressor_bits_per_byte(held_out_texts(prepared.manifest, prepared.tokens_folder, prepared.tokenizer))
     references = {name: sizes["per_file"] for name, sizes in found.items()}
     references |= {f"{name}, all in one": sizes["all_in_one"] for name, sizes in found.items()}
-    # Prepared data that several people share may be read-only: then this is worked out at every start.
+    # Prepared data that several people share may be read-only. Then this is computed at every start.
     if os.access(prepared.tokens_folder, os.W_OK):
         write_json(cache, {"fingerprint": prepared.manifest.fingerprint, "bits_per_byte": references})
     return references
 
 
 def held_out_texts(manifest: shards.Manifest, tokens_folder: Path, tokenizer: Tokenizer) -> list[bytes]:
-    """The validation documents in stored order, as the UTF-8 that their ids stand for; at most about `SAMPLE_BYTES`."""
+    """The validation documents in stored order, decoded from their ids to UTF-8; at most about `SAMPLE_BYTES`."""
     splits = [source.validation for source in manifest.sources]
     take_every = max(1, math.ceil(sum(split.bytes for split in splits) / SAMPLE_BYTES))
     documents = itertools.chain.from_iterable(

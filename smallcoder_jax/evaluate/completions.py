@@ -1,4 +1,4 @@
-"""Whether what a model writes is Python: greedy completions of held-out files, parsed and looked at for repetition."""
+"""Checks whether a model writes valid Python: parses greedy completions of held-out files, and detects repetition."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ from smallcoder_jax.generate.engine import Generator
 from smallcoder_jax.generate.sampling import SamplingOptions
 
 FEWEST_LINES = 5  # of a prefix
-PROMPT_CHARACTERS = 1200  # of a prefix's end, which are what the model is shown
-ROUNDS = 20  # through all texts, while prefixes are wanted
-_WARNINGS = threading.Lock()  # filters belong to the process, and `catch_warnings` puts back those that it found
-REPEATED = 3  # so often the same line is a model that repeats itself
+PROMPT_CHARACTERS = 1200  # from the end of a prefix, which the model gets as its prompt
+ROUNDS = 20  # at most, through all texts to find enough prefixes
+_WARNINGS = threading.Lock()  # `catch_warnings` changes the filters of the whole process
+REPEATED = 3  # occurrences of the same line from which a model counts as repeating itself
 
 
 @dataclasses.dataclass(frozen=True)
 class Written:
-    """A completion and what is said of it: `parses`, prefix and completion without the last line, which may be cut off;
-    `repeats`, a line that is not blank three times or more, its indentation aside.
+    """A completion and its checks.
+
+    `parses`: the prefix and the completion, without its last line, which may be cut off, are valid Python. `repeats`: a
+    non-blank line occurs three times or more, regardless of its indentation.
     """
 
     prefix: str
@@ -42,7 +44,7 @@ class Written:
 def complete(
     generator: Generator, texts: Iterable[str], *, count: int = 50, max_tokens: int = 60, seed: int = 0
 ) -> list[Written]:
-    """Greedy completions of `count` prefixes of `texts`; fewer where there are not so many places to cut."""
+    """Greedy completions of `count` prefixes of `texts`, or fewer when there are not enough places to cut."""
     prefixes = cut(texts, count, seed)
     options = SamplingOptions(max_tokens=max_tokens, temperature=0.0, truncate_prompt=True)
     written = generator.generate([_end_of(prefix) for prefix in prefixes], options, batch_size=32) if prefixes else []
@@ -50,11 +52,12 @@ def complete(
 
 
 def cut(texts: Iterable[str], count: int, seed: int) -> list[str]:
-    """Beginnings of texts that are Python, up to the end of a line after which they are Python as well: of each text
-    one, then of each a second, until there are enough.
+    """Prefixes of texts that are valid Python, cut at the end of a line so that the prefix is valid Python too.
+
+    Each text gives one prefix, then each a second one, and so on until there are `count`.
     """
     generator = np.random.default_rng(seed)
-    pages = [io.StringIO(text).readlines() for text in texts if tree_of(text)]  # lines as Python's: by newlines alone
+    pages = [io.StringIO(text).readlines() for text in texts if tree_of(text)]  # split at newlines only, like Python
     pages = [lines for lines in pages if len(lines) > FEWEST_LINES]
     found: dict[str, None] = {}
     for _ in range(ROUNDS):
@@ -68,7 +71,7 @@ def cut(texts: Iterable[str], count: int, seed: int) -> list[str]:
 
 
 def _end_of(prefix: str) -> str:
-    """Whole lines from the end of a prefix."""
+    """The whole lines at the end of a prefix that the model gets as its prompt."""
     if len(prefix) <= PROMPT_CHARACTERS:
         return prefix
     end = prefix[-PROMPT_CHARACTERS:]
@@ -83,7 +86,7 @@ def judge(prefix: str, text: str) -> Written:
 
 
 def parses(text: str) -> bool:
-    """Whether `text` is Python, or the beginning of it that only wants more lines. Nothing is executed."""
+    """Whether `text` is valid Python, or would be if more lines followed. Nothing is executed."""
     if tree_of(text):
         return True
     with _WARNINGS, warnings.catch_warnings():
@@ -95,12 +98,12 @@ def parses(text: str) -> bool:
 
 
 def share(written: Sequence[Written]) -> float:
-    """Of `written`, those that are good; 0 where there are none."""
+    """The share of `written` that is good; 0 when it is empty."""
     return sum(one.good for one in written) / len(written) if written else 0.0
 
 
 def tree_of(text: str) -> ast.Module | None:
-    """The syntax tree of a text that nobody has read; None where it is no Python."""
+    """The syntax tree of an untrusted text; None when it is not valid Python."""
     with _WARNINGS, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:

@@ -1,4 +1,4 @@
-"""How well a model predicts held-out text.
+"""Measures how well a model predicts held-out text.
 
 Shapes: B rows, T tokens, D width.
 """
@@ -23,11 +23,11 @@ from smallcoder_jax.train.sums import language_summary
 def evaluate(
     model: ModelConfig, compute: ComputeConfig, params: build.Params, batches: Iterable[Mapping[str, np.ndarray]]
 ) -> dict[str, float]:
-    """Totals over `batches` (see `data.rows.documents`), with `params` in the layout of `compute.layers`.
+    """The measures over `batches` (see `data.rows.documents`), with `params` in the layout of `compute.layers`.
 
-    `loss` is in nats per target; `perplexity`, `bits_per_byte`, `accuracy` and `top5_accuracy` follow from it and from
-    the ranks; `tokens` and `bytes` (UTF-8) are what was counted. Sums of one batch are float32, over batches float64.
-    Raises UserError where nothing is counted.
+    `loss` is in nats per target. `perplexity` and `bits_per_byte` follow from it, and `accuracy` and `top5_accuracy`
+    from the ranks of the targets. `tokens` and `bytes` (UTF-8) are the totals. Sums within a batch are float32, and
+    over batches float64. Raises UserError when there are no targets.
     """
     graph, _ = build.abstract_model(model, compute)
 

@@ -1,4 +1,4 @@
-"""Whether a model and what was measured of it are numbers: NaN compares as neither worse nor better, and is no JSON."""
+"""Checks that a model and its measures are finite: NaN compares as neither worse nor better, and is not valid JSON."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from smallcoder_jax.base.errors import CheckFailed
 
 
 def check_parameters(path: str, params: Any) -> None:
-    """Raises CheckFailed where a parameter of the model in `path` is NaN or infinite. A model can be judged by counts
-    that stay finite all the same, such as the calls that it gets right."""
+    """Raises CheckFailed when a parameter of the model in `path` is NaN or infinite.
+
+    Measures alone do not show it: some are counts, such as the number of right calls, which are always finite.
+    """
     bad = [
         jax.tree_util.keystr(place, simple=True, separator=".")
         for place, leaf in jax.tree_util.tree_leaves_with_path(params)
@@ -29,11 +31,11 @@ def check_parameters(path: str, params: Any) -> None:
 
 
 def check_measures(path: str, measures: dict[str, Any]) -> dict[str, Any]:
-    """`measures`, which may hold others. Raises CheckFailed where one of them is NaN or infinite."""
+    """Returns `measures`, which may be nested. Raises CheckFailed when one of them is NaN or infinite."""
     bad = [f"{name} is {value}" for name, value in _numbers(measures) if not math.isfinite(value)]
     if bad:
         raise CheckFailed(
-            f"of the model in {path} {', '.join(bad)}: expected finite numbers. What it computes overflows: give an "
+            f"measures of the model in {path}: {', '.join(bad)}; expected finite numbers. The model overflows: give an "
             "earlier step (--step), and look into the run's metrics for where it went wrong"
         )
     return measures

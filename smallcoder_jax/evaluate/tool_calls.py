@@ -1,6 +1,6 @@
-"""How often a model calls the right function with the right arguments, on held-out conversations.
+"""Measures how often a model calls the right function with the right arguments on held-out conversations.
 
-Every turn of the assistant is asked for by itself, after the true turns before it, so that one mistake counts once.
+Each turn of the assistant is generated separately, after the true turns before it, so that a mistake counts only once.
 """
 
 from __future__ import annotations
@@ -24,15 +24,18 @@ class Count:
 
     @property
     def share(self) -> float | None:
-        """`right / total`, or None where there is nothing to count."""
+        """`right / total`, or None when `total` is 0."""
         return self.right / self.total if self.total else None
 
 
 @dataclasses.dataclass(frozen=True)
 class ToolScores:
-    """Turns that were right. Of those in which a function has to be called: `valid_json` (at least one call, and all of
-    the turn well-formed), of these `right_tool` (the same functions, in order) and of these `right_arguments` (the same
-    values). Of those in which none is to be called: `no_call`. Of all: `ended`, with `<|im_end|>`."""
+    """Counts of right turns.
+
+    Of the turns that have to call a function: `valid_json` (at least one call, and all of the turn is well-formed),
+    `right_tool` (also the right functions, in order) and `right_arguments` (also the right values). Of the turns that
+    should call none: `no_call`. Of all turns: `ended`, with `<|im_end|>`.
+    """
 
     valid_json: Count
     right_tool: Count
@@ -44,10 +47,10 @@ class ToolScores:
 def score_tool_calls(
     conversations: Iterable[chat.Conversation], tokenizer: Tokenizer, generate: Generate
 ) -> ToolScores:
-    """Scores of `generate`, which gets prompts and returns, for each, the ids it writes behind it.
+    """The scores of `generate`, which maps prompts to the ids that the model writes after each.
 
-    All three counts of calls are over all turns that have to call. Raises UserError for a tokenizer without the pieces
-    of calls.
+    All three counts of calls have the number of turns that have to call as their total. Raises UserError for a
+    tokenizer without the pieces of calls.
     """
     turns = [
         (chat.Conversation(conversation.messages[:index], conversation.tools), message)
@@ -71,8 +74,7 @@ def score_tool_calls(
 
 
 def call_levels(found: Parsed, wanted: tuple[chat.ToolCall, ...]) -> tuple[bool, bool, bool]:
-    """Whether a turn has well-formed calls, of the functions wanted, with the arguments wanted; each needs the one
-    before."""
+    """Whether a turn has well-formed calls, whether the functions are right too, and whether the arguments are, too."""
     calls = found.message.tool_calls
     valid = bool(calls) and not any(error.kind in MALFORMED for error in found.errors)
     tool = valid and [call.name for call in calls] == [call.name for call in wanted]

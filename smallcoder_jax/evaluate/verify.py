@@ -1,4 +1,4 @@
-"""Whether a run holds the model that it says it holds. Nothing is believed that can be worked out again."""
+"""Verifies that a run holds the model that it claims to hold. Everything that can be recomputed is recomputed."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from smallcoder_jax.train.state import trained_params
 from smallcoder_jax.train.whereabouts import data_folders, find_tokens, read_tokenizer
 
 Status = Literal["verified", "not_found", "no_checkpoint", "wrong_data", "corrupt", "error"]
-# A model that has learnt anything predicts held-out text better than one that gives every id the same probability.
+# A trained model must predict held-out text better than one that gives every id the same probability.
 UNTRAINED_SHARE = 0.95
-# Rounding on another device moves a loss in the fourth digit; other weights move it in the second.
+# Rounding on another device changes the fourth digit of a loss; other weights change the second.
 RECORDED_TOLERANCE = 0.01
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What was found. `reason` says what is wrong, or what was checked. Values that were not reached are None."""
+    """The result of a verification. `reason` says what is wrong, or what was checked. Values not computed are None."""
 
     run: str
     status: Status
@@ -47,26 +47,26 @@ class Verdict:
     recorded_loss: float | None = None
 
 
-# The held-out loss of a checkpoint of another stage than pretrain: of its config, its folder and its meta.json. Raises
-# UserError where the data of the stage are not those of the checkpoint.
+# (config, folder and meta.json of a checkpoint) -> its held-out loss, for stages that read no documents. Raises
+# UserError when the data of the stage are not the checkpoint's.
 Reevaluate = Callable[[Config, Path, dict[str, Any]], float]
 
 
 def verify(run: Path, reevaluate: Reevaluate, *, batches: int | None = None, data: Path | None = None) -> Verdict:
-    """Checks the newest checkpoint of the run folder `run`, with the prepared data in `data` (by default where
-    `data.dir` is from here, or where the data were from the run folder).
+    """Checks the newest checkpoint of the run folder `run`.
 
     1. Every file of it has the recorded checksum, else `corrupt`.
-    2. It was not trained on stand-in text; run.json and checkpoint agree in what was trained on what; the tokenizer and
-       the token shards, hashed anew, are those it was trained on; else `wrong_data`.
-    3. On the validation split, its bits per byte are finite and below 95% of what equal probabilities for every id
-       would give, else `error`; and within 1% of what the run recorded for that step, else `corrupt`.
+    2. It was not trained on stand-in text; run.json and the checkpoint have the same identity; and the tokenizer and
+       the token shards, hashed again, are those it was trained on; else `wrong_data`.
+    3. On the validation split, its bits per byte are finite and below 95% of those of equal probabilities for all ids,
+       else `error`; and within 1% of the value that the run recorded for that step, else `corrupt`.
 
-    Of stages that read no documents, `reevaluate` works out the held-out loss anew, from data made anew, on as many
-    batches as in training; it is compared with the record.
+    `data` is the folder of the prepared data, by default `data.dir` or its recorded location relative to the run
+    folder. `batches` validation batches are evaluated, by default as many as in training. With another number, the
+    result is not compared with the recorded value.
 
-    `batches` validation batches are evaluated, by default as many as in training. The third check compares with the
-    record only when they are as many.
+    For stages that read no documents, `reevaluate` computes the held-out loss instead, on data that is prepared again
+    and as many batches as in training. It is compared with the recorded loss.
     """
     folder = RunFolder(run.absolute())
     try:
@@ -76,12 +76,12 @@ def verify(run: Path, reevaluate: Reevaluate, *, batches: int | None = None, dat
     except _Failure as failure:
         return dataclasses.replace(failure.verdict, run=str(run))
     except (UserError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-        # The files of a run that is to be verified can hold anything.
+        # The files of an unverified run can contain anything.
         return Verdict(str(run), "error", f"{type(error).__name__}: {error}")
 
 
 class _Failure(Exception):
-    """Ends a verification. The run's name is put in by `verify`."""
+    """Ends a verification with a verdict. `verify` fills in the run's name."""
 
     def __init__(self, status: Status, reason: str, **values: Any):
         super().__init__(reason)
@@ -98,7 +98,7 @@ def _verify_run(folder: RunFolder, reevaluate: Reevaluate, batches: int | None, 
     if problems:
         raise _Failure("corrupt", "; ".join(problems), step=step)
     meta = checkpoint.read_meta(target)
-    # The checkpoint's own configuration: config.json beside it is not under its checksums.
+    # The checkpoint's own config, because config.json of the run is not covered by the checksums.
     config = from_config_dict(meta["config"])
     tokenizer = _verify_facts(folder, meta, step)
     places = data_folders(folder, config, folder.read_run_json()) if data is None else [data]
@@ -138,7 +138,7 @@ def _verify_run(folder: RunFolder, reevaluate: Reevaluate, batches: int | None, 
 
 
 def _verify_loss(folder: RunFolder, found: float, step: int, files: int) -> Verdict:
-    """A loss that was worked out anew beside the one that the run recorded for the step."""
+    """Compares the recomputed loss `found` with the loss that the run recorded for the step."""
     recorded = _recorded(folder, step, "loss")
     values = {"step": step, "files": files, "loss": found, "recorded_loss": recorded}
     if not math.isfinite(found):
@@ -155,14 +155,14 @@ def _verify_loss(folder: RunFolder, found: float, step: int, files: int) -> Verd
 
 
 def _recorded(folder: RunFolder, step: int, name: str) -> float | None:
-    """What the run logged for an evaluation at `step`, last."""
+    """The value of `name` in the last evaluation that the run logged at `step`."""
     _, rows = read_csv(folder.eval_log_csv)
     found = [row[name] for row in rows if row["step"] == step and name in row]
     return found[-1] if found else None
 
 
 def _verify_facts(folder: RunFolder, meta: Mapping[str, Any], step: int) -> Tokenizer:
-    """The tokenizer that the checkpoint was trained with, hashed anew; run.json is of this checkpoint."""
+    """Checks that run.json belongs to the checkpoint. Returns the tokenizer it was trained with, hashed again."""
     run = folder.read_run_json()
     if meta["dummy_data"] or run["dummy_data"]:
         raise _Failure("wrong_data", "trained on generated stand-in text (data.allow_dummy_data)", step=step)
@@ -175,7 +175,7 @@ def _verify_facts(folder: RunFolder, meta: Mapping[str, Any], step: int) -> Toke
 
 
 def _verify_tokens(folder: RunFolder, config: Config, meta: Mapping[str, Any], step: int) -> Path:
-    """The token shards that the checkpoint was trained with, hashed anew."""
+    """The folder of the token shards that the checkpoint was trained on, hashed again."""
     fingerprint = meta["identity"]["data"]["fingerprint"]
     tokens = find_tokens(folder, config, folder.read_run_json(), fingerprint)
     if tokens is None:
@@ -209,7 +209,7 @@ def _verify_tokens(folder: RunFolder, config: Config, meta: Mapping[str, Any], s
 def _evaluate(
     folder: RunFolder, config: Config, target: Path, tokens: Path, tokenizer: Tokenizer, batches: int | None
 ) -> tuple[dict[str, float], float | None]:
-    """What the checkpoint reaches on the validation split, and what was recorded for it on the same batches."""
+    """The checkpoint's measures on the validation split, and its recorded bits per byte on the same batches."""
     abstract = jax.eval_shape(lambda: trained_params(config))
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     placed = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), abstract)

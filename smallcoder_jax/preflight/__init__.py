@@ -1,1 +1,1 @@
-"""What a run will take, known before it is paid for: memory, time and cost on devices that need not be here."""
+"""Estimates what a run will take before it is paid for: memory, time and cost, on devices that need not be present."""

@@ -1,6 +1,6 @@
-"""What a compiled program sends between devices, read from its HLO text.
+"""The bytes that a compiled program sends between devices, determined from its HLO text.
 
-Each collective counts as often as the loops around it run. Bytes are those of one device and one run of the program.
+Each collective counts as often as the loops around it run. Bytes are per device and per run of the program.
 """
 
 from __future__ import annotations
@@ -19,17 +19,19 @@ ARRAY = re.compile(r"([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 CALLED = re.compile(r"(?:calls|body|to_apply|true_computation|false_computation)=%?([\w.-]+)")
 BRANCHES = re.compile(r"(?:branch_computations|called_computations)=\{([^}]*)\}")
 TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
-# Between slices of TPUs, what goes over the slower network is sent by way of the hosts.
+# Between slices of TPUs, data is sent over the slower network by way of the hosts.
 BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 SLICES = re.compile(r'_xla_megascale_target="\{([\d,:]+)\}')
-# TPU's compiler cuts a collective into parts of one chain: its start, what runs beside it, its end.
+# The TPU compiler splits a collective into a chain of parts: its start, the work that overlaps with it, and its end.
 CHAIN = re.compile(r'chain_id="(\d+)"')
 
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """Collectives of one kind. `payload`: bytes of the whole arrays (gathered, or to be reduced); `sent`: what one
-    device sends, by the ring algorithm; `between_hosts`: the least that must leave the host, per device of it.
+    """All collectives of one kind.
+
+    `payload` is the size in bytes of the whole arrays (gathered, or to be reduced), `sent` the bytes that one device
+    sends with the ring algorithm, and `between_hosts` the least that must leave the host, per device of the host.
     """
 
     kind: str
@@ -41,15 +43,16 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """All collectives of a program. A loop of unknown length counts as one round: `unknown_loops` says how many."""
+    """All collectives of a program. Loops of unknown length count as one iteration; `unknown_loops` is their number."""
 
     collectives: tuple[Collective, ...]
     unknown_loops: int
 
 
 class Message(NamedTuple):
-    """One collective: how often it runs, its first group of devices, and the shapes that a device puts in and their
-    bytes. Where the compiler cut it into a chain of parts, the first stands for all.
+    """One collective: how often it runs, its first group of devices, and the shapes and bytes of one device's input.
+
+    If the compiler split the collective into a chain of parts, the first part represents all.
     """
 
     kind: str
@@ -68,7 +71,9 @@ class Instruction(NamedTuple):
 
 
 def traffic(text: str, hosts: Sequence[int]) -> Traffic:
-    """`text`: of a compiled program (`compiled.as_text()`). `hosts`: the host of each device, in the mesh's order."""
+    """The traffic of a compiled program. `text` is its HLO (`compiled.as_text()`), and `hosts` is the host of each
+    device in the order of the mesh.
+    """
     unknown: set[str] = set()
     found: dict[str, list[Collective]] = {}
     for kind, times, group, _, operand in messages(text, len(hosts), unknown):
@@ -78,8 +83,8 @@ def traffic(text: str, hosts: Sequence[int]) -> Traffic:
 
 
 def messages(text: str, devices: int, unknown: set[str]) -> Iterator[Message]:
-    """Each collective of a compiled program in which more than one of its `devices` takes part. Loops of unknown
-    length, which count as one round, are added to `unknown`.
+    """The collectives of a compiled program in which more than one of its `devices` takes part. Loops of unknown
+    length, which count as one iteration, are added to `unknown`.
     """
     computations, entry = _parse(text)
     chains: set[str] = set()
@@ -89,7 +94,7 @@ def messages(text: str, devices: int, unknown: set[str]) -> Iterator[Message]:
             continue
         if chain:
             chains.add(chain[1])
-        # TPU's compiler writes a reduce-scatter as a fusion of an all-reduce and a slice.
+        # The TPU compiler writes a reduce-scatter as a fusion of an all-reduce and a slice.
         kind = "reduce-scatter" if name.startswith("all-reduce-scatter") else each.op.removesuffix("-start")
         types = {other.name: other.type for other in computations[name]}
         operands = [types.get(operand, "") for operand in re.findall(r"%([\w.-]+)", each.operands)]
@@ -110,8 +115,8 @@ def _total(kind: str, found: list[Collective]) -> Collective:
 def _walk(
     computations: dict[str, list[Instruction]], name: str, times: int, unknown: set[str]
 ) -> Iterator[tuple[str, Instruction, int]]:
-    """Each collective that a computation comes to, with its computation and how often it runs. Of branches, all count.
-    Loops of unknown length are added to `unknown`.
+    """The collectives that a computation reaches, each with its computation and how often it runs. All branches of a
+    conditional count. Loops of unknown length are added to `unknown`.
     """
     for each in computations[name]:
         if each.op.removesuffix("-start") in KINDS or (each.op == "send" and BETWEEN_SLICES.search(each.attributes)):
@@ -128,7 +133,7 @@ def _walk(
 
 
 def _between_slices(attributes: str, devices: int) -> tuple[str, list[int]]:
-    """The kind of what is sent between slices, and a device of each that takes part: in a mesh slices are outermost."""
+    """The kind of a transfer between slices, and a device of each that takes part. In a mesh, slices are outermost."""
     transfer, slices = BETWEEN_SLICES.search(attributes), SLICES.search(attributes)
     assert transfer is not None
     assert slices is not None
@@ -139,18 +144,18 @@ def _between_slices(attributes: str, devices: int) -> tuple[str, list[int]]:
 
 
 def _costs(kind: str, operand: float, devices: int, hosts: int) -> tuple[float, float, float]:
-    """Payload, sent, and between hosts, of one collective over `devices` on `hosts`, in bytes of one device."""
+    """The payload, sent and between-host bytes per device of one collective over `devices` on `hosts`."""
     payload = operand * devices if kind == "all-gather" else operand
     if kind == "collective-permute":
         return payload, operand, operand if hosts > 1 else 0.0
     passes = 2 if kind == "all-reduce" else 1
     sent = passes * payload * (devices - 1) / devices
-    # Within a host devices share what they hold: each is left a part of it to send to the other hosts.
+    # Devices of a host share their data, so each has to send only a part of it to the other hosts.
     return payload, sent, passes * payload * (hosts - 1) / hosts / (devices / hosts)
 
 
 def _parse(text: str) -> tuple[dict[str, list[Instruction]], str]:
-    """Instructions by computation, and the name of the one that the program begins with."""
+    """The instructions of each computation, and the name of the entry computation."""
     computations: dict[str, list[Instruction]] = {}
     entry, current = "", ""
     for line in text.splitlines():
@@ -173,7 +178,7 @@ def _split_type(text: str) -> tuple[str, str]:
 
 
 def _closing(text: str) -> int:
-    """Where the parenthesis that `text` begins with is closed."""
+    """The index of the parenthesis that closes the one at the start of `text`."""
     depth = 0
     for index, character in enumerate(text):
         depth += (character == "(") - (character == ")")
@@ -183,7 +188,7 @@ def _closing(text: str) -> int:
 
 
 def _bytes(kind: str) -> float:
-    """Of an array's type, or of all arrays of a tuple's."""
+    """The bytes of an array type, or of all arrays of a tuple type."""
     total = 0.0
     for name, dimensions in ARRAY.findall(kind):
         bits = re.search(r"\d+", name)
@@ -200,7 +205,7 @@ def _called(attributes: str) -> list[str]:
 
 
 def _trip_count(loop: Instruction, computations: dict[str, list[Instruction]]) -> int | None:
-    """As the compiler says it, or from a condition `counter < constant`, which is how jax's scans count from 0."""
+    """The trip count as annotated by the compiler, or from a condition `counter < constant`, as JAX's scans have."""
     if known := TRIPS.search(loop.attributes):
         return int(known[1])
     condition = re.search(r"condition=%?([\w.-]+)", loop.attributes)
@@ -216,7 +221,7 @@ def _trip_count(loop: Instruction, computations: dict[str, list[Instruction]]) -
 
 
 def _group(attributes: str, devices: int) -> list[int]:
-    """The first group of devices that work together: the others are as large."""
+    """The first group of devices that work together. All groups have the same size."""
     if pairs := re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}", attributes):
         moved = [pair for pair in re.findall(r"(\d+),(\d+)", pairs[1]) if pair[0] != pair[1]]
         return sorted({int(device) for pair in moved for device in pair})

@@ -1,4 +1,4 @@
-"""Least time and cost of a step by its roofline: what the hardware's limits allow, were everything else free."""
+"""The least time and cost of a step by its roofline: the limits of the hardware, if everything else were free."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from smallcoder_jax.preflight.target import Chip
 ASSUMPTION = (
     "the longest of: arithmetic at the bf16 peak; arguments read, results written and temporaries written and read "
     "once per microbatch at the memory's bandwidth; collectives by the ring algorithm over all links. "
-    "Everything else free, all three at once: a real step takes longer"
+    "Everything else is free, and all three overlap: a real step takes longer"
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-    """Seconds of a step, at least, by each limit; `mfu` at most. `step` is the longest."""
+    """The least seconds of a step by each limit. `step` is the longest of them, and `mfu` an upper bound."""
 
     arithmetic: float
     memory: float
@@ -31,7 +31,7 @@ class Roofline:
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """For so many tokens: hours and chip-hours, at least; `cost` at a price per chip-hour, where one was given."""
+    """The least hours and chip-hours for a number of tokens, and the `cost` at a price per chip-hour, if given."""
 
     tokens: float
     hours: float
@@ -41,7 +41,7 @@ class Budget:
 
 
 def executed_per_token(config: Config, chunks: Choice) -> float:
-    """FLOPs of a step per token, with what is computed again in the backward pass."""
+    """The FLOPs of a step per token, including activations that are recomputed in the backward pass."""
     model, length = config.model, config.train.sequence_length
     flops, without = (family_of(model).flops_per_token(model, size) for size in (length, 0))
     unembedding = 2.0 * model.vocab_size * model.width
@@ -53,7 +53,9 @@ def executed_per_token(config: Config, chunks: Choice) -> float:
 def roofline(
     config: Config, executed: float, moved: float, sent: Traffic, chip: Chip, peak: float, devices: int
 ) -> Roofline:
-    """`executed`: FLOPs per token; `moved`: bytes of a device's memory per step; `peak`: FLOP/s of a device."""
+    """The roofline of a step. `executed` is in FLOPs per token, `moved` in bytes of a device's memory per step, and
+    `peak` in FLOP/s of a device.
+    """
     tokens = config.train.batch_size * config.train.sequence_length
     arithmetic = executed * tokens / devices / peak
     memory = moved / chip.bandwidth

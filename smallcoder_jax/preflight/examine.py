@@ -1,4 +1,4 @@
-"""The report of a config on devices that need not be here: its step is compiled, never run."""
+"""The report of a config on devices that need not be present. Its step is compiled but never run."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from smallcoder_jax.train.step import LossFn
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """Bytes of one device. `activations` are all temporaries but one tree of gradients. None: the compiler refused the
-    step, and did not say.
+    """Bytes of memory of one device. `activations` are all temporaries except one tree of gradients. A value is None
+    when the compiler refused the step and did not report it.
     """
 
     parameters: float
@@ -41,8 +41,8 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What was found out. `changes` and `remedy` are flags: what was changed so that rows divide, and what would make
-    a step fit that does not (None: it fits, or nothing that was tried does).
+    """The results of a preflight. `changes` and `remedy` are flags: what was changed so that rows divide over the mesh,
+    and what would make the step fit (None: it fits, or nothing that was tried does).
     """
 
     name: str
@@ -69,7 +69,7 @@ class Report:
 
 
 def divided(config: Config, devices: int) -> tuple[Config, tuple[str, ...]]:
-    """The config with its batches rounded up to what divides over a mesh of so many devices, and the flags for it."""
+    """The config with batch sizes rounded up so that they divide over a mesh of `devices`, and the flags for that."""
     parts = row_devices(mesh_sizes(config.mesh, devices))
     rows = _up(config.train.microbatch_rows, parts)
     train = dataclasses.replace(config.train, microbatch_size=rows, batch_size=_up(config.train.batch_size, rows))
@@ -86,10 +86,10 @@ def divided(config: Config, devices: int) -> tuple[Config, tuple[str, ...]]:
 def examine(
     config: Config, loss_fn: LossFn, target: Target, *, tokens: float | None = None, price: float | None = None
 ) -> Report:
-    """Compiles the step of `config` for the target, and others to find the largest microbatch that fits.
+    """Compiles the step of `config` for the target, and variants of it to find the largest microbatch that fits.
 
-    `tokens`: a budget of tokens; None: what the config trains on. `price`: of an hour of one device. Raises UserError
-    where the config does not fit the mesh.
+    `tokens` is a budget of tokens, by default what the config trains on. `price` is the price of one device-hour.
+    Raises UserError when the config does not fit the mesh.
     """
     tokens = tokens or float(config.train.steps * config.train.batch_size * config.train.sequence_length)
     count = len(target.devices)
@@ -144,7 +144,7 @@ def examine(
 def _least(
     config: Config, program: Program, target: Target, compiled: Any, executed: float
 ) -> tuple[Traffic, estimate.Roofline | None]:
-    """What a step sends, and the least time that it takes where the chip's figures are known."""
+    """The bytes that a step sends, and the least time that it takes if the chip's figures are known."""
     sent = traffic(compiled.as_text(), [_host(device) for device in program.mesh.devices.flat])
     peak = peak_flops(target.devices[0].device_kind)
     if target.chip is None or peak is None:
@@ -154,7 +154,7 @@ def _least(
 
 
 def _host(device: Any) -> Any:
-    """Which devices reach each other fast: the chips of a TPU slice over one network, whatever their hosts."""
+    """The group of devices that are connected by a fast network: a TPU slice, whatever its hosts, or else a host."""
     return device.process_index if device.platform == "gpu" else slice_of(device)
 
 
@@ -163,7 +163,7 @@ def _up(rows: int, parts: int) -> int:
 
 
 def _with_rows(config: Config, rows: int) -> Config:
-    """The config with microbatches of so many rows, and as many microbatches as it has."""
+    """The config with microbatches of `rows` rows and the same number of microbatches."""
     train = config.train
     batch = train.batch_size // train.microbatch_rows * rows
     return dataclasses.replace(config, train=dataclasses.replace(train, batch_size=batch, microbatch_size=rows))
@@ -174,7 +174,7 @@ def _attempt(config: Config, loss_fn: LossFn, target: Target) -> Trial:
 
 
 def _try(config: Config, program: Program, target: Target) -> tuple[Trial, Any]:
-    """The trial, and the compiled step, or None where the compiler refused it for want of memory."""
+    """The trial, and the compiled step, or None when the compiler refused it for lack of memory."""
     start = time.monotonic()
     try:
         compiled = compile_step(program, config)
@@ -189,7 +189,7 @@ def _try(config: Config, program: Program, target: Target) -> tuple[Trial, Any]:
 
 
 def refused_bytes(message: str) -> float | None:
-    """How much memory a step would have taken, from the message with which the compiler refused it."""
+    """The memory that a step would have needed, from the message with which the compiler refused it."""
     found = re.search(r"Used ([\d.]+)([KMGT]) of", message) or re.search(r"\(([\d.]+)([KMGT])\) exceeds", message)
     return float(found[1]) * 1024 ** ("KMGT".index(found[2]) + 1) if found else None
 
@@ -201,7 +201,7 @@ def _bytes_per_device(tree: Any) -> float:
 
 
 def _moved(compiled: Any, config: Config) -> float:
-    """Bytes of a device's memory that a step reads and writes at the least: arguments and results once, temporaries
+    """The least bytes of a device's memory that a step reads and writes: arguments and results once, and temporaries
     written and read once in each microbatch.
     """
     analysis = compiled.memory_analysis()
@@ -211,8 +211,8 @@ def _moved(compiled: Any, config: Config) -> float:
 
 
 def _remedy(config: Config, loss_fn: LossFn, target: Target, largest: Largest, parts: int) -> tuple[str, ...] | None:
-    """The flags nearest to the config with which a step fits: fewer rows at a time; then activations computed again;
-    then parameters and optimizer split over all devices.
+    """The flags closest to the config with which a step fits. Tried in this order: smaller microbatches, recomputing
+    activations, and splitting parameters and optimizer over all devices.
     """
     if largest.rows:
         per_device = config.train.batch_size // parts
@@ -234,6 +234,6 @@ def _remedy(config: Config, loss_fn: LossFn, target: Target, largest: Largest, p
         try:
             if _attempt(dataclasses.replace(smallest, mesh=split), loss_fn, target).fits:
                 return flags
-        except UserError:  # the width does not divide over so many devices
+        except UserError:  # the width does not divide over this number of devices
             return None
     return None

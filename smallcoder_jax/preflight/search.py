@@ -1,4 +1,4 @@
-"""The largest number of rows that fits, from few compilations: a line through what was measured, then a trial."""
+"""Finds the largest number of rows that fits with few compilations: extrapolates linearly, then tries the result."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import time
 from collections.abc import Callable
 
 TRIALS = 8  # compilations, at most
-SECONDS = 100.0  # none is begun that would end after so long, were it as slow as the slowest
+SECONDS = 100.0  # no trial is started that, if as slow as the slowest so far, would end later than this
 
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """A compiled step of `rows` rows per microbatch and device. `peak`: its bytes per device; None: the compiler
-    refused it and did not say.
+    """A compiled step of `rows` rows per microbatch and device. `peak` is its memory in bytes per device; None when the
+    compiler refused the step and did not report it.
     """
 
     rows: int
@@ -25,8 +25,10 @@ class Trial:
 
 @dataclasses.dataclass(frozen=True)
 class Largest:
-    """`rows`: the most per microbatch and device with which a compiled step fits; 0: none. `estimate`: where there was
-    no time for more trials, the most by a line through those that were. `too_many`: the fewest that do not fit.
+    """The result of the search, in rows per microbatch and device.
+
+    `rows` is the largest number with which a compiled step fits, 0 if none does. `estimate` is the extrapolated largest
+    number, when there was no time for more trials. `too_many` is the smallest number that does not fit.
     """
 
     rows: int
@@ -36,7 +38,9 @@ class Largest:
 
 
 def largest_rows(first: Trial, attempt: Callable[[int], Trial], memory: float, fixed: float) -> Largest:
-    """`fixed`: bytes that a step takes whatever its rows, until a second trial says more."""
+    """Searches for the largest number of rows. `fixed` is the estimated memory in bytes that does not depend on the
+    rows; it is used until there is a second trial.
+    """
     start = time.monotonic() - first.seconds
     trials = [first]
     while True:
@@ -46,9 +50,9 @@ def largest_rows(first: Trial, attempt: Callable[[int], Trial], memory: float, f
         if high is not None:
             guess = min(guess, high - 1)
         if guess <= low and not (low == 0 and high is not None and high > 1):
-            break  # the next one does not fit: it was tried, or the line through two says so
+            break  # the next number does not fit: it was tried, or the line through two trials says so
         if low and len(trials) > 1 and guess - low <= low // 50:
-            break  # near enough
+            break  # close enough
         guess = max(guess, 1)
         slowest = max(trial.seconds for trial in trials)
         if len(trials) == TRIALS or time.monotonic() - start + slowest > SECONDS:
@@ -58,7 +62,7 @@ def largest_rows(first: Trial, attempt: Callable[[int], Trial], memory: float, f
 
 
 def _predict(trials: list[Trial], memory: float, fixed: float) -> int:
-    """The rows whose peak is `memory`: on the line through the two trials of most rows, or through `fixed` and one."""
+    """The rows whose peak is `memory`, on the line through the two trials of most rows, or through `fixed` and one."""
     known = sorted((trial.rows, trial.peak) for trial in trials if trial.peak is not None)
     if not known:
         return min(trial.rows for trial in trials) // 2

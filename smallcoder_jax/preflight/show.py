@@ -1,4 +1,4 @@
-"""The report as a table."""
+"""Shows the report as a table."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from smallcoder_jax.preflight.examine import Report
 
 
 def table(report: Report) -> str:
-    """Sections of name and value, as wide as they need, or as the terminal is."""
+    """The report as sections of names and values, at most as wide as the terminal."""
     sections = {
         "run": _run(report),
         "memory of a device": _memory(report),

@@ -1,4 +1,4 @@
-"""Devices to compile for, here or not, and what is known of their kind."""
+"""Devices to compile for, present or not, and the known figures of their kind."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ GPU_SHARE = 0.75  # of a GPU's memory, which JAX reserves unless XLA_CLIENT_MEM_
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """Figures of one chip. `memory`: bytes; `bandwidth`: of that memory, in bytes/s; `link`: bytes/s that it can send
-    to the others of its slice or node; `network`: to other slices or nodes. `source` says where they come from.
+    """Figures of one chip. `memory` is in bytes and its `bandwidth` in bytes/s. `link` is the bytes/s that the chip can
+    send to the others of its slice or node, and `network` those to other slices or nodes. `source` says where the
+    figures come from.
     """
 
     memory: float
@@ -35,7 +36,7 @@ _TPU = (
     "docs.cloud.google.com/tpu/docs (all links at once, one direction; between slices a chip's share of the pod's data "
     "center network); memory as the compiler counts it"
 )
-# By the start of jax's device kind; peak rates are in train.flops.
+# By the prefix of JAX's device kind; peak rates are in train.flops.
 CHIPS = {
     "TPU v5 lite": Chip(15.75 * 2**30, 819e9, 200e9, 3.125e9, _TPU),
     "TPU v5": Chip(95.74 * 2**30, 2765e9, 600e9, 6.25e9, _TPU),
@@ -48,7 +49,7 @@ CHIPS = {
         "NVIDIA's data sheet (NVLink, one direction), memory by nvidia-smi; between nodes 400 Gbit/s per GPU, assumed",
     ),
 }
-# Slices as they are offered; those between are made of the same blocks.
+# Slices as they are offered. Those of sizes in between consist of the same blocks.
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 CUBES = ("1x1x1", "2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
 SHAPES = {"v5e": FLAT, "v6e": FLAT, "v5p": CUBES, "h200": ("1x1", "1x2", "1x4", "1x8", "2x8", "4x8", "8x8")}
@@ -56,7 +57,7 @@ SHAPES = {"v5e": FLAT, "v6e": FLAT, "v5p": CUBES, "h200": ("1x1", "1x2", "1x4", 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Devices of one kind, and how many bytes of memory each has for a program."""
+    """Devices of one kind, and the bytes of memory that a program can use on each."""
 
     name: str
     devices: list[Any]
@@ -69,15 +70,16 @@ class Target:
 
 
 def chip_of(kind: str) -> Chip | None:
-    """What is known of devices of this kind, as jax names it."""
+    """The figures of a device kind, as JAX names it; None when they are not known."""
     return next((chip for start, chip in CHIPS.items() if kind.startswith(start)), None)
 
 
 def target_of(name: str) -> Target:
-    """Of `v5e:16x16` (chips), `2xv5e:16x16` (slices of chips), `h200:2x8` (nodes x GPUs) or `cpu` (this machine).
-    Raises UserError where the name is not known, or the compiler for it is not installed.
+    """The target of a topology: `v5e:16x16` (chips), `2xv5e:16x16` (slices of chips), `h200:2x8` (nodes x GPUs) or
+    `cpu` (this machine).
 
-    A process that has not used jax yet will use its CPU alone: devices that are here are not touched.
+    A process that has not used JAX yet will use only its CPU afterwards, and leaves other devices alone. Raises
+    UserError when the name is not known, or its compiler is not installed.
     """
     family, _, shape = name.partition(":")
     slices = 1
@@ -100,7 +102,7 @@ def target_of(name: str) -> Target:
 
 
 def target_here(devices: list[Any]) -> Target:
-    """Of devices that are here. Raises UserError where they do not say how much memory they have."""
+    """The target of devices that are present. Raises UserError when they do not report their memory."""
     device = devices[0]
     if device.platform == "cpu":
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / len(devices)
@@ -146,7 +148,7 @@ def _gpus(shape: str) -> Any:
 
 
 def _nearest(family: str, shape: str) -> str:
-    """What the name may be, nearest first."""
+    """Advice for a topology that is not known: the nearest name, and the known ones."""
     if family not in SHAPES:
         word = re.split(r"[:-]", family)[0].lower()
         close = difflib.get_close_matches(word, [*SHAPES, "cpu"], n=1, cutoff=0.5)

@@ -17,7 +17,7 @@ NOT_TRACED = contextlib.nullcontext()
 class StepProfile:
     """Traces the steps in `log.profile_steps` into `folder`: every operation on host and devices with its time.
 
-    Unlike other steps, the last traced step is waited for, so that the trace does not contain what follows.
+    Unlike other steps, traced steps are waited for, so that the trace does not contain what follows them.
     """
 
     def __init__(self, log: LogConfig, folder: Path):
@@ -25,9 +25,7 @@ class StepProfile:
         self._folder, self._running = folder, False
 
     def step(self, number: int) -> contextlib.AbstractContextManager[Any]:
-        """The context in which to dispatch a step. It names the step in the trace, and the first one starts the
-        trace.
-        """
+        """The context in which to dispatch a step. It names the step in the trace; the first one starts the trace."""
         if number == self._first:
             self._folder.mkdir(parents=True, exist_ok=True)
             profiler.start(str(self._folder))
