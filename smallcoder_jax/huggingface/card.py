@@ -1,8 +1,8 @@
-"""The model card.
+"""Writes the model card.
 
-`card` is a dict of plain values: `name`; and, where known,
+`card` is a dict of plain values: `name` and, if known,
 
-    training, evaluation  what to value, as shown
+    training, evaluation  rows of a table, name -> value
     data                  `dummy`, `fingerprint`, `sources` (a list of `spec`, `weight`, `documents`, `tokens`, `bytes`)
                           and `licenses` (licence to number of documents)
     parity                `huggingface.parity.ParityReport.record`
@@ -25,12 +25,12 @@ from smallcoder_jax.config import Config, ModelConfig, evaluated_on
 from smallcoder_jax.data.tokens.shards import Manifest
 from smallcoder_jax.models.families import published
 
-# A path from the root, the home or the current folder, up to its last name; in front of it begins a word or a value.
+# The folders of a path from the root, the home or the current folder, at the start of a word or value.
 _FOLDERS = re.compile(r"""(?<![^\s:;,=("'])(?:~[\w.-]*|\.{0,2})/(?![\s/])(?:[^:;,?"']*/)?(?=[^\s/])""")
 
 
 def render(model: ModelConfig, card: Mapping[str, Any], *, dtype: str, fim: Sequence[str], chat: bool) -> str:
-    """The README.md of an exported folder. `fim`: the pieces prefix, middle and suffix, empty where there are none."""
+    """The README.md of an exported folder. `fim` holds the prefix, middle and suffix pieces, if there are any."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("smallcoder_jax.huggingface", "templates"),
         autoescape=False,  # Markdown; `cell` keeps values inside their cell, `code` inside their span
@@ -54,8 +54,9 @@ def render(model: ModelConfig, card: Mapping[str, Any], *, dtype: str, fim: Sequ
 
 
 def without_folders(value: Any) -> Any:
-    """A copy of a card's content in which every path is its last name: where files lay on the machine that a model was
-    trained on is of no use to others, and can name people.
+    """A copy of a card's content in which every path is shortened to its last name.
+
+    The folders of the machine that a model was trained on are of no use to others, and can contain people's names.
     """
     if isinstance(value, Mapping):
         return {key: without_folders(item) for key, item in value.items()}
@@ -65,7 +66,7 @@ def without_folders(value: Any) -> Any:
 
 
 def _cell(value: Any) -> str:
-    """A value on one line of a Markdown table, with nothing in it that ends the cell or begins markup."""
+    """A value escaped for a cell of a Markdown table: on one line, and without anything that starts markup."""
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     if isinstance(value, float):
@@ -77,8 +78,11 @@ def _cell(value: Any) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """One stage of what a model went through. `meta`: the meta.json of its checkpoint. `dataset`: in words. `manifest`:
-    of its token shards, None where they are gone (then only what `meta` kept of them is told) or it read no documents.
+    """One stage of the training of a model.
+
+    `meta` is the meta.json of its checkpoint, and `dataset` describes its data. `manifest` is the manifest of its token
+    shards. It is None when the stage read no documents, or when the shards are missing; then the card has only the
+    facts that `meta` stores.
     """
 
     meta: Mapping[str, Any]
@@ -87,8 +91,8 @@ class Trained:
 
 
 def of_run(config: Config, lineage: Sequence[Trained], references: Mapping[str, float]) -> dict[str, Any]:
-    """The card of one checkpoint. `lineage`: what it went through, the first stage first and itself last. `references`:
-    compressors' bits per byte of the held-out text.
+    """The card of one checkpoint. `lineage` lists its stages, first to last. `references` are the bits per byte of
+    compressors on the held-out text.
     """
     train, meta = config.train, lineage[-1].meta
     documents = [each for each in lineage if "fingerprint" in each.meta["identity"]["data"]]
@@ -105,7 +109,7 @@ def of_run(config: Config, lineage: Sequence[Trained], references: Mapping[str, 
         "precision": config.compute.dtype,
     }
     evaluation = {name.replace("_", " "): value for name, value in meta["evaluation"].items()}
-    if evaluation:  # what the compressors were given is more
+    if evaluation:  # the compressors were given more text, so the names say which
         evaluation["evaluated on"] = evaluated_on(config)
     evaluation |= {f"bits per byte of all held-out files, {name}": value for name, value in references.items()}
     return {
@@ -132,7 +136,7 @@ def _source(manifest: Manifest | None, index: int, kept: Mapping[str, Any]) -> d
 
 
 def _licenses(manifests: Sequence[Manifest]) -> dict[str, int]:
-    """Documents per licence over all sources, most first."""
+    """The number of documents per licence over all sources, largest first."""
     counts: collections.Counter[str] = collections.Counter()
     for manifest in manifests:
         for source in manifest.accounting.get("sources", []):

@@ -1,4 +1,4 @@
-"""Our parameters and the tensors of published files, in both directions, by what the family of the model says."""
+"""Converts between our parameters and the tensors of published files, as defined by the family of the model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from smallcoder_jax.models.published import ParamPath, Tensor
 
 
 def to_published(model: ModelConfig, params: build.Params) -> dict[str, np.ndarray]:
-    """Unrolled parameters to named tensors. Raises UserError where `params` are not those of `model`."""
+    """Converts unrolled parameters to named tensors. Raises UserError when `params` do not fit `model`."""
     told, given = published(model), _flatten(params)
     shapes = told.shapes(model)
     if missing := sorted(map(_text, shapes.keys() - given.keys())):
@@ -38,11 +38,11 @@ def to_published(model: ModelConfig, params: build.Params) -> dict[str, np.ndarr
 def from_published(
     model: ModelConfig, where: Path, held: Mapping[str, tuple[int, ...]], read: Callable[[str], np.ndarray]
 ) -> build.Params:
-    """Named tensors to unrolled parameters.
+    """Converts named tensors to unrolled parameters.
 
-    `held` are the shapes of all tensors that the weights in `where` hold, by name; `read` gives the values of one. What
-    config.json says is compared with `held` before anything is built or read. Raises UserError that names tensors which
-    are missing, unknown, of another shape, or a head that is not the table it is tied to.
+    `held` maps the names of all tensors of the weights in `where` to their shapes, and `read` returns the values of
+    one. The settings in config.json are compared with `held` before anything is built or read. Raises UserError that
+    names tensors that are missing, unknown or of another shape, or a head that differs from its tied embedding.
     """
     told = published(model)
     stored = told.stored(model, where, held)
@@ -71,7 +71,7 @@ def from_published(
 def _check_tied(
     where: Path, held: Mapping[str, tuple[int, ...]], read: Callable[[str], np.ndarray], head: str, table: str
 ) -> None:
-    """A head beside the table that it is tied to says nothing new, or config.json is wrong."""
+    """Raises UserError when the file holds a head that differs from the embedding that it should be tied to."""
     if held[head] != held[table] or not np.array_equal(read(head), read(table), equal_nan=True):
         raise UserError(
             f"{where}: {head} differs from {table}, but its config.json says that the two are tied; set "

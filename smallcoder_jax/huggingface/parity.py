@@ -1,4 +1,4 @@
-"""The check that an exported folder is the model it was made from, with `transformers` on the CPU in float32.
+"""Checks that an exported folder is the model it was made from, with `transformers` on the CPU in float32.
 
 Shapes: B rows, T tokens, V vocabulary.
 """
@@ -26,8 +26,8 @@ from smallcoder_jax.tokenizers import base, chat
 
 TOLERANCE = 1e-4  # largest difference of a logit
 GREEDY_TOKENS, PROMPT_TOKENS = 64, 64
-LENGTHS = (1, 7, 64, 512)  # those beyond the context are left out, and the context itself is put in where it is shorter
-# Prompts of the greedy continuations, beside what the caller gives.
+LENGTHS = (1, 7, 64, 512)  # lengths beyond the context are replaced by the context itself
+# Prompts of the greedy continuations, in addition to the caller's.
 PROMPTS = ("def fibonacci(n):\n", "import os\n\n\nclass ", "")
 
 _CHAT = chat.Conversation((chat.Message("user", "hi  there"), chat.Message("assistant", "x = 1\n")))
@@ -48,7 +48,7 @@ _Forward = Callable[[np.ndarray, np.ndarray], np.ndarray]  # ids and mask [B, T]
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One comparison: what was found, what is allowed, and whether it holds."""
+    """One comparison: what was found, what is allowed, and whether it passed."""
 
     name: str
     found: str
@@ -58,7 +58,7 @@ class Check:
 
 @dataclasses.dataclass(frozen=True)
 class ParityReport:
-    """Every comparison of one folder, and with what it was made."""
+    """All comparisons of one folder, and the versions they were made with."""
 
     checks: tuple[Check, ...]
     tolerance: float
@@ -73,11 +73,11 @@ class ParityReport:
         return all(check.passed for check in self.checks)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, for JSON."""
+        """The whole report, for JSON."""
         return {**dataclasses.asdict(self), "passed": self.passed}
 
     def record(self) -> dict[str, Any]:
-        """What the model card keeps: what was compared and the limit, without numbers that differ between machines."""
+        """The facts for the model card: what was compared and the limit, without numbers that depend on the machine."""
         return {
             "checked": True,
             "tolerance": self.tolerance,
@@ -87,7 +87,7 @@ class ParityReport:
         }
 
     def table(self) -> str:
-        """The comparisons, one line each."""
+        """The comparisons as text, one line each."""
         rows = [("check", "found", "allowed", "")]
         rows += [(check.name, check.found, check.allowed, "ok" if check.passed else "FAILED") for check in self.checks]
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
@@ -107,10 +107,10 @@ def check(
 ) -> ParityReport:
     """Compares `folder`, loaded by `transformers` without remote code, with the model in this program.
 
-    Logits of every length of `lengths` that the context allows and of batches padded left and right; ids of `texts` and
-    of hard ones, and what they are decoded to; special pieces and the chat template; greedy continuations. `params` are
-    unrolled, with the values that were stored. Raises CheckFailed with the table when anything differs, UserError where
-    torch or transformers is not installed.
+    It compares the logits for every length in `lengths` that the context allows, and for batches padded left and right;
+    the ids of `texts` and of hard texts, and the texts decoded from them; special pieces and the chat template; and
+    greedy continuations. `params` are unrolled, with the values that were stored. Raises CheckFailed with the table
+    when anything differs, and UserError when torch or transformers is not installed.
     """
     torch, transformers = _import_transformers()
     with _quiet(transformers):
@@ -145,7 +145,7 @@ def check(
 
 
 def hard_texts(tokenizer: base.Tokenizer) -> list[str]:
-    """Texts on which tokenizers have been seen to differ; the same at every call."""
+    """Texts on which tokenizers are known to differ. They are the same at every call."""
     rng = np.random.default_rng(0)
     planes = []
     for plane in range(17):
@@ -179,7 +179,7 @@ def hard_texts(tokenizer: base.Tokenizer) -> list[str]:
 
 
 def check_installed() -> None:
-    """Raises UserError where what the check needs is not installed: asked before the training that it comes after."""
+    """Raises UserError when a package that the check needs is not installed. Called before a long training."""
     if missing := [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]:
         raise UserError(
             f"the export is checked at the end, which needs {' and '.join(missing)}: pip install "
@@ -199,7 +199,7 @@ def _import_transformers() -> tuple[Any, Any]:
 
 
 def _load(folder: Path, transformers: Any, torch: Any) -> tuple[Any, Any, str]:
-    """The model, the tokenizer, and what `transformers` left over or made up, empty where nothing."""
+    """The model, the tokenizer, and the names of tensors that `transformers` ignored or initialised, as text."""
     options = {"local_files_only": True, "trust_remote_code": False}
     try:
         loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -215,7 +215,7 @@ def _load(folder: Path, transformers: Any, torch: Any) -> tuple[Any, Any, str]:
 
 @contextlib.contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """Without progress bars, and without the warning that a text is longer than the context: it is only tokenized."""
+    """Turns off progress bars, and the warning that a text is longer than the context, because it is only tokenized."""
     logging = transformers.utils.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
@@ -229,7 +229,7 @@ def _quiet(transformers: Any) -> Iterator[None]:
 
 
 def _our_forward(model: ModelConfig, params: build.Params) -> _Forward:
-    # Rounding differs between devices by more than is allowed here; transformers runs on the CPU as well.
+    # Rounding differs between devices by more than the tolerance, and transformers runs on the CPU as well.
     cpu = jax.local_devices(backend="cpu")[0]
     placed = jax.device_put(params, cpu)
 
@@ -263,7 +263,7 @@ def _their_logits(theirs: Any, torch: Any, ids_BT: np.ndarray, mask_BT: np.ndarr
 
 
 def _difference(ours_BTV: np.ndarray, theirs_BTV: np.ndarray, mask_BT: np.ndarray) -> float:
-    """The largest, over real tokens; infinite where a logit is no number or the vocabularies differ."""
+    """The largest difference over real tokens; infinite when a logit is not finite or the vocabularies differ."""
     if ours_BTV.shape != theirs_BTV.shape:
         return float("inf")
     real = mask_BT.astype(bool)
@@ -274,7 +274,7 @@ def _difference(ours_BTV: np.ndarray, theirs_BTV: np.ndarray, mask_BT: np.ndarra
 def _logit_cases(
     model: ModelConfig, tokenizer: base.Tokenizer, texts: Sequence[str], lengths: Sequence[int]
 ) -> Iterator[tuple[str, np.ndarray, np.ndarray]]:
-    """Name, ids and mask of each batch: one row of random ids and one of text, and rows of unequal lengths."""
+    """The name, ids and mask of each batch: one row of random ids and one of text, and rows of unequal lengths."""
     rng = np.random.default_rng(0)
     written = [tokenizer.bos_id, *tokenizer.encode("\n".join([*texts, *PROMPTS]))]
 
@@ -297,7 +297,7 @@ def _compare_ids(tokenizer: base.Tokenizer, theirs: Any, texts: Sequence[str]) -
     def encode(text: str) -> list[int]:
         return theirs.encode(text, add_special_tokens=False, split_special_tokens=True)
 
-    # Some published tokenizers put a space before a text, which ours takes off again: they agree behind a newline.
+    # Some published tokenizers put a space before a text, which ours removes again. After a newline, they agree.
     lead = [] if encode("a") == tokenizer.encode("a") else encode("\n")
     before = "\n" if lead else ""
     wrong = [text for text in texts if tokenizer.encode(text) != encode(before + text)[len(lead) :]]
@@ -307,10 +307,10 @@ def _compare_ids(tokenizer: base.Tokenizer, theirs: Any, texts: Sequence[str]) -
 
 
 def _compare_specials(tokenizer: base.Tokenizer, theirs: Any, published: bool) -> Check:
-    """Each special piece is its one id where specials are parsed, and the beginning and end are where they should be.
+    """Checks that each special piece is parsed as its one id, and that BOS and EOS are the same and in the same place.
 
-    Pieces of published tokenizers have names of their own and texts may begin without one, so there only the ids of
-    the latter are compared.
+    Published tokenizers have pieces with other names, and their texts may begin without BOS, so only the ids of BOS and
+    EOS are compared for them.
     """
     pieces = {} if published else tokenizer.specials
     wrong = [piece for piece, i in pieces.items() if theirs.encode(piece, add_special_tokens=False) != [i]]
@@ -331,7 +331,7 @@ def _compare_decoding(tokenizer: base.Tokenizer, theirs: Any, texts: Sequence[st
 
 
 def _compare_chat(tokenizer: base.Tokenizer, theirs: Any) -> Check:
-    """A conversation has the ids of training, with function calls where the tokenizer has pieces for them."""
+    """Checks that a conversation gets the ids of training, with function calls if the tokenizer has such pieces."""
     conversation, tools = _CHAT, []
     if all(piece in tokenizer.specials for piece in base.TOOL_PIECES):
         conversation, tools = _TOOL_CHAT, list(_TOOL_CHAT.tools)
@@ -351,12 +351,12 @@ def _compare_greedy(
     tokens: int,
     tolerance: float,
 ) -> Check:
-    """Whether each token that `transformers` chooses, with its cache, is also our choice after the ones before it.
+    """Checks that each token that `transformers` chooses, with its cache, is also our choice after the previous ones.
 
-    Then our own greedy continuation is the same. A choice between logits that differ by less than rounding may
-    differently fall out (twice the tolerance, one for each logit): it counts as the same, and is mentioned.
+    Then our own greedy continuation is the same. When the two best logits differ by no more than rounding (twice the
+    tolerance, once for each logit), the choices may differ. They count as the same, and the report mentions them.
     """
-    # Without an end: all of the tokens are compared.
+    # Without an end token, so that all tokens are compared.
     theirs.generation_config = transformers.GenerationConfig(
         do_sample=False, max_new_tokens=tokens, pad_token_id=tokenizer.pad_id
     )

@@ -1,4 +1,4 @@
-"""The Hugging Face folder, read: what `write` or `transformers` wrote, of every `model_type` that a family reads."""
+"""Reads a Hugging Face folder that `write` or `transformers` wrote, of any `model_type` that a family supports."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ CONFIG = "config.json"
 
 
 class Export(NamedTuple):
-    """What a folder holds. `params`: unrolled, float32, numpy. `tokenizer_folder` is what `load_tokenizer` reads."""
+    """The content of a folder. `params` are unrolled float32 numpy arrays. `load_tokenizer` reads
+    `tokenizer_folder`.
+    """
 
     model: ModelConfig
     params: build.Params
@@ -30,14 +32,15 @@ def read_export(folder: Path) -> Export:
     """Reads a folder that `write_export` or `transformers` wrote.
 
     Raises UserError that names the file and the field or tensor that is missing, unknown, of another shape or type, or
-    asks for something that no family of models computes; and a file of an export that has changed since.
+    not supported by any family of models. Also raises UserError when a file of an export has changed since it was
+    written.
     """
     record.verify(folder)
     settings = _read_json(folder / CONFIG)
     readers = {kind: reader for told in all_published() for kind, reader in told.readers.items()}
     model = readers[_one_of(folder, settings, "model_type", sorted(readers))](Settings(folder / CONFIG, settings))
     try:
-        # Whatever the context: nothing is trained or sampled here.
+        # For any context, because nothing is trained or sampled here.
         train, evaluation = config_module.TrainConfig(sequence_length=1), config_module.EvalConfig(sample_tokens=0)
         config_module.validate(config_module.Config(model=model, train=train, eval=evaluation))
     except UserError as error:

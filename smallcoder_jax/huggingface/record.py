@@ -1,4 +1,4 @@
-"""`export.json`: what a folder was written from, and the checksums by which damage to it is seen."""
+"""`export.json`: the inputs that a folder was written from, and checksums to detect damage."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from smallcoder_jax.base.files import read_json_object, write_json
 RECORD, CARD, GENERATION_CONFIG = "export.json", "README.md", "generation_config.json"
 FORMAT = 1
 Dtype = Literal["float32", "bfloat16"]
-# These decide nothing about what the model computes, and are edited by hand: the card, how to sample, how to converse.
+# Files without a checksum, because people edit them: they do not affect what the model computes.
 _EDITED = (RECORD, CARD, GENERATION_CONFIG, "chat_template.jinja")
 
 
 class Record(NamedTuple):
-    """What `write_export` was given beside the model: with it the same folder can be written again."""
+    """The inputs of `write_export` other than the model. With them, the same folder can be written again."""
 
     card: dict[str, Any]
     dtype: Dtype
@@ -34,7 +34,7 @@ def write(folder: Path, record: Record) -> None:
 
 
 def read(folder: Path) -> Record:
-    """What `folder` was written from. Raises UserError for a folder that this package did not write."""
+    """The record of `folder`. Raises UserError for a folder that this package did not write."""
     if not os.path.exists(folder / RECORD):
         raise UserError(
             f"{folder} has no {RECORD}: it was not written by tools.export, so what its model card should say is not "
@@ -45,8 +45,9 @@ def read(folder: Path) -> Record:
 
 
 def verify(folder: Path) -> None:
-    """Raises UserError where a file of an export is not the one that was written. Folders without a record, which were
-    published by others, and records from before there were checksums have nothing to compare with.
+    """Raises UserError when a file of an export differs from the one that was written.
+
+    Folders that others published have no record, and old records have no checksums. For them nothing is checked.
     """
     if not os.path.exists(folder / RECORD):
         return
@@ -71,7 +72,7 @@ def _content(folder: Path) -> dict[str, Any]:
 
 
 def _fault(card: Any) -> str:
-    """What of a card is not as `huggingface.card` describes it; empty where all is."""
+    """The first part of a card that is not as `huggingface.card` describes it; empty when all is."""
     if not isinstance(card, dict) or not isinstance(card.get("name"), str):
         return "it has no name"
     tables = {key: card.get(key) or {} for key in ("training", "evaluation", "data", "parity")}

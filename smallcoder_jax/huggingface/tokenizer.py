@@ -1,7 +1,7 @@
-"""The tokenizer of an exported folder, as `transformers` reads it: `tokenizer.json` and its settings.
+"""Writes the tokenizer of an exported folder in the format of `transformers`: `tokenizer.json` and its settings.
 
-`transformers` has a converter for `tokenizer.model`, but it reads a literal U+2581 in a text as a space. Here the
-entries are written with real spaces and no rewriting of the text, so that the ids are ours for every text.
+`transformers` can convert `tokenizer.model`, but then treats a literal U+2581 in a text as a space. Here the entries
+are written with real spaces and texts are not rewritten, so that the ids are the same as ours for every text.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ TOKENIZER_JSON, TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer.json", "tokenizer_c
 
 
 def write_tokenizer(folder: Path, tokenizer: base.Tokenizer, *, context: int) -> None:
-    """Writes everything about `tokenizer` into `folder`: its own files, and those of `transformers`.
+    """Writes the files of `tokenizer` into `folder`, in our own format and in that of `transformers`.
 
     A published tokenizer (`is_published`) is written as it was published. `context` becomes `model_max_length`. Raises
-    UserError where the tokenizer cannot be expressed.
+    UserError when the tokenizer cannot be expressed.
     """
     tokenizer.save(folder)
     kind = read_kind(folder)
@@ -69,14 +69,15 @@ def write_tokenizer(folder: Path, tokenizer: base.Tokenizer, *, context: int) ->
 
 
 def is_published(folder: Path) -> bool:
-    """Whether the tokenizer that `write_tokenizer` wrote is a published one: its pieces have names of their own."""
+    """Whether the tokenizer that `write_tokenizer` wrote is a published one, whose pieces have their own names."""
     return read_kind(folder) == "hf"
 
 
 def _from_sentencepiece(path: Path) -> dict[str, Any]:
-    """Sentencepiece's BPE joins the neighbours whose joined piece has the best score, leftmost first.
+    """Converts a sentencepiece BPE model to a list of merges.
 
-    The same as a list of merges: every way to cut every piece in two, best score first.
+    Sentencepiece joins the neighbours whose joined piece has the best score, leftmost first. An equivalent list of
+    merges has every way to cut every piece in two, best score first.
     """
     processor = sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
     size = processor.get_piece_size()
@@ -104,7 +105,7 @@ def _from_sentencepiece(path: Path) -> dict[str, Any]:
 
 
 def _from_bytes(tokenizer: base.Tokenizer) -> dict[str, Any]:
-    """BPE without merges over the 256 bytes, in the characters that byte-level BPE writes them with."""
+    """BPE without merges over the 256 bytes, written with the characters of byte-level BPE."""
     names = {i: piece for piece, i in tokenizer.specials.items()}
     vocab = {names.get(byte, character): byte for byte, character in enumerate(_byte_characters())}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
@@ -112,7 +113,7 @@ def _from_bytes(tokenizer: base.Tokenizer) -> dict[str, Any]:
 
 
 def _byte_characters() -> list[str]:
-    """A visible character for every byte: itself where it is one, else the next from U+0100 (GPT-2's encoder.py)."""
+    """A visible character for every byte: itself if it is visible, else the next from U+0100 (GPT-2's encoder.py)."""
     visible = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     hidden = iter(range(256, 512))
     return [chr(byte) if byte in visible else chr(next(hidden)) for byte in range(256)]
@@ -139,7 +140,7 @@ def _added_token(i: int, piece: str) -> dict[str, Any]:
 
 
 def _begin_with(piece: str, i: int) -> dict[str, Any]:
-    """Every text begins with BOS, as every document does in training."""
+    """The post-processor that starts every text with BOS, as every document does in training."""
     begin, text = {"SpecialToken": {"id": piece, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
     second = {"Sequence": {"id": "B", "type_id": 1}}
     return {

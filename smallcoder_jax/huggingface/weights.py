@@ -1,6 +1,6 @@
-"""The weights of a published folder: `model.safetensors`, or several such files and the index that says what is where.
+"""Reads the weights of a published folder: `model.safetensors`, or several such files with an index.
 
-All of it is foreign. Only regular files of the folder itself are opened, and nothing is unpickled.
+The files are not trusted. Only regular files of the folder itself are opened, and nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ _PICKLES = ("bin", "pt", "pth", "ckpt")
 
 
 class _File(NamedTuple):
-    """One of the files, opened: its header is read and checked, none of its tensors."""
+    """One of the files, opened. Its header is read and checked, but none of its tensors."""
 
     path: Path
     file: Any
 
 
 def digest(folder: Path) -> str:
-    """SHA-256 of the weights, in hex: of the one file, or of the digests of several in the order of their names."""
+    """The SHA-256 of the weights in hex: of the single file, or of the digests of several files ordered by name."""
     _, places = _find(folder)
     digests = []
     for path in sorted({folder / WEIGHTS} if places is None else set(places.values())):
         with contextlib.ExitStack() as stack:
-            _open(path, stack)  # its header tells its size: a file that was blown up is not read for hours
+            _open(path, stack)  # checks the size against the header, so that an inflated file is not read for hours
         try:
             digests.append(files.sha256(path))
         except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
@@ -49,8 +49,8 @@ def digest(folder: Path) -> str:
 def read(folder: Path, model: ModelConfig) -> build.Params:
     """The unrolled float32 parameters of `model`.
 
-    Raises UserError that names the file and the tensor: where one is missing, unknown, there twice, of another shape or
-    type, not where the index says it is, and where a file is damaged.
+    Raises UserError that names the file and the tensor when a tensor is missing, unknown, duplicated, of another shape
+    or type, or in another file than the index says, and when a file is damaged.
     """
     where, places = _find(folder)
     with contextlib.ExitStack() as stack:
@@ -76,7 +76,7 @@ def read(folder: Path, model: ModelConfig) -> build.Params:
 
 
 def _find(folder: Path) -> tuple[Path, dict[str, Path] | None]:
-    """The one file, or the index with the file of each tensor. Raises UserError where there is neither."""
+    """The single file, or the index with the file of each tensor. Raises UserError when there is neither."""
     index = folder / INDEX
     if os.path.exists(folder / WEIGHTS):
         return folder / WEIGHTS, None
@@ -105,18 +105,18 @@ def _read_index(path: Path) -> dict[str, Path]:
 
 def _open(path: Path, stack: contextlib.ExitStack) -> _File:
     try:
-        files.open_regular(path).close()  # what follows would wait for a pipe
+        files.open_regular(path).close()  # refuses a pipe, for which the code below would wait
         return _File(path, stack.enter_context(safetensors.safe_open(path, framework="numpy")))
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist, which {INDEX} names; download the model again") from error
-    except (OSError, ValueError, MemoryError) as error:  # MemoryError: it is mapped as a whole
+    except (OSError, ValueError, MemoryError) as error:  # MemoryError: the whole file is mapped
         raise UserError(f"{path} cannot be read: {files.reason(error)}. Export or download the model again") from error
     except safetensors.SafetensorError as error:
         raise UserError(f"{path} is damaged: {error}. Export or download it again") from error
 
 
 def _check_places(index: Path, places: dict[str, Path], holders: dict[str, _File]) -> None:
-    """Every tensor is where the index says, and the files hold no other."""
+    """Raises UserError unless every tensor is where the index says, and the files hold no others."""
     elsewhere = sorted(name for name, path in places.items() if name not in holders or holders[name].path != path)
     if elsewhere:
         name = elsewhere[0]

@@ -1,4 +1,4 @@
-"""The Hugging Face folder, written.
+"""Writes a Hugging Face folder.
 
     config.json  generation_config.json  model.safetensors
     tokenizer.json  tokenizer_config.json  chat_template.jinja     as transformers reads them
@@ -6,7 +6,7 @@
     README.md    the model card
     export.json  what the card is made from, and checksums
 
-Equal input gives equal bytes. Nothing is pickled and nothing needs remote code.
+The same input gives the same bytes. Nothing is pickled and nothing needs remote code.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from smallcoder_jax.tokenizers import base
 
 _NUMPY_DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": jnp.bfloat16}
 _FIM_PIECES = (base.FIM_PREFIX, base.FIM_MIDDLE, base.FIM_SUFFIX)
-# How the project samples where nothing else is asked for.
+# The project's default sampling options.
 _SAMPLING = {"do_sample": True, "temperature": 0.7, "top_k": 50, "top_p": 0.9, "max_new_tokens": 200}
 
 
@@ -50,11 +50,12 @@ def write_export(
     dtype: Dtype = "float32",
     check: Callable[[Path], Mapping[str, Any]] | None = None,
 ) -> None:
-    """Writes the folder whole or not at all; an earlier export at `folder` is replaced.
+    """Writes the folder completely or not at all. An earlier export at `folder` is replaced.
 
-    `params` are unrolled. `card` is described in `huggingface.card`. `check` is called with the folder before it is in
-    its place: what it raises stops the export, what it returns becomes `card["parity"]`. Raises UserError for a model
-    that transformers cannot express, a tokenizer with more ids than the model, and a `folder` that is no export.
+    `params` are unrolled. `card` is described in `huggingface.card`. `check` is called with the folder before it is
+    moved into place: an exception stops the export, and the return value becomes `card["parity"]`. Raises UserError for
+    a model that transformers cannot express, for a tokenizer with more ids than the model, and for an existing `folder`
+    that is not an export.
     """
     if dtype not in get_args(Dtype):
         raise UserError(f"export dtype {dtype!r}: expected one of {', '.join(get_args(Dtype))}")
@@ -99,7 +100,7 @@ def write_export(
 
 
 def round_params(params: build.Params, dtype: Dtype) -> build.Params:
-    """Float32 parameters with the values that they have after being stored in `dtype`."""
+    """The parameters in float32, rounded to the values that they have when stored in `dtype`."""
     if dtype == "float32":
         return params
 
@@ -124,7 +125,8 @@ def _published_config(model: ModelConfig, tokenizer: base.Tokenizer, dtype: Dtyp
 
 
 def _generation_config(model: ModelConfig, tokenizer: base.Tokenizer) -> dict[str, Any]:
-    # Without the other ends a chat goes on to the next turn, and a file of a repository to the next file.
+    # Without the other end tokens, a chat would continue with the next turn, and a file of a repository with the next
+    # file.
     ends, unused = base.end_ids(tokenizer), base.unused_ids(tokenizer, model.vocab_size)
     return {
         "bos_token_id": tokenizer.bos_id,
@@ -136,12 +138,12 @@ def _generation_config(model: ModelConfig, tokenizer: base.Tokenizer) -> dict[st
 
 
 def _may_be_replaced(folder: Path) -> bool:
-    """An earlier export or an empty folder. A config.json says nothing: a run has one too."""
+    """Whether `folder` is an earlier export or empty. A config.json is no proof, because a run has one too."""
     return folder.is_dir() and ((folder / RECORD).is_file() or not any(folder.iterdir()))
 
 
 def _replace(new: Path, folder: Path) -> None:
-    """Puts `new` in the place of `folder`, which is whole at every moment but the one between two renames."""
+    """Replaces `folder` by `new`. The folder is complete at all times except between two renames."""
     old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
     if folder.exists():
         folder.rename(old)
@@ -150,7 +152,7 @@ def _replace(new: Path, folder: Path) -> None:
 
 
 def _tidy(folder: Path) -> None:
-    """Removes what exports to `folder` left that were killed; one that it had moved away goes back to its place."""
+    """Cleans up after killed exports to `folder`: removes their files, and moves an export that was set aside back."""
     ours = re.compile(rf"\.{re.escape(folder.name)}\.(partial|old)-([0-9]{{1,9}})")
     found = [(path, match) for path in sorted(folder.parent.glob(".*-*")) if (match := ours.fullmatch(path.name))]
     for path, match in found:
@@ -163,13 +165,13 @@ def _tidy(folder: Path) -> None:
 
 
 def _runs(process: int) -> bool:
-    """Whether another process has this number. In a container the killed one had it, too, that this one has."""
+    """Whether another process has this number. In a container, the killed process may have had our own number."""
     if process == os.getpid():
         return False
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # somebody else's
+    except OSError:  # a process of another user
         return True
     return True

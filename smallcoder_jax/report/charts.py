@@ -1,7 +1,7 @@
-"""Charts of a run, drawn from its history.
+"""Draws the charts of a run from its history.
 
-matplotlib's object interface with the Agg canvas only, and no style sheets: no window, and no state that another
-thread could see. matplotlib is imported when a chart is drawn.
+Only matplotlib's object interface with the Agg canvas is used, without style sheets, so there are no windows and no
+state shared with other threads. matplotlib is imported when the first chart is drawn.
 """
 
 from __future__ import annotations
@@ -24,26 +24,27 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#2563eb", "#ea580c", "#0d9488", "#7c3aed", "#64748b"
 INK, RULE, FRAME = "#1e293b", "#e2e8f0", "#cbd5e1"
 SIZE_INCHES, DPI = (15.0, 8.4), 100  # 1500 x 840 pixels
-MAX_POINTS = 1500  # a longer curve is thinned to this: a panel is not wider than that in pixels
+MAX_POINTS = 1500  # longer curves are thinned to this, because a panel has fewer pixels
 
-# What is shown where text is not counted in bytes, by the first that is logged: title and unit.
+# Shown if bits per byte are not logged: the first of these measures that is logged, with its title and unit.
 OTHER_MEASURES = {
     "reward": ("Mean reward", "reward of an answer"),
-    "margin": ("Margin", "better less worse answer"),
+    "margin": ("Margin", "better minus worse answer"),
     "perplexity": ("Perplexity", "of the counted tokens"),
 }
 
 
 def draw_training(history: Mapping[str, Any], folder: RunFolder, step: int) -> Path:
-    """Draws the six panels of a run: loss, bits per byte, accuracy, learning rate, gradient norm, throughput; of a
-    policy, reward and divergence in place of bits and accuracy.
+    """Draws the six panels of a run: loss, bits per byte, accuracy, learning rate, gradient norm and throughput. For a
+    policy, reward and divergence replace bits per byte and accuracy.
 
     Args:
       history: lists as in `metrics_history.json`: `steps` with `loss, accuracy, ...`, `eval_steps` with `eval_loss,
         eval_bits_per_byte, eval_accuracy`, and `references`, bits per byte by compressor. None and NaN leave gaps;
         keys may be missing.
-      folder: where the chart goes: `charts/training_step_NNNNNN.png` and `charts/training_latest.png`.
-      step: that the run has come to; the last one that was logged may be an earlier one.
+      folder: the run folder. The chart is written to `charts/training_step_NNNNNN.png` and
+        `charts/training_latest.png`.
+      step: the current step of the run. The last logged step may be an earlier one.
 
     Returns:
       The path of the numbered chart.
@@ -115,7 +116,9 @@ class _Curves:
 
 
 def _thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """At most about MAX_POINTS points that keep every bin's lowest and highest value, so that spikes stay."""
+    """Thins a curve to about MAX_POINTS points. Keeps the lowest and highest value of every bin, so that spikes
+    stay.
+    """
     if steps.size <= MAX_POINTS:
         return steps, values
     bins = np.array_split(np.arange(steps.size), MAX_POINTS // 2)
@@ -125,7 +128,7 @@ def _thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """The mean over a window centred on each point, a thirtieth of the curve wide and shorter at the ends."""
+    """The moving mean over a centred window, a thirtieth of the curve wide and shorter at the ends."""
     window = np.hanning(2 * (values.size // 60) + 3)
     return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
 
@@ -143,7 +146,7 @@ def _panel(axes: Axes, title: str, unit: str) -> None:
 
 
 def _step_axis(axes: Axes, last_step: int) -> None:
-    """Steps from 0 to the last: the same for every panel, so that they can be compared."""
+    """An axis of steps from 0 to the last one, the same for every panel, so that they can be compared."""
     from matplotlib.ticker import MaxNLocator
 
     unit, suffix = (1e6, "M") if last_step >= 5e6 else (1e3, "K") if last_step >= 5e3 else (1, "")
@@ -153,7 +156,7 @@ def _step_axis(axes: Axes, last_step: int) -> None:
 
 
 def _empty(axes: Axes, message: str) -> None:
-    """Says why a panel has nothing in it."""
+    """Says in an empty panel why it is empty."""
     axes.text(0.5, 0.5, message, transform=axes.transAxes, ha="center", va="center", fontsize=10, color=GREY)
     axes.set_ylabel("")
     axes.tick_params(labelleft=False, left=False)
@@ -161,7 +164,7 @@ def _empty(axes: Axes, message: str) -> None:
 
 
 def _line(axes: Axes, curve: tuple[np.ndarray, np.ndarray], color: str, label: str, **style: Any) -> None:
-    """A curve; a single point, which a line would not show, gets a marker."""
+    """Draws a curve. A single point, which a line would not show, gets a marker."""
     steps, values = _thin(*curve)
     marker = "o" if steps.size == 1 else None
     axes.plot(steps, values, color=color, label=label, **{"linewidth": 1.6, "marker": marker, **style})
@@ -192,7 +195,7 @@ def _legend(axes: Axes) -> None:
 
 
 def _focus(axes: Axes, steps: np.ndarray, values: np.ndarray) -> None:
-    """Limits a falling curve's axis to what it does after its first twentieth, where the beginning dwarfs the rest."""
+    """Limits the axis of a falling curve to the values after its first twentieth, if the beginning dwarfs the rest."""
     if values.size < 50:
         return
     later = values[values.size // 20 :]
@@ -202,7 +205,7 @@ def _focus(axes: Axes, steps: np.ndarray, values: np.ndarray) -> None:
 
 
 def _draw_loss(axes: Axes, train: _Curves, evaluation: _Curves, policy: bool) -> None:
-    """Of a policy only training's: its evaluations have less their reward for a loss, which has a panel of its own."""
+    """Draws the loss; for a policy, only in training. Its validation loss is the negative reward, shown elsewhere."""
     _panel(axes, "Loss", "objective per token" if policy else "nats per token")
     curve, checks = train.get("loss"), (np.empty(0), np.empty(0)) if policy else evaluation.get("loss")
     if not curve[0].size and not checks[0].size:
@@ -221,12 +224,12 @@ def _draw_bits_per_byte(axes: Axes, evaluation: _Curves, references: Mapping[str
     if not curve[0].size and not references:
         return _empty(axes, "no evaluation yet")
     if curve[0].size:
-        # eval.batches may be few: the model's numbers are of a part of what the compressors were given.
+        # With few eval.batches, the model was evaluated on only a part of the text that the compressors were given.
         _points(axes, curve, ORANGE, f"this model, on the rows evaluated  {curve[1][-1]:.3f}")
     styles = ((0, (5, 3)), (0, (1, 2)), (0, (5, 2, 1, 2)), (0, (3, 1)))
     for index, (name, value) in enumerate(references.items()):
         axes.axhline(value, color=GREY, linewidth=1.3, linestyle=styles[index % 4])
-        # On its line, at the end that the curve is far from: a legend of them all would cover the curve.
+        # On its line, at the end that is far from the curve. A legend of all lines would cover the curve.
         where = {"xy": (0.99, value), "xycoords": ("axes fraction", "data"), "xytext": (0, 2), "ha": "right"}
         axes.annotate(f"{name}  {value:.3f}", **where, textcoords="offset points", fontsize=8, color=GREY)
     if references:
@@ -236,13 +239,13 @@ def _draw_bits_per_byte(axes: Axes, evaluation: _Curves, references: Mapping[str
 
 
 def _draw_measure(axes: Axes, train: _Curves, evaluation: _Curves, name: str, title: str, unit: str) -> None:
-    """A measure of the task's own, which training may not log."""
+    """Draws a measure of the task. Training may not log it."""
     _panel(axes, title, unit)
     curve, checks = train.get(name), evaluation.get(name)
     if curve[0].size:
         _raw_and_smooth(axes, curve, BLUE, f"training  {curve[1][-1]:.3f}")
     _points(axes, checks, ORANGE, f"validation  {checks[1][-1]:.3f}")
-    if name == "margin":  # the difference of these two, which dpo logs: both may fall
+    if name == "margin":  # also draw the two rewards whose difference it is, which dpo logs, because both may fall
         for side, color in (("chosen", GREEN), ("rejected", PURPLE)):
             checks = evaluation.get(f"{side}_reward")
             if checks[0].size:
@@ -306,7 +309,7 @@ def _draw_throughput(axes: Axes, train: _Curves) -> None:
         top = axes.twinx()
         milliseconds = waits[1] * 1e3
         _raw_and_smooth(top, (waits[0], milliseconds), ORANGE, f"{np.median(milliseconds):.2g} ms data wait")
-        # The first steps wait for the pipeline to start; they may leave the panel.
+        # The first steps wait for the pipeline to start, and may be outside the panel.
         top.set_ylim(0, 1.6 * np.percentile(milliseconds, 98) or 1.0)
         top.set_ylabel("ms per step", fontsize=9, color=GREY)
         top.tick_params(colors=GREY, labelsize=9, length=3)

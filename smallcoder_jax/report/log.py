@@ -1,7 +1,7 @@
-"""What a run logs, written to the run folder and summarised with CLU.
+"""Writes everything that a run logs to the run folder, and summaries with CLU.
 
-`clu.metric_writers` imports TensorFlow, which takes seconds. It is imported in a thread of its own when the first
-summary is written, so that neither the start nor the plain log files wait for it.
+`clu.metric_writers` imports TensorFlow, which takes seconds. It is imported in a separate thread when the first summary
+is written, so that neither the start of a run nor the plain log files wait for it.
 """
 
 import concurrent.futures
@@ -31,13 +31,15 @@ PENDING_LIMIT = 512  # summaries kept while TensorFlow loads
 
 
 def parameter_table(params: Mapping[Any, Any]) -> str:
-    """Path, shape, type and size of every parameter and their total. `params`: nested dict of arrays or of
-    `jax.ShapeDtypeStruct`; layer numbers may be int keys."""
+    """A table with the path, shape, type and size of every parameter, and the total size.
+
+    `params` is a nested dict of arrays or `jax.ShapeDtypeStruct`. Layer numbers may be int keys.
+    """
     return clu.parameter_overview.get_parameter_overview(_text_keys(params), include_stats=False)
 
 
 def _text_keys(params: Mapping[Any, Any]) -> dict[str, Any]:
-    """Int keys as text of equal width, because CLU sorts rows by their path."""
+    """Converts int keys to text of equal width, because CLU sorts rows by their path."""
     width = max((len(str(key)) for key in params if isinstance(key, int)), default=0)
     return {
         f"{key:0{width}d}" if isinstance(key, int) else str(key): _text_keys(value)
@@ -48,9 +50,9 @@ def _text_keys(params: Mapping[Any, Any]) -> dict[str, Any]:
 
 
 class MetricsLog:
-    """Writes everything that a run logs, on one background thread: no method waits for a disk.
+    """Writes everything that a run logs on one background thread, so that no method waits for a disk.
 
-    What fails on that thread is raised by the next call. Call from one thread, on process 0 only.
+    An error on that thread is raised by the next call. Methods must be called from one thread, on process 0 only.
     """
 
     def __init__(
@@ -64,11 +66,11 @@ class MetricsLog:
         evaluated_step: int,
         notify: Callable[[str], None] = print,
     ) -> None:
-        """Opens the logs of `folder`, keeping what they hold up to `resume_step` (0: nothing), of evaluations up to
+        """Opens the logs of `folder`. Keeps entries up to `resume_step` (0: none), and evaluations up to
         `evaluated_step`.
 
-        `notify` is given what the user should know at the start: a summary writer that is off, and why. Raises
-        UserError if a log is damaged or W&B is asked for without its package.
+        `notify` is called with messages for the user, such as that a summary writer is off, and why. Raises UserError
+        if a log is damaged, or if W&B is requested but its package is not installed.
         """
         self._folder = folder
         self._writers: list[TensorBoardWriter | WandbWriter] = []
@@ -86,16 +88,16 @@ class MetricsLog:
             )
             self._writers.append(wandb_writer)
             status["wandb"] = wandb_writer.mode
-        # After W&B, which may refuse: a start that fails has changed no log.
+        # Opened after W&B, which may fail, so that a failed start does not change any log.
         self._files = LogFiles(folder, resume_step, evaluated_step)
         folder.update_run_json(**status)
         self._executor = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="metrics")
         self._waiting: deque[concurrent.futures.Future[None]] = deque()
-        # Written with the first step: a summary starts the import of TensorFlow, which would slow the start down.
+        # Written with the first step, because a summary starts the import of TensorFlow, which would delay the start.
         self._first_texts = {} if resume_step else {"config": _code(json.dumps(finite(config_dict), indent=2))}
 
     def train(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Logs a training step: loss, learning_rate, grad_norm, tokens_per_second and what else there is.
+        """Logs a training step: loss, learning_rate, grad_norm, tokens_per_second and other values.
 
         Units: loss in nats per token, step_time and data_wait in seconds per step, accuracy and mfu as shares.
         """
@@ -107,17 +109,17 @@ class MetricsLog:
         self._submit(self._summarise, "write_scalars", step, _scalars("train", row))
 
     def evaluation(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Logs an evaluation: its summary by the stage."""
+        """Logs an evaluation, as summarised by the stage."""
         row = _row(step, values)
         self._submit(self._files.evaluation, row)
         self._submit(self._summarise, "write_scalars", step, _scalars("eval", row))
 
     def references(self, bits_per_byte: Mapping[str, float]) -> None:
-        """Sets what the charts compare bits per byte with, by name: {'gzip -9': 1.98, 'xz -9e': 1.87}."""
+        """Sets the bits per byte that the charts show for comparison, by name: {'gzip -9': 1.98, 'xz -9e': 1.87}."""
         self._submit(self._files.references.update, dict(bits_per_byte))
 
     def samples(self, step: int, samples: Iterable[Mapping[str, Any]]) -> None:
-        """Logs generated text: {input, output, accuracy} each, `output` being what the model wrote."""
+        """Logs samples of generated text, each {input, output, accuracy}. `output` is the model's text."""
         kept = [dict(sample) for sample in samples]
         self._submit(self._files.samples, step, kept)
         texts = {f"sample/{i}": _code(f"{sample['input']}┆{sample['output']}") for i, sample in enumerate(kept)}
@@ -130,7 +132,7 @@ class MetricsLog:
         self._submit(self._write_histograms, step, arrays)
 
     def image(self, step: int, name: str, png_path: Path) -> None:
-        """Logs a PNG file that exists."""
+        """Logs an existing PNG file."""
         self._submit(self._write_image, step, name, png_path)
 
     def charts(self, step: int) -> None:
@@ -138,7 +140,7 @@ class MetricsLog:
         self._submit(self._draw_charts, step)
 
     def flush(self) -> None:
-        """Waits until everything given so far is in the plain files, and `metrics_history.json` with it.
+        """Waits until everything logged so far is in the plain files, including `metrics_history.json`.
 
         Summaries may still wait for TensorFlow to load; `close` waits for those too.
         """
@@ -149,7 +151,7 @@ class MetricsLog:
             self._finish_oldest()
 
     def close(self) -> None:
-        """Writes everything that is left and closes all files; the log cannot be used afterwards."""
+        """Writes the rest and closes all files. The log cannot be used afterwards."""
         for close in (self._files.close, *(writer.close for writer in self._writers)):
             self._waiting.append(self._executor.submit(close))  # also after an error, which is raised below
         self._executor.shutdown(wait=True)
@@ -170,7 +172,7 @@ class MetricsLog:
                 "then run the same command to continue from the last checkpoint"
             ) from error
 
-    # On the background thread from here on.
+    # The methods below run on the background thread.
 
     def _summarise(self, method: str, step: int, values: Mapping[str, Any]) -> None:
         for writer in self._writers:
@@ -192,7 +194,7 @@ class MetricsLog:
 
 
 class SilentLog:
-    """The log of every process but the first: writes nothing."""
+    """The log of every process but the first. It writes nothing."""
 
     def train(self, step: int, values: Mapping[str, float | None]) -> None: ...
     def evaluation(self, step: int, values: Mapping[str, float | None]) -> None: ...
@@ -205,7 +207,7 @@ class SilentLog:
 
 
 def _row(step: int, values: Mapping[str, Any]) -> dict[str, Any]:
-    """A log row of plain Python numbers, without what is None."""
+    """A log row of plain Python numbers, without values that are None."""
     plain = {name: value.item() if isinstance(value, np.generic) else value for name, value in values.items()}
     return {"step": int(step), **{name: value for name, value in plain.items() if value is not None}}
 
@@ -220,8 +222,9 @@ def _scalars(group: str, row: Mapping[str, Any]) -> dict[str, float]:
 
 
 class TensorBoardWriter:
-    """CLU's summary writer, which is opened on a thread of its own at the first summary; until it is there, summaries
-    are kept."""
+    """CLU's summary writer. The first summary opens it on a separate thread; until it is ready, summaries are
+    queued.
+    """
 
     def __init__(self, folder: Path, resume_step: int) -> None:
         self._open = functools.partial(_open_summary_writer, folder, resume_step)
@@ -230,7 +233,7 @@ class TensorBoardWriter:
 
     @staticmethod
     def available() -> bool:
-        """Whether the [tensorboard] extra is installed; looks, and imports nothing."""
+        """Whether the [tensorboard] extra is installed. Imports nothing."""
         return all(importlib.util.find_spec(name) is not None for name in ("tensorflow", "tensorboard"))
 
     def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
@@ -246,12 +249,12 @@ class TensorBoardWriter:
         self._write("write_images", step, images)
 
     def flush(self) -> None:
-        """Writes to disk what is given so far, unless TensorFlow is still loading."""
+        """Writes everything logged so far to disk, unless TensorFlow is still loading."""
         if self._opening is not None and self._opening.done():
             self._drain().flush()
 
     def close(self) -> None:
-        """Waits for TensorFlow if it is loading, writes what is left and closes the events file."""
+        """Waits for TensorFlow if it is loading, writes the rest and closes the events file."""
         if self._opening is not None:
             self._drain().close()
 
@@ -261,7 +264,7 @@ class TensorBoardWriter:
             self._opening = executor.submit(self._open)
             executor.shutdown(wait=False)
         self._pending.append((method, step, values))
-        # Histograms are as large as the model: they are not left lying about.
+        # Histograms are as large as the model, so they are written at once, even if this waits for TensorFlow.
         if self._opening.done() or len(self._pending) >= PENDING_LIMIT or method == "write_histograms":
             self._drain()
 
@@ -275,9 +278,9 @@ class TensorBoardWriter:
 
 
 def _open_summary_writer(folder: Path, resume_step: int) -> Any:
-    """Imports TensorFlow, quietly and away from the accelerators, and opens the run's events for writing."""
+    """Imports TensorFlow without output and without accelerators, and opens the run's events file for writing."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # its notice is printed whatever the log level
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # else a notice is printed at any log level
     import tensorflow as tf
     from clu.metric_writers import SummaryWriter
 
@@ -287,7 +290,7 @@ def _open_summary_writer(folder: Path, resume_step: int) -> Any:
 
 
 def _drop_later_events(folder: Path, resume_step: int) -> None:
-    """Rewrites the events files without what comes after `resume_step`; 0 removes them."""
+    """Rewrites the events files without events after `resume_step`; 0 removes them."""
     import tensorflow as tf
 
     for path in sorted(folder.glob("events.out.tfevents.*")):

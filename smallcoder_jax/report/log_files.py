@@ -1,7 +1,7 @@
 """The plain log files of a run: metrics.jsonl, the CSVs, metrics_history.json, text_samples.json.
 
-A run that continues at step s first drops what is logged after s, so that every step is there once. Nothing here is
-thread-safe: one thread at a time calls it.
+A run that continues at step s first drops entries after s, so that every step is logged once. Nothing here is
+thread-safe: only one thread may call it at a time.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ TRAINING_COLUMNS = (
     "tokens_seen",
 )
 EVALUATION_COLUMNS = ("step", "loss", "perplexity", "bits_per_byte", "accuracy", "top5_accuracy")
-HISTORY_NAMES = {"step": "steps", "tokens_per_second": "throughput"}  # the rest keep their names
+HISTORY_NAMES = {"step": "steps", "tokens_per_second": "throughput"}  # other columns keep their names
 SAMPLE_KEYS = ("input", "output", "accuracy")
-MAX_LOG_BYTES = 1 << 32  # hundreds of bytes a step, of millions of steps
+MAX_LOG_BYTES = 1 << 32  # hundreds of bytes for each of millions of steps
 
 
 class JsonLines:
-    """A file of one JSON object per step: written anew with `rows`, then appended to and flushed line by line."""
+    """A file with one JSON object per step. It is rewritten with `rows`, then appended to and flushed line by line."""
 
     def __init__(self, path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         write_bytes(path, "".join(map(_json_line, rows)).encode())
@@ -65,8 +65,11 @@ def _json_line(row: Mapping[str, Any]) -> str:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file; none if there is no file. A last line that was cut off while it was written is
-    left out. Raises UserError on any other line that is not numbers by name, with a step."""
+    """The rows of a JSON-lines file; none if there is no file.
+
+    A last line that was cut off while being written is ignored. Raises UserError when another line is not an object of
+    numbers with a step.
+    """
     if not path.exists():
         return []
     rows = []
@@ -84,9 +87,9 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 class CsvLog:
-    """A CSV file of one row per step, appended to and flushed row by row.
+    """A CSV file with one row per step, appended to and flushed row by row.
 
-    Columns keep their order for good, over restarts too; a key that is new adds a column at the end.
+    Columns keep their order, even over restarts. A new key adds a column at the end.
     """
 
     def __init__(self, path: Path, columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
@@ -121,8 +124,11 @@ def _csv_lines(columns: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str
 
 
 def read_csv(path: Path) -> tuple[list[str], list[dict[str, Any]]]:
-    """Columns and rows of a log, numbers as numbers and empty cells left out; nothing if there is no file. A last
-    line that was cut off is left out. Raises UserError if another line has no step."""
+    """The columns and rows of a log; empty if there is no file.
+
+    Numbers are converted, and empty cells and a last line that was cut off are left out. Raises UserError if another
+    line has no step.
+    """
     if not path.exists():
         return [], []
     text = read_bytes(path, "a log of a run", MAX_LOG_BYTES).decode("utf-8", "replace")
@@ -145,7 +151,7 @@ def _number(cell: str) -> int | float:
 
 
 def read_samples(path: Path) -> list[dict[str, Any]]:
-    """What `text_samples.json` holds; nothing if there is no file. Raises UserError where it is damaged."""
+    """The content of `text_samples.json`; empty if there is no file. Raises UserError when it is damaged."""
     what = "a list of text samples, with step, input, output and accuracy each; remove it"
     samples = read_json(path, what) if path.exists() else []
     kinds = {"step": int, "input": str, "output": str, "accuracy": int | float | None}
@@ -158,8 +164,7 @@ def read_samples(path: Path) -> list[dict[str, Any]]:
 
 
 def read_references(path: Path) -> dict[str, float]:
-    """The bits per byte by compressor of `metrics_history.json`; none if there is no file. Raises UserError where it is
-    damaged."""
+    """The compressors' bits per byte in `metrics_history.json`; empty without a file. Raises UserError if damaged."""
     references = read_json_object(path, "a metrics history; remove it").get("references", {}) if path.exists() else {}
     if not isinstance(references, dict) or not all(isinstance(value, int | float) for value in references.values()):
         raise UserError(f"{path} is damaged: expected numbers by name in 'references'; remove it")
@@ -167,30 +172,30 @@ def read_references(path: Path) -> dict[str, float]:
 
 
 class Samples:
-    """`text_samples.json`: what the model wrote at which step."""
+    """`text_samples.json`: the model's samples, with their steps."""
 
     def __init__(self, path: Path, rows: list[dict[str, Any]]) -> None:
         self._path, self.rows = path, rows
         write_json(path, self.rows)
 
     def append(self, step: int, samples: Iterable[Mapping[str, Any]]) -> None:
-        """Adds samples of {input, output, accuracy}; nothing else of a sample is kept."""
+        """Adds samples. Only `input`, `output` and `accuracy` of a sample are stored."""
         self.rows += [{"step": step, **{key: sample.get(key) for key in SAMPLE_KEYS}} for sample in samples]
         write_json(self._path, self.rows)
 
 
 class LogFiles:
-    """All plain files of a run, and the history that charts and `metrics_history.json` are made from."""
+    """All plain log files of a run, and the history from which charts and `metrics_history.json` are made."""
 
     def __init__(self, folder: RunFolder, resume_step: int, evaluated_step: int) -> None:
-        """Keeps what is logged up to `resume_step`, of evaluations up to `evaluated_step`; 0 starts anew."""
+        """Keeps entries up to `resume_step`, and evaluations up to `evaluated_step`; 0 starts with empty logs."""
         train_columns, train_rows = read_csv(folder.training_log_csv)
         eval_columns, eval_rows = read_csv(folder.eval_log_csv)
         json_rows = read_json_lines(folder.metrics_jsonl)
         samples = read_samples(folder.text_samples_json) if evaluated_step else []
         self._history_path = folder.metrics_history_json
         self.references = read_references(self._history_path) if resume_step else {}  # bits per byte by compressor
-        # All is read: a start that is refused has changed no log.
+        # Everything has been read by now, so a start that is refused does not change any log.
 
         def kept(rows: list[dict[str, Any]], last: int = resume_step) -> list[dict[str, Any]]:
             return [row for row in rows if row["step"] <= last] if resume_step else []
@@ -217,9 +222,12 @@ class LogFiles:
         self._samples.append(step, samples)
 
     def history(self) -> dict[str, Any]:
-        """Lists of equal length: `steps, loss, accuracy, throughput, ...` of training and `eval_steps, eval_loss,
-        eval_bits_per_byte, ...` of evaluation, None where a step has no finite value; and `references`, bits per byte
-        by compressor."""
+        """The history as lists: `steps, loss, accuracy, throughput, ...` of training, and `eval_steps, eval_loss,
+        eval_bits_per_byte, ...` of evaluation.
+
+        Lists of the same kind have equal length, with None where a step has no finite value. `references` holds the
+        bits per byte of each compressor.
+        """
         train = {HISTORY_NAMES.get(name, name): values for name, values in self._train_history.values.items()}
         evaluation = {
             f"eval_{HISTORY_NAMES.get(name, name)}": values for name, values in self._eval_history.values.items()
@@ -241,7 +249,7 @@ def _columns(recorded: Sequence[str], standard: Sequence[str]) -> list[str]:
 
 
 class Columns:
-    """Rows turned into one list per key, None where a row lacks the key or its value is not finite."""
+    """Converts rows to one list per key, with None where a row lacks the key or its value is not finite."""
 
     def __init__(self, names: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> None:
         self.values: dict[str, list[Any]] = {name: [] for name in names}

@@ -1,4 +1,4 @@
-"""report.html: one page that says what a run was, how it went and how to repeat it. Opens without a network."""
+"""Writes report.html: one page about a run, its results and how to reproduce it. It needs no network."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ INFO = {
     "tokens_seen",
     "train_seconds",
     "best_val_loss",
-}  # of training_info.json, shown at the top
-MOST_COLUMNS = 8  # of a table of records; with more, each record is a column
-NAMES = ("spec", "source", "name", "variant")  # what a record is called by, where it has one of these
-OLDER_SAMPLES = 20  # steps with samples shown beside the last one, spread over the run
+}  # entries of training_info.json that are shown at the top
+MOST_COLUMNS = 8  # of a table of records; with more columns, the table is transposed
+NAMES = ("spec", "source", "name", "variant")  # keys by which a record is named, if it has one of them
+OLDER_SAMPLES = 20  # earlier steps whose samples are shown in addition to the last step's, spread over the run
 
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
     text: str
-    number: bool  # aligned right
+    number: bool  # aligned to the right
 
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """One table of the page. `headers` may be empty: then the first column names what the second one says."""
+    """One table of the page. Without `headers`, the first column has names and the second one values."""
 
     title: str
     headers: Sequence[str]
@@ -54,10 +54,9 @@ def write_report(folder: RunFolder, accounting: Mapping[str, Any], results: Mapp
 
     Args:
       folder: a run with at least `config.json`. Charts, samples, `run.json` and `training_info.json` are shown if
-        they are there.
-      accounting: where the data came from and what was dropped: nested dicts and lists of dicts, as the data rooms
-        write them; each becomes a table.
-      results: what the run achieved, of the same form; "bits per byte" is shown at the top too.
+        they exist.
+      accounting: the origin of the data and what was dropped, as nested dicts and lists of dicts. Each becomes a table.
+      results: the results of the run in the same form. "bits per byte" is shown at the top, too.
 
     Raises UserError if a file of the run is missing or damaged.
     """
@@ -89,7 +88,7 @@ def write_report(folder: RunFolder, accounting: Mapping[str, Any], results: Mapp
 
 
 def write_stages_report(path: Path, name: str, results: Mapping[str, Any], folders: Mapping[str, RunFolder]) -> None:
-    """Writes one page over several runs: `results` as in `write_report`, and by stage its chart and report."""
+    """Writes one page about several runs: `results` as in `write_report`, and the chart and report of each stage."""
     stages = [
         {
             "name": stage,
@@ -106,7 +105,7 @@ def _template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES),
         autoescape=True,
-        finalize=lambda value: printable(value) if type(value) is str else value,  # Markup is what was drawn already
+        finalize=lambda value: printable(value) if type(value) is str else value,  # Markup was rendered already
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -115,8 +114,11 @@ def _template(name: str) -> jinja2.Template:
 
 
 def tables(values: Mapping[str, Any], title: str = "") -> list[Table]:
-    """Nested values as tables: single values in one of names and values, groups of like records in one with headers,
-    everything else each under its own name."""
+    """Converts nested values to tables.
+
+    Single values share a table of names and values, similar records share one with headers, and everything else gets
+    tables under its own name.
+    """
     single, nested = [], []
     for name, value in values.items():
         label = name.replace("_", " ")
@@ -132,7 +134,7 @@ def tables(values: Mapping[str, Any], title: str = "") -> list[Table]:
 
 
 def _records(value: Any) -> list[tuple[str, Mapping[str, Any]]]:
-    """Named records, if the value is a list of dicts or a dict of two or more dicts with the same keys."""
+    """The named records of a value, if it is a list of dicts or a dict of several dicts with the same keys."""
     if isinstance(value, Mapping):
         inner = list(value.values())
         alike = len(inner) > 1 and all(isinstance(item, Mapping) and item.keys() == inner[0].keys() for item in inner)
@@ -162,7 +164,7 @@ def _record_table(title: str, records: Sequence[tuple[str, Mapping[str, Any]]]) 
 
 
 def _turned(title: str, columns: Sequence[str], records: Sequence[tuple[str, Mapping[str, Any]]]) -> Table:
-    """A column for each record, named by what it is called, and a row for each of what it holds."""
+    """The transposed table: one named column for each record, and one row for each key."""
     key = next((key for key in NAMES if all(key in record for _, record in records)), "")
     headers = [name or str(record.get(key, index)) for index, (name, record) in enumerate(records, 1)]
     rows = [
@@ -208,7 +210,7 @@ def _figures(info: Mapping[str, Any], results: Mapping[str, Any]) -> list[tuple[
 
 
 def _samples_by_step(samples: Sequence[Mapping[str, Any]]) -> list[tuple[int, list[Mapping[str, Any]]]]:
-    """Samples of the last step first, then of earlier steps, evenly thinned."""
+    """The samples of the last step, then those of earlier steps, evenly thinned."""
     by_step: dict[int, list[Mapping[str, Any]]] = {}
     for sample in samples:
         by_step.setdefault(sample["step"], []).append(sample)
@@ -224,13 +226,13 @@ def _environment(run: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def generate_command(path: Path, config: Mapping[str, Any]) -> str:
-    """How the run in `path` is tried out: a model that learned turns is talked with, another one completes."""
+    """The command to try the run in `path`: a chat if the model was trained on conversations, else a completion."""
     how = "--chat" if learned_turns(config) else "--prompt 'def main():'"
     return f"python -m tools.generate --checkpoint {shlex.quote(str(path))} {how}"
 
 
 def learned_turns(config: Mapping[str, Any]) -> bool:
-    """Whether the stage of a config, as JSON, teaches a model to answer in conversations."""
+    """Whether the stage of a config (as JSON) trains a model on conversations."""
     reads = KINDS[config.get("stage", {}).get("name", "pretrain")].reads
     if reads == "preferences":
         return any(source.strip() != "code" for source in config["preferences"]["sources"].split(","))
@@ -259,7 +261,7 @@ def _read_optional(path: Path, what: str) -> dict[str, Any]:
 
 
 def _inline_png(path: Path) -> str | None:
-    """A PNG as a data URL, so that the page is one file; None if there is none yet."""
+    """A PNG as a data URL, so that the page is a single file; None if there is no PNG yet."""
     if not path.exists():
         return None
     return "data:image/png;base64," + base64.b64encode(read_bytes(path, "a chart as PNG")).decode("ascii")

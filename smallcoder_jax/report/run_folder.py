@@ -1,6 +1,6 @@
-"""The run folder: where every file of a run is, and the JSON files that say what the run is.
+"""The run folder: the paths of all files of a run, and the JSON files that describe it.
 
-Folders are made when something is first written into them, so that looking at a run never creates one.
+Folders are created when something is first written into them, so that reading a run never creates one.
 """
 
 from __future__ import annotations
@@ -134,15 +134,15 @@ class RunFolder:
         return self.path / ".lock"
 
     def relative(self, path: Path) -> str:
-        """`path` as it is from the run folder: what a run records of its surroundings moves with them."""
+        """`path` relative to the run folder, so that recorded paths stay valid if all is moved together."""
         return os.path.relpath(path.resolve(), self.path.resolve())
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[str]:
-        """Makes the folder and keeps other runs from training in it; gives what the lock then holds.
+        """Creates the folder and locks it, so that no other run trains in it. Yields the token stored in the lock.
 
-        Process 0 takes it for all of its run. Raises UserError where the folder cannot be made or written, or another
-        run trains in it.
+        Process 0 takes the lock for all processes of its run. Raises UserError when the folder cannot be created or
+        written, or another run trains in it.
         """
         try:
             str(self.path).encode()
@@ -152,12 +152,12 @@ class RunFolder:
             ) from error
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            # Without O_NONBLOCK, a pipe of that name would be waited for.
+            # Without O_NONBLOCK, opening a pipe of that name would block.
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC
             file = os.fdopen(os.open(self.lock, flags, 0o666), "a")
         except OSError as error:
             raise UserError(f"{self.path} cannot be written: {error}; choose another --workdir") from error
-        with file:  # the system releases the lock with the file, however the process ends
+        with file:  # the system releases the lock when the process ends, however it ends
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -175,7 +175,7 @@ class RunFolder:
             yield token
 
     def check_shared(self, token: str) -> None:
-        """Raises UserError where this process does not see the folder whose lock holds `token`."""
+        """Raises UserError when this process sees another folder than the one whose lock holds `token`."""
         if not self.lock.exists() or read_text(self.lock, "the lock of a run") != token:
             raise UserError(
                 f"{self.path} is not the folder in which process 0 trains: all processes of a run write its "
@@ -183,7 +183,7 @@ class RunFolder:
             )
 
     def write_skipped(self, step: int, facts: Mapping[str, Any], batch: Mapping[str, np.ndarray]) -> Path:
-        """Keeps the batch of a skipped update (this process's rows, `.npz`) and what is known of it (`.json`).
+        """Saves the batch of a skipped update (this process's rows, `.npz`) and facts about it (`.json`).
 
         Returns the path of the batch.
         """
@@ -198,7 +198,7 @@ class RunFolder:
         return path
 
     def add_evaluation(self, result: Mapping[str, Any]) -> None:
-        """Adds what an evaluation of a checkpoint found, and when, as a line of `evaluations.jsonl`. Raises OSError."""
+        """Appends the result of evaluating a checkpoint, and the time, to `evaluations.jsonl`. Raises OSError."""
         line = json.dumps(finite({"at": utc_now(), **result}))
         with self.evaluations_jsonl.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
@@ -210,9 +210,9 @@ class RunFolder:
     def write_run_json(self, identity: Mapping[str, Any], extra: Mapping[str, Any]) -> None:
         """Writes `run.json`: identity, versions, command, git revision, platform, device, and `extra`.
 
-        Written at every start. `starts` keeps one entry for each start, so that a run that was continued elsewhere or
-        with other versions says so; `identity` cannot differ between them (`compare_identity`). Entries that
-        `update_run_json` made are kept.
+        It is written at every start. `starts` has one entry for each start, which shows whether a run was continued on
+        another machine or with other versions. `identity` cannot differ between starts (`compare_identity`). Entries
+        that `update_run_json` set are kept.
         """
         earlier = self.read_run_json() if self.run_json.exists() else {}
         environment = describe_environment()
@@ -222,7 +222,7 @@ class RunFolder:
         write_json(self.run_json, content)
 
     def update_run_json(self, **values: Any) -> None:
-        """Sets top-level entries of `run.json`, keeping the rest; makes the file if there is none."""
+        """Sets top-level entries of `run.json` and keeps the others. Creates the file if there is none."""
         content = self.read_run_json() if self.run_json.exists() else {}
         write_json(self.run_json, {**content, **values})
 
@@ -238,9 +238,9 @@ class RunFolder:
 
 
 def compare_identity(recorded: Any, current: Any) -> list[str]:
-    """One line per difference between two identities; nested keys joined by dots. Empty where they agree.
+    """The differences between two identities, one line each, with nested keys joined by dots. Empty when they agree.
 
-    Both may come from files that hold anything: raises UserError where one is not a mapping.
+    Both may come from files with arbitrary content. Raises UserError when one is not a mapping.
     """
     for identity in (recorded, current):
         if not isinstance(identity, Mapping):
@@ -250,9 +250,9 @@ def compare_identity(recorded: Any, current: Any) -> list[str]:
             )
     before, after = _flatten(finite(recorded)), _flatten(finite(current))
     for identity in (before, after):
-        if "model.width" in identity:  # recorded before there were families
+        if "model.width" in identity:  # recorded before families were introduced
             identity.setdefault("model.family", "decoder")
-        identity.pop("data.rl.reward_model", None)  # recorded once: a path, where `data.judge` is the model itself
+        identity.pop("data.rl.reward_model", None)  # formerly recorded: a path, while `data.judge` identifies the model itself
     lines = []
     for key in sorted(before.keys() | after.keys()):
         if key not in after:
@@ -265,7 +265,7 @@ def compare_identity(recorded: Any, current: Any) -> list[str]:
 
 
 def check_allowed(allowed: tuple[str, ...], identity: Mapping[str, Any]) -> None:
-    """Raises UserError for a key of `--allow-changed` that names no part of an identity."""
+    """Raises UserError for a key of `--allow-changed` that is not part of an identity."""
     parts = [part for key in _flatten(finite(identity)) for part in _prefixes(key)]
     for key in allowed:
         if key not in parts:
@@ -280,7 +280,7 @@ def _prefixes(key: str) -> list[str]:
 
 
 def split_allowed(differences: list[str], allowed: tuple[str, ...]) -> tuple[list[str], list[str]]:
-    """The lines of `compare_identity` that are refused, and those under a key that `allowed` names."""
+    """Splits the lines of `compare_identity` into those that are refused, and those under a key in `allowed`."""
     passed = [line for line in differences if any(part in allowed for part in _prefixes(line.split(":", 1)[0]))]
     return [line for line in differences if line not in passed], passed
 
@@ -314,8 +314,8 @@ def write_training_info(
 ) -> None:
     """Writes `training_info.json`: what was trained, on what, for how long and how well.
 
-    `parameters` is the true count; `train_seconds` covers every start of the run; losses are nats per token, None
-    where there was none; `started_from` names the checkpoint of an earlier stage.
+    `parameters` is the exact count. `train_seconds` covers all starts of the run. Losses are in nats per token, and
+    None if there was none. `started_from` is the path of the start model, if there is one.
     """
     content = {
         "variant_name": variant_name,
@@ -338,7 +338,7 @@ def write_training_info(
 
 
 def describe_environment() -> dict[str, Any]:
-    """What the run runs on: command line, git revision, Python, platform, devices, package versions."""
+    """The environment of the run: command line, git revision, Python, platform, devices, package versions."""
     import jax
 
     devices = jax.devices()
@@ -362,7 +362,7 @@ def _version(package: str) -> str | None:
 
 
 def _git_revision() -> dict[str, Any] | None:
-    """Revision of the checkout that this package is part of, and whether it was changed since; None elsewhere."""
+    """The revision of the checkout that contains this package, and whether it has changes; None without a checkout."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None

@@ -1,6 +1,6 @@
-"""Weights & Biases as a summary writer with the methods of `clu.metric_writers.MetricWriter` that the log calls.
+"""A summary writer for Weights & Biases with the methods of `clu.metric_writers.MetricWriter` that the log calls.
 
-Imports the `wandb` package when a writer is made, not before.
+The `wandb` package is imported only when a writer is created.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ HISTOGRAM_BINS = 64
 
 
 class WandbWriter:
-    """Logs to W&B, from the machine itself (`offline`) or to the service (`online`).
+    """Logs to W&B, either to local files (`offline`) or to the service (`online`).
 
-    Without a key, `online` becomes `offline`, and `notify` is told. Raises UserError if the package is missing.
+    Without a key, `online` becomes `offline`, and `notify` is called. Raises UserError if the package is missing.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class WandbWriter:
         folder.wandb.mkdir(parents=True, exist_ok=True)
         self.mode = mode
         self._wandb = wandb
-        # The run keeps its W&B run, wherever its folder is moved to: a continued run continues there too.
+        # The id of the W&B run is stored in the run folder, so that a continued run continues it even after a move.
         recorded = folder.read_run_json() if folder.run_json.exists() else {}
         identifier = recorded.get("wandb_id") or secrets.token_hex(8)
         folder.update_run_json(wandb_id=identifier)
@@ -85,14 +85,14 @@ class WandbWriter:
         self._run.log({name: self._wandb.Image(image) for name, image in images.items()}, step=step)
 
     def flush(self) -> None:
-        """W&B sends on its own; there is nothing to wait for before `close`."""
+        """Does nothing: W&B sends by itself, and only `close` has to wait."""
 
     def close(self) -> None:
         self._run.finish()
 
 
 def _has_key() -> bool:
-    """Whether W&B would find a key: in the environment, or where `wandb login` puts it."""
+    """Whether W&B would find a key, in the environment or where `wandb login` stores it."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     host = urllib.parse.urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
