@@ -7,7 +7,7 @@
                           and `licenses` (licence to number of documents)
     parity                `huggingface.parity.ParityReport.record`
 
-What is not known is said not to be.
+For values that are missing, the card says that they are not known.
 """
 
 from __future__ import annotations
