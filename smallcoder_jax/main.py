@@ -113,7 +113,7 @@ def _check_mode(options: argparse.Namespace) -> None:
 def evaluate(options: argparse.Namespace, overrides: list[str]) -> int:
     """Prints the measures of a model as JSON. A run's own config is used unless --config is of another stage."""
     if distributed.find_cluster(options.coordinator, options.processes, options.process, os.environ) is not None:
-        raise UserError("--mode=evaluate runs in one process; leave --coordinator and its like out")
+        raise UserError("--mode=evaluate runs in one process; leave out --coordinator, --processes and --process")
     config = load_config(options.config, overrides) if options.config is not None else None
     if config is None and options.workdir is None:
         raise UserError("--mode=evaluate needs --workdir: the folder of a run, which is evaluated by its own config")
@@ -125,7 +125,9 @@ def evaluate(options: argparse.Namespace, overrides: list[str]) -> int:
             say(f"evaluated by the run's own config, {where}, not by {options.config}", file=sys.stderr)
         config = own
     if config is None:
-        raise UserError(f"{workdir} is no run, which would know its config; name one with --config=configs/nano.py")
+        raise UserError(
+            f"{workdir} is not a run, so it has no config of its own; name one with --config=configs/nano.py"
+        )
     from smallcoder_jax import run
 
     say(json.dumps(run.evaluate_run(workdir, config, options.step), indent=2))

@@ -128,7 +128,9 @@ def ensure_tokenizer(planned: Sequence[Planned], folder: Path, progress: Progres
     pretraining = [each for each in planned if not each.config.stage.kind.needs]
     sources = list(dict.fromkeys(each.config.data.sources for each in pretraining))
     if not sources:
-        raise UserError("--stages: the tokenizer is trained on what language or code read; name one of them")
+        raise UserError(
+            "--stages: the tokenizer is trained on the data of language and code; name at least one of them"
+        )
     data = dataclasses.replace(first.data, sources=",".join(sources))
     conversations = [
         chat.render(record.conversation)

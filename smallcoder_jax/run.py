@@ -145,7 +145,7 @@ def reevaluate(config: Config, step_folder: Path, meta: dict[str, Any]) -> float
     with open(os.devnull, "w") as silent:
         task = _make_task(config, Progress(silent))
     if differences := compare_identity(meta["identity"], run_identity(config, task)):
-        raise UserError(f"data or start are not those of the checkpoint: {'; '.join(differences)}")
+        raise UserError(f"data or start model differ from the checkpoint's: {'; '.join(differences)}")
     program = make_program(config, task.loss_fn, jax.devices()[:1], frozen=task.frozen, frozen_model=task.frozen_model)
     params, _ = load_params(step_folder, program.state.params)
     parts = {**jax.device_put(task.frozen, program.frozen_shardings), **params}
@@ -174,7 +174,7 @@ def preflight(config: Config, topology: str, tokens: float | None = None, price:
     """
     if not config.stage.kind.next_token:
         known = " and ".join(name for name, kind in KINDS.items() if kind.next_token)
-        raise UserError(f"preflight knows the steps of {known}, not yet those of {config.stage.name}")
+        raise UserError(f"preflight supports the stages {known}, but not yet {config.stage.name}")
     return examine(config, next_token.make_loss(config), target_of(topology), tokens=tokens, price=price)
 
 

@@ -122,7 +122,7 @@ def test_mistakes_in_the_arguments(place: Place, capsys: pytest.CaptureFixture[s
         ),
         "--step belongs to --mode=evaluate": place.arguments("--step=2"),
         "does not exist; train one": place.arguments("--mode=evaluate"),
-        "is no run, which would know its config": ["--mode=evaluate", f"--workdir={place.run}"],
+        "is not a run, so it has no config of its own": ["--mode=evaluate", f"--workdir={place.run}"],
     }
     for expected, arguments in cases.items():
         assert expected in refusal(capsys, arguments), expected
@@ -278,7 +278,7 @@ def test_a_run_is_whole_and_evaluated_by_its_own_config(
         shutil.rmtree(trained.root, ignore_errors=True)  # what preparing data there began with
         (tmp_path / "gone").rename(trained.root)
     assert "needs --workdir" in refusal(capsys, ["--mode=evaluate"])
-    assert "is no run, which would know its config" in refusal(capsys, [f"--workdir={data}", "--mode=evaluate"])
+    assert "is not a run, so it has no config of its own" in refusal(capsys, [f"--workdir={data}", "--mode=evaluate"])
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

@@ -94,7 +94,7 @@ def check_tools(tools: Sequence[Mapping[str, Any]]) -> None:
     names = [tool["function"]["name"] for tool in tools]
     for index, tool in enumerate(tools):
         if names.index(names[index]) != index:
-            raise UserError(f"tools[{index}] is called {names[index]!r}, as one before it; give each its own name")
+            raise UserError(f"tools[{index}] is called {names[index]!r}, like an earlier one; give each its own name")
         _check_schema(tool["function"].get("parameters", {}), f"tools[{index}].function.parameters")
 
 
@@ -106,7 +106,7 @@ def _check_schema(schema: Any, where: str) -> None:
         value = schema.get(key)
         names = value if key in ("type", "required") and isinstance(value, list) else ()
         if key in schema and not (isinstance(value, kind) and all(isinstance(name, str) for name in names)):
-            raise UserError(f"{where}.{key} is {value!r:.80}; expected what JSON schema has there")
+            raise UserError(f"{where}.{key} is {value!r:.80}; expected a value that JSON schema allows there")
     for name, inner in schema.get("properties", {}).items():
         _check_schema(inner, f"{where}.properties.{name}")
     if "items" in schema:

@@ -122,7 +122,7 @@ class Generator:
 
     def _one_row(self, prompt: str | abc.Sequence[int] | Prompt, options: SamplingOptions) -> _Row:
         if options.num_samples != 1:
-            raise UserError(f"num_samples={options.num_samples}: a stream is of one completion; use generate for more")
+            raise UserError(f"num_samples={options.num_samples}: a stream has one completion; use generate for more")
         return _Row(self._prompt(prompt, options), 0, options)
 
     def _prompt(self, prompt: str | abc.Sequence[int] | Prompt, options: SamplingOptions) -> Prompt:

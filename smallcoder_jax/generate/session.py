@@ -193,7 +193,7 @@ To send a line that begins with /, put a space before it.
                     break
                 turn += [Message("tool", self._response(call)) for call in reply.calls]
             else:
-                self._note(f"[{MOST_ROUNDS} rounds of calls; what is to be done next?]")
+                self._note(f"[{MOST_ROUNDS} rounds of calls; what should be done next?]")
         except KeyboardInterrupt:
             self._note("\n[the turn is left out of the conversation]")
             return

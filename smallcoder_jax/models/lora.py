@@ -34,8 +34,8 @@ def init_adapters(lora: LoraConfig, params: Params, key: Array) -> Params:
         adapters = {}
         for number, (path, kernel) in enumerate(kernels.items()):
             fan_in, fan_out = kernel.shape
-            drawn = jax.random.normal(jax.random.fold_in(key, number), (fan_in, lora.rank), jnp.float32)
-            adapters |= {f"{path}/a": drawn * fan_in**-0.5, f"{path}/b": jnp.zeros((lora.rank, fan_out), jnp.float32)}
+            a = jax.random.normal(jax.random.fold_in(key, number), (fan_in, lora.rank), jnp.float32)
+            adapters |= {f"{path}/a": a * fan_in**-0.5, f"{path}/b": jnp.zeros((lora.rank, fan_out), jnp.float32)}
         return unflatten_dict(adapters, sep="/")
 
     blocks = params["blocks"]

@@ -44,10 +44,10 @@ def _run(report: Report) -> list[tuple[str, str]]:
 
 def _memory(report: Report) -> list[tuple[str, str]]:
     memory, largest = report.memory, report.largest
-    refused = "not said: the compiler refuses the step"
+    refused = "unknown: the compiler refuses the step"
     most = f"{largest.rows} rows per device" if largest.rows else "not even one row per device"
     if largest.estimate is not None:
-        most = f"about {largest.estimate} rows per device, of which {largest.rows} were tried"
+        most = f"about {largest.estimate} rows per device, by extrapolation; {largest.rows} were tried and fit"
     if largest.too_many is not None:
         most += f"; {largest.too_many} do not fit"
     return [
@@ -65,7 +65,7 @@ def _memory(report: Report) -> list[tuple[str, str]]:
 def _step(report: Report) -> list[tuple[str, str]]:
     rows = [
         ("FLOPs per token", human_count(report.flops_per_token)),
-        ("  with what is computed again", human_count(report.executed_flops_per_token)),
+        ("  including recomputation", human_count(report.executed_flops_per_token)),
     ]
     roofline = report.roofline
     if roofline is None:
@@ -104,7 +104,7 @@ def _budget(report: Report) -> list[tuple[str, str]]:
     budget = report.budget
     if budget is None:
         return [("time", "not estimated")]
-    cost = "give --price, of one chip-hour" if budget.cost is None else f"{budget.cost:,.2f} at {budget.price} an hour"
+    cost = "give --price for one chip-hour" if budget.cost is None else f"{budget.cost:,.2f} at {budget.price} an hour"
     return [
         ("tokens", human_count(budget.tokens)),
         ("time", human_time(budget.hours * 3600)),

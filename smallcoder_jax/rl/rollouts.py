@@ -97,8 +97,8 @@ def fitting(questions: Sequence[Question], config: Config) -> list[Question]:
     kept = list({question.ids: question for question in questions if len(question.ids) <= room}.values())
     if not kept:
         raise UserError(
-            f"of {len(questions)} prompts none is at most train.sequence_length - rl.answer_tokens = {room} tokens "
-            "long; raise the first or lower the second"
+            f"none of {len(questions)} prompts is at most train.sequence_length - rl.answer_tokens = {room} tokens "
+            "long; raise train.sequence_length or lower rl.answer_tokens"
         )
     return kept
 

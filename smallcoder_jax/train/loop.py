@@ -136,10 +136,10 @@ class Trainer:
             batches.set_state(self.data_state)
         depth, guard = 0 if self.task.on_params else self.config.data.prefetch, self.config.guard
         prefetcher = DevicePrefetcher(batches, batch_sharding(self.mesh), depth, self.faults)
-        drawn = self.watchdog.each("a batch (guard.data_seconds)", guard.data_seconds, prefetcher)
+        timed_batches = self.watchdog.each("a batch (guard.data_seconds)", guard.data_seconds, prefetcher)
         profile = StepProfile(self.config.log, self.folder.profile)
         try:
-            batch, data_state, waited = self._draw(drawn)
+            batch, data_state, waited = self._next_batch(timed_batches)
             self.faults.reach("compile")
             compile_start = time.monotonic()
             self.at_work = "compiling the step, which can take minutes, and running it once"
@@ -171,7 +171,7 @@ class Trainer:
                         if self._between_steps(stop):
                             return
                         meter.resume()
-                    batch, data_state, waited = self._draw(drawn)
+                    batch, data_state, waited = self._next_batch(timed_batches)
         finally:
             profile.close()
             prefetcher.close()
@@ -181,10 +181,10 @@ class Trainer:
         """All parts that the loss sees now."""
         return {**self.frozen, **self.state.params}
 
-    def _draw(self, drawn: Iterator[Any]) -> Any:
+    def _next_batch(self, batches: Iterator[Any]) -> Any:
         if self.task.on_params is not None:
             self.task.on_params(self.params)
-        return next(drawn)
+        return next(batches)
 
     def _is_due(self) -> bool:
         config = self.config

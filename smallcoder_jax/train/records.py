@@ -49,7 +49,7 @@ class Records:
         if refused:
             raise UserError(
                 f"{self._folder.path} holds another run; choose another --workdir, undo the difference, or name what "
-                "may differ from here on in --allow-changed:\n  " + "\n  ".join(refused)
+                "may differ from now on in --allow-changed:\n  " + "\n  ".join(refused)
             )
         for line in allowed:
             self._terminal.note(f"allowed to differ: {line}")

@@ -122,5 +122,5 @@ def test_prompts_that_leave_no_room_or_repeat_are_left_out() -> None:
     room = config.train.sequence_length - config.rl.answer_tokens
     kept = fitting([Question((1,) * length) for length in (room + 1, room, 3, 3)], config)
     assert [len(question.ids) for question in kept] == [room, 3]
-    with pytest.raises(UserError, match=r"of 1 prompts none is at most .* = 24 tokens"):
+    with pytest.raises(UserError, match=r"none of 1 prompts is at most .* = 24 tokens"):
         fitting([Question((1,) * 25)], config)

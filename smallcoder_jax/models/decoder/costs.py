@@ -1,4 +1,4 @@
-"""What a decoder costs."""
+"""The computational cost of a decoder."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ def settings(model: DecoderConfig) -> dict[str, Any]:
             "num_key_value_heads": model.kv_heads,
             "head_dim": model.head_size,
             "max_position_embeddings": model.context,
-            # The first is transformers 5's spelling, the second that of everything older.
+            # transformers 5 reads the first entry, older versions the second.
             "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_theta},
             "rope_theta": model.rope_theta,
             "rms_norm_eps": model.norm_eps,
