@@ -1,4 +1,4 @@
-"""From a config to a trained run: prepare the data, make the stage's task, train, report."""
+"""Runs a config: prepares the data, makes the stage's task, trains, and writes the report."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def _render(history: Mapping[str, Any], name: str, step: int) -> bytes:
         _step_axis(axes, last_step)
     title = f"{one_line(name)}   ·   step {step:,}"
     style = {"fontsize": 14, "fontweight": "bold", "color": INK}
-    figure.suptitle(title, x=0.012, ha="left", parse_math=False, **style)  # a name may hold dollars
+    figure.suptitle(title, x=0.012, ha="left", parse_math=False, **style)  # a name may contain dollar signs
     buffer = io.BytesIO()
     canvas.print_png(buffer)
     return buffer.getvalue()
@@ -107,7 +107,7 @@ class _Curves:
         self.last_step = int(self._steps[-1]) if self._steps.size else 0
 
     def get(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Steps and values of a curve where it is finite; empty where it was never logged."""
+        """The steps and the finite values of a curve; empty if it was never logged."""
         values = np.array(self._history.get(self._prefix + name, []), dtype=float)  # None becomes NaN
         if values.size != self._steps.size:
             return np.empty(0), np.empty(0)

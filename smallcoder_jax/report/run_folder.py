@@ -357,7 +357,7 @@ def describe_environment() -> dict[str, Any]:
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
-    except metadata.PackageNotFoundError:  # run from a checkout that was not installed
+    except metadata.PackageNotFoundError:  # running from a checkout that is not installed
         return None
 
 

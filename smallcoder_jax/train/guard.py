@@ -42,7 +42,7 @@ def is_sound(guard: GuardConfig, state: GuardState, loss: Array, grad_norm: Arra
 
 
 def advance(guard: GuardConfig, state: GuardState, sound: Array, loss: Array) -> GuardState:
-    """The state after a step. Averages as in West (1979), weighted 1/n at first and 1/`spike_window` later."""
+    """The state after a step. The averages follow West (1979), with weights 1/n at first and 1/`spike_window` later."""
     weight = 1.0 / jnp.minimum(state.taken + 1, guard.spike_window).astype(jnp.float32)
     difference = loss - state.mean
     mean = state.mean + weight * difference

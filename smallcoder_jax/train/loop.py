@@ -178,7 +178,7 @@ class Trainer:
 
     @property
     def params(self) -> build.Params:
-        """All parts that the loss sees now."""
+        """The current values of all parts that the loss sees."""
         return {**self.frozen, **self.state.params}
 
     def _next_batch(self, batches: Iterator[Any]) -> Any:

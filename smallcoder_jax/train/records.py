@@ -31,7 +31,7 @@ from smallcoder_jax.train.whereabouts import keep_tokenizer
 
 
 class Records:
-    """The records of one run in its folder. Raises UserError where the folder holds another run."""
+    """The records of one run in its folder. Raises UserError when the folder holds another run."""
 
     def __init__(
         self, config: Config, folder: RunFolder, task: Task, terminal: Terminal, allow_changed: tuple[str, ...]

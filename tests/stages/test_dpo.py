@@ -111,7 +111,7 @@ def test_the_reference_goes_with_its_pair(root: Path) -> None:
 
 def test_what_cannot_be_is_refused(root: Path, tmp_path: Path) -> None:
     config = config_of(root, "dpo", steps=1)
-    with pytest.raises(UserError, match="goes on with a model that exists"):
+    with pytest.raises(UserError, match="starts from an existing model"):
         run.train(dataclasses.replace(config, stage=StageConfig(name="dpo")), tmp_path / "none")
     run.train(config, tmp_path / "run")
     with pytest.raises(UserError, match=r"data\.beta: the run has 0.1, now 0.2"):

@@ -249,7 +249,7 @@ def test_the_standard_error_is_that_of_the_mean_over_questions() -> None:
 
 def test_a_policy_has_a_start_and_whole_rows() -> None:
     config = config_of("ppo", 1)
-    with pytest.raises(UserError, match="goes on with a model that exists"):
+    with pytest.raises(UserError, match="starts from an existing model"):
         ppo.make_task(config, None, Progress(io.StringIO()))
     split = dataclasses.replace(config, mesh=MeshConfig(data=4, context=2))
     with pytest.raises(UserError, match="cannot split rows"):

@@ -128,7 +128,7 @@ def test_what_cannot_be_is_refused(root: Path, tmp_path: Path) -> None:
     config = config_of(root, "reward")
     with pytest.raises(UserError, match=r"mesh\.context=2"):
         run.train(dataclasses.replace(config, mesh=MeshConfig(context=2)), tmp_path / "context")
-    with pytest.raises(UserError, match="goes on with a model that exists"):
+    with pytest.raises(UserError, match="starts from an existing model"):
         run.train(dataclasses.replace(config, stage=StageConfig(name="reward")), tmp_path / "none")
     with pytest.raises(UserError, match="has no head for rewards"):
         run.evaluate_run(root / "start", config)

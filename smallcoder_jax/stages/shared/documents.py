@@ -1,4 +1,4 @@
-"""Documents for a stage: prepared, packed, and described."""
+"""Prepares and packs documents for a stage, describes them, and evaluates models on them."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ MOST_EPOCHS = 4
 
 
 def prepare_on_all(config: Config, progress: Progress) -> Prepared:
-    """Process 0 prepares the data; the others find them in a shared folder, or else prepare their own.
+    """Prepares the data on process 0. The other processes find them in a shared folder, or else prepare their own.
 
-    Raises UserError where the processes come to have different data.
+    Raises UserError when the processes end up with different data.
     """
     made: list[Prepared] = []
 
@@ -47,15 +47,15 @@ def prepare_on_all(config: Config, progress: Progress) -> Prepared:
     if prepared.manifest.fingerprint != fingerprint:
         raise UserError(
             f"the data in '{config.data.dir}' of this machine have the fingerprint {prepared.manifest.fingerprint}, "
-            f"those of process 0 {fingerprint}: '{config.data.sources}' differs between the machines. Set data.dir to "
-            "a folder that all of them share, or copy the one of process 0"
+            f"but those of process 0 have {fingerprint}: '{config.data.sources}' differs between the machines. Set "
+            "data.dir to a folder that all of them share, or copy the folder of process 0"
         )
     return prepared
 
 
 def make_task(config: Config, prepared: Prepared, start: Start | None, loss_fn: LossFn, **more: Any) -> Task:
-    """Packed documents of `prepared` with a loss that predicts their tokens, for the loop. `more`: fields of the task
-    beyond these.
+    """A task on packed documents of `prepared` with a loss that predicts their tokens. `more` holds further fields of
+    the task; its `identity` is added to the documents'.
     """
     train, data = config.train, config.data
 
@@ -115,17 +115,17 @@ def make_task(config: Config, prepared: Prepared, start: Start | None, loss_fn: 
 
 
 def epochs(config: Config, manifest: Manifest) -> dict[str, float]:
-    """How often training goes through the documents of each source, by its spec."""
+    """The number of epochs that training makes over the documents of each source, by its spec."""
     train, sources = config.train, manifest.sources
-    if config.data.packing == "document":  # a row each, whatever its length
+    if config.data.packing == "document":  # one row per document, whatever its length
         weights = [source.weight * source.train.documents / max(source.train.tokens, 1) for source in sources]
-        drawn, sizes = train.steps * train.batch_size, [source.train.documents for source in sources]
+        total, sizes = train.steps * train.batch_size, [source.train.documents for source in sources]
     else:
         weights = [source.weight for source in sources]
-        drawn = train.steps * train.batch_size * train.sequence_length
+        total = train.steps * train.batch_size * train.sequence_length
         sizes = [source.train.tokens for source in sources]
     return {
-        source.spec: drawn * weight / max(sum(weights), 1e-30) / max(size, 1)
+        source.spec: total * weight / max(sum(weights), 1e-30) / max(size, 1)
         for source, weight, size in zip(sources, weights, sizes, strict=True)
     }
 
@@ -141,13 +141,13 @@ def _repetition(planned: Mapping[str, float]) -> tuple[str, ...]:
         return ()
     return (
         f"documents are repeated, epochs planned: {_epochs_in_words(often)}; after about {MOST_EPOCHS} a model learns "
-        "little more from the same text (arXiv 2305.16264) and begins to know it by heart: lower the weight or "
+        "little more from the same text (arXiv 2305.16264) and begins to memorise it: lower the weight or "
         "train.steps, or add data",
     )
 
 
 def _unusable(config: Config, prepared: Prepared) -> dict[str, str]:
-    """What is passed over where every row is one document."""
+    """The number of documents that are too short to use, as a fact for the start table, if each row is one document."""
     data, manifest = config.data, prepared.manifest
     if data.packing != "document":
         return {}
@@ -157,10 +157,10 @@ def _unusable(config: Config, prepared: Prepared) -> dict[str, str]:
 
 
 def measure(config: Config, loaded: LoadedModel, progress: Progress) -> dict[str, Any]:
-    """Loss, perplexity, accuracy and bits per byte of a model on the whole validation split, beside the compressors.
+    """Loss, perplexity, accuracy and bits per byte of a model on the whole validation split, and those of compressors.
 
-    `data` says what was evaluated on: an export does not know its own validation split. Raises UserError when the
-    config's data or row length do not fit the model.
+    `data` in the result says which data were used, because an export does not know its own validation split. Raises
+    UserError when the config's data or row length do not fit the model.
     """
     path = loaded.origin["path"]
     if config.train.sequence_length > loaded.model.context:
@@ -194,15 +194,16 @@ def measure(config: Config, loaded: LoadedModel, progress: Progress) -> dict[str
 
 
 def _evaluated_on(config: Config, loaded: LoadedModel, progress: Progress) -> Prepared:
-    """The data of a config. Those that a run was trained on are recognised wherever they are, without their sources.
+    """The data to evaluate on. The data that a run was trained on are recognised wherever they are, even without their
+    sources.
 
-    Raises UserError where they are not those that the model was trained on, or have another tokenizer.
+    Raises UserError when the data differ from those that the model was trained on, or have another tokenizer.
     """
     path = Path(loaded.origin["path"])
     advice = "name the folder of its prepared data with --config.data.dir, or give the --config flags of its training"
     trained_on = None
     if "run" in loaded.info:  # an export knows nothing of its data
-        trained_on = loaded.info["identity"]["data"].get("fingerprint")  # other stages: no documents
+        trained_on = loaded.info["identity"]["data"].get("fingerprint")  # None for stages that read no documents
         own = from_config_dict(loaded.info["config"]).data
         if trained_on is not None and config.data == dataclasses.replace(own, dir=config.data.dir):
             tokens = find_tokens(RunFolder(path), config, loaded.info["run"], trained_on)
@@ -221,12 +222,12 @@ def _evaluated_on(config: Config, loaded: LoadedModel, progress: Progress) -> Pr
         ) from error
     if prepared.tokenizer.hash != loaded.tokenizer.hash:
         raise UserError(
-            f"{path} was trained with another tokenizer than that of {prepared.tokenizer_folder}; give its own with "
+            f"{path} was not trained with the tokenizer in {prepared.tokenizer_folder}; give its own with "
             f"--config.tokenizer.kind and --config.tokenizer.path={loaded.tokenizer_folder}"
         )
     if trained_on not in (None, prepared.manifest.fingerprint):
         raise UserError(
             f"{path} was trained on data with the fingerprint {trained_on}, but '{config.data.sources}' has "
-            f"{prepared.manifest.fingerprint}, whose held-out files may be among those trained on; {advice}"
+            f"{prepared.manifest.fingerprint}, whose held-out files may include files it was trained on; {advice}"
         )
     return prepared

@@ -1,4 +1,4 @@
-"""What all stages that learn to predict the next token share: the loss."""
+"""The loss of all stages that learn to predict the next token."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from smallcoder_jax.train.step import Batch, LossFn
 
 
 def make_loss(config: Config) -> LossFn:
-    """The language-model loss of a packed batch (`losses.language_model`) and the model's own, with the batch's `bytes`
-    where it counts them."""
+    """The language-model loss of a packed batch (`losses.language_model`) plus the model's own losses. The sums include
+    the batch's `bytes`, if it has them.
+    """
     graph, _ = build.abstract_model(config.model, config.compute)
 
     def loss_fn(params: Any, batch: Batch, key: Array | None) -> tuple[Array, Array, dict[str, Array]]:
@@ -37,5 +38,5 @@ def make_loss(config: Config) -> LossFn:
 
 
 def with_bytes(sums: dict[str, Array], batch: Batch) -> dict[str, Array]:
-    """The sums, and the UTF-8 bytes of the counted text, which validation batches of documents carry."""
+    """The sums, with the UTF-8 `bytes` of the counted text if the batch has them (validation batches of documents)."""
     return {**sums, "bytes": jnp.sum(batch["bytes"])} if "bytes" in batch else sums

@@ -1,6 +1,6 @@
-"""What the stages that learn from preferences share: their pairs, the batches of them, and how they are judged.
+"""Preference pairs for the stages that learn from them: preparation, batches, losses and measures.
 
-Shapes: R rows, 2 the chosen and the rejected answers, B = 2 R, S slots for pairs, X = R S pairs, T places, D width.
+Shapes: R rows, 2 the chosen and the rejected answers, B = 2 R, S slots for pairs, X = R S pairs, T positions, D width.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from smallcoder_jax.train.sums import ratio
 from smallcoder_jax.train.task import Task
 
 Judged = tuple[Array, Array, dict[str, Array]]
-APART = ("chosen_log_prob", "rejected_log_prob", "chosen_reward", "rejected_reward")  # sums of dpo
+APART = ("chosen_log_prob", "rejected_log_prob", "chosen_reward", "rejected_reward")  # sums of the stage dpo
 Columns = Mapping[str, Mapping[str, np.ndarray]]  # by side, then by name
 
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """The pairs of both sides that fit a row, as ids; `criteria` names what their `criterion` counts from 0."""
+    """The pairs of both sides of the split that fit a row, as ids. The column `criterion` has indices of `criteria`."""
 
     sides: dict[str, list[EncodedPair]]
     criteria: tuple[str, ...]
@@ -50,9 +50,10 @@ class Pairs:
 
 
 def prepare(config: Config, tokenizer: Tokenizer, progress: Progress) -> Pairs:
-    """The preferences of a config, drawn where they are not there yet, as ids of a tokenizer.
+    """The preferences of a config as ids of the tokenizer. They are created first if they are not on disk.
 
-    Raises UserError for several processes, rows that are split, and sources that cannot be read or give nothing.
+    Raises UserError for several processes, for rows that are split over devices, and for sources that cannot be read or
+    give no pairs.
     """
     one_process(config)
     if config.mesh.context != 1:
@@ -76,7 +77,7 @@ def prepare(config: Config, tokenizer: Tokenizer, progress: Progress) -> Pairs:
 def batches_of(
     config: Config, pairs: Pairs, side: str, columns: Columns, tokenizer: Tokenizer, batch_size: int, **order: Any
 ) -> PairBatches:
-    """Batches of a side, with the `criterion` and the `columns` of each pair; `order` as `PairBatches` takes it."""
+    """Batches of a side, with the `criterion` and the `columns` of each pair. `order` is passed to `PairBatches`."""
     places = {name: index for index, name in enumerate(pairs.criteria)}
     criterion = np.array([[places[pair.criteria]] for pair in pairs.sides[side]], np.int32)
     return PairBatches(
@@ -92,7 +93,7 @@ def batches_of(
 def make_task(
     config: Config, loaded: LoadedModel, pairs: Pairs, loss_fn: LossFn, columns: Columns, identity: dict[str, Any]
 ) -> Task:
-    """Batches of `pairs` with a loss whose sums `judge` made, for the loop. `columns`: more numbers of the pairs."""
+    """A task on `pairs` with a loss whose sums come from `judge`. `columns` are additional numbers for each pair."""
     train, tokenizer = config.train, loaded.tokenizer
 
     def train_batches(rows: Sequence[int]) -> PairBatches:
@@ -132,8 +133,10 @@ def make_task(
 
 
 def judge(loss_of: Callable[[Array], Judged], batch: Batch, criteria: Sequence[str], hidden: Hidden) -> Judged:
-    """The loss of a batch, given that of weights of its pairs, with the model's own; among the sums the former and, by
-    criterion, the accuracy and the weight."""
+    """The loss of a batch, including the model's own losses. `loss_of` computes the stage's loss from weights of pairs.
+
+    The sums include the stage's loss and, for each criterion, the accuracy and the weight.
+    """
     weights_X, criterion_X = batch["pair_weights"].reshape(-1), batch["criterion"].reshape(-1)
     loss, weight, sums = loss_of(weights_X)
     sums = {**sums, "loss": loss}
@@ -145,8 +148,9 @@ def judge(loss_of: Callable[[Array], Judged], batch: Batch, criteria: Sequence[s
 
 
 def summary(sums: dict[str, float]) -> dict[str, float]:
-    """Means over pairs: `loss`, `accuracy` (the chosen answer is above), `margin`, accuracy by criterion and, of dpo,
-    `APART`: log-probabilities in nats and implicit rewards of whole answers."""
+    """Means over pairs: `loss`, `accuracy` (how often the chosen answer scores higher), `margin`, accuracy by criterion
+    and, in the stage dpo, `APART`: log-probabilities in nats and implicit rewards of whole answers.
+    """
     found = {name: ratio(sums[name], sums["weight"]) for name in ("loss", "accuracy", "margin", *APART) if name in sums}
     for name, count in sums.items():
         if name.startswith("weight ") and count:
@@ -156,17 +160,17 @@ def summary(sums: dict[str, float]) -> dict[str, float]:
 
 
 def hidden_states(model: Module, batch: Batch, key: Array | None) -> Hidden:
-    """Those of the chosen and the rejected answers of every row, one after the other."""
+    """The hidden states of the chosen and the rejected answers of every row, alternating along the first axis."""
     return model(answers(batch["tokens"]), answers(batch["positions"]), answers(batch["segment_ids"]), key)
 
 
 def answers(x_R2T: Array) -> Array:
-    """[R, 2, T] to [B, T]."""
+    """Reshapes [R, 2, T] to [B, T]."""
     return x_R2T.reshape(-1, x_R2T.shape[-1])
 
 
 def by_pair(x_BS: Array) -> tuple[Array, Array]:
-    """[B, S] to those of the chosen and of the rejected answers, [X] each."""
+    """Splits values [B, S] into those of the chosen and of the rejected answers, [X] each."""
     x_R2S = x_BS.reshape(-1, 2, x_BS.shape[-1])
     return x_R2S[:, 0].reshape(-1), x_R2S[:, 1].reshape(-1)
 

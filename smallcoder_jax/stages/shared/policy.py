@@ -1,4 +1,4 @@
-"""What the stages share that learn from their own answers: questions, rewards, measures.
+"""The task and the measures of stages that learn from their own answers (PPO and GRPO).
 
 Shapes: B rows.
 """
@@ -38,18 +38,18 @@ from smallcoder_jax.train.sums import add_up, ratio
 from smallcoder_jax.train.task import Evaluation, Task
 
 _MEASURES = ("reward", "gain", "start_kl", "answer_tokens", "ended")
-_BESIDE_START = ("gain", "gain_error", "start_kl")
+_COMPARED_WITH_START = ("gain", "gain_error", "start_kl")
 _SHOWN = 2  # held-out prompts that are sampled during training
 
 
 def iteration_sums(batch: Batch, weight: Array) -> dict[str, Array]:
-    """What is known of an iteration's answers, the same in all rows, as sums over `weight`."""
+    """The statistics of an iteration's answers, which are the same in all rows, as sums over `weight`."""
     return {name: jnp.mean(batch[name]) * weight for name in REPORTED}
 
 
 @dataclasses.dataclass(frozen=True)
 class PolicyTask(Task):
-    """Is evaluated by answers to held-out questions, not by the loss of batches."""
+    """A task that is evaluated by its answers to held-out questions, not by the loss of batches."""
 
     experience: Experience = dataclasses.field(kw_only=True)
     held_out: Sequence[Question] = dataclasses.field(kw_only=True)
@@ -65,7 +65,7 @@ class PolicyTask(Task):
 
 
 def evaluation_sums(batch: Mapping[str, np.ndarray]) -> dict[str, float]:
-    """Of a batch of `Experience.evaluation`: sums over questions, and `weight`, their number."""
+    """The sums over the questions of a batch of `Experience.evaluation`, and their number as `weight`."""
     counted_B1 = batch["counted"]
     sums = {name: float(np.sum(batch[name] * counted_B1)) for name in _MEASURES}
     sums["gain_square"] = float(np.sum(batch["gain"] ** 2 * counted_B1))
@@ -73,9 +73,11 @@ def evaluation_sums(batch: Mapping[str, np.ndarray]) -> dict[str, float]:
 
 
 def summarise(sums: dict[str, float]) -> dict[str, float]:
-    """Means over held-out questions: `reward` and, to be made small, `loss`, which is less that; `gain`, how much the
-    reward is above the start's, with its standard error; `start_kl`, nats per answer; `answer_tokens`; and the share of
-    answers that `ended`."""
+    """Means over held-out questions.
+
+    `reward`; `loss`, which is the negative reward; `gain`, the reward minus the start model's, with its standard error
+    `gain_error`; `start_kl` in nats per answer; `answer_tokens`; and `ended`, the share of answers that ended.
+    """
     means = {name: ratio(sums[name], sums["weight"]) for name in _MEASURES}
     variance = max(ratio(sums["gain_square"], sums["weight"]) - means["gain"] ** 2, 0.0)
     return {"loss": -means["reward"], **means, "gain_error": math.sqrt(ratio(variance, sums["weight"] - 1))}
@@ -84,15 +86,15 @@ def summarise(sums: dict[str, float]) -> dict[str, float]:
 def make_task(
     config: Config, loaded: LoadedModel | None, *, loss_fn: LossFn, learn: Learn, reported: tuple[str, ...]
 ) -> Task:
-    """The task of a stage whose batches are its policy's own answers. `learn` makes what the loss wants of them.
+    """The task of a stage whose batches are its policy's own answers. `learn` computes from them what the loss needs.
 
-    Raises UserError where there is no model to begin with, where code cannot be isolated, and for settings that do not
-    go together.
+    Raises UserError when there is no start model, when code cannot be isolated, and when settings contradict each
+    other.
     """
     loaded, rl = need_start(config, loaded), config.rl
     one_process(config)
     tokenizer = loaded.tokenizer
-    _mesh(config)  # refuses one that splits rows
+    _mesh(config)  # raises for a mesh that splits rows
     asked = {side: _ask(config, tokenizer, side) for side in SPLITS}
     reward, judge = _make_reward(config, tokenizer)
     engine = RolloutEngine(config, tokenizer, loaded.params)
@@ -122,7 +124,7 @@ def make_task(
         facts={
             "prompts": f"{rl.prompts}: {len(asked['train']):,} to train on, {len(asked['validation']):,} held out",
             "iteration": f"{rl.questions} x {rl.group_size} answers of at most {rl.answer_tokens} tokens, at "
-            f"temperature {rl.temperature}; gone through {rl.inner_epochs} times",
+            f"temperature {rl.temperature}; trained on for {rl.inner_epochs} epochs",
             "reward": rl.reward_model or "checked answers",
         },
         accounting={"prompts": {side: len(asked[side]) for side in asked}},
@@ -134,8 +136,10 @@ def make_task(
 
 
 def measure(config: Config, loaded: LoadedModel) -> dict[str, Any]:
-    """What answers of a model to held-out prompts are worth (`summarise`), of the first `eval.batches` x rows; beside
-    the model of `stage.start`, where one is given. One prompt alone has no standard error."""
+    """The measures (`summarise`) of a model's answers to the first `eval.batches` x rows held-out prompts.
+
+    They are compared with the model of `stage.start`, if it is given. A single prompt has no standard error.
+    """
     mesh, tokenizer = _mesh(config), loaded.tokenizer
     reward, _ = _make_reward(config, tokenizer)
     start = load_start(config)
@@ -149,7 +153,7 @@ def measure(config: Config, loaded: LoadedModel) -> dict[str, Any]:
     found = summarise(total)
     if total["weight"] == 1:
         del found["gain_error"]
-    return {name: value for name, value in found.items() if start or name not in _BESIDE_START}
+    return {name: value for name, value in found.items() if start or name not in _COMPARED_WITH_START}
 
 
 def _mesh(config: Config) -> Mesh:
@@ -160,7 +164,7 @@ def _mesh(config: Config) -> Mesh:
 
 
 def _ask(config: Config, tokenizer: Tokenizer, side: str) -> list[Question]:
-    """The questions of `rl.prompts` on one side of the split, as far as they fit."""
+    """The questions of `rl.prompts` on one side of the split that fit a row."""
     rl = config.rl
     if rl.prompts == "code":
         found = questions.from_code(tokenizer, side=side, draws=rl.prompt_count)
@@ -172,7 +176,7 @@ def _ask(config: Config, tokenizer: Tokenizer, side: str) -> list[Question]:
 
 
 def _make_reward(config: Config, tokenizer: Tokenizer) -> tuple[Reward, str]:
-    """The reward of the config, and what identifies it."""
+    """The reward of the config, and a text that identifies it."""
     if not config.rl.reward_model:
         sandbox.check_isolation()
         return CheckedReward(tokenizer, config.rl), f"checked, version {VERSION}"

@@ -1,4 +1,4 @@
-"""What a stage begins with: the model of an earlier one."""
+"""The start model of a stage: the model of an earlier stage."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from smallcoder_jax.train.task import Start, Task
 
 
 def load_start(config: Config) -> LoadedModel | None:
-    """The model that `stage.start` names. Raises UserError where there is none, or it has another shape."""
+    """The model that `stage.start` names, or None. Raises UserError when it cannot be loaded or has another shape."""
     if not config.stage.start:
         return None
     loaded = loading.load(Path(config.stage.start))
@@ -26,17 +26,17 @@ def load_start(config: Config) -> LoadedModel | None:
 
 
 def need_start(config: Config, loaded: LoadedModel | None) -> LoadedModel:
-    """Raises UserError where a stage that only makes sense after another has nothing to begin with."""
+    """Returns `loaded`. Raises UserError when it is None, for a stage that needs a start model."""
     if loaded is None:
         raise UserError(
-            f"stage.name={config.stage.name} goes on with a model that exists: set --config.stage.start to the folder "
-            "of a run or of an export"
+            f"stage.name={config.stage.name} starts from an existing model: set --config.stage.start to the folder of "
+            "a run or of an export"
         )
     return loaded
 
 
 def check_shape(path: str, found: ModelConfig, wanted: ModelConfig) -> None:
-    """Raises UserError naming the fields in which the model of `path` differs from the config's."""
+    """Raises UserError when the model in `path` has another shape than the config, naming the fields that differ."""
     if found.family != wanted.family:
         raise UserError(f"the model in {path} is of another family: {found.family} there, {wanted.family} here")
     pairs = [
@@ -51,21 +51,21 @@ def check_shape(path: str, found: ModelConfig, wanted: ModelConfig) -> None:
 
 
 def check_tokenizer(loaded: LoadedModel, tokenizer: Tokenizer) -> None:
-    """Raises UserError where data were prepared with another tokenizer than that of a model."""
+    """Raises UserError when `tokenizer`, with which the data were prepared, is not the model's."""
     if tokenizer.hash != loaded.tokenizer.hash:
         raise UserError(
-            "the data have another tokenizer than the model that is to learn from them; take the model's with "
+            "the data were prepared with another tokenizer than the model's; use the model's with "
             f"--config.tokenizer.path={loaded.tokenizer_folder}"
         )
 
 
 def start_of(loaded: LoadedModel | None) -> Start | None:
-    """The start of a run, for the loop. A head stays behind: what it scores is its stage's own."""
+    """The start of a run for the training loop. A head is dropped, because its scores belong to its own stage."""
     return None if loaded is None else Start({"model": loaded.params}, loaded.origin)
 
 
 def with_base(config: Config, loaded: LoadedModel | None, task: Task) -> Task:
-    """The task of a stage, with the model that it begins with frozen where adapters are trained beside it."""
+    """The task of a stage. If adapters are trained, the start model is added to its frozen parts."""
     if not config.lora.rank:
         return task
     base = build.to_layout(need_start(config, loaded).params, config.compute)
@@ -73,6 +73,6 @@ def with_base(config: Config, loaded: LoadedModel | None, task: Task) -> Task:
 
 
 def one_process(config: Config) -> None:
-    """Raises UserError where several processes train a stage whose batches are made by one."""
+    """Raises UserError when there are several processes, for a stage whose batches are made by one."""
     if jax.process_count() > 1:
         raise UserError(f"stage.name={config.stage.name} runs in one process, on all of its devices")

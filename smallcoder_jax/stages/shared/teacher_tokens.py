@@ -1,11 +1,12 @@
-"""A teacher's likeliest tokens at every place of a run's batches, worked out once and kept on the disk.
+"""A teacher's most probable tokens at every position of a run's batches, computed once and stored on disk.
 
 DIR/teachers/KEY/SIDE/00000000-00000016.npz    of batches 0 to 15: `ids` and `log_probs` [batches, B, T, K]
 
-KEY is a hash over teacher, temperature, data and their order, so every run on the same batches shares them, and one
-with more steps adds to them. A file is whole or not there: what was interrupted goes on behind the last one.
+KEY is a hash of the teacher, the temperature, the data and their order. All runs on the same batches share the files,
+and a run with more steps adds to them. Files are written completely or not at all, so an interrupted run continues
+after the last one.
 
-Shapes: B rows of a batch, T places, K likeliest tokens.
+Shapes: B rows of a batch, T positions, K most probable tokens.
 """
 
 from __future__ import annotations
@@ -42,21 +43,23 @@ from smallcoder_jax.ops.divergence import top_tokens
 Batch = dict[str, np.ndarray]
 Score = Callable[[Mapping[str, np.ndarray]], Batch]
 
-FORMAT = 1  # raised when the same settings begin to give other files
-# What a damaged archive makes zipfile and numpy raise, beside OSError, ValueError and KeyError.
+FORMAT = 1  # raised whenever the same settings give other files
+# Errors of zipfile and numpy for a damaged archive, in addition to OSError, ValueError and KeyError.
 DAMAGED = (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, SyntaxError, tokenize.TokenError, struct.error)
-FILE_BYTES = 64 << 20  # at most, unless one batch is more
+FILE_BYTES = 64 << 20  # at most, unless a single batch is larger
 
 
 def folder_of(config: Config, identity: Mapping[str, Any]) -> Path:
-    """Where they are kept, for batches of this identity: with the teacher, its temperature and how many there are."""
+    """The folder of the tokens for an identity: the teacher, the temperature, the number of tokens and the batches."""
     key = short_key([FORMAT, dict(identity)])
     return Path(config.data.dir).expanduser() / "teachers" / key
 
 
 def scorer(config: Config, teacher: LoadedModel) -> Score:
-    """A function of a batch: `ids` and `log_probs` [B, T, K] of the teacher's likeliest tokens, at the temperature of
-    `distill`. Works through it in microbatches, on the run's mesh. Raises UserError for one that splits rows.
+    """A function that maps a batch to the `ids` and `log_probs` [B, T, K] of the teacher's most probable tokens.
+
+    The temperature is that of `distill`. The function processes a batch in microbatches on the run's mesh. Raises
+    UserError for a mesh that splits rows.
     """
     if config.mesh.context != 1:
         raise UserError(f"{config.mesh.context=}: distill.top_k needs whole rows; set it to 1, or distill.top_k to 0")
@@ -89,7 +92,7 @@ def scorer(config: Config, teacher: LoadedModel) -> Score:
 
 
 class KeptTokens:
-    """What is kept in a folder for batches of `rows` rows of `length` tokens, `count` of the vocabulary at each."""
+    """The tokens stored in a folder, `count` at each position of batches of `rows` rows of `length` tokens."""
 
     def __init__(self, folder: Path, *, rows: int, length: int, count: int):
         self._folder = folder
@@ -97,7 +100,7 @@ class KeptTokens:
         self._per_file = max(FILE_BYTES // (rows * length * count * 8), 1)
 
     def make(self, batches: Iterable[Mapping[str, np.ndarray]], score: Score, progress: Progress) -> None:
-        """Makes the files of these batches that are not there yet. Raises UserError where the disk is full."""
+        """Writes the files for these batches that do not exist yet. Raises UserError when the disk is full."""
         begun = iter(batches)
         for first in itertools.count(0, self._per_file):
             group = list(itertools.islice(begun, self._per_file))
@@ -106,14 +109,15 @@ class KeptTokens:
             path = self._folder / f"{first:08d}-{first + len(group):08d}.npz"
             before = self._find(first)
             if before is None or before.name < path.name:
-                progress.note(f"the teacher's likeliest tokens, of batches {first:,} to {first + len(group) - 1:,}")
+                progress.note(f"the teacher's most probable tokens, batches {first:,} to {first + len(group) - 1:,}")
                 _write(path, [score(batch) for batch in group])
-                if before is not None:  # of a run with fewer steps
+                if before is not None:  # written by a run with fewer steps
                     before.unlink(missing_ok=True)
 
     def read(self, first: int = 0) -> Iterator[Batch]:
-        """`teacher_ids` and `teacher_log_probs` [B, T, K] of batch `first` and of those behind it, to the end. Raises
-        UserError, naming the file, for one that is damaged."""
+        """Yields `teacher_ids` and `teacher_log_probs` [B, T, K] of batch `first` and all later ones. Raises UserError,
+        naming the file, when one is damaged.
+        """
         for start in itertools.count(first - first % self._per_file, self._per_file):
             path = self._find(start)
             if path is None:
@@ -123,12 +127,12 @@ class KeptTokens:
                 yield {"teacher_ids": ids[index].astype(np.int32), "teacher_log_probs": log_probs[index]}
 
     def _find(self, first: int) -> Path | None:
-        """The file that begins with batch `first`: of several, which a kill can leave, the longest."""
+        """The file that begins with batch `first`; the longest one, if a killed process left several."""
         return max(self._folder.glob(f"{first:08d}-*.npz"), default=None)
 
 
 class WithTeacher:
-    """Training batches with what is kept for them. Its place is that of the batches, and their number."""
+    """Training batches with the teacher's tokens added. The state is that of the batches, and the number taken."""
 
     def __init__(self, batches: BatchIterator, kept: KeptTokens):
         self._batches, self._kept = batches, kept
@@ -143,21 +147,21 @@ class WithTeacher:
         return batch
 
     def get_state(self) -> dict[str, Any]:
-        """The place behind the batch returned last."""
+        """The state after the batch returned last."""
         return {"batches": self._batches.get_state(), "taken": self._taken}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continues from a place that `get_state` gave."""
+        """Continues from a state that `get_state` returned."""
         self._batches.set_state(state["batches"])
         self._taken, self._reader = state["taken"], self._kept.read(state["taken"])
 
     def close(self) -> None:
-        """Ends what the batches have running."""
+        """Stops background work of the batches."""
         self._batches.close()
 
 
 def _filled(array: np.ndarray, rows: int) -> np.ndarray:
-    """`array` with rows of zeros up to `rows`: padding, of no segment."""
+    """`array` padded with rows of zeros to `rows` rows. Zeros are segment 0, which is padding."""
     return np.pad(array, [(0, rows - len(array))] + [(0, 0)] * (array.ndim - 1))
 
 
@@ -176,7 +180,7 @@ def _write(path: Path, batches: list[Batch]) -> None:
 
 
 def _read(path: Path, shape: tuple[int, ...], most: int) -> tuple[np.ndarray, np.ndarray]:
-    """`ids` and `log_probs` of at most `most` batches of this shape; the archive's own checksums are compared."""
+    """The `ids` and `log_probs` of at most `most` batches of this shape. The archive's own checksums are verified."""
     try:
         with open_regular(path) as file, zipfile.ZipFile(file) as archive:
             ids, log_probs = (_array(archive, f"{name}.npy", shape, most) for name in ("ids", "log_probs"))
@@ -184,7 +188,7 @@ def _read(path: Path, shape: tuple[int, ...], most: int) -> tuple[np.ndarray, np
             raise ValueError(f"{len(ids)} of {ids.dtype} and {len(log_probs)} of {log_probs.dtype}")
     except (OSError, ValueError, KeyError, *DAMAGED) as error:
         raise UserError(
-            f"{path} is damaged ({reason(error)}); delete it, and the same command makes it again"
+            f"{path} is damaged ({reason(error)}); delete it, and the same command creates it again"
         ) from error
     return ids, log_probs
 
@@ -197,7 +201,7 @@ def _array(archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], most: in
         if found[1:] != shape or found[0] > most or fortran_order or dtype.hasobject:
             raise ValueError(f"{name} is {found} of {dtype}; expected up to {most} batches of {shape}")
         size = math.prod(found) * dtype.itemsize
-        content = file.read(size + 1)  # and one more: the checksum is compared at the end
+        content = file.read(size + 1)  # one more byte, because the checksum is compared at the end of the file
         if len(content) != size:
             raise ValueError(f"{name} has {len(content):,} bytes, not {size:,}")
     return np.frombuffer(content, dtype).reshape(found)
