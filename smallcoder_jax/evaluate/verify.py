@@ -132,8 +132,8 @@ def _verify_run(folder: RunFolder, reevaluate: Reevaluate, batches: int | None, 
             "are not the weights that were evaluated then",
             **values,
         )
-    beside = "not recorded for this step" if recorded is None else f"recorded {recorded:.4f}"
-    reason = f"step {step}: checksums and data hold, {found:.4f} bits per byte ({beside}, untrained {untrained:.4f})"
+    record = "not recorded for this step" if recorded is None else f"recorded {recorded:.4f}"
+    reason = f"step {step}: checksums and data hold, {found:.4f} bits per byte ({record}, untrained {untrained:.4f})"
     return Verdict("", "verified", reason, **values)
 
 
@@ -150,8 +150,8 @@ def _verify_loss(folder: RunFolder, found: float, step: int, files: int) -> Verd
             "weights that were evaluated then",
             **values,
         )
-    beside = "not recorded for this step" if recorded is None else f"recorded {recorded:.4f}"
-    return Verdict("", "verified", f"step {step}: checksums and data hold, loss {found:.4f} ({beside})", **values)
+    record = "not recorded for this step" if recorded is None else f"recorded {recorded:.4f}"
+    return Verdict("", "verified", f"step {step}: checksums and data hold, loss {found:.4f} ({record})", **values)
 
 
 def _recorded(folder: RunFolder, step: int, name: str) -> float | None:

@@ -19,9 +19,7 @@ CONFIG = "config.json"
 
 
 class Export(NamedTuple):
-    """The content of a folder. `params` are unrolled float32 numpy arrays. `load_tokenizer` reads
-    `tokenizer_folder`.
-    """
+    """The content of a folder. `params` are unrolled, float32, numpy. `load_tokenizer` reads `tokenizer_folder`."""
 
     model: ModelConfig
     params: build.Params

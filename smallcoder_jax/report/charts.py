@@ -116,9 +116,7 @@ class _Curves:
 
 
 def _thin(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Thins a curve to about MAX_POINTS points. Keeps the lowest and highest value of every bin, so that spikes
-    stay.
-    """
+    """Thins a curve to about MAX_POINTS points. Keeps the lowest and highest value of each bin, so that spikes stay."""
     if steps.size <= MAX_POINTS:
         return steps, values
     bins = np.array_split(np.arange(steps.size), MAX_POINTS // 2)

@@ -222,9 +222,7 @@ def _scalars(group: str, row: Mapping[str, Any]) -> dict[str, float]:
 
 
 class TensorBoardWriter:
-    """CLU's summary writer. The first summary opens it on a separate thread; until it is ready, summaries are
-    queued.
-    """
+    """CLU's summary writer. The first summary opens it on a separate thread. Until it is open, summaries are queued."""
 
     def __init__(self, folder: Path, resume_step: int) -> None:
         self._open = functools.partial(_open_summary_writer, folder, resume_step)

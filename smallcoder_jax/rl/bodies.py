@@ -1,10 +1,10 @@
 """Function bodies written by a model: where a body ends, whether it cheats, and how many of its examples are right.
 
 A body has to compute its values. The function asked for is in the standard library, so a body that gets hold of it, by
-an import or by reading its source, would be right without any understanding. Two barriers prevent that. Before
-anything runs, the names that the body uses are checked (`overreach`). While it runs, it cannot open files or load
-modules, and the module of the true function is absent. The expected values stay in this process, and values are
-compared with their exact types.
+an import or by reading its source, would be right without any understanding. Two barriers prevent that. Before anything
+runs, the names that the body uses are checked (`overreach`). While it runs, it cannot open files or load modules, and
+the module of the true function is absent. The expected values stay in this process, and values are compared with their
+exact types.
 """
 
 from __future__ import annotations

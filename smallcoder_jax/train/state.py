@@ -70,9 +70,7 @@ def first_head(config: Config) -> build.Params:
 
 
 def state_sharding(mesh: Mesh, state: TrainState, rules: Rules) -> TrainState:
-    """Shardings for `state` (arrays or shapes). Optimizer moments are sharded like the parameter that they belong
-    to.
-    """
+    """Shardings for `state` (arrays or shapes). Optimizer moments are sharded like the parameter they belong to."""
     leaves = jax.tree_util.tree_leaves_with_path(state.params)
     known = {path_name(path): (parameter_name(path), leaf.shape) for path, leaf in leaves}
 

@@ -18,8 +18,8 @@ Cache = dict[str, Any]
 def init_cache(model: DecoderConfig, compute: ComputeConfig, batch: int, length: int) -> Cache:
     """An empty cache for `length` positions.
 
-    It holds rotated keys and values [B, S, K, H] for each layer and, once for all layers, positions and segment ids
-    [B, S] and the number of columns written. Prompts of unequal lengths are padded on the left with segment 0, so that
+    It holds rotated keys and values [B, S, K, H] for each layer. Positions and segment ids [B, S] and the number of
+    columns written are shared by all layers. Prompts of unequal lengths are padded on the left with segment 0, so that
     all rows write the same column.
     """
     shape = (batch, length, model.kv_heads, model.head_size)
