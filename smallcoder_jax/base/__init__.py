@@ -1,1 +1,1 @@
-"""What every room stands on: files of unknown origin, and text of unknown origin."""
+"""The foundation of every other package: reading files and showing text of unknown origin, errors and the terminal."""

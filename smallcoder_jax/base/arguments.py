@@ -1,4 +1,4 @@
-"""The parser of every command's flags."""
+"""The argument parser that every command uses."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from smallcoder_jax.base.display import printable
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's own, whose messages repeat what was typed so that it cannot steer the terminal."""
+    """argparse's parser, except that its messages escape what the user typed, so that it cannot control the
+    terminal."""
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         super().exit(status, message and printable(message))

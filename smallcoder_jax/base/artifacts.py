@@ -1,4 +1,4 @@
-"""Folders that are either whole or not there, and what is said when the disk is full."""
+"""Folders that are either complete or absent, and the error message when the disk is full."""
 
 from __future__ import annotations
 
@@ -18,23 +18,24 @@ from smallcoder_jax.base.errors import UserError
 
 KEY_LENGTH = 16
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_SMALL = 1 << 20  # bytes that are as good as none
+_SMALL = 1 << 20  # bytes; a file system with less free space counts as full
 
 
 def short_key(value: Any) -> str:
-    """A folder's name: the start of a hash over everything that decides what the folder holds."""
+    """A name for a folder: the start of a hash over `value`, everything that determines the folder's content."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:KEY_LENGTH]
 
 
 def sealed(folder: Path, names: Sequence[str]) -> dict[str, Any]:
-    """What says of these files of `folder` whether they are changed later: `files`, their checksums, and `fingerprint`,
-    a hash over them. Raises OSError."""
+    """The facts by which `check_sealed` later detects a change to these files of `folder`: `files`, their checksums,
+    and `fingerprint`, a hash over the checksums. Raises OSError."""
     files = checksums_of(folder, names)
     return {"files": files, "fingerprint": _fingerprint(files)}
 
 
 def check_sealed(folder: Path, facts: Mapping[str, Any], names: Sequence[str], what: str) -> None:
-    """Raises UserError where `facts`, which hold what `sealed` gave of `names`, and the files do not agree."""
+    """Raises UserError where the files `names` of `folder` differ from `facts`, which `sealed` returned for them.
+    `what` names the files in the message."""
     again = f"Delete the folder {folder}, and the same command makes it again"
     files = facts.get("files", {})
     sound = isinstance(files, dict) and list(files) == list(names) and all(map(is_checksum, files.values()))
@@ -50,10 +51,10 @@ def _fingerprint(files: Mapping[str, Mapping[str, Any]]) -> str:
 
 @contextlib.contextmanager
 def new_folder(final: Path) -> Iterator[Path]:
-    """A temporary folder beside `final`, renamed to it at the end of the block and removed when the block fails.
+    """A temporary folder next to `final`, renamed to `final` at the end of the block and removed when the block fails.
 
-    Where another process has made `final` meanwhile, that one stays. Raises UserError when the folder cannot be made
-    or the disk is full.
+    If another process has created `final` in the meantime, its folder is kept. Raises UserError when the folder cannot
+    be created or the disk is full.
     """
     with full_disk_as_user_error(final.parent):
         try:
@@ -68,7 +69,7 @@ def new_folder(final: Path) -> Iterator[Path]:
             ) from error
         try:
             yield temporary
-            temporary.chmod(0o755)  # mkdtemp lets only the owner in; prepared data is shared between runs
+            temporary.chmod(0o755)  # mkdtemp gives only the owner access, but prepared data is shared between runs
             try:
                 temporary.rename(final)
             except OSError as error:
@@ -80,10 +81,10 @@ def new_folder(final: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def full_disk_as_user_error(folder: Path) -> Iterator[None]:
-    """Turns the errors of a full disk, or a used-up quota, into one that says which it is and what to do."""
+    """Turns the errors of a full disk or an exhausted quota into a UserError that says which disk and what to do."""
     try:
         yield
-    except (OSError, RuntimeError) as error:  # array_record raises RuntimeError with the system's words
+    except (OSError, RuntimeError) as error:  # array_record raises RuntimeError with the system's message
         full = getattr(error, "errno", None) in _FULL or "No space left on device" in str(error)
         if not full:
             raise
@@ -101,7 +102,7 @@ def full_disk_as_user_error(folder: Path) -> Iterator[None]:
 
 
 def is_full(folder: Path) -> bool:
-    """Whether the file system of a folder has next to no room, or no inode, left."""
+    """Whether the file system of a folder has almost no space left, or no free inode."""
     try:
         found = os.statvfs(next(path for path in (folder, *folder.parents) if path.exists()))
     except OSError:

@@ -1,4 +1,4 @@
-"""Checksums of files: whether a file is still the one of which size and SHA-256 were recorded."""
+"""Checksums of files: whether a file still has the size and the SHA-256 that were recorded."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from smallcoder_jax.base.files import open_regular, reason
 
 
 def checksum(path: Path, recorded: Any = None) -> dict[str, Any]:
-    """`bytes` and `sha256` of a file. With what is `recorded` of it, one of another size is not read, so that a file
-    that was blown up is not read for hours: its `sha256` is None. Raises OSError, and ValueError for a path with a
-    zero byte."""
+    """The size (`bytes`) and the `sha256` of a file. Where a `recorded` checksum has another size, the file is not read
+    and its `sha256` is None, so that a file that has grown enormously costs no hours. Raises OSError, and ValueError
+    for a path with a zero byte."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         read = recorded is None or (isinstance(recorded, Mapping) and recorded.get("bytes") == size)
@@ -28,13 +28,13 @@ def is_checksum(value: Any) -> bool:
 
 
 def checksums_of(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """The checksums of these files of `folder`, by name. Raises OSError."""
+    """The checksums of the files `names` of `folder`, by name. Raises OSError."""
     return {name: checksum(folder / name) for name in names}
 
 
 def check_file(path: Path, recorded: Mapping[str, Any], since: str, again: str) -> None:
-    """Raises UserError where `path` is not the file that was recorded. `since` is what it was recorded in, such as "the
-    export"; `again` says what to do."""
+    """Raises UserError where the file `path` does not have the `recorded` checksum. For the message, `since` says when
+    it was recorded, such as "the export", and `again` what to do."""
     try:
         found = checksum(path, recorded)
     except (OSError, ValueError) as error:

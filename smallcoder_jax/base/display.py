@@ -1,7 +1,7 @@
-"""Text of unknown origin as it may be shown: one function for each place.
+"""Makes text of unknown origin safe to show: one function for each place where it is shown.
 
-What a model writes, what a file is called and what a row holds can carry terminal sequences, text that runs backwards
-and markup. The templates pass what they show through here, and escape HTML themselves.
+The output of a model, a file name or a row of data can contain terminal sequences, right-to-left overrides and markup.
+The HTML templates pass the text that they show through here and escape HTML themselves.
 """
 
 from __future__ import annotations
@@ -13,23 +13,25 @@ _MARKUP = "\\|<>`*_[]#~&$"
 
 
 def printable(text: str) -> str:
-    """Text for a terminal: what is invisible or moves the cursor, but line ends and tabs, as its escape."""
+    """Text for a terminal: characters that are invisible or move the cursor, except line ends and tabs, are escaped."""
     return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
 
 
 def say(text: str = "", file: TextIO | None = None) -> None:
-    """Prints text of any origin, at once; what every command has instead of `print`. `file`: standard output."""
+    """Prints text of any origin and flushes; every command uses it instead of `print`. `file`: None for standard
+    output."""
     print(printable(text), file=sys.stdout if file is None else file, flush=True)
 
 
 def show(text: str, stream: TextIO) -> None:
-    """Writes what is asked for itself, at once: `printable` on a terminal, exactly as it is into a file or a pipe."""
+    """Writes the text that a command was asked to produce, and flushes: escaped by `printable` on a terminal, unchanged
+    into a file or a pipe."""
     stream.write(printable(text) if stream.isatty() else text)
     stream.flush()
 
 
 def one_line(text: str) -> str:
-    """Text for one line of a terminal or a log: line ends and tabs are escapes too."""
+    """Text for one line of a terminal or a log: as `printable`, with line ends and tabs escaped too."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -39,5 +41,5 @@ def code(text: str) -> str:
 
 
 def markdown(text: str) -> str:
-    """Text for one line or table cell of a Markdown page, with nothing in it that is markup."""
+    """Text for one line or table cell of a Markdown page, with all markup escaped."""
     return "".join("\\" + c if c in _MARKUP else c for c in one_line(" ".join(text.split())))

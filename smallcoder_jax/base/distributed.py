@@ -1,9 +1,9 @@
 """Several processes as one run: how they find each other, and how they agree.
 
-What they agree on goes through jax's coordination service, which process 0 hosts: it needs no device, so that waiting
-for hours (data being prepared) costs nothing. A process that falls silent for HEARTBEAT_SECONDS counts as dead, and
-jax then ends all others: with SIGABRT (exit code 134), or by an error (1) where one of them was waiting for it. Whoever
-started them starts all again, from the last checkpoint.
+They agree through jax's coordination service, which process 0 hosts. It needs no device, so that waiting for hours
+(while data is prepared) costs nothing. A process that is silent for HEARTBEAT_SECONDS counts as dead, and jax then ends
+all others: with SIGABRT (exit code 134), or with an error (exit code 1) where one of them was waiting for the dead
+process. Whoever started them has to start all of them again, from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import UserError, report
 
 AUTO: Literal["auto"] = "auto"
-HEARTBEAT_SECONDS = 30  # a longer pause of the network would end a run that is well
-MEETING_SECONDS = 300  # the slowest machine of a cluster starts within this
-LAST_SECONDS = 60  # at the end all leave together, within this
+HEARTBEAT_SECONDS = 30  # an interruption of the network that is longer ends a healthy run
+MEETING_SECONDS = 300  # how long the processes wait for the slowest machine of a cluster to start
+LAST_SECONDS = 60  # how long the processes wait for each other at the end
 _WAIT_MILLISECONDS = 7 * 24 * 3600 * 1000  # the service ends the wait much sooner where process 0 dies
 _SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
 _NAMES = ("SMALLCODER_COORDINATOR", "SMALLCODER_PROCESSES", "SMALLCODER_PROCESS")
@@ -31,7 +31,8 @@ _NAMES = ("SMALLCODER_COORDINATOR", "SMALLCODER_PROCESSES", "SMALLCODER_PROCESS"
 
 @dataclasses.dataclass(frozen=True)
 class Cluster:
-    """How a process finds the others. `coordinator`: HOST:PORT of process 0; `process`: this one, of `processes`."""
+    """How a process finds the others: `coordinator` is HOST:PORT of process 0, `processes` how many there are, and
+    `process` the index of this one."""
 
     coordinator: str
     processes: int
@@ -41,11 +42,11 @@ class Cluster:
 def find_cluster(
     coordinator: str | None, processes: int | None, process: int | None, environment: Mapping[str, str]
 ) -> Cluster | Literal["auto"] | None:
-    """Which processes belong together: by the flags, else by SMALLCODER_COORDINATOR, SMALLCODER_PROCESSES and
-    SMALLCODER_PROCESS, else as a Slurm step or a TPU slice on Kubernetes says.
+    """Which processes form one run: as the flags say; without flags as SMALLCODER_COORDINATOR, SMALLCODER_PROCESSES and
+    SMALLCODER_PROCESS say; without those as the environment of a Slurm step or of a TPU slice on Kubernetes says.
 
-    None: this process is alone. AUTO: jax finds the others itself (Slurm, Open MPI, metadata of TPUs). Raises UserError
-    for a combination that names no cluster.
+    Returns None where this process is alone, and AUTO where jax finds the others itself (Slurm, Open MPI, TPU
+    metadata). Raises UserError for a combination that describes no cluster.
     """
     given: list[Any] = [coordinator, processes, process]
     names = ["--coordinator", "--processes", "--process"]
@@ -88,18 +89,18 @@ def _explicit(given: Mapping[str, Any]) -> Cluster | None:
 
 @contextlib.contextmanager
 def joined(cluster: Cluster | Literal["auto"] | None) -> Iterator[None]:
-    """Within the block this process is one of `cluster`; to be entered before anything asks jax for devices.
+    """Within the block this process is part of `cluster`. Enter it before anything asks jax for devices.
 
-    On an error that leaves the block it prints it and ends the process at once with its exit code: the way out that
-    waits for the other processes, which wait in turn for this one, would replace the code by that of an abort.
+    An error that leaves the block is printed, and the process ends at once with the error's exit code. A regular exit
+    would wait for the other processes, which wait for this one, and would end with the exit code of an abort.
     """
     if cluster is None:
         yield
         return
     import jax
 
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # of CPUs only; the others bring their own
-    jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM, which the training loop answers
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # CPUs only; other devices bring their own
+    jax.config.update("jax_enable_preemption_service", False)  # it would catch SIGTERM, which the training loop handles
     where: dict[str, Any] = {}
     if isinstance(cluster, Cluster):
         where = {
@@ -111,14 +112,14 @@ def joined(cluster: Cluster | Literal["auto"] | None) -> Iterator[None]:
     others = f"{cluster.processes} processes at {cluster.coordinator}" if isinstance(cluster, Cluster) else "the others"
     say(f"waiting for {others}, at most {MEETING_SECONDS} s", sys.stderr)
     try:
-        jax.distributed.initialize(  # ends with SIGABRT where they do not come
+        jax.distributed.initialize(  # ends the process with SIGABRT if the others do not connect
             **where,
             initialization_timeout=MEETING_SECONDS,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=LAST_SECONDS,
         )
         yield
-        from_first(lambda: None)  # process 0 has the most to write at the end
+        from_first(lambda: None)  # wait for process 0, which has the most to write at the end
         jax.distributed.shutdown()
     except BaseException as error:
         code = report(error)
@@ -128,7 +129,7 @@ def joined(cluster: Cluster | Literal["auto"] | None) -> Iterator[None]:
 
 
 def is_first() -> bool:
-    """Whether this is process 0, which does what one process should do alone."""
+    """Whether this is process 0, which does whatever only one process should do."""
     import jax
 
     return jax.process_index() == 0
@@ -138,13 +139,13 @@ _questions = itertools.count()  # every process asks the same questions in the s
 
 
 def from_first(compute: Callable[[], Any]) -> Any:
-    """What `compute` gives on process 0, the only one to run it, to every process: a JSON value.
+    """Runs `compute` on process 0 only and returns its result, a JSON value, on every process.
 
-    Returns when process 0 is done, and raises everywhere the UserError that it raised. Call it from one thread, in the
-    same order on all processes.
+    Returns when process 0 is done. A UserError that process 0 raises is raised on every process. Call it from one
+    thread, in the same order on all processes.
     """
     import jax
-    from jax._src import distributed  # the store of keys has no public door
+    from jax._src import distributed  # the key-value store has no public interface
 
     if jax.process_count() == 1:
         return compute()
@@ -165,10 +166,10 @@ def from_first(compute: Callable[[], Any]) -> Any:
 
 
 class StopVote:
-    """Lets every process stop after the same step once one of them was asked to, at no wait.
+    """Makes every process stop after the same step once one of them was asked to, without waiting for each other.
 
-    Each votes after every step, and the votes are added up on the devices; the sum is read with the metrics of that
-    step, one step later and on all processes alike.
+    Every process votes after every step, and the devices sum the votes. The sum is read together with the metrics of
+    that step, one step later, on all processes alike.
     """
 
     def __init__(self, mesh: Any) -> None:
@@ -181,12 +182,12 @@ class StopVote:
         self._alone = jax.process_count() == 1
         sharding = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
         mine = np.ones(len(sharding.addressable_devices), np.float32)
-        # Both are on the devices beforehand: a step transfers nothing for them.
+        # Both votes are placed on the devices once, so that a step transfers nothing for them.
         self._no, self._yes = (jax.make_array_from_process_local_data(sharding, mine * vote) for vote in (0, 1))
         self._sum = jax.jit(jnp.sum, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     def cast(self, wanted: bool) -> dict[str, Any]:
-        """This process's vote after a step: what to add to the metrics of the step."""
+        """This process's vote after a step, as an entry to add to the metrics of the step."""
         if self._alone:
             self.passed = self.passed or wanted
             return {}

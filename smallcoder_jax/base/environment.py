@@ -1,12 +1,13 @@
-"""Whether this Python has what the package needs: looked at first, so that the answer is one message.
+"""Checks that this Python has the packages that are needed, before anything imports them, so that the user sees one
+message instead of a traceback.
 
-Standard library only: it says what else is missing.
+Uses the standard library only, because it reports what else is missing.
 """
 
 import importlib.util
 import sys
 
-# Imported by training; each comes with the package (`dependencies` of pyproject.toml).
+# Modules that training imports; pyproject.toml lists the packages that provide them as `dependencies`.
 NEEDED = (
     "jax",
     "flax",
@@ -30,8 +31,8 @@ COMMANDS = ("smallcoder_jax", "tools", "launch")
 
 
 def check_environment() -> None:
-    """Ends a command of ours with one message and code 2 where this Python lacks a package; raises ImportError with the
-    same message where the package is imported by somebody else.
+    """Where this Python lacks a package, ends one of this project's commands with one message and exit code 2. Raises
+    ImportError with the same message where other code imports smallcoder_jax.
     """
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     if not missing:

@@ -15,9 +15,9 @@ EXIT_USER_ERROR = 2  # bad input: config, path, data, tokenizer, workdir of anot
 EXIT_CHECK_FAILED = 3  # a check that the command promises did not hold (parity, verification, validation)
 EXIT_DIVERGED = 4  # too many updates in a row were skipped: loss or gradient not finite, or a spike
 EXIT_STALLED = 5  # a wait took too long; the stacks of all threads were written
-EXIT_INTERRUPTED = 75  # SIGTERM or SIGINT: what there was is saved, the same command continues
+EXIT_INTERRUPTED = 75  # SIGTERM or SIGINT: the progress is saved, and the same command continues from there
 EXIT_NO_READER = 141  # the output goes into a pipe whose reader has ended, such as head
-NOT_TRIED_AGAIN = (EXIT_USER_ERROR, EXIT_CHECK_FAILED, EXIT_DIVERGED)  # the same command would end alike
+NOT_TRIED_AGAIN = (EXIT_USER_ERROR, EXIT_CHECK_FAILED, EXIT_DIVERGED)  # the same command would fail the same way
 
 
 class UserError(Exception):
@@ -25,7 +25,7 @@ class UserError(Exception):
 
 
 class NotFinite(UserError):
-    """A model whose scores are not finite numbers."""
+    """A model computes scores that are not finite numbers."""
 
 
 class CheckFailed(Exception):
@@ -44,12 +44,12 @@ def run_cli(main: Callable[[], int | None]) -> None:
     """Runs a command's `main`, turns the errors above into a message and an exit code, and exits."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # whatever the encoding of the terminal cannot show
+            stream.reconfigure(errors="backslashreplace")  # for characters that the terminal's encoding lacks
     try:
         code = main() or 0
-        sys.stdout.flush()  # here, where it is known what to do about a pipe that nobody reads
+        sys.stdout.flush()  # here, where a broken pipe is handled, not when the interpreter exits
     except BrokenPipeError:
-        # As a program that SIGPIPE ends. What is left to write goes nowhere: the interpreter flushes once more.
+        # Ends like a program that SIGPIPE kills. The interpreter flushes once more at exit: discard what is left.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = EXIT_NO_READER
     except (UserError, CheckFailed, Diverged, Interrupted, KeyboardInterrupt) as error:
@@ -58,7 +58,8 @@ def run_cli(main: Callable[[], int | None]) -> None:
 
 
 def report(error: BaseException) -> int:
-    """Prints what ended a command, as one message where a user can act on it, and returns the exit code."""
+    """Prints the error that ended a command and returns the exit code. It is one message where a user can act on it,
+    and a traceback otherwise."""
     if isinstance(error, UserError):
         say(f"error: {error}", sys.stderr)
         return EXIT_USER_ERROR

@@ -1,6 +1,6 @@
-"""Faults on purpose: `--inject=kill@save:3,nan@step:10` shows what a run does when the machine fails it.
+"""Fault injection: `--inject=kill@save:3,nan@step:10` shows what a run does when the machine fails.
 
-A run calls `reach` at each place that a fault can strike; without `--inject` nothing happens there.
+A run calls `reach` at each place where a fault can be injected; without `--inject` nothing happens there.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ ONLY_AT = {"nan": "step", "diskfull": "save", "bitflip": "checkpoint"}
 class Fault:
     kind: str
     place: str
-    at: int  # steps count from the start of the run; everything else from the start of the process
+    at: int  # steps are counted from the start of the run, everything else from the start of the process
 
 
 class Faults:
-    """The faults of one process, each of which strikes once."""
+    """The faults to inject into one process, each of them once."""
 
     def __init__(self, spec: str = ""):
         """Parses a comma-separated list of KIND@PLACE[:N]; N is 1 where it is left out. Raises UserError."""
@@ -55,9 +55,9 @@ class Faults:
         self._reached: Counter[str] = Counter()
 
     def reach(self, place: str, at: int | None = None) -> set[str]:
-        """Lets the faults of this place strike. Returns the kinds that the caller has to carry out itself.
+        """Injects the faults that are due at this place. Returns the kinds that the caller has to inject itself.
 
-        `at` is the number of the step; other places are counted here.
+        `at` is the number of the step. At other places the calls are counted here.
         """
         self._reached[place] += 1
         number = self._reached[place] if at is None else at
@@ -73,7 +73,7 @@ NONE = Faults()
 
 
 def poisoned(batch: dict[str, Any]) -> dict[str, Any]:
-    """The batch with weights that are not a number, as a fault of memory would leave them."""
+    """The batch with NaN in place of its weights, as faulty memory could leave them."""
     import jax
     import jax.numpy as jnp
 
@@ -102,7 +102,7 @@ def _strike(kind: str) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
     elif kind == "stall":
         threading.Event().wait()
-    elif kind == "diskfull":  # what is longer can be written no further: EFBIG, on every thread and in every library
+    elif kind == "diskfull":  # no file can grow beyond 4096 bytes: EFBIG on every thread and in every library
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 

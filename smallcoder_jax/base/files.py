@@ -1,7 +1,7 @@
-"""The one door to files: reading what anybody may have put there, and writing so that no reader sees a part.
+"""The one place that reads files of unknown origin, and that writes files so that no reader sees a part of one.
 
-Whatever a user, a download or a copy left in a folder is opened here. A FIFO, a device or a socket is never waited for,
-a size is looked at before the content, and JSON of any form is a value or a ValueError.
+Every file that a user, a download or a copy may have left in a folder is opened here. Opening never waits for a FIFO, a
+device or a socket, the size is checked before the content is read, and any JSON text yields a value or a ValueError.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 
 from smallcoder_jax.base.errors import UserError
 
-MAX_RECORD_BYTES = 64 << 20  # of a JSON file, a tokenizer, a prompt: what is read whole and is no corpus
-MAX_DEPTH = 100  # of nested brackets in JSON; what this package writes has fewer than ten
+MAX_RECORD_BYTES = 64 << 20  # of files that are read whole and are no corpus: JSON files, tokenizers, prompts
+MAX_DEPTH = 100  # of nested brackets in JSON; the files of this package have fewer than ten
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
     (stat.S_ISFIFO, "a pipe"),
@@ -31,17 +31,17 @@ _KINDS = (
 
 
 class NotAFile(OSError):
-    """The path leads to something else than a regular file; `strerror` says what."""
+    """The path leads to something other than a regular file; `strerror` says to what."""
 
 
 class TooLarge(OSError):
-    """The file holds more than the reader takes; `strerror` says how much that is."""
+    """The file is larger than the limit of the reader; `strerror` states the limit."""
 
 
 def open_regular(path: Path) -> BufferedReader:
     """Opens a regular file, or a link to one, for reading. Raises OSError; NotAFile for a folder, pipe or device."""
-    _check_regular(path, os.stat(path).st_mode)  # before it is opened: opening a device can do something to it
-    # Without O_NONBLOCK, a pipe that takes the file's place at this moment would be waited for.
+    _check_regular(path, os.stat(path).st_mode)  # before it is opened, because opening a device can have effects
+    # Without O_NONBLOCK, opening would wait if a pipe took the file's place at this moment.
     file = os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY), "rb")
     try:
         _check_regular(path, os.fstat(file.fileno()).st_mode)
@@ -52,11 +52,12 @@ def open_regular(path: Path) -> BufferedReader:
 
 
 def read_regular(path: Path, limit: int) -> bytes:
-    """The content of a regular file of at most `limit` bytes. Raises OSError; TooLarge before anything is read."""
+    """The content of a regular file of at most `limit` bytes. Raises OSError; TooLarge, before reading, where the
+    file's size is above the limit."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         content = bytearray()
-        # A file that grows, and those of /proc, hold more than their size.
+        # A file that is growing, and a file of /proc, hold more than their size says.
         while size <= limit and len(content) <= limit and (part := file.read(max(size + 1 - len(content), 1 << 16))):
             content += part
         if size > limit or len(content) > limit:
@@ -71,7 +72,8 @@ def sha256(path: Path) -> str:
 
 
 def read_bytes(path: Path, what: str, limit: int = MAX_RECORD_BYTES) -> bytes:
-    """The content of a file; `what` says what was expected in it. Raises UserError where it cannot be read."""
+    """The content of a file. Raises UserError where it cannot be read; `what` tells the user what was expected in
+    it."""
     try:
         return read_regular(path, limit)
     except FileNotFoundError as error:
@@ -81,7 +83,7 @@ def read_bytes(path: Path, what: str, limit: int = MAX_RECORD_BYTES) -> bytes:
 
 
 def read_text(path: Path, what: str, limit: int = MAX_RECORD_BYTES) -> str:
-    """The text of a UTF-8 file, without a byte order mark, with its own line ends. Raises UserError."""
+    """The text of a UTF-8 file without its byte order mark, with line ends unchanged. Raises UserError."""
     try:
         return read_bytes(path, what, limit).decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -89,7 +91,8 @@ def read_text(path: Path, what: str, limit: int = MAX_RECORD_BYTES) -> str:
 
 
 def read_json(path: Path, what: str, limit: int = MAX_RECORD_BYTES) -> Any:
-    """The value in a JSON file; `what` says what was expected. Raises UserError where it is missing or damaged."""
+    """The value in a JSON file. Raises UserError where the file is missing or damaged; `what` says what was
+    expected."""
     text = read_text(path, what, limit)
     try:
         return parse_json(text)
@@ -98,7 +101,7 @@ def read_json(path: Path, what: str, limit: int = MAX_RECORD_BYTES) -> Any:
 
 
 def read_json_object(path: Path, what: str, limit: int = MAX_RECORD_BYTES) -> dict[str, Any]:
-    """The object in a JSON file. Raises UserError where it is missing, damaged or another value."""
+    """The object in a JSON file. Raises UserError where the file is missing, damaged or holds another kind of value."""
     content = read_json(path, what, limit)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds a {type(content).__name__}, not a JSON object; expected {what}")
@@ -106,9 +109,9 @@ def read_json_object(path: Path, what: str, limit: int = MAX_RECORD_BYTES) -> di
 
 
 def parse_json(text: str | bytes, *, finite_only: bool = True, unique_keys: bool = False) -> Any:
-    """The value of a JSON text. Raises ValueError, and nothing else, for what is none: also for brackets nested deeper
-    than MAX_DEPTH; with `finite_only` for NaN, infinities and numbers beyond float64; with `unique_keys` for a key that
-    is twice in an object."""
+    """The value of a JSON text. Raises ValueError, and nothing else, for invalid JSON and for brackets nested deeper
+    than MAX_DEPTH; with `finite_only` also for NaN, infinities and numbers beyond float64; with `unique_keys` also for
+    a key that an object holds twice."""
     hooks: dict[str, Any] = {"object_pairs_hook": _without_doubles} if unique_keys else {}
     if finite_only:
         hooks |= {"parse_constant": _refuse_constant, "parse_float": _finite_float}
@@ -121,7 +124,7 @@ def parse_json(text: str | bytes, *, finite_only: bool = True, unique_keys: bool
 
 
 def check_depth(value: Any, most: int = MAX_DEPTH) -> None:
-    """Raises ValueError for objects and lists that are nested deeper."""
+    """Raises ValueError for objects and lists that are nested more than `most` levels deep."""
     level, depth = [value], 0
     while level:
         if depth > most:
@@ -131,13 +134,14 @@ def check_depth(value: Any, most: int = MAX_DEPTH) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes `value` so that a reader sees the old file or the new one, never a part. Non-finite floats: null."""
+    """Writes `value` so that a reader sees the old file or the new one, never a part. Non-finite floats become null."""
     text = json.dumps(finite(value), indent=2, ensure_ascii=False) + "\n"
-    write_bytes(path, text.encode("utf-8", "backslashreplace"))  # half a surrogate pair is JSON as its escape only
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))  # half a surrogate pair is valid JSON only as an escape
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes through a neighbouring file that is synced and renamed; makes the folder. Raises OSError."""
+    """Writes to a temporary file in the same folder, syncs it and renames it to `path`. Creates the folder. Raises
+    OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     neighbour = path.with_name(f".{path.name}.partial")
     with neighbour.open("wb") as file:
@@ -148,7 +152,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def finite(value: Any) -> Any:
-    """`value` in plain JSON types: NaN and infinities, which JSON has not, become None; paths and the like, text."""
+    """`value` in plain JSON types: NaN and infinities, which JSON lacks, become None; paths and other objects, text."""
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):
@@ -163,7 +167,8 @@ def finite(value: Any) -> Any:
 
 
 def reason(error: Exception) -> str:
-    """What the system says of an error, without number and path; else the error's own words."""
+    """The system's description of an error, without its number and path; where there is none, the error's own
+    message."""
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
@@ -179,7 +184,7 @@ def _check_regular(path: Path, mode: int) -> None:
 
 
 def _items(value: Any) -> list[Any]:
-    """What stands within an object or array and may hold more."""
+    """The objects and arrays directly inside an object or array."""
     inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return [item for item in inner if isinstance(item, dict | list)]
 

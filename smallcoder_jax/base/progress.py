@@ -1,4 +1,5 @@
-"""How far the preparation of data is: one line that is rewritten on a terminal, a plain line now and then elsewhere."""
+"""Shows the progress of data preparation: one line that is rewritten on a terminal, a plain line every
+_PLAIN_SECONDS elsewhere."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ _TERMINAL_SECONDS, _PLAIN_SECONDS = 0.2, 10.0
 
 
 class Progress:
-    """Documents, megabytes and rate of one step after the other, written to `stream`."""
+    """Writes documents, megabytes and rate to `stream`, for one step of the preparation after the other."""
 
     def __init__(self, stream: TextIO):
         self._stream = stream
@@ -21,7 +22,7 @@ class Progress:
         self.start("")
 
     def start(self, title: str, total_bytes: int = 0) -> None:
-        """Begins a step; with `total_bytes` its end is known and a bar is drawn."""
+        """Begins a step. With `total_bytes`, its size, a progress bar is drawn."""
         self._title, self._total = title, total_bytes
         self._documents, self._bytes = 0, 0
         self._began = self._shown = time.monotonic()
@@ -36,11 +37,11 @@ class Progress:
             self._write(self._line(), end=False)
 
     def finish(self) -> None:
-        """Ends the step with its totals."""
+        """Ends the step and shows its totals."""
         self._write(self._line(), end=True)
 
     def note(self, text: str) -> None:
-        """A line about a step that counts nothing."""
+        """Writes a line about a step that has nothing to count."""
         self._write(text, end=True)
 
     def _line(self) -> str:

@@ -23,8 +23,8 @@ def configure_jax() -> None:
 
 
 def give_back_memory() -> None:
-    """Hands freed host memory back to the system. Compiling a step takes some 150 MiB that the C library would keep as
-    long as the run lasts. Does nothing where the C library is not glibc, the one that keeps it.
+    """Returns freed host memory to the system. Compiling a step takes some 150 MiB, which glibc would otherwise keep
+    for the rest of the run. Does nothing with another C library.
     """
     gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None

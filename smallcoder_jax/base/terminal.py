@@ -1,6 +1,6 @@
-"""What the terminal shows: aligned tables, human numbers, one progress line, and where things are at the end.
+"""Terminal output: aligned tables, readable numbers, one progress line, and a summary at the end.
 
-Standard library only, so that every command can use it at no cost.
+Uses the standard library only, so that importing it costs a command nothing.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from typing import TextIO
 
 from smallcoder_jax.base.display import one_line, printable, say
 
-ETA_WINDOW = 100  # steps that the estimated time of arrival is measured over
-SAMPLE_LINES, SAMPLE_WIDTH = 8, 100  # of a text that the model writes while it is trained
+ETA_WINDOW = 100  # steps over which the pace for the estimated remaining time is measured
+SAMPLE_LINES, SAMPLE_WIDTH = 8, 100  # limits of a sample text shown during training
 
 
 def human_count(count: float) -> str:
@@ -40,7 +40,7 @@ def human_bytes(count: float) -> str:
 
 
 def human_time(seconds: float) -> str:
-    """A duration in at most two units: 0.0123 -> '12ms', 61.2 -> '1m01s', 93780 -> '1d02h'. Not finite: '?'."""
+    """A duration in at most two units: 0.0123 -> '12ms', 61.2 -> '1m01s', 93780 -> '1d02h'; '?' if not finite."""
     if not math.isfinite(seconds):
         return "?"
     if seconds < 0.9995:
@@ -56,19 +56,19 @@ def human_time(seconds: float) -> str:
 
 
 def screen_width(stream: TextIO) -> int | None:
-    """Columns of the terminal behind a stream; None where there is none, and lines may be of any length."""
+    """Columns of the terminal behind a stream; None where there is no terminal and lines may have any length."""
     if not stream.isatty():
         return None
     try:
         columns = os.get_terminal_size(stream.fileno()).columns
-    except (OSError, ValueError):  # a stream that says it is a TTY and has no terminal behind it
+    except (OSError, ValueError):  # a stream that claims to be a TTY but has no terminal behind it
         columns = 0
     return columns or 80
 
 
 def named_values(entries: Iterable[tuple[str, object]], width: int | None) -> list[str]:
-    """Lines of names, and their values in a column of its own; a value that is too long for `width` goes on below
-    itself. Words, such as paths, stay whole.
+    """Lines that show names and, in a second column, their values. A value that is too long for `width` is continued on
+    the next line of its column. Words, such as paths, are never split.
     """
     shown = [(one_line(name), one_line(str(value))) for name, value in entries]
     column = max((len(name) for name, _ in shown), default=0) + 2
@@ -83,11 +83,11 @@ def named_values(entries: Iterable[tuple[str, object]], width: int | None) -> li
 
 
 def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]], width: int | None = None) -> str:
-    """A plain-text table: columns two spaces apart, numbers to the right, a rule under the headers. Where that is wider
-    than `width` (by default, than the terminal on standard output), rows become blocks of names and values.
+    """A plain-text table: columns two spaces apart, numbers right-aligned, a rule under the headers. If the table is
+    wider than `width` (by default the terminal on standard output), each row becomes a block of names and values.
 
-    Cells are shown with `str`; an empty `headers` leaves the heading and the rule out. Raises ValueError where a row
-    has another number of cells than there are columns.
+    Cells are shown with `str`. With empty `headers` the heading and the rule are omitted. Raises ValueError where a
+    row's number of cells differs from the number of columns.
     """
     headers = [one_line(header) for header in headers]
     cells = [[one_line(str(cell)) for cell in row] for row in rows]
@@ -117,14 +117,14 @@ def format_table(headers: Sequence[str], rows: Sequence[Sequence[object]], width
 
 
 def _is_numeric(cell: str) -> bool:
-    """Whether a cell reads as a quantity ('1,234', '12.5%', '3.1 MiB', '-'), so that its column aligns right."""
+    """Whether a cell is a quantity ('1,234', '12.5%', '3.1 MiB', '-'), so that its column is right-aligned."""
     return cell in ("", "-") or cell.lstrip("+-")[:1].isdigit()
 
 
 class Terminal:
-    """One progress line on a TTY; plain lines, at most one per `log_every` steps, anywhere else.
+    """Shows one progress line on a TTY, and anywhere else plain lines, at most one per `log_every` steps.
 
-    Every method may be called with a progress line on the screen: it is cleared first, so that nothing overlaps.
+    Every method may be called while a progress line is on the screen: it is cleared first, so that nothing overlaps.
     """
 
     def __init__(self, stream: TextIO, *, total_steps: int, log_every: int) -> None:
@@ -137,17 +137,17 @@ class Terminal:
         self._times: deque[tuple[int, float]] = deque()  # (step, seconds) of the last ETA_WINDOW steps
 
     def note(self, text: str) -> None:
-        """Prints a line of its own: notices, evaluations, saved checkpoints."""
+        """Prints a separate line, such as a notice, an evaluation or a saved checkpoint."""
         self._clear()
         say(text, self._stream)
 
     def at_once(self, text: str) -> None:
-        """Prints a line from the handler of a signal, which may have come in the middle of a write to the stream."""
+        """Prints a line from a signal handler, which may have interrupted a write to the stream."""
         with contextlib.suppress(OSError, ValueError):  # closed, or no file at all
             os.write(self._stream.fileno(), f"\n{text}\n".encode())
 
     def sample(self, prompt: str, text: str) -> None:
-        """Prints what the model made of a prompt, at most SAMPLE_LINES lines of it."""
+        """Prints a prompt and the model's continuation, at most SAMPLE_LINES lines."""
         lines = printable(prompt + text).rstrip("\n").split("\n")
         more = ["..."] if len(lines) > SAMPLE_LINES else []
         self.note("\n".join(f"    | {line[:SAMPLE_WIDTH]}".rstrip() for line in [*lines[:SAMPLE_LINES], *more]))
@@ -155,7 +155,7 @@ class Terminal:
     def start_table(self, title: str, sections: Mapping[str, Mapping[str, object]]) -> None:
         """Prints what is about to run: section (parameters, memory, mesh, kernels, data) -> name -> value."""
         width = max(map(len, sections), default=0)
-        # Left-aligned throughout: values are of all kinds, and a column of mixed units reads worse to the right.
+        # All values are left-aligned: they are of all kinds, and right-aligned mixed units are harder to read.
         entries = [
             (f"{'' if index else section:<{width}}  {name}", value)
             for section, values in sections.items()
@@ -166,8 +166,8 @@ class Terminal:
         self.note("\n".join([lines[0], rule, *lines[1:], rule]))
 
     def progress(self, step: int, metrics: Mapping[str, float | None]) -> None:
-        """Shows step `step`. `metrics`: loss, accuracy, learning_rate, grad_norm, tokens_per_second, mfu (a share),
-        data_wait (seconds per step); what is missing or None is left out."""
+        """Shows step `step`. `metrics`: loss, accuracy, learning_rate, grad_norm, tokens_per_second, mfu (a fraction),
+        data_wait (seconds per step). Metrics that are missing or None are omitted."""
         self._times.append((step, time.monotonic()))
         while len(self._times) > 1 and self._times[1][0] <= step - ETA_WINDOW:
             self._times.popleft()
@@ -182,7 +182,7 @@ class Terminal:
             say(progress_line(step, self._total_steps, metrics, self.eta()), self._stream)
 
     def eta(self) -> float:
-        """Seconds until the last step at the pace of the last 100 steps; NaN before two steps were seen."""
+        """Seconds until the last step at the pace of the last ETA_WINDOW steps; NaN before two steps were seen."""
         if not self._times or self._times[0][0] == self._times[-1][0]:
             return math.nan
         (first_step, first_time), (last_step, last_time) = self._times[0], self._times[-1]
@@ -191,7 +191,7 @@ class Terminal:
     def end_summary(
         self, title: str, results: Mapping[str, object], paths: Mapping[str, object], commands: Sequence[str]
     ) -> None:
-        """Prints how it ended, where things are and the commands to type next."""
+        """Prints the results, the paths of what was written and the commands to run next."""
         lines = ["", one_line(title)]
         for entries in (results, paths):
             lines += [""] if entries else []
@@ -209,7 +209,7 @@ class Terminal:
 def progress_line(
     step: int, total_steps: int, metrics: Mapping[str, float | None], eta: float, width: int | None = None
 ) -> str:
-    """The progress line, at most `width` characters: the least telling fields are left out until it fits."""
+    """The progress line in at most `width` characters: the least informative fields are omitted until it fits."""
     fields = [("step", f"{step:>{len(str(total_steps))}}/{total_steps}")]
     formats = {
         "loss": lambda value: f"loss {value:.4f}",
