@@ -1,8 +1,8 @@
 """Config files and command-line overrides, with errors that name the nearest match.
 
-A config file is a Python file with `get_config() -> ConfigDict`, or the `config.json` of a run. Those of stages take an
-argument, the variant, which is named behind a colon: `configs/stages/code.py:small`. An override is
-`--config.section.key=value`, read as the type that the key has.
+A config file is a Python file with `get_config() -> ConfigDict`, or the `config.json` of a run. The config files of
+stages take the variant as an argument after a colon: `configs/stages/code.py:small`. An override is
+`--config.section.key=value`; the value is parsed as the type of the key.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from smallcoder_jax.config import Config, build, from_config_dict, nearest, to_d
 from smallcoder_jax.config.fields import shown
 
 PREFIX = "--config."
-PROJECT = Path(__file__).resolve().parents[1]  # what holds the package, and configs/ beside it
-MAX_BYTES = 1 << 20  # of a config file
+PROJECT = Path(__file__).resolve().parents[1]  # the folder that holds the package and configs/
+MAX_BYTES = 1 << 20  # the largest config file that is read
 
 
 def split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -46,7 +46,8 @@ def split_overrides(arguments: list[str]) -> tuple[list[str], list[str]]:
 
 
 def load_config(path: str, overrides: list[str]) -> Config:
-    """The validated config of a file with `overrides` applied. Raises UserError naming what is wrong with which."""
+    """The validated config of a file with `overrides` applied. Raises UserError that says which of them is wrong, and
+    how."""
     values = read_config_file(path)
     for override in overrides:
         key, _, text = override.removeprefix(PREFIX).partition("=")
@@ -55,10 +56,10 @@ def load_config(path: str, overrides: list[str]) -> Config:
 
 
 def read_config_file(path: str) -> Any:
-    """All values of a config file, `PATH` or `PATH:ARGUMENT`, as a ConfigDict. Where no such file is in the working
-    directory, the project's own `configs/` are looked into, too; there the name alone is enough: `medium_lc`.
+    """All values of a config file, `PATH` or `PATH:ARGUMENT`, as a ConfigDict. Where the working directory has no such
+    file, the project's own `configs/` is searched too. There the bare name is enough, such as `medium_lc`.
 
-    Raises UserError where the file is missing or fails, or gives something else than keys and values of the schema.
+    Raises UserError where the file is missing, fails, or returns anything but keys and values of the schema.
     """
     file, argument = _find(path)
     named = f"config file '{file}'"
@@ -75,12 +76,14 @@ def read_config_file(path: str) -> Any:
 
 
 def beside(file: str, path: str) -> Callable[[], Any]:
-    """The `get_config` of a config file that has another one's: `path`, `NAME` or `NAME:ARGUMENT`, lies beside it."""
+    """A `get_config` for the config file `file` that returns the config of another file in the same folder: `path`, as
+    `NAME` or `NAME:ARGUMENT`."""
     return lambda: read_config_file(str(Path(file).with_name(path)))
 
 
 def _find(path: str) -> tuple[Path, str | None]:
-    """The file of `PATH` or `PATH:ARGUMENT`, and the argument. Raises UserError where there is none."""
+    """The file of `PATH` or `PATH:ARGUMENT`, and the argument or None. Raises UserError where the file does not
+    exist."""
     before, colon, behind = path.rpartition(":")
     for name, argument in ((path, None), *([(before, behind)] if colon else [])):
         for file in (Path(name), PROJECT / name, config_folder() / f"{name}.py", PROJECT / "configs" / f"{name}.py"):
@@ -96,22 +99,22 @@ def _find(path: str) -> tuple[Path, str | None]:
 
 
 def config_folder() -> Path:
-    """The project's `configs/`: of the working directory, or else beside the package."""
+    """The project's `configs/`: in the working directory, or else next to the package."""
     return Path("configs") if os.path.isdir("configs") else PROJECT / "configs"
 
 
 def config_files(folder: Path) -> list[Path]:
-    """The config files that lie in a folder, without the table behind those of this project."""
+    """The config files in a folder, without `smallcoder.py`, the table from which this project's configs are made."""
     return sorted(path for path in folder.glob("*.py") if path.stem not in ("__init__", "smallcoder"))
 
 
 def _key(path: Path) -> str:
-    """What a config is known by: 'tiny_lc' of configs/tiny_lc.py and of the name SmallCoder-Tiny-LC."""
+    """The short name of a config: 'tiny_lc' for configs/tiny_lc.py and for the model name SmallCoder-Tiny-LC."""
     return path.name.removesuffix(".py").lower().replace("-", "_").removeprefix("smallcoder_")
 
 
 def _run(file: Path, argument: str | None, named: str) -> dict[str, Any]:
-    """What `get_config` of a Python file returns. The file is the user's own program, which may do anything."""
+    """The values that `get_config` of a Python file returns. The file is the user's program and may do anything."""
     read_bytes(file, "a config file: Python with get_config()", MAX_BYTES)
     try:
         get_config = runpy.run_path(str(file)).get("get_config")
@@ -177,7 +180,7 @@ def _parse(current: Any, text: str, key: str) -> Any:
         except OverflowError:
             raise UserError(f"--config.{key}: the integer is too large for a float") from None
     if isinstance(current, int) and not isinstance(current, bool) and isinstance(value, float) and value.is_integer():
-        value = int(value)  # 1e4 steps
+        value = int(value)  # such as 1e4 for steps
     if isinstance(current, tuple | list) and isinstance(value, tuple | list):
         return tuple(value)
     if type(value) is not type(current):

@@ -1,7 +1,7 @@
-"""Losses as sums over tokens, pairs or sequences, so that accumulation and data parallelism are exact.
+"""Losses as sums over tokens, pairs or sequences, so that gradient accumulation and data parallelism are exact.
 
-Shapes: X tokens (B times T), D width, V vocabulary; B sequences of T tokens;
-R pairs of a chosen and a rejected answer.
+Shapes: X tokens (B times T), D width, V vocabulary; B sequences of T tokens; R pairs of a chosen and a rejected answer;
+B prompts with G answers each.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ def distillation(
     alpha: float,
     temperature: float,
 ) -> tuple[Array, Array, dict[str, Array]]:
-    """alpha CE + (1 - alpha) T^2 KL(teacher || student at temperature T), of each token by its weight (Hinton et al.,
-    arXiv 1503.02531): (loss_sum, weight_sum, sums), with `kl` beside the sums of `language_model`. `kl_X` is from
-    `ops.divergence`.
+    """alpha CE + (1 - alpha) T^2 KL(teacher || student at temperature T), weighted per token (Hinton et al., arXiv
+    1503.02531): (loss_sum, weight_sum, sums), where `sums` has `kl` in addition to the sums of `language_model`. `kl_X`
+    comes from `ops.divergence`.
     """
     nats, weight, sums = language_model(hidden_XD, unembed_VD, targets_X, weights_X, 0.0)
     kl = jnp.sum(kl_X * weights_X)
@@ -61,8 +61,8 @@ def distillation(
 def bradley_terry(
     chosen_R: Float[Array, " R"], rejected_R: Float[Array, " R"], weights_R: Float[Array, " R"]
 ) -> tuple[Array, Array, dict[str, Array]]:
-    """-log sigmoid(chosen - rejected) of the rewards of pairs (arXiv 2203.02155, eq. 1): (loss_sum, weight_sum, sums),
-    with `accuracy`: the chosen answer has the higher reward; and `margin`.
+    """-log sigmoid(chosen - rejected) of the rewards of pairs (arXiv 2203.02155, eq. 1): (loss_sum, weight_sum, sums).
+    `sums`: `accuracy` (the chosen answer has the higher reward) and `margin` (the difference of the rewards).
     """
     margin_R = chosen_R - rejected_R
     sums = {"accuracy": jnp.sum(jnp.where(margin_R > 0, weights_R, 0.0)), "margin": jnp.sum(margin_R * weights_R)}
@@ -78,9 +78,10 @@ def direct_preference(
     *,
     beta: float,
 ) -> tuple[Array, Array, dict[str, Array]]:
-    """DPO (arXiv 2305.18290, eq. 7) from log-probabilities of whole answers under the model and under the model that it
-    started from. As `bradley_terry`, of the implicit rewards beta (log p - log p_reference); among the sums also, of
-    either answer, `*_log_prob` and `*_reward`: a margin grows as well where both become less likely.
+    """DPO (arXiv 2305.18290, eq. 7) from the log-probabilities of whole answers under the model and under the
+    reference, the model that it started from. Returns what `bradley_terry` returns for the implicit rewards beta (log p
+    - log p_reference). `sums` also has `*_log_prob` and `*_reward` of either answer, because the margin alone does not
+    show whether both answers become less probable.
     """
     chosen_reward_R, rejected_reward_R = (
         beta * (chosen_R - reference_chosen_R),
@@ -104,9 +105,9 @@ def generalized_advantages(
     gamma: float,
     decay: float,
 ) -> tuple[Array, Array]:
-    """GAE (arXiv 1506.02438, eq. 16, its lambda being `decay`): advantages and the returns that values are fitted to.
+    """GAE (arXiv 1506.02438, eq. 16, with lambda = `decay`): the advantages, and the returns that values are fitted to.
 
-    Real tokens of a row are contiguous, and the episode ends after the last of them; elsewhere both are 0.
+    The real tokens of a row are contiguous, and the episode ends after the last of them. Elsewhere both results are 0.
     """
     next_BT = jnp.pad(jnp.where(real_BT, values_BT, 0.0)[:, 1:], ((0, 0), (0, 1)))
     errors_BT = jnp.where(real_BT, rewards_BT + gamma * next_BT - values_BT, 0.0)
@@ -129,8 +130,8 @@ def clipped_policy(
     *,
     clip: float,
 ) -> tuple[Array, Array, dict[str, Array]]:
-    """PPO's clipped surrogate, to be made small (arXiv 1707.06347, eq. 7): (loss_sum, weight_sum, sums), with `ratio`,
-    `clipped` (the ratio lies outside) and `kl`, an estimate of KL(old || new) that is never negative.
+    """PPO's clipped surrogate as a loss to minimise (arXiv 1707.06347, eq. 7): (loss_sum, weight_sum, sums). `sums`:
+    `ratio`, `clipped` (the ratio is outside 1 +- clip) and `kl`, an estimate of KL(old || new) that is never negative.
     """
     log_ratio_X = log_probs_X - old_log_probs_X
     ratio_X = jnp.exp(log_ratio_X)
@@ -152,8 +153,8 @@ def clipped_value(
     *,
     clip: float,
 ) -> tuple[Array, Array]:
-    """Half the squared error of values, the larger of that as they are and that within `clip` of the old ones:
-    (loss_sum, weight_sum). As in OpenAI's baselines of PPO.
+    """Half the squared error of the values or of the values clipped to within `clip` of the old ones, whichever is
+    larger: (loss_sum, weight_sum). As in the PPO of OpenAI's baselines.
     """
     held_X = old_values_X + jnp.clip(values_X - old_values_X, -clip, clip)
     error_X = jnp.maximum(jnp.square(values_X - returns_X), jnp.square(held_X - returns_X))
@@ -161,9 +162,9 @@ def clipped_value(
 
 
 def group_advantages(rewards_BG: Float[Array, "B G"], *, smallest_deviation: float) -> Float[Array, "B G"]:
-    """GRPO's advantages (arXiv 2402.03300, section 4.1.2): the rewards of G answers to one prompt, less their mean,
-    over their standard deviation, or over `smallest_deviation`, above 0, where that is more: answers that are worth
-    almost the same are then almost as good as each other; 0 where all are alike.
+    """GRPO's advantages (arXiv 2402.03300, section 4.1.2): the rewards of G answers to one prompt minus their mean,
+    divided by their standard deviation, or by `smallest_deviation` (above 0) where that is larger. Answers with almost
+    equal rewards then have advantages near 0, and answers with equal rewards exactly 0.
     """
     centred_BG = rewards_BG - rewards_BG.mean(axis=1, keepdims=True)
     return centred_BG / jnp.maximum(rewards_BG.std(axis=1, keepdims=True), smallest_deviation)
@@ -172,8 +173,8 @@ def group_advantages(rewards_BG: Float[Array, "B G"], *, smallest_deviation: flo
 def reference_divergence(
     log_probs_X: Float[Array, " X"], reference_X: Float[Array, " X"], weights_X: Float[Array, " X"]
 ) -> tuple[Array, Array]:
-    """KL(model || reference) from the log-probabilities of tokens that the model drew, by an estimate that is unbiased
-    and never negative (arXiv 2402.03300, eq. 4): (sum, weight_sum).
+    """KL(model || reference), estimated from the log-probabilities of tokens sampled from the model: (sum, weight_sum).
+    The estimate is unbiased and never negative (arXiv 2402.03300, eq. 4).
     """
     difference_X = reference_X - log_probs_X
     return jnp.sum((jnp.exp(difference_X) - 1.0 - difference_X) * weights_X), jnp.sum(weights_X)

@@ -1,4 +1,4 @@
-"""The device mesh, and which axis splits which dimension of which parameter."""
+"""The device mesh, and which of its axes splits which dimension of each parameter."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import MeshConfig, ModelConfig
 
 AXES = ("data", "fsdp", "context", "tensor")
-TOKEN_AXES = ("data", "fsdp", "context")  # over which a device has tokens of its own
+TOKEN_AXES = ("data", "fsdp", "context")  # the axes along which devices hold different tokens
 ROWS = P(("data", "fsdp"))
 BATCH = P(("data", "fsdp"), "context")  # rows and tokens of [B, T, ...]
-TOKENS = P(TOKEN_AXES)  # tokens of [X, ...], as `flat_tokens` puts them
+TOKENS = P(TOKEN_AXES)  # tokens of [X, ...], in the order of `flat_tokens`
 HEADS = P(("data", "fsdp"), "context", "tensor", None)  # rows, tokens and heads of [B, T, N, H]
 
-# Name pattern -> how the parameter is split, in the unrolled layout: of a family. The first match holds.
+# The rules of a model family: name pattern -> how the parameter is split in the unrolled layout. The first match
+# counts.
 Rules = Sequence[tuple[str, P]]
 _OF_EVERY_FAMILY: Rules = ((r"head/(kernel|bias)", P()), (r"lora_scale", P()))
 
 
 def make_mesh(mesh: MeshConfig, model: ModelConfig, batch_size: int, devices: list[Any] | None = None) -> Mesh:
-    """A mesh over all devices. Raises UserError where shape, devices and model do not fit together.
+    """A mesh over all devices. Raises UserError where the mesh's shape, the devices and the model do not fit together.
 
-    `batch_size` is the number of rows that one forward pass takes (a microbatch).
+    `batch_size` is the number of rows in one forward pass (a microbatch).
     """
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(mesh, len(devices))
@@ -54,9 +55,9 @@ def make_mesh(mesh: MeshConfig, model: ModelConfig, batch_size: int, devices: li
 
 
 def place_devices(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarray:
-    """The devices as an array of the mesh's shape, neighbours on the chips' network next to each other. Where they
-    belong to several slices (of TPUs; of GPUs: nodes), which a slower network joins, `data` is the axis that crosses
-    it, and then `fsdp`. Raises UserError where others would have to.
+    """The devices as an array of the mesh's shape, with neighbours on the chips' network next to each other. Where they
+    belong to several slices (TPU slices, or GPU nodes), which a slower network connects, `data` is split over the
+    slices, and `fsdp` where `data` does not suffice. Raises UserError where another axis would have to be.
     """
     slices = len({slice_of(device) for device in devices})
     data = math.gcd(sizes["data"], slices)
@@ -67,7 +68,7 @@ def place_devices(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarra
             f"mesh.data x mesh.fsdp a multiple of {slices}"
         )
     shape = tuple(sizes[axis] for axis in AXES)
-    if sizes["context"] > 1:  # the devices of a process next to each other: it reads whole rows
+    if sizes["context"] > 1:  # keep the devices of a process next to each other, because a process reads whole rows
         placed = sorted(devices, key=lambda device: (slice_of(device), device.process_index))
         return np.asarray(placed).reshape(shape)
     if slices == 1:
@@ -77,12 +78,12 @@ def place_devices(sizes: Mapping[str, int], devices: Sequence[Any]) -> np.ndarra
 
 
 def slice_of(device: Any) -> int:
-    """The slice that a device belongs to; processes with CPUs count as one."""
+    """The slice that a device belongs to; all CPUs count as one slice."""
     return 0 if device.platform == "cpu" else getattr(device, "slice_index", 0)
 
 
 def mesh_sizes(mesh: MeshConfig, devices: int) -> dict[str, int]:
-    """The size of each axis over so many devices. Raises UserError where they do not multiply to them."""
+    """The size of each axis of a mesh over `devices`. Raises UserError where their product is not `devices`."""
     sizes = {"data": mesh.data, "fsdp": mesh.fsdp, "context": mesh.context, "tensor": mesh.tensor}
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) > 1 or any(size == 0 or size < -1 for size in sizes.values()):
@@ -96,12 +97,12 @@ def mesh_sizes(mesh: MeshConfig, devices: int) -> dict[str, int]:
 
 
 def row_devices(sizes: Mapping[str, int]) -> int:
-    """How many parts the rows of a batch are split into on a mesh of these sizes."""
+    """The number of parts that the rows of a batch are split into on a mesh of these sizes."""
     return sizes["data"] * sizes["fsdp"]
 
 
 def check_rows(sizes: Mapping[str, int], rows: int, name: str) -> None:
-    """Raises UserError when a batch of `rows` (the setting `name`) does not divide over the axes of a mesh."""
+    """Raises UserError when a batch of `rows` rows (the setting `name`) cannot be split evenly over the mesh."""
     devices = row_devices(sizes)
     if rows % devices:
         raise UserError(
@@ -111,7 +112,7 @@ def check_rows(sizes: Mapping[str, int], rows: int, name: str) -> None:
 
 
 def check_length(sizes: Mapping[str, int], length: int) -> None:
-    """Raises UserError when rows of `length` tokens do not divide over the axes of a mesh."""
+    """Raises UserError when rows of `length` tokens cannot be split evenly over the mesh."""
     if length % sizes["context"]:
         raise UserError(
             f"train.sequence_length={length} does not divide over mesh.context={sizes['context']}; "
@@ -125,16 +126,16 @@ def path_name(path: tuple[Any, ...]) -> str:
 
 
 def parameter_name(path: tuple[Any, ...]) -> str:
-    """How a parameter of `models.build`'s parts is called: as `path_name`, the part `model` not being named."""
+    """The name of a parameter of one of the parts of `models.build`: as `path_name`, without the part `model`."""
     return path_name(tuple(key for key in path if key != jax.tree_util.DictKey("model")))
 
 
 def spec_of(rules: Rules, name: str, ndim: int) -> P:
-    """The split of the parameter (or of its optimizer state) called `name`; scanned blocks have a leading layer axis.
+    """How the parameter `name` (or its optimizer state) is split; in scanned blocks it has a leading layer axis.
 
-    A teacher's and a critic's are split as a model's. Of adapters `a` is split as the input of its kernel, `b` as its
-    output: their product comes out split as the kernel is, and nothing is sent to make it. Raises KeyError when no rule
-    matches: a new parameter must say how it is split.
+    The parameters of a teacher and of a critic are split like a model's. An adapter's `a` is split like the input of
+    its kernel, and `b` like the output. Their product is then split like the kernel, and computing it takes no
+    communication. Raises KeyError when no rule matches, because every new parameter needs a rule.
     """
     kernel, adapter, side = re.sub("^(teacher|critic|lora)/", "", name), "", ""
     if name.startswith("lora/"):
@@ -156,33 +157,33 @@ def params_sharding(mesh: Mesh, params: Any, rules: Rules) -> Any:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over the data axes, and each row's tokens over `context`."""
+    """The sharding of a batch: rows over `data` and `fsdp`, and each row's tokens over `context`."""
     return NamedSharding(mesh, BATCH)
 
 
 def process_rows(mesh: Mesh, rows: int) -> list[int]:
-    """Which of the `rows` rows of a global batch the devices of this process hold, ascending."""
+    """The indices, ascending, of the rows of a global batch of `rows` rows that the devices of this process hold."""
     held = NamedSharding(mesh, ROWS).addressable_devices_indices_map((rows,)).values()
     return sorted({int(row) for index in held if index is not None for row in np.arange(rows)[index]})
 
 
 def place_batch(sharding: NamedSharding, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """The global batch on the devices, of which `batch` has the rows `process_rows`."""
+    """Places the global batch on the devices. `batch` holds this process's rows, those of `process_rows`."""
     return {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
 
 
 def split_activations(x: jax.Array) -> jax.Array:
-    """`x` [B, T, ...] with its rows and tokens split as the batch is, where it is traced for a mesh.
+    """`x` [B, T, ...] with its rows and tokens split like the batch, where it is traced for a mesh.
 
-    Said of the residual stream: otherwise XLA lets it take the split of the embedding's width over `fsdp`, and every
-    device works on all rows.
+    The residual stream needs this: otherwise XLA would split it like the embedding's width, over `fsdp`, and every
+    device would process all rows.
     """
     return x if jax.sharding.get_abstract_mesh().size <= 1 else jax.lax.with_sharding_constraint(x, BATCH)
 
 
 def flat_tokens(x: jax.Array) -> jax.Array:
-    """[B, T, ...] to [B T, ...]. On a mesh that splits rows along their length, the tokens of a device come after one
-    another, so that none has to move: the order is not that of the rows, but the same for every array.
+    """[B, T, ...] to [B T, ...]. On a mesh that splits rows along their length, the tokens of each device stay
+    together, so that none has to move. The order then differs from that of the rows, but is the same for every array.
     """
 
     def flatten(x: jax.Array) -> jax.Array:
@@ -194,13 +195,13 @@ def flat_tokens(x: jax.Array) -> jax.Array:
 
 
 def context_size() -> int:
-    """Over how many devices the mesh that this is traced for splits a row along its length."""
+    """The number of devices over which the mesh that is traced for splits each row along its length."""
     return jax.sharding.get_abstract_mesh().shape.get("context", 1)
 
 
 def whole_width(table: jax.Array) -> jax.Array:
-    """`table` [entries, width] gathered over what splits its width, where it is traced for a mesh: a row is then looked
-    up by the device that needs it. Otherwise XLA gathers the ids of the whole batch instead.
+    """`table` [entries, width], gathered along its width where it is traced for a mesh, so that each device looks up
+    the rows that it needs. Otherwise XLA would gather the ids of the whole batch.
     """
     if jax.sharding.get_abstract_mesh().size <= 1:
         return table
@@ -212,7 +213,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def on_mesh(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, traced so that what is inside knows the mesh (a kernel, which has to be split by hand)."""
+    """`function`, traced so that the code inside it knows the mesh, as kernels must, which are split by hand."""
 
     @functools.wraps(function)
     def traced(*arguments: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The optimizer: gradient clipping, AdamW or Muon, decoupled decay by pattern, schedule."""
+"""The optimizer: gradient clipping, AdamW or Muon, decoupled weight decay by name pattern, and the schedule."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ NEWTON_SCHULZ_STEPS = 5
 
 
 def schedule(optimizer: OptimizerConfig, steps: int) -> optax.Schedule:
-    """The learning rate as a share of its peak, by optimizer step (never by microbatch).
+    """The learning rate as a fraction of its peak, by optimizer step (never by microbatch).
 
-    Warm-up is linear, (step + 1) / warmup_steps; then `cosine` or `linear` to final_ratio at the last step, `constant`,
-    or `wsd`: constant, then linear to final_ratio over the last decay_steps (arXiv 2404.06395).
+    The warm-up is linear: (step + 1) / warmup_steps. After it, `cosine` and `linear` fall to final_ratio at the last
+    step, `constant` stays at the peak, and `wsd` stays there and then falls linearly to final_ratio over the last
+    decay_steps (arXiv 2404.06395).
     """
     warmup, final = optimizer.warmup_steps, optimizer.final_ratio
     decay_start = steps - optimizer.decay_steps if optimizer.schedule == "wsd" else warmup
@@ -46,11 +47,11 @@ def schedule(optimizer: OptimizerConfig, steps: int) -> optax.Schedule:
 def make_optimizer(optimizer: OptimizerConfig, steps: int, muon: str) -> optax.GradientTransformationExtraArgs:
     """clip -> (AdamW | Muon on hidden matrices, AdamW on the rest) -> decay -> schedule, as one optax chain.
 
-    `muon` is a pattern of the names of a model's parameters that Muon takes, a critic's among them.
+    `muon` is a pattern for the names of the parameters that Muon updates; it applies to a critic's parameters too.
 
-    Updates are to be added to the parameters. Where its argument `sound` is false (a bool scalar), the optimizer's
-    state stays as it was and the updates mean nothing. Raises UserError when `decay_pattern` is not a regular
-    expression.
+    The updates are to be added to the parameters. Where the argument `sound` of `update` (a bool scalar) is false, the
+    optimizer's state does not change and the updates are meaningless. Raises UserError when `decay_pattern` is not a
+    regular expression.
     """
     try:
         pattern = re.compile(optimizer.decay_pattern)
@@ -82,15 +83,15 @@ def make_optimizer(optimizer: OptimizerConfig, steps: int, muon: str) -> optax.G
 
     def guarded(updates: Any, state: Any, params: Any = None, *, sound: Any = True) -> tuple[Any, Any]:
         updates, after = chain.update(updates, state, params, sound=sound)
-        # The moments have seen to themselves; what is left counts updates.
+        # The moments have been kept already; the scalars of the state, which count updates, remain.
         return updates, jax.tree.map(lambda new, old: new if new.ndim else jnp.where(sound, new, old), after, state)
 
     return optax.GradientTransformationExtraArgs(chain.init, guarded)
 
 
 def clip_by_global_norm(largest: float) -> optax.GradientTransformation:
-    """Scales updates whose global norm is above `largest` down to it (arXiv 1211.5063). One scalar multiplies them all,
-    so that XLA fuses it; optax's own divides, which keeps a second tree of gradients in memory.
+    """Scales updates whose global norm is above `largest` down to that norm (arXiv 1211.5063). All are multiplied by
+    one scalar, which XLA fuses. optax's version divides, which keeps a second tree of gradients in memory.
     """
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
@@ -102,9 +103,10 @@ def clip_by_global_norm(largest: float) -> optax.GradientTransformation:
 
 
 def scale_by_adam(b1: float, b2: float, eps: float) -> optax.GradientTransformationExtraArgs:
-    """Adam (arXiv 1412.6980), with moments that stay as they were where `sound` is false.
+    """Adam (arXiv 1412.6980), with moments that do not change where `sound` is false.
 
-    The update is made from the moments that are kept, not from those that would have been: XLA for CPUs keeps both.
+    The update is computed from the moments after that selection. Computed from the new moments before it, XLA's CPU
+    backend would keep both in memory.
     """
 
     def init(params: Any) -> optax.ScaleByAdamState:
@@ -133,9 +135,9 @@ class MuonState(NamedTuple):
 
 
 def scale_by_muon(momentum: float) -> optax.GradientTransformationExtraArgs:
-    """Nesterov momentum, then each matrix replaced by the nearest semi-orthogonal one, scaled by
+    """Muon: Nesterov momentum, then each matrix is replaced by the nearest semi-orthogonal matrix and scaled by
     sqrt(max(1, out / in)), so that one learning rate suits every shape. Leading axes (scanned layers) are batch axes.
-    Where `sound` is false the momentum stays as it was.
+    Where `sound` is false the momentum does not change.
     """
 
     def init(params: Any) -> MuonState:
@@ -154,7 +156,7 @@ def scale_by_muon(momentum: float) -> optax.GradientTransformationExtraArgs:
 
 
 def _orthogonal_updates(tree: Any) -> Any:
-    """Orthogonalises every matrix; those of one shape together, as one batched product."""
+    """Orthogonalises every matrix, all matrices of the same shape together in one batched product."""
     leaves, structure = jax.tree.flatten(tree)
     groups: dict[tuple[int, ...], list[int]] = {}
     for index, leaf in enumerate(leaves):
@@ -168,7 +170,7 @@ def _orthogonal_updates(tree: Any) -> Any:
 
 
 def orthogonalize(matrix: Array) -> Array:
-    """U V^T of the singular value decomposition, approximately, by Newton-Schulz; over the last two axes."""
+    """Approximates U V^T of the singular value decomposition of the last two axes by Newton-Schulz iterations."""
     a, b, c = NEWTON_SCHULZ
     tall = matrix.shape[-2] > matrix.shape[-1]
     x = jnp.swapaxes(matrix, -1, -2) if tall else matrix

@@ -9,7 +9,9 @@ def power_of_two(number: int) -> int:
 
 
 def bucket(number: int) -> int:
-    """The next of 16, 24, 32, 48, 64, 96... Used for prompts, caches and answers, whose length has no fixed maximum."""
+    """The next of 16, 24, 32, 48, 64, 96... Used for prompts, caches and answers, whose length has no fixed maximum.
+    Above 16, less than a third of the result is padding.
+    """
     power = power_of_two(number)
     return max(16, power * 3 // 4 if number <= power * 3 // 4 else power)
 

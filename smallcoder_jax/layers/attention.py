@@ -36,7 +36,7 @@ class Attention(nnx.Module):
         return self.key(x_BTD).reshape(shape), self.value(x_BTD).reshape(shape)
 
     def rotated(self, x_BTNH: Float[Array, "B T N H"], positions_BT: Array) -> Float[Array, "B T N H"]:
-        """Queries or keys by their positions; as they are where positions are learned."""
+        """Queries or keys rotated by their positions; unchanged where positions are learned."""
         return rotate(x_BTNH, positions_BT, self.model.rope_theta) if self.model.positions == "rope" else x_BTNH
 
     def __call__(
@@ -55,7 +55,7 @@ class Attention(nnx.Module):
             kv_segment_ids_BS=keys.segment_ids_BS,
             rope_theta=self.model.rope_theta if self.model.positions == "rope" and not cached else None,
             window=self.model.window or None,
-            # What the config chooses is for packed rows; the keys of a cache are the reference's work.
+            # The config's choice applies to packed rows; attention to a cache always uses the XLA reference.
             implementation="xla" if cached else self.implementation,
         )
         return self.output(o_BTNH.reshape(*x_BTD.shape[:2], -1))

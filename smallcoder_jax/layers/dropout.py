@@ -8,7 +8,8 @@ from jax import Array
 
 
 def dropout(x: Array, rate: float, key: Array | None) -> Array:
-    """Zeroes elements with probability `rate` and scales the rest by 1 / (1 - rate). No key or rate 0: x itself."""
+    """Zeroes elements with probability `rate` and scales the rest by 1 / (1 - rate). Without a key, or at rate 0, it
+    returns x unchanged."""
     if rate == 0.0 or key is None:
         return x
     keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)

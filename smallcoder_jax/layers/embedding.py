@@ -1,4 +1,4 @@
-"""A table of vectors, looked up by id.
+"""A table of embedding vectors that are looked up by id.
 
 Shapes: B batch, T positions, D width, V entries.
 """
@@ -15,10 +15,10 @@ from smallcoder_jax.mesh import whole_width
 
 
 class Embedding(nnx.Module):
-    """Rows of a [V, D] table."""
+    """Looks up rows of a [V, D] table."""
 
     def __init__(self, entries: int, width: int, *, rngs: nnx.Rngs):
-        std = 0.4 * width**-0.5  # logits then start with a standard deviation of 0.4, at any width
+        std = 0.4 * width**-0.5  # so that logits start with a standard deviation of 0.4 at any width
         self.embedding = nnx.Param(std * jax.random.normal(rngs.params(), (entries, width), jnp.float32))
 
     def __call__(self, ids_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:

@@ -1,4 +1,4 @@
-"""Dense layer with float32 parameters and products in the compute dtype."""
+"""A dense layer with float32 parameters and products in the compute dtype."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from smallcoder_jax.ops.linear import linear
 
 
 class Linear(nnx.Module):
-    """y = x kernel (+ bias), kernel [in, out] drawn from N(0, std^2)."""
+    """y = x kernel (+ bias), with kernel [in, out] initialised from N(0, std^2)."""
 
     def __init__(self, inputs: int, outputs: int, *, bias: bool, std: float, dtype: DTypeLike, rngs: nnx.Rngs):
         self.dtype = dtype

@@ -1,4 +1,4 @@
-"""Attention of packed documents: rotation, causality, document borders and grouped heads behind one door.
+"""Attention over packed documents, with rotation, causal and document masks and grouped heads in one function.
 
 Shapes: B batch, T queries, S keys, N query heads, K key-value heads, G = N / K, H head size.
 """
@@ -31,19 +31,20 @@ KERNELS = {"tpu": "pallas_tpu", "gpu": "pallas_gpu"}
 class Choice(NamedTuple):
     implementation: str
     reason: str
-    tiles: TpuTiles | HopperTiles | None = None  # of a kernel
+    tiles: TpuTiles | HopperTiles | None = None  # tile sizes of a Pallas kernel
 
 
 def choose(
     implementation: str, length: int, keys: int, group: int, size: int, dtype: DTypeLike,
     platform: str | None = None, device: str | None = None, *, packed: bool = True, context: int = 1,
 ) -> Choice:  # fmt: skip
-    """Resolves `auto` for rows of `length` queries and `keys` keys, `group` query heads of `size` to a key head.
+    """Resolves `auto` for rows of `length` queries and `keys` keys, with `group` query heads of size `size` per key
+    head.
 
-    `platform` and `device` kind are the devices'; without a platform, `auto` takes that of the mesh that it is traced
-    for, and any that is asked for is allowed. `packed`: rows may hold several documents. `context`: over how many
-    devices each row is split along its length. Raises UserError on an unknown name, and where the one asked for cannot
-    serve the shape or the platform.
+    `platform` and `device` (its kind) describe the devices. Without a platform, `auto` takes the platform of the mesh
+    that is being traced for, and an explicit implementation is not checked against a platform. `packed`: rows may hold
+    several documents. `context`: over how many devices each row is split along its length. Raises UserError for an
+    unknown name, and where the implementation asked for cannot serve the shape or the platform.
     """
     if implementation not in ("auto", *IMPLEMENTATIONS):
         raise UserError(f"attention implementation {implementation!r}; known: auto, {', '.join(IMPLEMENTATIONS)}")
@@ -101,12 +102,12 @@ def attention(
     implementation: str = "auto",
     packed: bool = True,
 ) -> Float[Array, "B T N H"]:
-    """softmax(rot(q) rot(k)^T / sqrt(H)) v, where a query sees a key of its own document at or before its position.
+    """softmax(rot(q) rot(k)^T / sqrt(H)) v, where a query sees the keys of its own document at or before its position.
 
-    `window`: a query also sees only the last `window` positions, itself included. `rope_theta=None`: no rotation.
+    `window`: a query sees only the last `window` of these positions, its own included. `rope_theta=None`: no rotation.
     Segment 0 is padding: it sees nothing, nothing sees it, and its output is 0. S == T means that key i belongs to
-    query i, as in a packed row, where positions rise within a document. `packed=False` promises rows of one document,
-    with no padding but at the end. Softmax is float32; the result has the dtype of `q_BTNH`.
+    query i, as in a packed row, where positions rise within a document. `packed=False` promises that each row holds one
+    document, with padding only at the end. Softmax is computed in float32; the result has the dtype of `q_BTNH`.
     """
     length, keys = q_BTNH.shape[1], k_BSKH.shape[1]
     group, device = q_BTNH.shape[2] // k_BSKH.shape[2], _device().device_kind
@@ -128,7 +129,7 @@ def attention(
 
 
 def _device() -> Any:
-    """Platform and kind of what this is traced for: the mesh's devices, which need not be here, or those that are."""
+    """The device that is traced for: the abstract mesh's, which need not exist here, or else jax's first device."""
     return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
 
 
@@ -136,7 +137,7 @@ def _flash(
     q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, positions_BT: Array, segment_ids_BT: Array, theta: float | None,
     window: int | None, tiles: TpuTiles | HopperTiles,
 ) -> Array:  # fmt: skip
-    """The kernel that the tiles are for."""
+    """Runs the Pallas kernel that `tiles` belong to."""
     rotation = None if theta is None else angles(positions_BT, q_BTNH.shape[-1], theta)
     if isinstance(tiles, TpuTiles):
         attend = functools.partial(flash_tpu.flash_attention, window=window, tiles=tiles)
@@ -148,7 +149,7 @@ def _flash(
 def _cudnn(
     q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segment_ids_BT: Array, _: None, *, window: int | None
 ) -> Array:  # fmt: skip
-    """Rows of one document: a causal mask keeps the padding at their end from everything else."""
+    """Attention by cuDNN. As each row holds one document, the causal mask alone hides the padding at its end."""
     local = None if window is None else (window - 1, 0)
     o_BTNH = jax.nn.dot_product_attention(
         q_BTNH, k_BTKH, v_BTKH, is_causal=True, local_window_size=local, implementation="cudnn"
@@ -160,7 +161,9 @@ def _on_each_device(
     attend: Callable[..., Array], q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, segment_ids_BT: Array,
     rotation: tuple[Array, Array] | None,
 ) -> Array:  # fmt: skip
-    """On a mesh, each device works on its rows and heads; where rows are split, with its queries on all their keys."""
+    """Runs `attend` on a mesh, each device on its own rows and heads. Where rows are split along their length, each
+    device attends from its own queries to all keys of their rows.
+    """
     operands = (q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, rotation)
     if jax.sharding.get_abstract_mesh().size <= 1:
         return attend(*operands)
@@ -175,13 +178,13 @@ def _on_each_device(
 
 
 def _gather_rows(x_BT: Array) -> Array:
-    """Whole rows [B, S, ...] from what each device has of them. Its gradient is summed and split again."""
+    """Gathers whole rows [B, S, ...] from the parts that the devices hold. The gradient is summed and split again."""
     return jax.lax.all_gather(x_BT, "context", axis=1, tiled=True)
 
 
 def _with_gathered_keys(queries: Queries, kv: Keys, window: int | None) -> Array:
-    """The reference where rows are split along their length: each device has its queries see all keys of its rows. The
-    backward pass gives every device the sum of its own keys' gradients.
+    """The XLA reference where rows are split along their length: each device attends from its own queries to all keys
+    of its rows. The backward pass gives every device the summed gradients of its own keys.
     """
 
     def attend(q_BTNH: Array, positions_BT: Array, segment_ids_BT: Array, *kv: Array) -> Array:

@@ -1,4 +1,4 @@
-"""The XLA reference of attention: the truth that the kernels are held against, and what runs where no kernel serves.
+"""Attention in XLA: the reference that the kernels are tested against, and the fallback where no kernel applies.
 
 Shapes: B batch, T queries, S keys, N query heads, K key-value heads, G = N / K, H head size, X = G T.
 """
@@ -14,14 +14,15 @@ from jax import Array
 
 from smallcoder_jax.ops.precision import product
 
-# Queries are worked through in blocks, and keys that come after a block are not touched. In long rows a loop over the
-# blocks of a span keeps the scores of one block only. (Without a loop, the CPU compiler merges what the backward pass
-# recomputes with what the forward pass computed, and keeps all of it.)
+# Queries are processed in blocks, and keys that come after a block are skipped. Rows longer than LOOP_BEYOND are
+# processed in spans, with a loop over the blocks of each span, so that only one block's scores exist at a time.
+# (Without a loop, the CPU compiler merges the backward pass's recomputation with the forward pass and keeps all
+# scores.)
 QUERY_BLOCK, LOOP_BEYOND, LOOP_SPAN = 128, 1024, 2048
 
 
 class Queries(NamedTuple):
-    """Rotated queries, where they stand in their document, and which document it is."""
+    """Rotated queries, their positions in their documents, and the documents' segment ids."""
 
     q_BTNH: Array
     positions_BT: Array
@@ -29,8 +30,8 @@ class Queries(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """Keys, their values, where they stand in their document, and which document it is. Those that the reference is
-    given, and those of a cache, are rotated."""
+    """Keys, values, their positions in their documents, and the documents' segment ids. Keys passed to `attend_xla` and
+    keys in a cache are rotated."""
 
     k_BSKH: Array
     v_BSKH: Array
@@ -39,7 +40,7 @@ class Keys(NamedTuple):
 
 
 def attend_xla(queries: Queries, kv: Keys, window: int | None) -> Array:
-    """`ops.attention.attention` of rotated queries and keys: [B, T, N, H]."""
+    """`ops.attention.attention` for queries and keys that are rotated already: [B, T, N, H]."""
     length, keys = queries.q_BTNH.shape[1], kv.k_BSKH.shape[1]
     size, attend = (LOOP_SPAN, _attend_in_loop) if length > LOOP_BEYOND else (QUERY_BLOCK, _attend)
     outputs = []
@@ -52,7 +53,7 @@ def attend_xla(queries: Queries, kv: Keys, window: int | None) -> Array:
 
 
 def _attend_in_loop(queries: Queries, kv: Keys, window: int | None) -> Array:
-    """Attention block by block of queries, so that the scores of one block exist at a time."""
+    """Attention for one block of queries after the other, so that the scores of only one block exist at a time."""
     batch, length = queries.q_BTNH.shape[:2]
     blocks = -(-length // QUERY_BLOCK)
 
@@ -76,7 +77,7 @@ def visible(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _attend(queries: Queries, kv: Keys, window: int | None) -> Array:
-    """Attention of one block. Its backward pass makes the weights again from the log-sum-exp (FlashAttention,
+    """Attention for one block. The backward pass recomputes the weights from the log-sum-exp (FlashAttention,
     arXiv 2205.14135, appendix B), so that no scores are kept.
     """
     return _attend_forward(queries, kv, window)[0]
@@ -120,7 +121,8 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _scores(queries: Queries, kv: Keys, window: int | None) -> tuple[Array, Array]:
-    """Scaled float32 scores [B, K, G T, S], very low where a query may not look; and which queries see nothing."""
+    """Scaled float32 scores [B, K, G T, S], very low where a query does not see the key; and which queries see no
+    key."""
     q_BTNH, q_positions_BT, q_segment_ids_BT = queries
     k_BSKH, _, kv_positions_BS, kv_segment_ids_BS = kv
     batch, length, heads, size = q_BTNH.shape
@@ -137,7 +139,7 @@ def _product(subscripts: str, a: Array, b: Array) -> Array:
 
 
 def _group(x_BTNH: Array, kv_heads: int) -> Array:
-    """[B, T, N, H] to [B, K, G T, H]: the queries of a group stand under one another, for one product per key head."""
+    """[B, T, N, H] to [B, K, G T, H]: stacks the queries of a group, so that each key head takes one product."""
     batch, length, heads, size = x_BTNH.shape
     x_BKGTH = x_BTNH.reshape(batch, length, kv_heads, heads // kv_heads, size).transpose(0, 2, 3, 1, 4)
     return x_BKGTH.reshape(batch, kv_heads, -1, size)
@@ -149,5 +151,5 @@ def _ungroup(x_BKXH: Array, shape: tuple[int, ...]) -> Array:
 
 
 def _clear(blind_BT: Array, x_BTNH: Array) -> Array:
-    """0 for a query that sees nothing: the arithmetic averages everything for it."""
+    """Sets the output of queries that see no key to 0; softmax would give them the average of all values."""
     return jnp.where(blind_BT[:, :, None, None], jnp.zeros((), x_BTNH.dtype), x_BTNH)

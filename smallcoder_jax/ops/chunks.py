@@ -1,4 +1,4 @@
-"""Working through tokens chunk by chunk, on a mesh each device through its own.
+"""Processing tokens chunk by chunk; on a mesh each device processes its own tokens.
 
 Shapes: X tokens, N chunks of C tokens.
 """
@@ -17,9 +17,10 @@ from smallcoder_jax.mesh import TOKEN_AXES, TOKENS
 
 
 def on_own_tokens(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function(shared, *per_token)`, on a mesh of each device's own tokens; what it returns is joined along the first
-    axis. A loop over an axis that is split would have XLA gather all of it, and sum the unembedding's gradient over the
-    devices in every round. The vocabulary's split over `tensor` is left to XLA.
+    """`function(shared, *per_token)`, which on a mesh runs on each device's own tokens. The results are concatenated
+    along the first axis. Without this, XLA would gather the whole token axis for a loop over it, and would sum the
+    unembedding's gradient over the devices in every iteration. The split of the vocabulary over `tensor` is left to
+    XLA.
     """
     if jax.sharding.get_abstract_mesh().size <= 1:
         return function

@@ -1,6 +1,6 @@
-"""Cross-entropy over the vocabulary without float32 logits in memory: of all tokens at once, or chunk by chunk.
+"""Cross-entropy over the vocabulary without float32 logits in memory: for all tokens at once, or chunk by chunk.
 
-Shapes: X tokens, N chunks of C tokens, D width, V vocabulary, P parts of the mesh that have tokens of their own.
+Shapes: X tokens, N chunks of C tokens, D width, V vocabulary, P parts of the mesh that each hold their own tokens.
 """
 
 from __future__ import annotations
@@ -20,22 +20,25 @@ from smallcoder_jax.mesh import TOKEN_AXES
 from smallcoder_jax.ops.chunks import in_chunks, on_own_tokens
 from smallcoder_jax.ops.precision import product
 
-# All logits at once are less work: none are made twice. The limit is a quarter of the smallest accelerators' 16 GiB.
+# Computing all logits at once is less work, as none are recomputed. The limit is a quarter of the 16 GiB that the
+# smallest accelerators have.
 WHOLE_BYTES = 4 * 2**30
-# Chunks are large, so that adding to the unembedding's gradient, once in each, is little beside their products.
+# Chunks are large, so that adding to the unembedding's gradient, once per chunk, costs little compared with the matrix
+# products.
 CHUNK_BYTES = 512 * 2**20
 
 
 class Choice(NamedTuple):
-    """How many tokens' logits a device makes at a time (None: those of all its tokens), and why."""
+    """For how many tokens a device computes logits at a time (None: all of its tokens), and why."""
 
     chunk: int | None
     reason: str
 
 
 class TokenLosses(NamedTuple):
-    """Per token: negative log-likelihood in nats, log of the partition function, whether no entry scores higher, how
-    many do. The last is a pass of its own over the logits, which a caller that does not use it does not pay for.
+    """Per token: the target's negative log-likelihood in nats, the log of the partition function, whether no entry
+    scores higher than the target, and how many do. The count is a separate pass over the logits, which the compiler
+    removes where a caller does not use it.
     """
 
     nll_X: Float[Array, " X"]
@@ -45,9 +48,9 @@ class TokenLosses(NamedTuple):
 
 
 def choose(tokens: int, vocabulary: int, dtype: DTypeLike, axes: Mapping[str, int]) -> Choice:
-    """Decides by the memory that logits of `dtype` for all of `tokens` would take on each device of a mesh.
+    """Chooses by the memory that the logits of all `tokens` in `dtype` would take on each device of a mesh.
 
-    `axes`: the mesh's sizes by name; {} without a mesh.
+    `axes`: the size of each mesh axis by name; {} without a mesh.
     """
     token_bytes = vocabulary // axes.get("tensor", 1) * jnp.dtype(dtype).itemsize
     size = tokens // math.prod(axes.get(axis, 1) for axis in TOKEN_AXES) * token_bytes
@@ -68,8 +71,9 @@ def token_losses(
 ) -> TokenLosses:
     """Cross-entropy of `targets_X` under softmax(hidden @ unembed^T), with a float32 log-sum-exp.
 
-    Differentiable in hidden and unembedding, through nll and log_z. The logits have the dtype of `hidden_XD`; `choose`
-    says whether all are kept for the backward pass, or made again there chunk by chunk.
+    Differentiable with respect to the hidden states and the unembedding, through nll and log_z. The logits have the
+    dtype of `hidden_XD`. `choose` decides whether all are kept for the backward pass or recomputed there chunk by
+    chunk.
     """
     axes = jax.sharding.get_abstract_mesh().shape
     chunk = choose(hidden_XD.shape[0], unembed_VD.shape[0], hidden_XD.dtype, axes).chunk
@@ -82,8 +86,8 @@ def token_losses(
 def whole_losses(
     hidden_XD: Float[Array, "X D"], unembed_VD: Float[Array, "V D"], targets_X: Int[Array, " X"]
 ) -> TokenLosses:
-    """`token_losses` with the logits of all tokens at once; the backward pass makes softmax from them and the saved
-    log-sum-exp.
+    """`token_losses` with the logits of all tokens at once. The backward pass computes the softmax from the kept logits
+    and log-sum-exp.
     """
     return _whole_forward(hidden_XD, unembed_VD, targets_X)[0]
 
@@ -107,10 +111,10 @@ whole_losses.defvjp(_whole_forward, _whole_backward)
 def chunked_losses(
     hidden_XD: Float[Array, "X D"], unembed_VD: Float[Array, "V D"], targets_X: Int[Array, " X"], chunk: int
 ) -> TokenLosses:
-    """`token_losses` with the logits of `chunk` tokens at a time on each device. None are kept: the backward pass makes
-    each chunk's again, and sums the unembedding's gradient in float32.
+    """`token_losses` with the logits of `chunk` tokens at a time on each device. No logits are kept: the backward pass
+    recomputes them for each chunk, and sums the unembedding's gradient in float32.
 
-    On a mesh, X divides over the axes that split the batch.
+    On a mesh, X must be divisible by the product of the axes that split the batch.
     """
     return _chunked_forward(hidden_XD, unembed_VD, targets_X, chunk)[0]
 
@@ -139,7 +143,7 @@ def _chunked_backward(chunk: int, residuals: tuple[Array, ...], gradient: TokenL
 
         parts = in_chunks((hidden_XD, *per_token), chunk)
         d_unembed_VD, d_hidden_NCD = jax.lax.scan(add, jnp.zeros(unembed_VD.shape, jnp.float32), parts)
-        # Summed over the devices outside: here, XLA would gather what `tensor` splits first.
+        # Summed over the devices by the caller: summed here, XLA would first gather what `tensor` splits.
         return d_hidden_NCD.reshape(-1, hidden_XD.shape[1])[: hidden_XD.shape[0]], d_unembed_VD[None]
 
     d_hidden_XD, d_unembed_PVD = on_own_tokens(run)(
@@ -156,13 +160,13 @@ def _losses(logits_XV: Array, targets_X: Array) -> TokenLosses:
     largest_X = logits_XV.max(axis=-1)
     exponent_XV = jnp.exp(logits_XV.astype(jnp.float32) - largest_X.astype(jnp.float32)[:, None])
     log_z_X = largest_X.astype(jnp.float32) + jnp.log(exponent_XV.sum(axis=-1))
-    # What is not known to be at most the target's counts: where scores are not numbers, the target is last, not first.
+    # Counts entries that are not known to be at most the target's, so that the target ranks last among NaNs, not first.
     rank_X = jnp.sum(~(logits_XV <= target_logit_X[:, None]), axis=-1, dtype=jnp.int32)
     return TokenLosses(log_z_X - target_logit_X.astype(jnp.float32), log_z_X, target_logit_X >= largest_X, rank_X)
 
 
 def _d_logits(logits_XV: Array, targets_X: Array, log_z_X: Array, d_nll_X: Array, d_log_z_X: Array) -> Array:
-    """The gradient of the logits, in their dtype."""
+    """The gradient with respect to the logits, in their dtype."""
     softmax_XV = jnp.exp(logits_XV.astype(jnp.float32) - log_z_X[:, None])
     is_target_XV = jnp.arange(logits_XV.shape[1], dtype=targets_X.dtype)[None, :] == targets_X[:, None]
     d_logits_XV = softmax_XV * (d_nll_X + d_log_z_X)[:, None] - jnp.where(is_target_XV, d_nll_X[:, None], 0.0)
@@ -172,6 +176,6 @@ def _d_logits(logits_XV: Array, targets_X: Array, log_z_X: Array, d_nll_X: Array
 def unembedding_products(
     d_logits_XV: Array, hidden_XD: Array, unembed_VD: Array, unembed_dtype: DTypeLike
 ) -> tuple[Array, Array]:
-    """The gradients of the hidden states, in their dtype, and of the unembedding, in `unembed_dtype`."""
+    """The gradients with respect to the hidden states, in their dtype, and the unembedding, in `unembed_dtype`."""
     d_hidden_XD = product("xv,vd->xd", d_logits_XV, unembed_VD, hidden_XD.dtype)
     return d_hidden_XD, product("xv,xd->vd", d_logits_XV, hidden_XD, unembed_dtype)

@@ -1,8 +1,8 @@
-"""How far a student's next-token distributions are from a teacher's, chunk by chunk: over the whole vocabulary, or over
-the teacher's likeliest tokens, with all others taken together.
+"""KL divergence of a student's next-token distributions from a teacher's, chunk by chunk: over the whole vocabulary, or
+over the teacher's most probable tokens, with all others combined into one.
 
-Shapes: X tokens, N chunks of C tokens, D and E widths of student and teacher, V vocabulary, K likeliest tokens, P parts
-of the mesh that have tokens of their own.
+Shapes: X tokens, N chunks of C tokens, D and E widths of student and teacher, V vocabulary, K most probable tokens, P
+parts of the mesh that each hold their own tokens.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jaxtyping import Float, Int
 from smallcoder_jax.ops.chunks import in_chunks, on_own_tokens
 from smallcoder_jax.ops.cross_entropy import CHUNK_BYTES, logits, unembedding_products
 
-_NO_REST = 1e-6  # probability: a smaller rest is what float32 leaves of a sum that is 1
+_NO_REST = 1e-6  # a smaller remaining probability is a rounding error of a float32 sum that should be 1
 
 
 def divergences(
@@ -31,8 +31,9 @@ def divergences(
 ) -> Float[Array, " X"]:
     """KL(teacher || student) of each token in nats, both at `temperature` (Hinton et al., arXiv 1503.02531).
 
-    Differentiable in the student's hidden states and unembedding; the teacher is a constant. No logits are kept: the
-    backward pass makes each chunk's again. On a mesh, X divides over the axes that split the batch.
+    Differentiable with respect to the student's hidden states and unembedding; the teacher is a constant. No logits are
+    kept: the backward pass recomputes them for each chunk. On a mesh, X must be divisible by the product of the axes
+    that split the batch.
     """
     return _divergences(hidden_XD, unembed_VD, teacher_unembed_VE, (teacher_hidden_XE,), temperature, _WHOLE)
 
@@ -44,9 +45,9 @@ def top_divergences(
     log_probs_XK: Float[Array, "X K"],
     temperature: float,
 ) -> Float[Array, " X"]:
-    """As `divergences`, of the teacher's `top_tokens` at the same temperature, with all other tokens as one more. Never
-    above the divergence over the whole vocabulary, and the same where K is all of it. Leaving the rest out instead
-    would teach that it has no probability.
+    """As `divergences`, from the teacher's `top_tokens` at the same temperature, with all other tokens combined into
+    one. It is never above the divergence over the whole vocabulary, and equals it where K is the whole vocabulary.
+    Omitting the other tokens instead would teach the student that their probability is 0.
     """
     return _divergences(hidden_XD, unembed_VD, None, (ids_XK, log_probs_XK), temperature, _TOP)
 
@@ -54,8 +55,8 @@ def top_divergences(
 def top_tokens(
     hidden_XD: Float[Array, "X D"], unembed_VD: Float[Array, "V D"], count: int, temperature: float
 ) -> tuple[Int[Array, "X K"], Float[Array, "X K"]]:
-    """The `count` likeliest tokens of each place, and their log-probabilities at `temperature`, normalised over the
-    whole vocabulary. On a mesh as `divergences`.
+    """The `count` most probable tokens at each position, and their log-probabilities at `temperature`, normalised over
+    the whole vocabulary. On a mesh, the condition of `divergences` on X holds.
     """
 
     def run(unembed_VD: Array, hidden_XD: Array) -> tuple[Array, Array]:
@@ -70,9 +71,10 @@ def top_tokens(
 
 
 class _Teacher(NamedTuple):
-    """What is made of a chunk of a student's log-probabilities [C, V], given the teacher's unembedding or None, what is
-    known of the teacher at each token, and the temperature: the divergence [C], and its gradient by the student's
-    logits over the temperature [C, V].
+    """The two functions that depend on how a teacher is represented. Both take a chunk of the student's
+    log-probabilities [C, V], the teacher's unembedding or None, the per-token facts about the teacher, and the
+    temperature. `divergence` returns the divergence [C], `gradient` its gradient with respect to the student's logits
+    divided by the temperature [C, V].
     """
 
     divergence: Callable[[Array, Any, tuple[Array, ...], float], Array]
@@ -92,7 +94,8 @@ _WHOLE = _Teacher(_whole_divergence, _whole_gradient)
 
 
 def _rests(student_CV: Array, ids_CK: Array, log_probs_CK: Array) -> tuple[Array, Array]:
-    """[C, 1] each: the teacher's probability of all tokens but its likeliest, and the student's, as a logarithm."""
+    """The total probability of all tokens but `ids_CK`: the teacher's, and the logarithm of the student's; [C, 1]
+    each."""
     rest_C1 = 1.0 - jnp.sum(jnp.exp(log_probs_CK), axis=-1, keepdims=True)
     others_CV = jnp.put_along_axis(student_CV, ids_CK, -jnp.inf, axis=-1, inplace=False)
     student_C1 = jax.nn.logsumexp(others_CV, axis=-1, keepdims=True)
@@ -100,7 +103,7 @@ def _rests(student_CV: Array, ids_CK: Array, log_probs_CK: Array) -> tuple[Array
 
 
 def _top_divergence(student_CV: Array, _: None, of_token: tuple[Array, ...], temperature: float) -> Array:
-    del temperature  # both sides have it already
+    del temperature  # already applied to both sides
     ids_CK, teacher_CK = of_token
     student_CK = jnp.take_along_axis(student_CV, ids_CK, axis=-1)
     known_C = jnp.sum(jnp.exp(teacher_CK) * (teacher_CK - student_CK), axis=-1)
@@ -110,7 +113,7 @@ def _top_divergence(student_CV: Array, _: None, of_token: tuple[Array, ...], tem
 
 
 def _top_gradient(student_CV: Array, _: None, of_token: tuple[Array, ...], temperature: float) -> Array:
-    """At the likeliest q - p, elsewhere q less the student's share q / q_rest of the teacher's rest."""
+    """q - p at the teacher's top tokens; at every other token q - p_rest q / q_rest, with the totals of `_rests`."""
     del temperature
     ids_CK, teacher_CK = of_token
     rest_C1, student_rest_C1 = _rests(student_CV, ids_CK, teacher_CK)
@@ -123,7 +126,7 @@ _TOP = _Teacher(_top_divergence, _top_gradient)
 
 
 def _chunk(vocabulary: int) -> int:
-    """Tokens at a time: two sets of float32 logits within the limit."""
+    """How many tokens are processed at a time, so that two sets of float32 logits stay within CHUNK_BYTES."""
     return max(CHUNK_BYTES // (8 * vocabulary), 1)
 
 

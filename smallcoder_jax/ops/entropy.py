@@ -1,6 +1,6 @@
-"""How undecided a model is about the next token, over the whole vocabulary, chunk by chunk.
+"""Entropy of a model's next-token distribution over the whole vocabulary, chunk by chunk.
 
-Shapes: X tokens, N chunks of C tokens, D width, V vocabulary, P parts of the mesh that have tokens of their own.
+Shapes: X tokens, N chunks of C tokens, D width, V vocabulary, P parts of the mesh that each hold their own tokens.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from smallcoder_jax.ops.cross_entropy import CHUNK_BYTES, logits, unembedding_pr
 
 @jax.custom_vjp
 def entropies(hidden_XD: Float[Array, "X D"], unembed_VD: Float[Array, "V D"]) -> Float[Array, " X"]:
-    """Entropy in nats of softmax(hidden @ unembed^T) of each token.
+    """Entropy in nats of softmax(hidden @ unembed^T) for each token.
 
-    Differentiable in both. No logits are kept: the backward pass makes each chunk's again. On a mesh, X divides over
-    the axes that split the batch.
+    Differentiable with respect to both arguments. No logits are kept: the backward pass recomputes them for each chunk.
+    On a mesh, X must be divisible by the product of the axes that split the batch.
     """
     return _forward(hidden_XD, unembed_VD)[0]
 
 
 def _chunk(tokens: int, vocabulary: int) -> int:
-    """Tokens at a time: float32 logits and probabilities within the limit."""
+    """How many tokens are processed at a time, so that float32 logits and probabilities stay within CHUNK_BYTES."""
     return min(max(CHUNK_BYTES // (8 * vocabulary), 1), tokens)
 
 

@@ -14,10 +14,10 @@ from smallcoder_jax.ops.precision import factor, product
 
 @jax.custom_vjp
 def linear(x_BTI: Float[Array, "B T I"], kernel_IO: Float[Array, "I O"]) -> Float[Array, "B T O"]:
-    """x kernel, multiplied in the dtype of `x_BTI`; the gradient of the kernel has the kernel's own dtype.
+    """x kernel, multiplied in the dtype of `x_BTI`. The gradient of the kernel has the kernel's dtype.
 
-    Derived by jax, that gradient is (dy^T x)^T, for which a CPU transposes dy at a third of the speed of this product,
-    and in bfloat16 it is rounded before it becomes float32.
+    The gradient that jax would derive is (dy^T x)^T. A CPU transposes dy for it, which makes it three times slower than
+    the product here, and in bfloat16 it would be rounded before the conversion to float32.
     """
     return _forward(x_BTI, kernel_IO)[0]
 

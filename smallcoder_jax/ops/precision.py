@@ -1,4 +1,4 @@
-"""How matrices are multiplied: in the type of their arrays, or float32 ones by way of bfloat16."""
+"""The precision of matrix products: that of their arrays, or float32 arrays rounded to bfloat16 first."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from smallcoder_jax.config import ComputeConfig
 CPUINFO = Path("/proc/cpuinfo")
 FAST_BFLOAT16 = ("avx512_bf16", "amx_bf16")  # flags of processors that multiply bfloat16 in hardware
 Kind = Literal["exact", "mixed"]
-_SETTINGS: Any = jax.config  # whose flags no type checker knows
+_SETTINGS: Any = jax.config  # typed Any, because type checkers do not know its flags
 
 
 class Choice(NamedTuple):
@@ -28,8 +28,8 @@ class Choice(NamedTuple):
 
 
 def choose(compute: ComputeConfig, platform: str) -> Choice:
-    """What `compute.matmul` means on a platform: `auto` is mixed for float32 on a CPU with instructions for it, where
-    products take about half the time, and exact everywhere else.
+    """Resolves `compute.matmul` on a platform. `auto` is `mixed` for float32 on a CPU with bfloat16 instructions, where
+    products take about half the time, and `exact` everywhere else.
     """
     if compute.matmul != "auto":
         return Choice(compute.matmul, "asked for")
@@ -45,7 +45,7 @@ def choose(compute: ComputeConfig, platform: str) -> Choice:
 
 
 def processor_flags() -> frozenset[str]:
-    """What this machine's first CPU says of itself; nothing where there is no Linux to ask."""
+    """The flags of this machine's first CPU; empty where the system is not Linux."""
     try:
         lines = CPUINFO.read_text().splitlines()
     except OSError:
@@ -54,13 +54,13 @@ def processor_flags() -> frozenset[str]:
 
 
 def multiplying(kind: Kind, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, traced so that the products in it are of that kind, whatever JAX_DEFAULT_MATMUL_PRECISION says.
-    Around derivatives, not inside of them: their backward passes are traced last.
+    """`function`, traced so that its products are of this kind, whatever JAX_DEFAULT_MATMUL_PRECISION says. Apply it
+    around a derivative, not inside, because the backward pass is traced after the differentiated function has returned.
     """
 
     @functools.wraps(function)
     def traced(*arguments: Any) -> Any:
-        # A setting of jax, because it is part of what jax keeps traced functions by.
+        # A jax setting, not one of our own, because jax includes it in the key of its cache of traced functions.
         with jax.default_matmul_precision("bfloat16" if kind == "mixed" else None):
             return function(*arguments)
 
@@ -68,10 +68,10 @@ def multiplying(kind: Kind, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def product(subscripts: str, a: Array, b: Array, out: DTypeLike) -> Array:
-    """`jnp.einsum` of two arrays in the dtype of `a`, as an array of `out`.
+    """`jnp.einsum` of two arrays in the dtype of `a`, with a result of dtype `out`.
 
-    float32 means float32, without TF32 on GPUs or bfloat16 passes on TPUs, but inside of `multiplying("mixed")`;
-    bfloat16 takes the hardware's own path.
+    Except inside `multiplying("mixed")`, float32 means float32, without TF32 on GPUs or bfloat16 passes on TPUs.
+    bfloat16 uses the hardware's default.
     """
     if _is_mixed():
         return _mixed(subscripts, a, b, out)
@@ -81,7 +81,8 @@ def product(subscripts: str, a: Array, b: Array, out: DTypeLike) -> Array:
 
 
 def factor(x: Array) -> Array:
-    """`x` as products take it: rounded inside of `multiplying("mixed")`. For backward passes, which then keep half."""
+    """`x` as `product` uses it: rounded to bfloat16 inside `multiplying("mixed")`. Backward passes keep this version,
+    which halves the memory that it takes."""
     return x.astype(jnp.bfloat16) if _is_mixed() else x
 
 
@@ -90,11 +91,12 @@ def _is_mixed() -> bool:
 
 
 def _mixed(subscripts: str, a: Array, b: Array, out: DTypeLike) -> Array:
-    """The rounding is written out: XLA's CPU backend does not round by itself, whatever precision it is asked for."""
+    """`product` with explicit rounding: XLA's CPU backend does not round, whatever precision is requested."""
     a, b = a.astype(jnp.bfloat16), b.astype(jnp.bfloat16)
     left, right, result = subscripts.replace("->", ",").split(",")
     if left[-1] in result:
-        # Contracted over its last axis the left side has a bfloat16 kernel there; over an earlier one it is multiplied
-        # in float32, at a third of the rate. A second contracted axis has the compiler transpose it first.
+        # XLA's CPU backend has a bfloat16 kernel only for products that contract the last axis of the left side. A
+        # product over an earlier axis runs in float32, at a third of the rate. A second contracted axis makes the
+        # compiler transpose the left side first.
         a, b, subscripts = a[None], b[None], f"z{left},z{right}->{result}"
     return jnp.einsum(subscripts, a, b, preferred_element_type=out)

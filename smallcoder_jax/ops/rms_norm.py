@@ -15,9 +15,10 @@ from jaxtyping import Float
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_norm(x_BTD: Float[Array, "B T D"], scale_D: Float[Array, " D"], eps: float) -> Float[Array, "B T D"]:
-    """scale * x / sqrt(mean(x^2) + eps) (Zhang and Sennrich, arXiv 1910.07467), float32 inside, in the dtype of x.
+    """scale * x / sqrt(mean(x^2) + eps) (Zhang and Sennrich, arXiv 1910.07467), computed in float32, in the dtype of x.
 
-    The gradients that jax derives take a CPU nine times as long, as sums that do not fuse, and keep x in float32.
+    The gradients that jax derives take nine times as long on a CPU, because their sums do not fuse, and keep x in
+    float32.
     """
     return _forward(x_BTD, scale_D, eps)[0]
 

@@ -13,13 +13,14 @@ from jaxtyping import Float, Int
 
 
 def angles(positions_BT: Int[Array, "B T"], size: int, theta: float) -> tuple[Array, Array]:
-    """Cosine and sine of position * theta^(-2i/H) for the pairs i of a head of `size`: float32 [B, T, H / 2] each."""
+    """Cosine and sine of position * theta^(-2i/H) for each pair i of a head of size H = `size`: float32 [B, T, H /
+    2]."""
     return _of_frequencies(positions_BT, jnp.asarray(_frequencies(size, theta)))
 
 
 def _angles_in_loop(positions_BT: Array, size: int, theta: float) -> tuple[Array, Array]:
-    """`angles`, in a loop over two parts of the pairs. XLA's CPU compiler makes sines again in every fusion that uses
-    them, once for each head, but fuses nothing across a loop.
+    """`angles`, computed in a loop over two halves of the pairs. XLA's CPU compiler recomputes the sines in every
+    fusion that uses them, once for each head; it fuses nothing across a loop.
     """
     parts = 2 if size % 4 == 0 else 1
     frequency_Ph = jnp.asarray(_frequencies(size, theta)).reshape(parts, -1)
@@ -29,7 +30,7 @@ def _angles_in_loop(positions_BT: Array, size: int, theta: float) -> tuple[Array
 
 
 def _frequencies(size: int, theta: float) -> np.ndarray:
-    # Rounded as the published Llama code rounds it: far from position 0, an ulp here is seen in the logits.
+    # Rounded as in the published Llama code: far from position 0, a difference of one ulp here changes the logits.
     exponent_h = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
     return np.float32(1.0) / np.power(np.float32(theta), exponent_h)
 
