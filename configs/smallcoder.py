@@ -1,11 +1,11 @@
-"""The variants: every model that has a config of its own in this folder, as one table.
+"""One table of all variants, the models that have their own config file in this folder.
 
 Command:   python -m smallcoder_jax.main --config=medium_lc --workdir=runs/medium_lc
-           (configs/medium_lc.py, and configs/smallcoder.py:medium_lc, are the same)
+           (--config=configs/medium_lc.py and --config=configs/smallcoder.py:medium_lc mean the same)
 Hardware, time, expected: in the docstring of each variant's own file.
 
-The SmallCoders are decoders with RoPE, RMSNorm, SwiGLU and grouped heads; `_lc` are those of a long context. The staged
-family has learned positions, LayerNorm, GELU and biases. nano is the quick start's.
+The SmallCoders are decoders with RoPE, RMSNorm, SwiGLU and grouped heads; the `_lc` variants have a long context. The
+staged variants are decoders with RoPE, RMSNorm, GELU and biases. nano is the model of the quick start.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from smallcoder_jax.config import default_config
 
 
 class Shape(NamedTuple):
-    """A decoder's numbers, and the batches that it is trained on."""
+    """The sizes of a decoder, and the size of its training batches."""
 
     width: int
     mlp_width: int
@@ -47,7 +47,7 @@ VARIANTS = {
 
 
 def get_config(variant: str = "medium_lc") -> ConfigDict:
-    """The config of a variant. Raises UserError for one that is not in the table."""
+    """The config of a variant. Raises UserError for a variant that is not in the table."""
     if variant not in VARIANTS:
         raise UserError(f"variant {variant!r}: expected one of {', '.join(VARIANTS)}")
     shape, config = VARIANTS[variant], default_config()
@@ -80,7 +80,7 @@ def _staged(config: Any) -> None:
     if config.model.width < 1024:
         config.train.microbatch_size = 0
     else:
-        config.mesh.update(data=1, fsdp=-1)  # parameters and optimizer do not fit beside activations on one device
+        config.mesh.update(data=1, fsdp=-1)  # one device cannot hold parameters, optimizer and activations together
         config.compute.remat = "full"
 
 
@@ -88,18 +88,18 @@ def _nano(config: Any) -> None:
     config.model.update(vocab_size=2048, head_size=64)
     config.compute.update(dtype="float32", matmul="auto")  # bfloat16 activations are slower on a CPU
     config.data.update(sources="stdlib", fim_rate=0.1)
-    # Many small steps: at this size a step is worth more than the tokens in it.
+    # Many small steps: at this size more steps improve the loss more than larger batches.
     config.train.update(steps=2200, sequence_length=384, microbatch_size=0, log_every=50)
     config.optimizer.update(
         name="muon",
-        learning_rate=0.01,  # of the embedding and the norms
+        learning_rate=0.01,  # for the embedding and the norms
         muon_learning_rate=0.03,
         weight_decay=0.1,
         schedule="linear",
         warmup_steps=20,
         final_ratio=0.0,
     )
-    # Often, so that what it writes is seen to get better.
+    # Frequent, so that the samples visibly improve during the run.
     config.eval.update(every=400, batches=4, batch_size=16, sample_tokens=48, sample_temperature=0.0)
     config.eval.sample_prompts = ("def read_lines(path):\n    with open(",)
     config.checkpoint.update(every=400, keep=2)

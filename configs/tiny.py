@@ -1,8 +1,8 @@
 """SmallCoder-Tiny: 100,682,496 parameters, 2048 tokens of context.
 
 Command:   python -m smallcoder_jax.main --config=configs/tiny.py --workdir=runs/tiny
-Hardware:  meant for a GPU or TPUs (docs/machines.md), not yet tried on one. A few steps run on a CPU, to try it out.
-Time:      not measured (docs/benchmarks.md has what was).
+Hardware:  meant for a GPU or TPUs (docs/machines.md), not yet tried on one. A CPU can run a few steps as a trial.
+Time:      not measured (docs/benchmarks.md lists what has been).
 Expected:  not measured. The loss starts at ln(32768) = 10.4.
 
 Data is bigcode/the-stack-smol; without a network: --config.data.sources=stdlib, or dir:/my/code.

@@ -1,13 +1,13 @@
-r"""Stage code: source code with fill-in-the-middle, from the language stage's model.
+r"""Stage code: source code with fill-in-the-middle, starting from the language stage's model.
 
 Command:   python -m smallcoder_jax.main --config=configs/stages/code.py:small --workdir=runs/code \
              --config.stage.start=runs/language
-           or, as one of several: python -m tools.run_stages --variant=small
+           or as part of a pipeline: python -m tools.run_stages --variant=small
 Hardware:  that of the variant (configs/small.py); nano: two CPU cores.
-Time:      not measured but for nano (docs/benchmarks.md, "make pipeline").
-Expected:  bits per byte of held-out code fall, from those of a model that has read prose.
+Time:      measured for nano only (docs/benchmarks.md, "make pipeline").
+Expected:  bits per byte of held-out code fall from those of a model that was trained on prose.
 
-The learning rate is that of going on; from drawn parameters take the variant's own config instead.
+The learning rate is meant for continued training. To train from random parameters, use the variant's own config.
 """
 
 from pathlib import Path

@@ -1,15 +1,16 @@
-r"""Stage dialog: questions and answers (Alpaca-GPT4's), loss on the answer and its end alone.
+r"""Stage dialog: questions and answers (Alpaca-GPT4), with the loss on the answer and its end only.
 
 Command:   python -m smallcoder_jax.main --config=configs/stages/dialog.py:small --workdir=runs/dialog \
              --config.stage.start=runs/language
-Presets:   behind a comma, as in :small,test: test and development take the first 100 and 1000 conversations, production
-           (default) all of the 52,002 that are published.
+Presets:   after a comma, as in :small,test. test and development use the first 100 and 1000 conversations, production
+           (the default) all 52,002 that are published.
 Hardware:  that of the variant (configs/small.py); nano: two CPU cores.
 Time:      not measured.
 Expected:  answers that end (`ended` of --mode=evaluate); the loss on held-out answers falls.
 
-A row is one conversation, so that steps are epochs: 1, 2 and 3 of them. Without a network:
---config.dialogs.source=jsonl:PATH (or parquet:PATH), rows of one of the forms in docs/data.md.
+A row is one conversation, so that the number of steps follows from that of epochs: 1 for test, 2 for development and 3
+for production. Without a network: --config.dialogs.source=jsonl:PATH (or parquet:PATH), with rows in one of the formats
+of docs/data.md.
 """
 
 from pathlib import Path

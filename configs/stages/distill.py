@@ -1,17 +1,17 @@
-r"""Stage distill: a smaller model learns code from a larger one beside the text.
+r"""Stage distill: a smaller model learns code from a larger model's predictions in addition to the text.
 
 Command:   python -m smallcoder_jax.main --config=configs/stages/distill.py:small --workdir=runs/distill \
              --config.distill.teacher=runs/code
-           or, as one of several: python -m tools.run_stages --variant=small
+           or as part of a pipeline: python -m tools.run_stages --variant=small
 Hardware:  that of the variant (configs/small.py); nano: two CPU cores.
-Time:      not measured but for nano (docs/benchmarks.md, "make pipeline").
+Time:      measured for nano only (docs/benchmarks.md, "make pipeline").
 Expected:  fewer bits per byte than the same model without a teacher (--config.distill.alpha=1).
 
---config.distill.top_k=64 works out the teacher's 64 likeliest tokens of every place once and keeps them on the disk, at
-six to eight bytes each: several students of one teacher on the same batches, or a teacher for which there is no room
-beside the student. What is not among them counts as one token more.
+--config.distill.top_k=64 computes the teacher's 64 most probable tokens at every position once and stores them on disk,
+at six to eight bytes each. Use it for several students of one teacher on the same batches, or for a teacher that does
+not fit in memory together with the student. All other tokens count as one.
 
-The student has the variant's shape; nano's student is two of nano's four layers, two thirds as wide, its teacher.
+The student has the variant's shape. For nano the student has two layers instead of four and two thirds of nano's width.
 """
 
 from pathlib import Path

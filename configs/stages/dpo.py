@@ -1,10 +1,10 @@
-r"""Stage dpo: better answers become more likely than at the start, compared with worse ones (arXiv 2305.18290).
+r"""Stage dpo: makes better answers more probable, relative to worse ones, than at the start (arXiv 2305.18290).
 
 Command:   python -m smallcoder_jax.main --config=configs/stages/dpo.py:small --workdir=runs/dpo \
              --config.stage.start=runs/tools
-           or, as one of several: python -m tools.run_stages --variant=small
+           or as part of a pipeline: python -m tools.run_stages --variant=small
 Hardware:  that of the variant (configs/small.py); nano: two CPU cores.
-Time:      not measured but for nano (docs/benchmarks.md, "make pipeline").
+Time:      measured for nano only (docs/benchmarks.md, "make pipeline").
 Expected:  the margin of held-out pairs rises from 0.
 """
 

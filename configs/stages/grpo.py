@@ -1,11 +1,11 @@
-r"""Stage grpo: answers to one question compete with each other; what they are worth is found by running them.
+r"""Stage grpo: compares the answers to one question with each other; their rewards come from running them.
 
 Command:   python -m smallcoder_jax.main --config=configs/stages/grpo.py:small --workdir=runs/grpo \
              --config.stage.start=runs/tools
-           or, as one of several: python -m tools.run_stages --variant=small
+           or as part of a pipeline: python -m tools.run_stages --variant=small
 Hardware:  that of the variant (configs/small.py); nano: two CPU cores.
-Time:      not measured but for nano (docs/benchmarks.md, "make pipeline").
-Expected:  the mean reward of answers to held-out prompts rises, the divergence from the start stays small.
+Time:      measured for nano only (docs/benchmarks.md, "make pipeline").
+Expected:  the mean reward of answers to held-out prompts rises, and the divergence from the start model stays small.
 """
 
 from pathlib import Path
@@ -19,14 +19,15 @@ def get_config(variant: str = "small") -> ConfigDict:
     config = read_config_file(str(Path(__file__).parents[1] / f"{variant}.py"))
     config.name += "-grpo"
     config.stage.name = "grpo"
-    # Nats per answer from its start: where rewards rise and this does too, the reward is being misled.
+    # start_kl: nats per answer from the start model. Where it rises along with the reward, the model exploits the
+    # reward.
     config.stage.measures = ("reward higher error=gain_error", "start_kl <=4")
     config.rl.update(questions=8, group_size=8)
     config.train.update(steps=1000, batch_size=16, sequence_length=min(1024, config.model.context), microbatch_size=0)
     config.optimizer.update(name="adamw", learning_rate=1e-6, warmup_steps=100, clip_norm=0.5, schedule="linear")
     config.eval.update(batches=4, every=100)
     if variant == "nano":
-        # At lower temperatures rewards did not rise, and with fewer answers, gone through twice, little (docs/LOG.md).
+        # Rewards did not rise at lower temperatures, and rose little with fewer answers and two epochs (docs/LOG.md).
         config.rl.update(
             prompt_count=2000,
             questions=8,

@@ -1,12 +1,12 @@
-"""Stage language: prose, from drawn parameters. TinyStories; nano: the prose of this machine, without a network.
+"""Stage language: prose, from random parameters. TinyStories; nano: the prose of this machine, without a network.
 
 Command:   python -m smallcoder_jax.main --config=configs/stages/language.py:small --workdir=runs/language
-           or, as one of several: python -m tools.run_stages --variant=small
+           or as part of a pipeline: python -m tools.run_stages --variant=small
 Hardware:  that of the variant (configs/small.py); nano: two CPU cores.
-Time:      not measured but for nano (docs/benchmarks.md, "make pipeline").
+Time:      measured for nano only (docs/benchmarks.md, "make pipeline").
 Expected:  bits per byte of held-out text fall; the loss starts at ln(vocabulary).
 
-A token is met about three times: steps for TinyStories' 470M tokens in rows of 512.
+The steps cover the 470M tokens of TinyStories about three times, in rows of 512 tokens.
 """
 
 from pathlib import Path

@@ -1,11 +1,11 @@
-r"""Stage ppo: answers that a reward model likes, with a price for leaving the model it began with.
+r"""Stage ppo: maximises the reward model's score of answers, with a penalty for diverging from the start model.
 
 Command:   python -m smallcoder_jax.main --config=configs/stages/ppo.py:small --workdir=runs/ppo \
              --config.stage.start=runs/tools --config.rl.reward_model=runs/reward
-           or, as one of several: python -m tools.run_stages --variant=small
+           or as part of a pipeline: python -m tools.run_stages --variant=small
 Hardware:  that of the variant (configs/small.py); nano: two CPU cores.
-Time:      not measured but for nano (docs/benchmarks.md, "make pipeline").
-Expected:  the mean reward of answers to held-out prompts rises, the divergence from the start stays small.
+Time:      measured for nano only (docs/benchmarks.md, "make pipeline").
+Expected:  the mean reward of answers to held-out prompts rises, and the divergence from the start model stays small.
 """
 
 from pathlib import Path
@@ -19,16 +19,17 @@ def get_config(variant: str = "small") -> ConfigDict:
     config = read_config_file(str(Path(__file__).parents[1] / f"{variant}.py"))
     config.name += "-ppo"
     config.stage.name = "ppo"
-    # Nats per answer from its start: where rewards rise and this does too, the reward is being misled.
+    # start_kl: nats per answer from the start model. Where it rises along with the reward, the model exploits the
+    # reward.
     config.stage.measures = ("reward higher error=gain_error", "start_kl <=4")
     config.rl.update(questions=16, group_size=4)
     config.train.update(steps=1000, batch_size=16, sequence_length=min(1024, config.model.context), microbatch_size=0)
     config.optimizer.update(name="adamw", learning_rate=1e-6, warmup_steps=100, clip_norm=0.5, schedule="linear")
     config.eval.update(batches=4, every=100)
     if variant == "nano":
-        # The critic's gradient must not be what fills clip_norm, its values have to move by more than 0.2 in an
-        # iteration, and before they know anything they mislead; without a discount the first tokens of an answer have
-        # their share of its reward (docs/LOG.md).
+        # value_weight: the critic's gradient must not dominate clip_norm. value_clip: values have to move by more than
+        # 0.2 in an iteration. value_warmup: untrained values mislead the policy. gamma: without a discount the first
+        # tokens of an answer get their share of its reward (docs/LOG.md).
         config.rl.update(
             prompt_count=2000,
             questions=16,

@@ -1,11 +1,11 @@
-r"""Stage reward: a head that scores answers, from pairs of a better and a worse one (Bradley-Terry).
+r"""Stage reward: trains a head that scores answers on pairs of a better and a worse answer (Bradley-Terry).
 
 Command:   python -m smallcoder_jax.main --config=configs/stages/reward.py:small --workdir=runs/reward \
              --config.stage.start=runs/tools
-           or, as one of several: python -m tools.run_stages --variant=small
+           or as part of a pipeline: python -m tools.run_stages --variant=small
 Hardware:  that of the variant (configs/small.py); nano: two CPU cores.
-Time:      not measured but for nano (docs/benchmarks.md, "make pipeline").
-Expected:  of held-out pairs, the better answer scores higher in more than 80%.
+Time:      measured for nano only (docs/benchmarks.md, "make pipeline").
+Expected:  the better answer scores higher in more than 80% of held-out pairs.
 """
 
 from pathlib import Path

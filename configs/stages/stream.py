@@ -1,13 +1,14 @@
-"""Stage stream: one document a step, as they come. SlimPajama, streamed; nano: the prose of this machine.
+"""Stage stream: one document per step, in the order of the stream. SlimPajama; nano: the prose of this machine.
 
 Command:   python -m smallcoder_jax.main --config=configs/stages/stream.py:small --workdir=runs/stream
-Presets:   behind a comma, as in :small,test: test, development, production (default) take 100, 1000, 10,000 steps.
+Presets:   after a comma, as in :small,test. test, development and production (the default) take 100, 1000 and 10,000
+           steps.
 Hardware:  that of the variant (configs/small.py); nano: two CPU cores.
 Time:      not measured.
-Expected:  the loss starts at ln(vocabulary) and falls; with one document a step it is noisy, the evaluations are not.
+Expected:  the loss starts at ln(vocabulary) and falls. With one document per step it is noisy; the evaluations are not.
 
-Of each document the first 256 tokens. Documents are streamed once, filtered and kept under data/: twice as many as
-there are steps, so that every step has a new one; 1000 unusable ones in a row end it. Without a network:
+A row is the first 256 tokens of a document. Documents are streamed once, filtered and kept under data/: twice as many
+as there are steps, so that every step has a new one. 1000 unusable documents in a row end the run. Without a network:
 --config.data.sources=prose!nofim, or dir:/my/text.
 """
 
@@ -19,7 +20,8 @@ from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import nearest
 from smallcoder_jax.configfile import read_config_file
 
-PRESETS = {"test": (100, 50), "development": (1000, 200), "production": (10_000, 1000)}  # steps, and from evaluation on
+# Steps, and steps between evaluations.
+PRESETS = {"test": (100, 50), "development": (1000, 200), "production": (10_000, 1000)}
 
 
 def get_config(argument: str = "small,production") -> ConfigDict:

@@ -1,11 +1,11 @@
-r"""Stage tools: conversations that call six functions, their calls really executed; loss on the assistant alone.
+r"""Stage tools: conversations whose calls of six functions are really executed, with the loss on the assistant only.
 
 Command:   python -m smallcoder_jax.main --config=configs/stages/tools.py:small --workdir=runs/tools \
              --config.stage.start=runs/code
-           or, as one of several: python -m tools.run_stages --variant=small
+           or as part of a pipeline: python -m tools.run_stages --variant=small
 Hardware:  that of the variant (configs/small.py); nano: two CPU cores.
-Time:      not measured but for nano (docs/benchmarks.md, "make pipeline").
-Expected:  valid, right calls on held-out conversations (--mode=evaluate), from near none.
+Time:      measured for nano only (docs/benchmarks.md, "make pipeline").
+Expected:  the share of valid and correct calls on held-out conversations (--mode=evaluate) rises from near 0.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ def get_config(variant: str = "small") -> ConfigDict:
     config = read_config_file(str(Path(__file__).parents[1] / f"{variant}.py"))
     config.name += "-tools"
     config.stage.name = "sft"
-    # A small model does not copy the code that calls are about: right arguments are only shown.
+    # A small model does not learn to copy code into its calls, so right_arguments is only shown.
     config.stage.measures = ("valid_json higher >=0.8", "right_tool higher", "right_arguments")
     config.train.update(steps=1600, batch_size=32, sequence_length=min(2048, config.model.context), microbatch_size=0)
     config.optimizer.update(learning_rate=3e-6, warmup_steps=500)

@@ -1,4 +1,4 @@
-"""The one schema of a run: sections of typed fields with their ranges, and what must hold between them."""
+"""The one schema of a run's config: sections of typed fields with their ranges, and the constraints between fields."""
 
 from smallcoder_jax.config.data import DataConfig, DialogConfig, PreferencesConfig, TokenizerConfig
 from smallcoder_jax.config.model import ComputeConfig, DecoderConfig, MeshConfig, ModelConfig

@@ -1,4 +1,4 @@
-"""What is learned from: documents, tokens, conversations and pairs of answers."""
+"""Settings of the training data: documents, tokens, conversations and pairs of answers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from smallcoder_jax.config.fields import LARGEST_SEED, Section, number
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig(Section):
-    """`sentencepiece`: trained here unless `path` names a folder. `bytes`: raw UTF-8. `hf`: the folder `path`."""
+    """`sentencepiece`: trained here unless `path` names a folder. `bytes`: raw UTF-8. `hf`: a published tokenizer, read
+    from the folder `path`."""
 
     kind: Literal["sentencepiece", "bytes", "hf"] = "sentencepiece"
     path: str = ""
@@ -27,36 +28,38 @@ class TokenizerConfig(Section):
 class DataConfig(Section):
     """Where documents come from and how they become rows of tokens.
 
-    `sources`: comma-separated `SPEC[@WEIGHT][!nofim]`, SPEC one of `stdlib` (the running Python's library, without its
-    tests), `installed`, `prose` (what the installed packages say of themselves), `dir:PATH[?ignored=keep]`,
-    `jsonl:PATH`, `parquet:PATH` (a path with one of these signs in it can be quoted: `dir:"a, b"`), `tfds:NAME`,
-    `hf:NAME[?config=..&split=..&column=..&streaming=1]`. Weights are per token.
+    `sources`: comma-separated `SPEC[@WEIGHT][!nofim]`, where SPEC is one of `stdlib` (the running Python's standard
+    library, without its tests), `installed`, `prose` (the documentation of the installed packages),
+    `dir:PATH[?ignored=keep]`, `jsonl:PATH`, `parquet:PATH` (a path that contains one of these special characters can be
+    quoted: `dir:"a, b"`), `tfds:NAME`, `hf:NAME[?config=..&split=..&column=..&streaming=1]`. Weights are per token.
     """
 
     sources: str = "hf:bigcode/the-stack-smol"
     dir: str = "data"  # prepared corpora, tokenizers and token shards; shared between runs
-    workers: int = number(0, low=0, high=1024, zero="a thread of this process")  # reader processes
+    workers: int = number(0, low=0, high=1024, zero="a thread of this process")  # processes that read the data
     prefetch: int = number(2, low=1, high=1024)  # batches kept ready on the device
     packing: Literal["concat", "best_fit", "document"] = "concat"  # document: a row is the beginning of one document
-    min_tokens: int = number(16, low=1)  # packing=document: a document with fewer is unusable, and passed over
-    max_unusable: int = number(1000, low=1)  # packing=document: so many unusable ones in a row end reading or training
+    min_tokens: int = number(16, low=1)  # packing=document: a document with fewer tokens is unusable and skipped
+    max_unusable: int = number(1000, low=1)  # packing=document: reading or training ends after this many in a row
     fim_rate: float = number(0.5, low=0, high=1)  # share of documents rearranged for fill-in-the-middle
-    fim_spm_share: float = number(0.5, low=0, high=1)  # of those, suffix first (SPM); the rest prefix first (PSM)
+    fim_spm_share: float = number(0.5, low=0, high=1)  # share of these with the suffix first (SPM); else prefix (PSM)
     repository_order: bool = False  # one document per repository, files in dependency order
     validation_fraction: float = number(0.05, above=0, below=1)
-    min_characters: int = number(50, low=0)  # shorter documents are dropped, after stripping
+    min_characters: int = number(50, low=0)  # documents that are shorter after stripping are dropped
     max_documents: int = number(0, low=0, zero="all")  # stop after this many kept documents per source
-    allow_dummy_data: bool = False  # generated text where a source cannot be read; marked, and verification fails it
+    allow_dummy_data: bool = False  # generate text where a source cannot be read; the run is marked, verification fails
 
 
 @dataclasses.dataclass(frozen=True)
 class DialogConfig(Section):
-    """Conversations of stage sft: generated, calling functions that are really executed; or questions and answers."""
+    """Conversations for the stage sft: generated ones whose function calls are really executed, or a data set of
+    questions and answers or conversations."""
 
-    source: str = ""  # "": generated; jsonl:PATH, parquet:PATH or hf:NAME: rows of questions and answers, or of talks
+    # "": generated; jsonl:PATH, parquet:PATH or hf:NAME: rows of questions and answers, or of conversations.
+    source: str = ""
     count: int = number(20_000, low=0)  # conversations, a tenth of them held out; 0: all of the source
-    seed: int = number(0, low=0, high=LARGEST_SEED)  # of those that are generated
-    packed: bool = True  # several to a row, where they fit; False: one to a row
+    seed: int = number(0, low=0, high=LARGEST_SEED)  # for generated conversations
+    packed: bool = True  # several conversations per row, where they fit; False: one per row
 
     def problems(self) -> Iterator[str]:
         if not self.count and not self.source:
@@ -67,10 +70,11 @@ class DialogConfig(Section):
 class PreferencesConfig(Section):
     """Pairs of a better and a worse answer, for the stages `reward` and `dpo`.
 
-    `sources`: some of `code` (functions of the Python documents of `data.sources`), `conversations` (generated ones
-    that call functions) and `jsonl:PATH` (prompt, chosen, rejected; a string each, or messages).
+    `sources`: comma-separated, any of `code` (functions from the Python documents of `data.sources`), `conversations`
+    (generated conversations that call functions) and `jsonl:PATH` (rows of prompt, chosen and rejected, each a string
+    or a list of messages).
     """
 
     sources: str = "code,conversations"
-    count: int = number(4000, low=1)  # most training pairs of `code` and of `conversations`; a tenth more is held out
-    seed: int = number(0, low=0, high=LARGEST_SEED)  # of the pairs; their order in training is that of train.seed
+    count: int = number(4000, low=1)  # most training pairs of each of `code` and `conversations`; plus a tenth held out
+    seed: int = number(0, low=0, high=LARGEST_SEED)  # for making the pairs; train.seed decides their order in training

@@ -1,4 +1,4 @@
-"""What a section of the schema is made of: fields with their ranges, and a check of what stands between fields."""
+"""The parts of a section of the schema: fields with their ranges, and a check of the constraints between fields."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ RANGE = "range"  # the key of a Range in a field's metadata
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """What a number of the config may be. `above` and `below` are ends that are not reached themselves.
+    """The values that a number of the config may have. `low` and `high` are allowed themselves, `above` and `below`
+    not.
 
-    A float is judged as the float32 that it becomes on a device, so that every one is finite there.
+    A float is checked as the float32 that it becomes on a device, so that it is finite there.
     """
 
     low: float = -math.inf
     high: float = math.inf
     above: float = -math.inf
     below: float = math.inf
-    zero: str = ""  # what 0 stands for, where that is no quantity
+    zero: str = ""  # the meaning of 0 where it is not a quantity
 
     def problem(self, value: float) -> str:
-        """What is wrong with `value`, as 'must be at least 1'; "": nothing."""
+        """What is wrong with `value`, such as 'must be at least 1'; "" where it is valid."""
         if isinstance(value, float):
             value = _float32(value)
             if not math.isfinite(value):
@@ -53,22 +54,25 @@ def number(
     below: float = math.inf,
     zero: str = "",
 ) -> Any:
-    """A field of a section that holds a number, with its Range. A whole number is at most LARGEST_INT."""
+    """A field of a section that holds a number, with its Range. Integers are at most LARGEST_INT unless `high` is
+    given.
+    """
     if isinstance(default, int) and math.isinf(high):
         high = LARGEST_INT
     return dataclasses.field(default=default, metadata={RANGE: Range(low, high, above, below, zero)})
 
 
 class Section:
-    """A part of the config that knows which of its values go together."""
+    """A part of the config that checks the constraints between its values."""
 
     def problems(self) -> Iterator[str]:
-        """What contradicts what, a sentence each. Every number is within its range by then."""
+        """One sentence for each contradiction between values. It is called after every number passed its range
+        check."""
         return iter(())
 
 
 def out_of_range(section: Any, prefix: str = "") -> Iterator[str]:
-    """What is wrong with the numbers of a section and of the sections within it, a sentence each."""
+    """One sentence for each number of a section, or of the sections inside it, that is out of its range."""
     for field in dataclasses.fields(section):
         value = getattr(section, field.name)
         if dataclasses.is_dataclass(value):
@@ -78,10 +82,10 @@ def out_of_range(section: Any, prefix: str = "") -> Iterator[str]:
 
 
 def shown(value: Any) -> str:
-    """A value in a message, whatever it is: its repr, cut where it is long."""
+    """Any value as text for a message: its repr, truncated where it is long."""
     try:
         text = repr(value)
-    except Exception:  # of a class of the user's own; of an integer of thousands of digits
+    except Exception:  # raised by a class of the user's, or for an integer of thousands of digits
         return f"a value of type {type(value).__name__} that cannot be shown"
     return text if len(text) <= 200 else f"{text[:200]}..."
 

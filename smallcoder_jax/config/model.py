@@ -12,29 +12,29 @@ from smallcoder_jax.config.fields import Section, number, shown
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(Section):
-    """The shape of a model: everything that decides what its parameters mean, and what every family has of it.
+    """The shape of a model, which determines what its parameters mean: the fields that every family has.
 
-    Each family has a section of its own, a subclass with its name as the default of `family`; being defined makes it
-    known (`model_section`). What computes it is `models.families`.
+    Each family has its own section, a subclass whose default of `family` is the family's name. Defining the subclass
+    registers it (`model_section`). `models.families` holds the code that computes the models.
     """
 
-    # Fields that the sizes of the mesh's axes have to divide, by axis.
+    # By mesh axis, the fields that the size of the axis has to divide.
     DIVIDED: ClassVar[Mapping[str, tuple[str, ...]]] = {}
-    # Fields on which no parameter depends: they may be others in a model that training begins with.
+    # Fields on which no parameter depends: they may differ from those of the model that training starts from.
     MAY_DIFFER: ClassVar[frozenset[str]] = frozenset({"context", "dropout"})
 
     family: str = ""
     vocab_size: int = number(32768, low=1)
-    width: int = number(768, low=1)  # D, of the hidden states that logits and scores are made from
+    width: int = number(768, low=1)  # D, the width of the hidden states from which logits and scores are computed
     context: int = number(2048, low=1)  # the longest sequence the model is trained and evaluated at
     dropout: float = number(0.0, low=0, below=1)
 
     def parameter_count(self) -> int:
-        """The number of parameters, by arithmetic."""
+        """The number of parameters, computed from the fields without building the model."""
         raise NotImplementedError(f"{type(self).__name__} does not count its parameters")
 
     def summary(self) -> str:
-        """The shape on one line, for the table at the start."""
+        """The shape on one line, for the table that is printed when a run starts."""
         raise NotImplementedError(f"{type(self).__name__} does not describe its shape")
 
     def may_differ(self) -> frozenset[str]:
@@ -74,7 +74,7 @@ class DecoderConfig(ModelConfig):
             yield f"model.head_size={self.head_size} must be even: rotary positions turn pairs"
 
     def parameter_count(self) -> int:
-        """By arithmetic; a test holds it against the model itself."""
+        """Computed from the fields; a test compares it with the model itself."""
         d, f = self.width, self.mlp_width
         q_width, kv_width = self.heads * self.head_size, self.kv_heads * self.head_size
         attention = 2 * d * q_width + 2 * d * kv_width
@@ -94,12 +94,12 @@ class DecoderConfig(ModelConfig):
         )
 
     def may_differ(self) -> frozenset[str]:
-        """Learned positions are a table of as many rows as the context has."""
+        """Without `context` for learned positions, whose table has one row per position of the context."""
         return self.MAY_DIFFER - ({"context"} if self.positions == "learned" else set())
 
 
 def model_section(family: Any) -> type[ModelConfig]:
-    """The section of a family of models, by its name. Raises UserError for one that is not known."""
+    """The section of the model family with this name. Raises UserError for an unknown family."""
     known = {cls.family: cls for cls in ModelConfig.__subclasses__()}
     if not isinstance(family, str) or family not in known:
         raise UserError(f"model.family={shown(family)}: expected one of {', '.join(map(repr, sorted(known)))}")
@@ -108,15 +108,17 @@ def model_section(family: Any) -> type[ModelConfig]:
 
 @dataclasses.dataclass(frozen=True)
 class ComputeConfig(Section):
-    """How the model is computed; none of it changes what is computed beyond rounding."""
+    """How the model is computed. Apart from rounding, none of these settings changes the results."""
 
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of activations and matrix products; parameters are float32
-    # Products of float32 arrays in training and evaluation: exact, or of inputs rounded to bfloat16 with float32 sums
-    # (mixed), twice as fast on CPUs made for it; auto is mixed there, exact elsewhere. Decoding is always exact.
+    # Products of float32 arrays in training and evaluation. exact: in float32. mixed: inputs rounded to bfloat16, sums
+    # in float32; twice as fast on CPUs with bfloat16 instructions. auto: mixed on such CPUs, exact elsewhere. Decoding
+    # is always exact.
     matmul: Literal["exact", "mixed", "auto"] = "exact"
     attention: Literal["auto", "xla", "cudnn", "pallas_tpu", "pallas_gpu"] = "auto"
     layers: Literal["scan", "unroll"] = "unroll"  # scan compiles faster, unroll runs faster
-    remat: Literal["none", "dots", "full"] = "none"  # recomputed backward: nothing, elementwise, all
+    # What the backward pass recomputes: nothing (none), everything but matrix products (dots), or everything (full).
+    remat: Literal["none", "dots", "full"] = "none"
 
     def problems(self) -> Iterator[str]:
         if self.matmul == "mixed" and self.dtype != "float32":
@@ -128,7 +130,7 @@ class ComputeConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig(Section):
-    """Devices per axis; one axis may be -1: all that are left."""
+    """The number of devices along each axis. One axis may be -1, which means all remaining devices."""
 
     data: int = number(-1, low=-1)  # batch split, parameters replicated
     fsdp: int = number(1, low=-1)  # batch split, parameters and optimizer split

@@ -1,8 +1,8 @@
-"""The one schema of a run: frozen dataclasses inside, `ml_collections.ConfigDict` at the edge.
+"""The schema of a run's config: config files use `ml_collections.ConfigDict`, the package uses frozen dataclasses.
 
-Config files call `default_config()`, change what differs and return the ConfigDict; `from_config_dict` turns it into
-a validated `Config` exactly once. Every field is read somewhere in the package (`tests/test_config.py` walks the
-schema). Code reads a field as `<section>.<field>`, for example `config.train.steps` or `train.steps`.
+A config file calls `default_config()`, changes some values and returns the ConfigDict; `from_config_dict` turns it into
+a validated `Config` exactly once. Every field is read somewhere in the package (`tests/test_config.py` checks every
+field). Code reads a field as `<section>.<field>`, for example `config.train.steps` or `train.steps`.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from smallcoder_jax.config.training import (
 
 @dataclasses.dataclass(frozen=True)
 class Config(Section):
-    name: str = "unnamed"  # the variant, as reports call it
+    name: str = "unnamed"  # the name of the variant in reports
     stage: StageConfig = dataclasses.field(default_factory=StageConfig)
     dialogs: DialogConfig = dataclasses.field(default_factory=DialogConfig)
     distill: DistillConfig = dataclasses.field(default_factory=DistillConfig)
     preferences: PreferencesConfig = dataclasses.field(default_factory=PreferencesConfig)
     dpo: DpoConfig = dataclasses.field(default_factory=DpoConfig)
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
-    model: ModelConfig = dataclasses.field(default_factory=DecoderConfig)  # the section of its family
+    model: ModelConfig = dataclasses.field(default_factory=DecoderConfig)  # the section of the model's family
     compute: ComputeConfig = dataclasses.field(default_factory=ComputeConfig)
     mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     tokenizer: TokenizerConfig = dataclasses.field(default_factory=TokenizerConfig)
@@ -53,7 +53,7 @@ class Config(Section):
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
 
     def problems(self) -> Iterator[str]:
-        """Between fields of several sections."""
+        """Contradictions between fields of different sections."""
         model, train, evaluation, kind = self.model, self.train, self.eval, self.stage.kind
         if train.sequence_length > model.context:
             yield (
@@ -111,12 +111,12 @@ class Config(Section):
 
 
 def eval_rows(config: Config) -> int:
-    """Rows of an evaluation batch, over all devices."""
+    """The number of rows of an evaluation batch, over all devices."""
     return config.eval.batch_size or config.train.microbatch_rows
 
 
 def evaluated_on(config: Config) -> str:
-    """What an evaluation during training covers, in words."""
+    """A description of the data that an evaluation during training covers."""
     rows = config.eval.batches * eval_rows(config)
     return f"the first {rows} rows of the held-out files, or all if fewer" if rows else "all held-out files"
 
@@ -127,15 +127,15 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def default_config(family: str = DecoderConfig.family) -> Any:
-    """A mutable ConfigDict of every default, for a family of models: what a config file starts from.
+    """A mutable ConfigDict of all default values for a family of models, from which a config file starts.
 
-    Typed Any, because a type checker cannot follow the attributes of a ConfigDict.
+    The return type is Any, because a type checker cannot follow the attributes of a ConfigDict.
     """
     return ConfigDict(to_dict(Config(model=model_section(family)())))
 
 
 def from_config_dict(values: ConfigDict | Mapping[str, Any]) -> Config:
-    """Builds and validates the frozen config. Raises UserError on an unknown key, a wrong type, a number out of its
+    """Builds and validates the frozen config. Raises UserError for an unknown key, a wrong type, a number out of its
     range or a contradiction.
     """
     config = build(values)
@@ -144,8 +144,8 @@ def from_config_dict(values: ConfigDict | Mapping[str, Any]) -> Config:
 
 
 def build(values: ConfigDict | Mapping[str, Any]) -> Config:
-    """The config of these values, whose numbers may still be out of their range or contradict each other. Raises
-    UserError on an unknown key or a wrong type.
+    """Builds the config without `validate`: numbers may be out of their range, and values may contradict each other.
+    Raises UserError for an unknown key or a wrong type.
     """
     plain = values.to_dict() if isinstance(values, ConfigDict) else values
     if not isinstance(plain, Mapping):
@@ -154,8 +154,8 @@ def build(values: ConfigDict | Mapping[str, Any]) -> Config:
 
 
 def nearest(name: str, known: list[str]) -> str:
-    """'did you mean X?' for what ends in the same word as `name`, else for the known name closest to it; or the list of
-    what is known.
+    """A hint for the unknown `name`: 'did you mean X?' with the known names that end in the same word, or else with the
+    closest known name. Where none is close, it lists all known names.
     """
     same = [other for other in known if other.rpartition(".")[2] == name.rpartition(".")[2]]
     close = same or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
@@ -173,7 +173,7 @@ def _build(cls: type, values: Mapping[str, Any], prefix: str) -> Any:
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             if not isinstance(value, Mapping):
                 raise UserError(f"config key '{path}' is a section; got {shown(value)}")
-            if hint is ModelConfig:  # runs that were made before there were families are decoders
+            if hint is ModelConfig:  # the configs of older runs have no family; those models are decoders
                 hint = model_section(value.get("family", DecoderConfig.family))
             built[key] = _build(hint, value, path + ".")
         else:
@@ -201,7 +201,8 @@ def _coerce(hint: Any, value: Any, path: str) -> Any:
 
 
 def _text(value: str, path: str) -> str:
-    """`value`, which UTF-8 can hold: what comes from a command line in another encoding cannot be written down."""
+    """Returns `value` if UTF-8 can encode it. Text from a command line in another encoding may not be; it could not be
+    written to `config.json`. Raises UserError."""
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -210,8 +211,8 @@ def _text(value: str, path: str) -> str:
 
 
 def validate(config: Config) -> None:
-    """Refuses numbers out of their range, and then contradictions. Raises UserError naming all of them, and the way
-    out.
+    """Raises UserError that lists all numbers out of their range, or if there are none, all contradictions, and how to
+    resolve them.
     """
     sections = [getattr(config, field.name) for field in dataclasses.fields(config) if field.name != "name"]
     wrong = list(out_of_range(config)) or [problem for section in [*sections, config] for problem in section.problems()]

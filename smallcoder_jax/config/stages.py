@@ -1,4 +1,4 @@
-"""What is taught: the stages and the settings of each."""
+"""The training stages and the settings of each."""
 
 from __future__ import annotations
 
@@ -12,17 +12,16 @@ from smallcoder_jax.config.fields import Section, number
 
 @dataclasses.dataclass(frozen=True)
 class StageKind:
-    """What a stage is like, for whoever would have to know it by name. A preflight knows the step of `next_token`, and
-    of several stages in a row the next goes on from what one with `policy` trains."""
+    """The properties of a stage, so that other code does not depend on the stage's name."""
 
     reads: Literal["documents", "conversations", "preferences", "prompts"]
-    needs: tuple[Literal["start", "teacher", "reward_model"], ...] = ()  # models of stages before it
-    next_token: bool = False  # packed rows, and the loss of a language model: known without the data
-    policy: bool = True
-    head: bool = False  # a scalar head on the hidden states is trained: a reward
-    critic: bool = False  # a second model with a scalar head is trained beside the first: values
-    compares: bool = False  # answers to one question with each other
-    adapters: bool = False  # may be all that is trained
+    needs: tuple[Literal["start", "teacher", "reward_model"], ...] = ()  # models from earlier stages
+    next_token: bool = False  # trains on packed rows with a language model's loss: a preflight knows its step
+    policy: bool = True  # trains the model that the next stage of a pipeline starts from
+    head: bool = False  # trains a scalar head on the hidden states, which computes a reward
+    critic: bool = False  # also trains a second model with a scalar head, which computes values
+    compares: bool = False  # compares the answers to one question with each other
+    adapters: bool = False  # can train low-rank adapters only
 
 
 KINDS: dict[str, StageKind] = {
@@ -38,9 +37,9 @@ KINDS: dict[str, StageKind] = {
 
 @dataclasses.dataclass(frozen=True)
 class Measure:
-    """What a stage is judged by on held-out data: that it gets better (`better`, which way that is), and that it comes
-    to no less than `least` and no more than `most`. Without any of these it is only shown. `error` names the standard
-    error of the difference, where an evaluation knows it: better is then by more than the noise.
+    """A measure on held-out data by which a stage is judged: it has to improve in the direction `better`, to be at
+    least `least` and at most `most`. Without any of these it is only shown. `error` names the standard error of the
+    improvement, where an evaluation reports it; the improvement then has to exceed the noise.
     """
 
     name: str
@@ -51,7 +50,8 @@ class Measure:
 
     @classmethod
     def parsed(cls, text: str) -> Self:
-        """From `NAME [higher|lower] [>=NUMBER] [<=NUMBER] [error=NAME]`. Raises ValueError that says what is wrong."""
+        """Parses `NAME [higher|lower] [>=NUMBER] [<=NUMBER] [error=NAME]`. Raises ValueError that says what is
+        wrong."""
         name, *words = text.split() or [""]
         found: dict[str, Any] = {}
         for word in words:
@@ -72,11 +72,12 @@ class Measure:
 
 @dataclasses.dataclass(frozen=True)
 class StageConfig(Section):
-    """What a model is taught, and what it begins with. Every stage has a file in `stages/`."""
+    """The stage that a run trains, and the model that it starts from. Every stage has a file in `stages/`."""
 
     name: Literal["pretrain", "sft", "distill", "reward", "dpo", "ppo", "grpo"] = "pretrain"
-    start: str = ""  # run or export whose parameters are the first, with a fresh optimizer; "": they are drawn
-    # By which a pipeline of stages judges this one, each as `NAME [higher|lower] [>=NUMBER] [<=NUMBER] [error=NAME]`.
+    # Run or export whose parameters training starts from, with a fresh optimizer; "": random parameters.
+    start: str = ""
+    # Measures by which a pipeline judges this stage, each `NAME [higher|lower] [>=NUMBER] [<=NUMBER] [error=NAME]`.
     measures: tuple[str, ...] = ()
 
     @property
@@ -93,63 +94,65 @@ class StageConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class DistillConfig(Section):
-    """What a student learns from a teacher, beside the text: alpha CE + (1 - alpha) T^2 KL(teacher || student)."""
+    """The loss of a student that learns from a teacher and from the text: alpha CE + (1 - alpha) T^2 KL(teacher ||
+    student)."""
 
     teacher: str = ""  # a run or an export with the same tokenizer
     alpha: float = number(0.5, low=0, high=1)
     temperature: float = number(2.0, above=0)
-    # Likeliest tokens of the teacher, worked out once and kept. Without, it runs beside.
+    # How many of the teacher's most probable tokens are computed once and stored. With 0 the teacher runs during
+    # training.
     top_k: int = number(0, low=0, zero="the whole vocabulary")
 
 
 @dataclasses.dataclass(frozen=True)
 class DpoConfig(Section):
-    # How much an answer's log-probability, less that at the start, is worth (arXiv 2305.18290).
+    # Scale of the implicit reward: beta times an answer's log-probability minus the start model's (arXiv 2305.18290).
     beta: float = number(0.1, above=0)
 
 
 @dataclasses.dataclass(frozen=True)
 class LoraConfig(Section):
-    """Low-rank adapters (arXiv 2106.09685) in the stages sft, dpo and grpo: they alone are trained, beside the model of
-    `stage.start`, which stays as it is.
+    """Low-rank adapters (arXiv 2106.09685) for the stages sft, dpo and grpo. Only the adapters are trained; the model
+    of `stage.start` does not change.
     """
 
     rank: int = number(0, low=0, zero="no adapters: all parameters are trained")
-    alpha: float = number(16.0, above=0)  # what adapters add to a kernel is alpha / rank times their product
+    alpha: float = number(16.0, above=0)  # adapters add alpha / rank times their product to a kernel
     pattern: str = r"(attention|mlp)/.*kernel"  # kernels that get adapters, by their path in a block
 
 
 @dataclasses.dataclass(frozen=True)
 class RLConfig(Section):
-    """Stages ppo and grpo: what is asked, how answers are drawn, what they are worth, and what is learned from them.
+    """Stages ppo and grpo: the prompts, the sampling of answers, their rewards and the policy update.
 
-    One iteration is `questions` x `group_size` answers, gone through `inner_epochs` times in batches of
+    One iteration samples `questions` x `group_size` answers and trains on them for `inner_epochs` epochs in batches of
     `train.batch_size`.
     """
 
     prompts: Literal["conversations", "code"] = "conversations"  # turns that call functions; functions without a body
-    prompt_count: int = number(4000, low=1)  # conversations or calls that prompts are made of; a tenth is held out
-    reward_model: str = ""  # run folder of the stage reward; "": answers are checked, where it takes that by running
-    questions: int = number(8, low=1)  # of an iteration
+    prompt_count: int = number(4000, low=1)  # conversations or calls from which prompts are made; a tenth is held out
+    reward_model: str = ""  # run folder of the stage reward; "": answers are checked, if necessary by running them
+    questions: int = number(8, low=1)  # per iteration
     group_size: int = number(8, low=1)  # answers to each question; grpo compares these
     answer_tokens: int = number(128, low=1)  # the longest answer
-    eval_answers: int = number(1, low=1)  # to each held-out prompt in an evaluation
-    temperature: float = number(0.8, above=0)  # at which answers are drawn, and of the policy that is trained
+    eval_answers: int = number(1, low=1)  # answers to each held-out prompt in an evaluation
+    temperature: float = number(0.8, above=0)  # of sampling, and of the policy that is trained
     inner_epochs: int = number(4, low=1)
-    clip: float = number(0.2, above=0)  # of the ratio of probabilities
-    value_clip: float = number(0.2, above=0)  # ppo: of values
-    value_weight: float = number(0.5, low=0)  # ppo: of the value loss
-    entropy_weight: float = number(0.01, low=0)  # ppo: of the entropy bonus
-    kl_coefficient: float = number(0.02, low=0)  # of the divergence from the start
-    # Nats per answer to which the coefficient is adapted.
+    clip: float = number(0.2, above=0)  # range of the ratio of probabilities around 1
+    value_clip: float = number(0.2, above=0)  # ppo: range of a value around the old one
+    value_weight: float = number(0.5, low=0)  # ppo: weight of the value loss
+    entropy_weight: float = number(0.01, low=0)  # ppo: weight of the entropy bonus
+    kl_coefficient: float = number(0.02, low=0)  # weight of the divergence from the start model
+    # Divergence in nats per answer; the coefficient is adapted to reach it.
     kl_target: float = number(0.0, low=0, zero="a fixed coefficient")
     gamma: float = number(0.99, low=0, high=1)  # ppo: discount per token
     gae_lambda: float = number(0.95, low=0, high=1)  # ppo
-    value_warmup: int = number(0, low=0)  # ppo: iterations at the start from which values alone are learned
-    # Of what a checked answer earns: the share that text beside its calls, or behind its body, costs.
+    value_warmup: int = number(0, low=0)  # ppo: iterations at the start that train only the values
+    # The share of a checked answer's reward that is deducted for text around its calls or after its body.
     surplus_price: float = number(0.1, low=0, high=1)
-    # Off the reward of an answer without an end; a checked turn without one earns nothing.
+    # Deducted from the reward of an answer that does not end; a checked turn that does not end has reward 0.
     cut_off_price: float = number(0.5, low=0)
-    mask_cut_off: bool = False  # an answer without an end is made neither likelier nor less likely; teaches no values
-    # grpo: a group's rewards are divided by no smaller deviation than this, so that noise is no difference.
+    mask_cut_off: bool = False  # exclude answers that do not end from the losses of policy and values
+    # grpo: a group's rewards are divided by at least this deviation, so that noise does not count as a difference.
     smallest_deviation: float = number(0.05, above=0)

@@ -10,7 +10,7 @@ from typing import Literal
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config.fields import LARGEST_SEED, Section, number
 
-LONGEST_WAIT = 1_000_000_000  # seconds that a thread can be told to wait
+LONGEST_WAIT = 1_000_000_000  # seconds; the longest timeout that a thread accepts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +18,7 @@ class TrainConfig(Section):
     steps: int = number(10_000, low=1)  # optimizer steps
     batch_size: int = number(32, low=1)  # rows per optimizer step, over all devices
     sequence_length: int = number(2048, low=1)  # tokens per row; at most model.context
-    # Gradient accumulation: rows worked through at a time; more than the batch has: all.
+    # Gradient accumulation: rows processed at a time; a value above the batch size means the whole batch.
     microbatch_size: int = number(0, low=0, zero="the whole batch")
     z_loss: float = number(0.0, low=0)  # weight of logsumexp^2 (PaLM, arXiv 2204.02311)
     seed: int = number(0, low=0, high=LARGEST_SEED)
@@ -26,7 +26,7 @@ class TrainConfig(Section):
 
     @property
     def microbatch_rows(self) -> int:
-        """Rows that one forward pass takes, over all devices."""
+        """The number of rows in one forward pass, over all devices."""
         return min(self.microbatch_size or self.batch_size, self.batch_size)
 
     def problems(self) -> Iterator[str]:
@@ -38,11 +38,11 @@ class TrainConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig(Section):
-    """AdamW on everything, or Muon on the hidden matrices and AdamW on the rest."""
+    """AdamW for all parameters, or Muon for the hidden matrices and AdamW for the rest."""
 
     name: Literal["adamw", "muon"] = "adamw"
-    learning_rate: float = number(3e-4, low=0)  # peak, AdamW
-    muon_learning_rate: float = number(0.02, low=0)  # peak, Muon matrices
+    learning_rate: float = number(3e-4, low=0)  # peak for AdamW
+    muon_learning_rate: float = number(0.02, low=0)  # peak for the matrices that Muon updates
     muon_momentum: float = number(0.95, low=0, below=1)
     b1: float = number(0.9, low=0, below=1)
     b2: float = number(0.95, low=0, below=1)
@@ -52,16 +52,17 @@ class OptimizerConfig(Section):
     clip_norm: float = number(1.0, low=0, zero="no clipping")  # global gradient norm
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     warmup_steps: int = number(500, low=0)
-    decay_steps: int = number(0, low=0)  # wsd: length of the last, linear part
-    final_ratio: float = number(0.1, low=0, high=1)  # learning rate at the end, as a share of the peak
+    decay_steps: int = number(0, low=0)  # wsd: length of the final linear decay
+    final_ratio: float = number(0.1, low=0, high=1)  # learning rate at the end, as a fraction of the peak
 
     @property
     def peak_learning_rate(self) -> float:
-        """The rate after the warm-up that is shown: with Muon, of its matrices."""
+        """The peak learning rate that is shown: with Muon, that of its matrices."""
         return self.muon_learning_rate if self.name == "muon" else self.learning_rate
 
     def schedule_fault(self, steps: int) -> str:
-        """What is odd about the schedule of so many steps, though it can be followed; "": nothing."""
+        """A warning about a schedule over `steps` steps that is valid but probably a mistake; "" where there is
+        none."""
         if self.warmup_steps > steps:
             return (
                 "the peak of the learning rate is never reached: optimizer.warmup_steps="
@@ -78,17 +79,17 @@ class OptimizerConfig(Section):
 
 @dataclasses.dataclass(frozen=True)
 class GuardConfig(Section):
-    """What is done about a loss or gradient that cannot be right, and how long a run waits for anything.
+    """How a run handles a loss or gradient that cannot be right, and how long it waits.
 
     An update from a non-finite loss or gradient is always skipped. A wait that takes too long ends the process, with
-    the stacks of all threads and the exit code of a stalled run; 0 waits for ever.
+    the stacks of all threads and the exit code of a stalled run. 0 means no limit.
     """
 
-    max_skipped: int = number(10, low=1)  # updates skipped in a row after which the run stops
-    # Also skip losses so many standard deviations above their moving average.
+    max_skipped: int = number(10, low=1)  # the run stops after this many skipped updates in a row
+    # Also skip updates whose loss is this many standard deviations above its moving average.
     spike_sigma: float = number(0.0, low=0, zero="none")
-    spike_window: int = number(100, low=2)  # updates of that average; before the first so many nothing is a spike
-    # The longest waits: for the result of a step, for a batch, for a checkpoint; from SIGTERM to the process's end.
+    spike_window: int = number(100, low=2)  # updates in that average; nothing counts as a spike before that many
+    # The longest waits: for the result of a step, for a batch, for a checkpoint, and from SIGTERM to the process's end.
     step_seconds: float = number(1800.0, low=0, high=LONGEST_WAIT, zero="for ever")
     data_seconds: float = number(1800.0, low=0, high=LONGEST_WAIT, zero="for ever")
     save_seconds: float = number(3600.0, low=0, high=LONGEST_WAIT, zero="for ever")
@@ -108,7 +109,7 @@ class EvalConfig(Section):
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig(Section):
     every: int = number(500, low=1)  # steps; also once at the end
-    keep: int = number(3, low=1)  # newest steps kept, beside the best
+    keep: int = number(3, low=1)  # number of newest steps that are kept, in addition to the best
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,11 +118,11 @@ class LogConfig(Section):
     histograms_every: int = number(0, low=0, zero="none")  # steps between histograms of weights and gradients
     charts_every: int = number(500, low=0, zero="only at the end")  # steps between PNG charts; also once at the end
     wandb: Literal["off", "offline", "online"] = "off"
-    profile_steps: str = ""  # FIRST:STOP, a trace of steps FIRST to STOP - 1 in the run's folder profile/; "": none
+    profile_steps: str = ""  # FIRST:STOP: trace the steps FIRST to STOP - 1 into profile/ of the run; "": none
 
 
 def profiled_steps(text: str) -> tuple[int, int] | None:
-    """First and stop of `log.profile_steps`; None for none. Raises UserError where it is not FIRST:STOP."""
+    """FIRST and STOP of `log.profile_steps`; None for "". Raises UserError where it is not FIRST:STOP."""
     if not text:
         return None
     found = re.fullmatch(r"([0-9]{1,9}):([0-9]{1,9})", text)
