@@ -1,11 +1,11 @@
-"""Flash attention of packed rows for NVIDIA Hopper (Pallas Mosaic GPU), with RoPE inside and blocks of other documents
+"""Flash attention over packed rows for NVIDIA Hopper (Pallas Mosaic GPU), with RoPE fused and blocks of other documents
 skipped.
 
-FlashAttention-2 (arXiv 2307.08691) in the shape of FlashAttention-3 (arXiv 2407.08608): one warpgroup copies blocks of
-keys and values by TMA into a pipeline in shared memory, two others multiply by wgmma, and while one works on its
-softmax the other has the tensor cores. The pipeline runs over the key blocks that `ranges` names for the tile. Queries
-are rotated when their tile is loaded and leave the kernel rotated, for the backward pass; keys are rotated before, by
-XLA in one pass over them, because every tile of queries loads them again.
+The algorithm is FlashAttention-2 (arXiv 2307.08691), organised as in FlashAttention-3 (arXiv 2407.08608): one warpgroup
+copies blocks of keys and values by TMA into a pipeline in shared memory, and two others multiply by wgmma. While one of
+these computes its softmax, the other uses the tensor cores. The pipeline runs over the key blocks that `ranges` selects
+for the tile. Queries are rotated when their tile is loaded, and the kernel also outputs the rotated queries for the
+backward pass. Keys are rotated beforehand by XLA in one pass, because every tile of queries loads them again.
 
 Shapes: B batch, T tokens (padded to whole tiles), N query heads, K key heads, G = N / K, H head size (padded to 64 or
 128), E = H / 2, I tiles of queries, q queries of a warpgroup, s keys of a block.
@@ -30,16 +30,16 @@ from smallcoder_jax.kernels.ranges import NOTHING, document_starts, document_sto
 from smallcoder_jax.kernels.tiles import HopperTiles
 
 SIZES = (64, 128)
-HOPPER = ("H100", "H200", "H800", "H20")  # in jax's kind of device
+HOPPER = ("H100", "H200", "H800", "H20")  # parts of the names of jax's device kinds
 LONGEST = 1 << 24
-SHARED_MEMORY = 227 << 10  # what a block of threads may have
+SHARED_MEMORY = 227 << 10  # bytes; the most that a block of threads can use
 
 
 def obstacle(
     length: int, group: int, size: int, dtype: DTypeLike, tiles: HopperTiles, device: str | None
 ) -> str | None:  # fmt: skip
-    """Why the kernels cannot serve rows of `length` on a kind of device, or None (also for a CPU, which interprets
-    them). Any `group` will do: each of its heads has its own tiles.
+    """Why the kernels cannot serve rows of `length` on a kind of device, or None if they can (also for a CPU, which
+    interprets them). Any `group` is possible, because each of its heads has its own tiles.
     """
     del group
     if length > LONGEST:
@@ -57,10 +57,10 @@ def obstacle(
 
 
 def shared_memory_bytes(size: int, tiles: HopperTiles) -> dict[str, int]:
-    """Shared memory of a block of threads of each kernel, for heads padded to `size`."""
-    tile, row = 2 * ROWS * size, 4 * ROWS  # bytes of a warpgroup's rows in bfloat16, and of a number for each
+    """Bytes of shared memory that a block of threads of each kernel needs, for heads padded to `size`."""
+    tile, row = 2 * ROWS * size, 4 * ROWS  # bytes of a warpgroup's rows in bfloat16, and of one number per row
     per_key, per_query = 2 * 2 * size, 2 * 2 * size + 3 * 4
-    rest = 4 << 10  # barriers, sums across warps, alignment: above what Mosaic GPU asked for at any size tried
+    rest = 4 << 10  # barriers, sums across warps, alignment; more than Mosaic GPU requested at any size tried
     return {
         "attention_forward": WARPGROUPS * (tile + 2 * row) + tiles.stages * tiles.block_kv * per_key + rest,
         "attention_dq": WARPGROUPS * (2 * tile + 4 * row) + tiles.dq_stages * tiles.dq_block_kv * per_key + rest,
@@ -86,15 +86,15 @@ def flash_attention(
     """Causal attention within documents: [B, T, N, H], differentiable in q, k and v.
 
     `rotation`: cosine and sine of every position's angles, float32 [B, T, H / 2], or None. Documents are contiguous,
-    segment 0 is padding. Any length, and head sizes up to 128: rows are filled up to whole tiles, and heads to 64 or
-    128. `interpret`: parameters of Mosaic GPU's interpreter, to run where there is no GPU.
+    and segment 0 is padding. Rows may have any length and heads any even size up to 128: rows are padded to whole
+    tiles, and heads to 64 or 128. `interpret`: parameters of Mosaic GPU's interpreter, to run without a GPU.
     """
     length, heads, size = q_BTNH.shape[1:]
     settings = Settings(tiles, heads // k_BTKH.shape[2], size**-0.5, rotation is not None, interpret)
     more_tokens, more_size = -length % tiles.row, _full_size(size) - size
 
     def whole(x_BTNH: Array) -> Array:
-        """Each half of a head is filled up, so that what a rotation pairs is E apart whatever the size."""
+        """Pads each half of a head, so that the two elements of a rotated pair are E apart at any size."""
         halves = x_BTNH.reshape(*x_BTNH.shape[:-1], 2, size // 2)
         padded = jnp.pad(halves, [(0, 0), (0, more_tokens), (0, 0), (0, 0), (0, more_size // 2)])
         return padded.reshape(*padded.shape[:-2], size + more_size)
@@ -108,7 +108,7 @@ def flash_attention(
 
 
 def _rows(settings: Settings, segment_ids_BT: Array, window: int | None) -> hopper.Rows:
-    """Everything that the kernels know of documents."""
+    """Everything that the kernels know about the documents."""
     tiles, queries = settings.tiles, settings.tile_queries
     starts_BT, stops_BT = document_starts(segment_ids_BT), document_stops(segment_ids_BT)
     oldest_BT, newest_BT = starts_BT, stops_BT
@@ -215,7 +215,7 @@ def _forward_kernel(settings: Settings, ranges: Any, oldest: Any, q: Any, k: Any
 
 
 def _rotate_queries(settings: Settings, my_q: Any, tables: tuple[Any, ...], place: hopper.Place) -> None:
-    """Rotates a tile of queries where it lies, times the scale and log2(e)."""
+    """Rotates a tile of queries in place and multiplies it by the scale and log2(e)."""
     factor, half = settings.scale * LOG2_E, my_q.shape[1] // 2
     if not tables:
         my_q[...] = (my_q[...].astype(jnp.float32) * factor).astype(my_q.dtype)
@@ -231,7 +231,8 @@ def _attend_to_keys(
     settings: Settings, my_q: Any, oldest_q: Array, keys: Pipeline, values: Pipeline, turn: Any, place: hopper.Place,
     bounds: tuple[Any, ...],
 ) -> tuple[Array, Array, Array]:  # fmt: skip
-    """Sums of weighted values, largest scores and sums of weights, over the key blocks of the tile."""
+    """For each query, the sum of weighted values, the largest score and the sum of weights over the tile's key
+    blocks."""
 
     def pass_turn() -> None:
         plgpu.barrier_arrive(turn)
@@ -249,7 +250,7 @@ def _attend_to_keys(
         fade_q = jnp.exp2(before_q - largest_q)
         o_qH *= hopper.along(fade_q, o_qH.shape, 0)
         total_q = fade_q * total_q + weights_qs.sum(axis=1)
-        # All of the softmax before the tensor cores are asked for, none of it after.
+        # Keeps the whole softmax before the turn at the tensor cores is requested.
         o_qH, largest_q, total_q, weights_qs = lax.optimization_barrier(
             (o_qH, largest_q, total_q, weights_qs.astype(my_q.dtype))
         )

@@ -1,8 +1,8 @@
-"""Gradients of flash attention for NVIDIA Hopper: a kernel for queries and one for keys and values.
+"""Gradients of flash attention for NVIDIA Hopper: one kernel for queries and one for keys and values.
 
-Two kernels make the scores twice, seven products in place of five, and in return nothing is added up between blocks of
-threads: each gradient is summed by one warpgroup in registers, in one order, and stored once, rotated back. (One
-kernel would add dq up in global memory, atomically, in an order that changes from run to run.)
+Two kernels compute the scores twice, which takes seven products instead of five. In return, nothing is summed across
+blocks of threads: one warpgroup sums each gradient in registers, in a fixed order, and stores it once, rotated back. (A
+single kernel would sum dq in global memory by atomic additions, in an order that changes from run to run.)
 
 Shapes: B batch, T tokens, N query heads, K key heads, G = N / K, H head size, q queries and s keys of a block.
 """
@@ -23,7 +23,7 @@ from smallcoder_jax.kernels.hopper import LOG2_E, ROWS, WARPGROUPS, Pipeline, Ro
 
 
 def query_gradients(settings: Settings, saved: Saved, rows: Rows, tables: tuple[Array, ...]) -> Array:
-    """dq: tiles of queries stay, blocks of keys pass, as in the forward pass."""
+    """dq. Each tile of queries stays in shared memory and iterates over blocks of keys, as in the forward pass."""
     batch, length, heads, size = saved.q_BTNH.shape
     tiles, dtype = settings.tiles, saved.q_BTNH.dtype
     block = jax.ShapeDtypeStruct((tiles.dq_block_kv, size), dtype)
@@ -45,7 +45,8 @@ def query_gradients(settings: Settings, saved: Saved, rows: Rows, tables: tuple[
 
 
 def key_gradients(settings: Settings, saved: Saved, rows: Rows, tables: tuple[Array, ...]) -> tuple[Array, Array]:
-    """dk and dv: tiles of keys stay, blocks of queries of all heads of the group pass."""
+    """dk and dv. Each tile of keys stays in shared memory and iterates over blocks of queries of all the group's
+    heads."""
     batch, length, heads, size = saved.k_BTKH.shape
     block_q, stages, dtype = settings.tiles.dkv_block_q, settings.tiles.dkv_stages, saved.k_BTKH.dtype
     keys, tile = jax.ShapeDtypeStruct(saved.k_BTKH.shape, dtype), plgpu.SMEM((WARPGROUPS, ROWS, size), dtype)
@@ -92,7 +93,7 @@ def _query_kernel(
         def visit(j: Any, dq_qH: Array, masked: bool) -> Array:
             n = j - first
             key_block, value_block = keys.wait(n)
-            # Sums begin with what is to be subtracted from them.
+            # The accumulators are initialised with the negated terms that have to be subtracted.
             scores_qs, d_weights_qs = hopper.add_products(
                 settings,
                 (hopper.along(-log_sum_q, shape, 0), my_q, key_block),
@@ -127,7 +128,7 @@ def _key_kernel(
     key_head, tile, batch, warpgroup = (lax.axis_index(name) for name in ("heads", "tiles", "batch", "warpgroup"))
     group, block_q = settings.group, queries.rows
 
-    # A block of queries is visited for each head of the group in turn; visits are counted from the first.
+    # Each block of queries is visited once per head of the group. `n` counts the visits from 0.
     first, *stops = (ranges[n, batch, tile] for n in range(4))
     bounds = (jnp.int32(0), *((stop - first) * group for stop in stops))
 
@@ -138,7 +139,8 @@ def _key_kernel(
         own = (batch, pl.ds(first_key, ROWS), key_head)
         my_k, my_v, my_newest = (x.at[warpgroup] for x in (tile_k, tile_v, tile_newest))
         hopper.fetch(loaded.at[warpgroup], (k.at[own], my_k), (v.at[own], my_v), (newest.at[own[:2]], my_newest))
-        # Columns are read as numbers of the queries rather than made here, which would hold registers in all the loop.
+        # The query indices of the columns are loaded with the queries; computed here, they would occupy registers
+        # during the whole loop.
         key_s, newest_s = hopper.indices(first_key).astype(jnp.float32), my_newest[...].astype(jnp.float32)
 
         shape = (ROWS, block_q)
@@ -146,7 +148,8 @@ def _key_kernel(
         def visit(n: Any, sums: tuple[Array, Array], masked: bool) -> tuple[Array, Array]:
             dk_sH, dv_sH = sums
             q_block, do_block, numbers_block = queries.wait(n)
-            # Sums begin with what is to be subtracted from them. One after the other: registers are short.
+            # The accumulators are initialised with the negated terms that have to be subtracted. The products are
+            # computed one after the other, because registers are scarce.
             (scores_sq,) = hopper.add_products(settings, (hopper.along(-numbers_block[0], shape, 1), my_k, q_block))
             if masked:
                 scores_sq = hopper.mask(scores_sq, key_s, newest_s, hopper.along(numbers_block[2], shape, 1))
@@ -164,7 +167,7 @@ def _key_kernel(
         nothing_sH = jnp.zeros(my_k.shape, jnp.float32)
         dk_sH, dv_sH = hopper.visit_ranges(bounds, visit, (nothing_sH, nothing_sH))
         my_v[...] = dv_sH.astype(my_v.dtype)
-        # Queries carry scale and log2(e); of these the scores' gradient wants the scale alone.
+        # The saved queries include the factors scale and log2(e), but the gradient needs the scale only.
         hopper.store_turned_back(settings, my_k, dk_sH / LOG2_E, tables, batch, own[1])
         hopper.store((my_k, dk.at[own]), (my_v, dv.at[own]))
 

@@ -1,10 +1,10 @@
-"""Flash attention of packed rows for TPUs (Pallas Mosaic), with RoPE inside and blocks of other documents skipped.
+"""Flash attention over packed rows for TPUs (Pallas Mosaic), with RoPE fused and blocks of other documents skipped.
 
-Forward and backward are FlashAttention-2's (arXiv 2307.08691) over the key blocks that `ranges` names for each block of
-queries. Scores stand transposed, keys by queries, so that whatever belongs to a query (its document's start, its
-log-sum-exp) is a row along the lanes and sums over keys are plain additions. A key head and its values stay in VMEM
-while all blocks of queries pass. The backward pass takes these from last to first: when a block is done, no later one
-adds to its keys' gradients, which are then rotated back and stored with it.
+Forward and backward are those of FlashAttention-2 (arXiv 2307.08691) over the key blocks that `ranges` selects for each
+block of queries. Scores are stored transposed, keys by queries, so that whatever belongs to a query (its document's
+start, its log-sum-exp) is a row along the lanes, and sums over keys are plain additions. A key head and its values stay
+in VMEM while all blocks of queries are processed. The backward pass processes these from last to first. When a block is
+done, no remaining block contributes to the gradients of its keys, so that these are rotated back and stored with it.
 
 Shapes: B batch, T tokens (padded to whole tiles), N query heads, K key heads, G = N / K, H head size, I blocks of
 queries, R = G block_q queries of a block over a group's heads, S keys of a block.
@@ -29,12 +29,12 @@ from smallcoder_jax.kernels.tiles import TpuTiles
 LOWEST = -1e30  # the score of a key that is not seen
 LOG2_E = math.log2(math.e)
 LANES = 128
-# What a kernel may take of a core's VMEM (v5e 128 MiB, v5p 64, v6e 128), by jax's kind of device; XLA keeps the rest.
+# How much of a core's VMEM (v5e 128 MiB, v5p 64, v6e 128) a kernel may use, by jax's device kind; the rest is for XLA.
 VMEM_MIB = {"TPU v5 lite": 120, "TPU v5e": 120, "TPU v5": 60, "TPU v5p": 60, "TPU v6 lite": 120, "TPU v6e": 120}
 
 
 class Settings(NamedTuple):
-    """What a kernel is compiled for."""
+    """The static parameters that a kernel is compiled for."""
 
     tiles: TpuTiles
     group: int
@@ -47,8 +47,9 @@ class Settings(NamedTuple):
 def obstacle(
     length: int, group: int, size: int, dtype: DTypeLike, tiles: TpuTiles, device: str | None
 ) -> str | None:  # fmt: skip
-    """Why the kernels cannot serve rows of `length` on a kind of device, or None: a key head with its gradients has to
-    stay in VMEM. None, and a device that is no TPU (which only interprets a kernel), count as the smallest.
+    """Why the kernels cannot serve rows of `length` on a kind of device, or None if they can: a key head with its
+    gradients has to fit in VMEM. For no device, and for one that is no TPU (which only interprets a kernel), the
+    smallest VMEM counts.
     """
     if device is not None and device.startswith("TPU") and device not in VMEM_MIB:
         return f"it is made for {', '.join(VMEM_MIB)}, not for {device}"
@@ -61,13 +62,14 @@ def obstacle(
 
 
 def vmem_bytes(length: int, group: int, size: int, dtype: DTypeLike, tiles: TpuTiles, *, backward: bool) -> int:
-    """VMEM that a kernel asks for: its arrays, and what the compiler spills, by its own reports for v5e, v5p and v6e
-    (5.2 bytes a score and 16 an entry of the block's queries at bfloat16, twice that at float32) with a margin.
+    """The bytes of VMEM that a kernel requests: for its arrays and for what the compiler spills, with a margin. The
+    compiler reports for v5e, v5p and v6e spills of 5.2 bytes per score and 16 bytes per element of the block's queries
+    at bfloat16, and twice that at float32.
     """
     itemsize, rows, size = jnp.dtype(dtype).itemsize, group * tiles.block_q, -(-size // LANES) * LANES
-    keys = 2 * length * size * (itemsize + (4 if backward else 0))  # and the sums of their gradients
-    queries = rows * size * itemsize * (9 + 10)  # with outputs and gradients, twice for the pipeline; spills
-    block = 4 * tiles.block_q * size * (itemsize + 4)  # gradients of keys to be stored, tables
+    keys = 2 * length * size * (itemsize + (4 if backward else 0))  # with the sums of their gradients
+    queries = rows * size * itemsize * (9 + 10)  # with outputs and gradients, twice for the pipeline; and spills
+    block = 4 * tiles.block_q * size * (itemsize + 4)  # the gradients of keys before they are stored, and the tables
     return keys + queries + block + 3 * itemsize * rows * tiles.block_kv + (2 << 20)
 
 
@@ -86,9 +88,9 @@ def flash_attention(
     """Causal attention within documents: [B, T, N, H], differentiable in q, k and v.
 
     `rotation`: cosine and sine of every position's angles, float32 [B, T, H / 2], or None. Documents are contiguous,
-    segment 0 is padding. Any length and head size: rows are filled up to whole tiles, and heads to whole registers.
-    `first_query`: where in the rows the queries begin, when `q_BTNH` has only a part of them. The blocks of all others
-    are there but empty: no key is visited for them.
+    and segment 0 is padding. Lengths and head sizes are arbitrary: rows are padded to whole tiles, and heads to whole
+    registers. `first_query`: the index in the rows of the first query of `q_BTNH`, where it holds only a part of them.
+    The blocks of all other queries exist but see no keys, so that no key block is visited for them.
     """
     (batch, own_queries, heads, size), (length, kv_heads) = q_BTNH.shape, k_BTKH.shape[1:3]
     if first_query is not None:
@@ -129,7 +131,7 @@ def _attend(
 def _forward(
     settings: Settings, q_BKGTH: Array, k_BKTH: Array, v_BKTH: Array, starts_BT: Array, tables: tuple[Array, ...]
 ) -> tuple[Array, Any]:
-    if tables:  # once, in one pass with the transposition that brought k here
+    if tables:  # rotated once, fused with the transposition of k
         cos_B1TH, sin_B1TH = (table[:, None, :, :] for table in tables)
         k_float = k_BKTH.astype(jnp.float32)
         halves = [k_float[..., settings.half : 2 * settings.half], k_float[..., : settings.half]]
@@ -209,7 +211,7 @@ _attend.defvjp(_forward, _backward)
 
 
 class _Blocks:
-    """How the arrays of one call are cut: the grid is (batch, key head, block of queries)."""
+    """How the arrays of one call are split into blocks; the grid is (batch, key head, block of queries)."""
 
     def __init__(self, settings: Settings, q_BKGTH: Array, *, backward: bool):
         self.settings, dtype = settings, q_BKGTH.dtype
@@ -220,7 +222,7 @@ class _Blocks:
         self.grid = (self.batch, self.kv_heads, self.blocks)
         self.rows_shape = jax.ShapeDtypeStruct((self.batch, self.kv_heads, self.blocks, 1, self.rows_R), jnp.float32)
 
-        def at(i: Any) -> Any:  # the backward pass takes blocks from last to first
+        def at(i: Any) -> Any:  # the backward pass processes blocks from last to first
             return self.blocks - 1 - i if backward else i
 
         def spec(shape: tuple[int, ...], index: Any) -> pl.BlockSpec:
@@ -229,7 +231,7 @@ class _Blocks:
         self.starts = spec((1, 1, 1, self.block_q), lambda b, k, i: (b, i, 0, 0))
         self.table = spec((1, self.block_q, self.size), lambda b, k, i: (b, i, 0))
         self.queries = spec((1, 1, self.group, self.block_q, self.size), lambda b, k, i: (b, k, 0, i, 0))
-        # One copy: there is nothing to load until all blocks of queries have passed.
+        # A single buffer: the next keys are loaded only after all blocks of queries have been processed.
         self.keys = pl.BlockSpec(
             (1, 1, self.length, self.size), lambda b, k, i, ranges: (b, k, 0, 0), pipeline_mode=pl.Buffered(1)
         )
@@ -241,7 +243,7 @@ class _Blocks:
         )
 
     def ranges(self, starts_BT: Array) -> Array:
-        """Key blocks as the kernel's scalars: int32 [4, B, I]."""
+        """The ranges of key blocks as the kernel's prefetched scalars: int32 [4, B, I]."""
         tiles = self.settings.tiles
         return jnp.stack(key_ranges(starts_BT, tiles.block_q, tiles.block_kv, self.settings.window))
 
@@ -255,7 +257,7 @@ class _Blocks:
         return x_BKGIq.transpose(0, 1, 3, 2, 4).reshape(self.rows_shape.shape)
 
     def cost(self, products: int) -> pl.CostEstimate:
-        """What XLA is told: of one document per row, because what is skipped is known only when it runs."""
+        """The cost estimate for XLA, for one document per row: which blocks are skipped is known only at run time."""
         pairs = self.batch * self.kv_heads * self.group * self.length * (self.length + 1) // 2
         tokens = self.batch * self.kv_heads * self.length * self.size
         return pl.CostEstimate(
@@ -323,7 +325,7 @@ def _backward_kernel(
     _visit_ranges(ranges, b, i, visit)
     own = pl.ds(i * settings.tiles.block_q, settings.tiles.block_q)
     dq_GqH = (dq_sum[...] * settings.scale).T.reshape(dq.shape[2:])
-    # q carries scale and log2(e); of these the scores' gradient wants the scale alone.
+    # The rotated queries include the factors scale and log2(e), but the gradient needs the scale only.
     dk_qH = dk_sum[own, :] / LOG2_E
     dq[0, 0] = _turn(settings, dq_GqH, tables, back=True).astype(dq.dtype)
     dk[0, 0] = _turn(settings, dk_qH[None], tables, back=True)[0].astype(dk.dtype)
@@ -331,14 +333,14 @@ def _backward_kernel(
 
 
 def _visit_ranges(ranges: Any, b: Any, i: Any, visit: Any) -> None:
-    """Visits the key blocks of a block of queries; those in the middle without a mask."""
+    """Calls `visit` for the key blocks of a block of queries, without a mask for the blocks in the middle."""
     first, whole_first, whole_stop, stop = (ranges[n, b, i] for n in range(4))
     for start, end, masked in ((first, whole_first, True), (whole_first, whole_stop, False), (whole_stop, stop, True)):
         jax.lax.fori_loop(start, end, lambda j, _, masked=masked: visit(j, masked), None)
 
 
 def _query_rows(settings: Settings, starts: Any, i: Any) -> tuple[Array, Array]:
-    """Start of the document and index in the row of every query of the block, [1, R]."""
+    """For every query of the block, the start of its document and its index in the row, [1, R] each."""
     block_q = settings.tiles.block_q
     t_1q = i * block_q + jax.lax.broadcasted_iota(jnp.int32, (1, block_q), 1)
     starts_1R, t_1R = (jnp.concatenate([x_1q] * settings.group, axis=1) for x_1q in (starts[0, 0], t_1q))
@@ -346,13 +348,13 @@ def _query_rows(settings: Settings, starts: Any, i: Any) -> tuple[Array, Array]:
 
 
 def _rotated_queries(settings: Settings, q: Any, tables: Any) -> Array:
-    """Queries of a block rotated, times the scale and log2(e): [R, H]."""
+    """The queries of a block, rotated and multiplied by the scale and log2(e): [R, H]."""
     q_GqH = _turn(settings, q[0, 0].astype(jnp.float32), tables, back=False) * (settings.scale * LOG2_E)
     return q_GqH.reshape(-1, q_GqH.shape[-1]).astype(q.dtype)
 
 
 def _turn(settings: Settings, x_GqH: Array, tables: Any, *, back: bool) -> Array:
-    """RoPE of float32 [G, block_q, H] by the block's angles, or its inverse."""
+    """RoPE of a float32 array [G, block_q, H] by the block's angles; with `back` the inverse."""
     if not tables:
         return x_GqH
     cos_qH, sin_qH = tables[0][0], tables[1][0]
@@ -365,7 +367,7 @@ def _halves_swapped(x_RH: Array, half: int) -> Array:
     size = x_RH.shape[1]
     if 2 * half == LANES:
         return pltpu.roll(x_RH, half, axis=1)
-    # A head that is narrower than a register, or padded, cannot be rolled: a product with a permutation.
+    # A head that is narrower than a register, or padded, cannot be rolled; a permutation matrix swaps its halves.
     row_HH = jax.lax.broadcasted_iota(jnp.int32, (size, size), 0)
     column_HH = jax.lax.broadcasted_iota(jnp.int32, (size, size), 1)
     partner_HH = jnp.where(column_HH < half, column_HH + half, column_HH - half)

@@ -1,7 +1,7 @@
-"""What the kernels for NVIDIA Hopper share (Pallas Mosaic GPU): products of warpgroups, and RoPE of a tile.
+"""Code that the kernels for NVIDIA Hopper share (Pallas Mosaic GPU): products of warpgroups, and RoPE of a tile.
 
-A block of threads has WARPGROUPS warpgroups that compute and one that copies. Each that computes owns ROWS rows, the
-rows of one wgmma instruction; what it sums stays in its registers.
+A block of threads has WARPGROUPS warpgroups that compute and one that copies. Each computing warpgroup owns ROWS rows,
+those of one wgmma instruction, and keeps its accumulators in registers.
 
 Shapes: B batch, T tokens, N query heads, K key heads, H head size (a multiple of 64), E = H / 2; r rows of a
 warpgroup, s rows of the other side.
@@ -25,16 +25,16 @@ from smallcoder_jax.kernels.tiles import HopperTiles
 LOWEST = -1e30  # the score of a key that is not seen
 LOG2_E = math.log2(math.e)
 WARPGROUPS, ROWS = 2, 64
-# Of the 65536 registers of a multiprocessor: 2 * 128 threads that compute, 128 that copy.
+# Registers per thread. A multiprocessor has 65536 for 2 * 128 threads that compute and 128 that copy.
 COMPUTE_REGISTERS, COPY_REGISTERS = 240, 24
 COMPILER_PARAMS = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
-# In jax 0.10 a load's index is an argument of its own, and a kernel takes no estimate of its cost.
+# In jax 0.10 `load` takes the index as a separate argument, and `kernel` takes no cost estimate.
 _LOAD_INDEX = ((),) if "idx" in inspect.signature(plgpu.load).parameters else ()
 _TAKES_COST = "cost_estimate" in inspect.signature(plgpu.kernel).parameters
 
 
 class Settings(NamedTuple):
-    """What the kernels are compiled for."""
+    """The static parameters that the kernels are compiled for."""
 
     tiles: HopperTiles
     group: int
@@ -44,7 +44,8 @@ class Settings(NamedTuple):
 
     @property
     def tile_heads(self) -> int:
-        """Query heads of a tile: its warpgroups take two heads of a group, or else two blocks of queries."""
+        """The number of query heads per tile. Where it is 2, the warpgroups of a tile work on two heads of a group;
+        otherwise they work on two blocks of queries."""
         return WARPGROUPS if self.group % WARPGROUPS == 0 else 1
 
     @property
@@ -53,8 +54,8 @@ class Settings(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """What the kernels know of documents: the oldest key that each query sees (NOTHING for padding), the end of the
-    queries that see each key (negative for padding), and the ranges of blocks of each tile.
+    """What the kernels know about the documents: the oldest key that each query sees (NOTHING for padding), the end of
+    the range of queries that see each key (negative for padding), and the ranges of blocks for each tile.
     """
 
     oldest_BT: Array
@@ -65,8 +66,9 @@ class Rows(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What the backward pass works from: queries rotated, times the scale and log2(e), and keys rotated; three numbers
-    of each query: the log2 of its weights' sum, the inner product of its output and that one's gradient, its index.
+    """The inputs of the backward pass: queries, rotated and multiplied by the scale and log2(e); rotated keys; values;
+    output gradients; and three numbers per query: the log2 of the sum of its weights, the inner product of its output
+    and the output's gradient, and its index.
     """
 
     q_BTNH: Array
@@ -77,8 +79,8 @@ class Saved(NamedTuple):
 
 
 class Place:
-    """Where a warpgroup of a kernel over tiles of queries stands. The grid takes late tiles, which see the most keys,
-    first, so that short ones fill the end.
+    """The position of a warpgroup in the grid of a kernel over tiles of queries. Late tiles, which see the most keys,
+    come first in the grid, so that short ones balance the load at the end.
     """
 
     def __init__(self, settings: Settings, shape: tuple[int, ...]):
@@ -92,18 +94,19 @@ class Place:
         self.queries = pl.ds(self.first_query, ROWS)
 
     def bounds(self, ranges: Any) -> tuple[Any, ...]:
-        """Of the ranges of the tile."""
+        """The four bounds of the tile's ranges."""
         return tuple(ranges[n, self.batch, self.tile] for n in range(4))
 
     def mask(self, scores_qs: Array, oldest_q: Array, first_key: Any) -> Array:
-        """Scores with those of keys that a query does not see put low."""
+        """The scores, set to LOWEST for keys that a query does not see."""
         key_qs = first_key + lax.broadcasted_iota(jnp.int32, scores_qs.shape, 1)
         return mask(scores_qs, oldest_q, indices(self.first_query + 1), key_qs)
 
 
 class Pipeline:
-    """Blocks in shared memory on their way from the warpgroup that copies to those that compute; what belongs together
-    travels together. Block n of a kernel's sequence lies in slot n modulo the stages.
+    """A ring of blocks in shared memory that the copying warpgroup fills and the computing ones consume. Blocks that
+    belong together, such as keys and values, share a slot. Block n of a kernel's sequence is in slot n modulo the
+    number of stages.
     """
 
     def __init__(self, *scratch: Any):
@@ -134,8 +137,8 @@ class Pipeline:
         plgpu.barrier_arrive(self.empty.at[self.slot(n)])
 
     def drain(self, settings: Settings, count: Any) -> None:
-        """Waits until all of `count` blocks are released, as the interpreter demands; on the device it costs registers
-        and is for nothing.
+        """Waits until all of `count` blocks are released. Only the interpreter requires it; on the device it would cost
+        registers, so that there it does nothing.
         """
         if settings.interpret is None:
             return
@@ -144,20 +147,21 @@ class Pipeline:
 
 
 def split(settings: Settings, refs: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """The tables of the rotation, if there are any, from the outputs and the scratch that follow them."""
+    """Splits a kernel's references into the tables of the rotation, if there are any, and the outputs and scratch."""
     tables = 2 if settings.rotated else 0
     return refs[:tables], refs[tables:]
 
 
 def fetch(barrier: Any, *copies: tuple[Any, Any]) -> None:
-    """Copies from global to shared memory, (source, destination) each, and waits: as many as `barrier` counts."""
+    """Copies each (source, destination) from global to shared memory and waits. `barrier` expects one arrival per
+    copy."""
     for source, destination in copies:
         plgpu.copy_gmem_to_smem(source, destination, barrier)
     plgpu.barrier_wait(barrier)
 
 
 def store(*copies: tuple[Any, Any]) -> None:
-    """Copies what was written to shared memory to global memory, (source, destination) each, and waits."""
+    """Copies each (source, destination) from shared to global memory, including what was just written, and waits."""
     plgpu.commit_smem()
     for source, destination in copies:
         plgpu.copy_smem_to_gmem(source, destination)
@@ -165,7 +169,7 @@ def store(*copies: tuple[Any, Any]) -> None:
 
 
 def copy_blocks(settings: Settings, first: Any, stop: Any, load: Callable[[Any], None], *pipelines: Pipeline) -> None:
-    """All that the warpgroup which copies does: `load` of each block from `first` to before `stop` into `pipelines`."""
+    """The whole program of the copying warpgroup: calls `load` for each block in [first, stop), to fill `pipelines`."""
     plgpu.set_max_registers(COPY_REGISTERS, action="decrease")
     lax.fori_loop(first, stop, lambda n, _: load(n), None)
     for pipeline in pipelines:
@@ -173,19 +177,20 @@ def copy_blocks(settings: Settings, first: Any, stop: Any, load: Callable[[Any],
 
 
 def visit_ranges(bounds: tuple[Any, ...], visit: Callable[[Any, Any, bool], Any], sums: Any) -> Any:
-    """Visits the blocks of a tile between its four bounds; those in the middle without a mask."""
+    """Calls `visit` for the blocks of a tile between its four bounds, without a mask for the blocks in the middle.
+    Returns the final sums."""
     for start, stop, masked in zip(bounds[:3], bounds[1:], (True, False, True), strict=True):
         sums = lax.fori_loop(start, stop, lambda j, sums, masked=masked: visit(j, sums, masked), sums)
     return sums
 
 
 def indices(first: Any) -> Array:
-    """Those of a warpgroup's rows."""
+    """The indices of a warpgroup's rows, of which `first` is the first."""
     return first + lax.broadcasted_iota(jnp.int32, (ROWS,), 0)
 
 
 def mask(scores_rs: Array, low_r: Array, high_r: Array, column_rs: Array) -> Array:
-    """Scores with those put low whose column lies outside of their row's [low, high)."""
+    """The scores, set to LOWEST where the column is outside the row's [low, high)."""
     seen_rs = (column_rs >= along(low_r, scores_rs.shape, 0)) & (column_rs < along(high_r, scores_rs.shape, 0))
     return jnp.where(seen_rs, scores_rs, LOWEST)
 
@@ -193,10 +198,10 @@ def mask(scores_rs: Array, low_r: Array, high_r: Array, column_rs: Array) -> Arr
 def kernel(
     body: Callable[..., None], settings: Settings, name: str, *, shape: tuple[int, ...], products: int, **arguments: Any
 ) -> Callable[..., Any]:
-    """`plgpu.kernel` over a grid of (heads, tiles, batch) with one warpgroup more than compute.
+    """`plgpu.kernel` over a grid of (heads, tiles, batch), with one warpgroup more than those that compute.
 
-    `shape` of the queries and `products` of matrices per pair of a query and a key: for what XLA is told of the cost,
-    which is that of one document per row, because what is skipped is known only when it runs.
+    `shape` (of the queries) and `products` (matrix products per pair of a query and a key) determine the cost estimate
+    for XLA. It assumes one document per row, because which blocks are skipped is known only at run time.
     """
     batch, length, heads, size = shape
     pairs = batch * heads * length * (length + 1) // 2
@@ -217,9 +222,9 @@ def kernel(
 
 
 def product(settings: Settings, a_rH: Any, b_sH: Any, meanwhile: Callable[[], None]) -> Array:
-    """a b^T of two tiles in shared memory, float32; `meanwhile` is run while the tensor cores work.
+    """a b^T of two tiles in shared memory, float32. `meanwhile` runs while the tensor cores work.
 
-    The interpreter knows neither transposed tiles nor operands in registers, so there the product is XLA's.
+    The interpreter supports neither transposed tiles nor operands in registers, so that XLA computes the product there.
     """
     if settings.interpret is not None:
         meanwhile()
@@ -234,8 +239,8 @@ def product(settings: Settings, a_rH: Any, b_sH: Any, meanwhile: Callable[[], No
 
 
 def add_products(settings: Settings, *terms: tuple[Array, Any, Any]) -> list[Array]:
-    """total + a b of each (total, a, b) with a in registers and b a tile in shared memory; total + a b^T where both are
-    tiles.
+    """For each (total, a, b): total + a b where a is in registers and b is a tile in shared memory, and total + a b^T
+    where both are tiles.
     """
 
     def run(totals: list[Any]) -> None:
@@ -256,12 +261,12 @@ def _product(a: Array, b: Array, contracting: Any) -> Array:
 
 
 def along(row: Array, shape: tuple[int, ...], axis: int) -> Array:
-    """A vector as a matrix whose `axis` it runs along."""
+    """Broadcasts a vector to a matrix of `shape`; it varies along `axis`."""
     return lax.broadcast_in_dim(row, shape, (axis,))
 
 
 def angles(settings: Settings, tables: tuple[Any, ...], b: Any, rows: Any) -> tuple[Array, Array]:
-    """Cosines and sines of a tile's rows, [r, E], straight from global memory: they are used once."""
+    """Cosines and sines for a tile's rows, [r, E], read directly from global memory because they are used only once."""
     cos, sin = (table.at[b, rows] for table in tables)
     if settings.interpret is not None:
         return cos[...], sin[...]
@@ -269,7 +274,7 @@ def angles(settings: Settings, tables: tuple[Any, ...], b: Any, rows: Any) -> tu
 
 
 def turn(first_rE: Array, second_rE: Array, angle: tuple[Array, Array], *, back: bool) -> tuple[Array, Array]:
-    """RoPE of the two halves of float32 heads, or its inverse."""
+    """RoPE of the two halves of float32 heads; with `back` the inverse."""
     cos_rE, sin_rE = angle
     if back:
         sin_rE = -sin_rE
@@ -277,7 +282,7 @@ def turn(first_rE: Array, second_rE: Array, angle: tuple[Array, Array], *, back:
 
 
 def store_turned_back(settings: Settings, tile: Any, x_rH: Array, tables: tuple[Any, ...], b: Any, rows: Any) -> None:
-    """Writes float32 gradients of rotated heads, rotated back, to a tile in shared memory."""
+    """Rotates float32 gradients of rotated heads back and writes them to a tile in shared memory."""
     if not tables:
         tile[...] = x_rH.astype(tile.dtype)
         return

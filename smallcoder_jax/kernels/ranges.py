@@ -1,4 +1,4 @@
-"""Which key blocks each block of queries needs, from the segment ids of packed rows, on the device.
+"""Computes on the device, from the segment ids of packed rows, which key blocks each block of queries needs.
 
 Shapes: B batch, T tokens of a row, I blocks of queries.
 """
@@ -15,8 +15,8 @@ NOTHING = 2**30  # the start of a query that sees nothing: beyond every key
 
 
 class Ranges(NamedTuple):
-    """Key blocks of each block of queries, int32 [B, I] each: [first, stop) are visited, and of these [whole_first,
-    whole_stop) are seen by every query of the block in full, so that they need no mask.
+    """The key blocks that each block of queries needs, int32 [B, I] each: it visits the key blocks [first, stop). Every
+    query of the block sees all keys of [whole_first, whole_stop), so that these need no mask.
     """
 
     first_BI: Array
@@ -26,9 +26,9 @@ class Ranges(NamedTuple):
 
 
 def document_starts(segment_ids_BT: Array) -> Array:
-    """Index in the row of the first token of each token's document, int32 [B, T]; NOTHING for padding (segment 0).
+    """The index in the row of the first token of each token's document, int32 [B, T]; NOTHING for padding (segment 0).
 
-    Documents are contiguous: tokens that share a segment id and stand apart are two documents.
+    Documents are contiguous: two runs of tokens with the same segment id that are not adjacent are two documents.
     """
     index_T = jnp.arange(segment_ids_BT.shape[1], dtype=jnp.int32)
     before_BT = jnp.pad(segment_ids_BT, [(0, 0), (1, 0)], constant_values=-1)[:, :-1]
@@ -46,8 +46,8 @@ def key_ranges(starts_BT: Array, block_q: int, block_kv: int, window: int | None
     oldest_BIq = starts_BIq if window is None else jnp.maximum(starts_BIq, t_Iq[None] - window + 1)
     first_BI = jnp.where(sees_BIq, oldest_BIq, NOTHING).min(axis=2) // block_kv
     stop_BI = jnp.where(sees_BIq, t_Iq[None], -1).max(axis=2) // block_kv + 1
-    first_BI = jnp.minimum(first_BI, stop_BI)  # nothing but padding: an empty range
-    # Seen in full: from the latest start of any query on (padding's is beyond all keys), up to the earliest query.
+    first_BI = jnp.minimum(first_BI, stop_BI)  # an empty range for a block that is all padding
+    # Every query sees the keys from the latest start (which for padding is beyond all keys) up to the earliest query.
     latest_BI = oldest_BIq.max(axis=2)
     whole_first_BI = jnp.clip(-(-latest_BI // block_kv), first_BI, stop_BI)
     whole_stop_BI = jnp.clip((t_Iq[None, :, 0] + 1) // block_kv, whole_first_BI, stop_BI)
@@ -55,13 +55,13 @@ def key_ranges(starts_BT: Array, block_q: int, block_kv: int, window: int | None
 
 
 def document_stops(segment_ids_BT: Array) -> Array:
-    """Index after the last token of each token's document, int32 [B, T]; negative for padding."""
+    """The index after the last token of each token's document, int32 [B, T]; negative for padding."""
     return segment_ids_BT.shape[1] - document_starts(segment_ids_BT[:, ::-1])[:, ::-1]
 
 
 def query_ranges(stops_BT: Array, block_kv: int, block_q: int, window: int | None) -> Ranges:
-    """Ranges of query blocks for each block of keys, where key s is seen by [s, min(stop, s + window)): the key ranges
-    of the rows read backwards, where what a key is seen by becomes what it sees.
+    """Ranges of query blocks for each block of keys, where the queries [s, min(stop, s + window)) see key s. Computed
+    as the key ranges of the reversed rows, in which queries and keys exchange their roles.
     """
     length = stops_BT.shape[1]
     backwards = key_ranges(length - stops_BT[:, ::-1], block_kv, block_q, window)

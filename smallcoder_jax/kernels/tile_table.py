@@ -1,7 +1,8 @@
-"""Which tiles a kernel runs with, by device and shape: measured by `tools.bench.tune_kernels`; data, next to this file.
+"""The table of tuned tile sizes by device and shape, which `tools.bench.tune_kernels` measures and writes.
 
-The table is a JSON list of entries: the class of the tiles and their sizes, the device kind as jax names it, the head
-size, query heads per key head and bucket of lengths they were tuned for, and what was measured when they were chosen.
+The table is a JSON list of entries in a file next to this one. An entry holds the class of the tiles and their sizes;
+what they were tuned for: jax's device kind, the head size, the number of query heads per key head and the bucket of
+lengths; and the measurements by which they were chosen.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ Entry = dict[str, Any]
 
 
 class Tiles(NamedTuple, Generic[T]):
-    """The tiles of a shape. `origin` says in words whether they were tuned or are the default of their class."""
+    """The tiles for a shape. `origin` says in words whether they were tuned or are the defaults of their class."""
 
     tiles: T
     tuned: bool
@@ -31,15 +32,16 @@ class Tiles(NamedTuple, Generic[T]):
 
 
 def bucket(length: int) -> int:
-    """Rows of up to this many tokens share an entry: the next power of two."""
+    """The bucket of a length: the next power of two, at least SMALLEST_BUCKET. All lengths of a bucket share an
+    entry."""
     return max(SMALLEST_BUCKET, 1 << (length - 1).bit_length())
 
 
 def lookup(kind: type[T], device: str | None, size: int, group: int, length: int) -> Tiles[T]:
-    """The tiles of class `kind` for rows of `length` and `group` query heads of `size` to a key head.
+    """The tiles of class `kind` for rows of `length` tokens and `group` query heads of `size` per key head.
 
-    `device`: jax's device kind, or None when it is not known. What was not tuned gets the defaults of the class.
-    Raises ValueError where the table is malformed.
+    `device`: jax's device kind, or None when it is not known. Where the table has no entry, the tiles are the defaults
+    of the class. Raises ValueError where the table is malformed.
     """
     wanted = dict(zip(KEYS, (kind.__name__, device, size, group, bucket(length)), strict=True))
     shape = f"head size {size}, group {group}, rows of up to {bucket(length)}"
@@ -53,7 +55,7 @@ def lookup(kind: type[T], device: str | None, size: int, group: int, length: int
 
 @functools.cache
 def read_table() -> tuple[Entry, ...]:
-    """All entries. Raises ValueError where the file is not a list of entries, each with its keys and tiles."""
+    """All entries of the table. Raises ValueError where the file is not a list of entries with all their keys."""
     entries = json.loads(TABLE.read_text())
     if not isinstance(entries, list):
         raise ValueError(f"{TABLE}: expected a list of entries; write it with tools.bench.tune_kernels")
@@ -65,9 +67,9 @@ def read_table() -> tuple[Entry, ...]:
 
 
 def write_entry(tiles: Any, device: str, size: int, group: int, length: int, measured: dict[str, Any]) -> Entry:
-    """Puts tiles into the table in the place of those it had for that device and shape, atomically; returns the entry.
+    """Writes tiles into the table atomically, replacing any entry for that device and shape, and returns the entry.
 
-    `measured`: what they were chosen by, for people to read.
+    `measured`: the measurements by which they were chosen, for people to read.
     """
     keys = dict(zip(KEYS, (type(tiles).__name__, device, size, group, bucket(length)), strict=True))
     entry = {**keys, "tiles": dataclasses.asdict(tiles), "measured": measured}

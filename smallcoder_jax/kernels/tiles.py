@@ -7,8 +7,9 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class TpuTiles:
-    """Queries and keys that one step of the TPU kernel works on. Multiples of 128, the lanes of a register, and one
-    divides the other, so that a row is cut into both. The defaults are what runs where nothing was tuned.
+    """The numbers of queries and keys that one step of the TPU kernel works on. They are multiples of 128, the lanes of
+    a register, and one divides the other, so that a row can be split into both. The defaults are used for shapes that
+    were not tuned.
     """
 
     block_q: int = 512
@@ -29,8 +30,9 @@ class TpuTiles:
 
 @dataclasses.dataclass(frozen=True)
 class HopperTiles:
-    """Blocks of the Hopper kernels and how many of them a pipeline holds in shared memory: keys (and values) in the
-    forward pass and where queries' gradients are made, queries (and theirs) where keys' gradients are made.
+    """The sizes of the blocks that the Hopper kernels iterate over, and how many of them a pipeline holds in shared
+    memory. These are blocks of keys and values in the forward pass and for the gradients of queries (`dq_`), and blocks
+    of queries and output gradients for the gradients of keys and values (`dkv_`).
     """
 
     block_kv: int = 128
@@ -49,5 +51,6 @@ class HopperTiles:
 
     @property
     def row(self) -> int:
-        """Rows are padded to a multiple of this: 128 are what the warpgroups of a block can take at once."""
+        """Rows are padded to a multiple of this. It is at least 128, the rows that the warpgroups of a block process at
+        once."""
         return max(128, self.block_kv, self.dq_block_kv, self.dkv_block_q)
