@@ -1,7 +1,7 @@
-"""Raw UTF-8: the id of a byte is the byte.
+"""A tokenizer whose ids are the bytes of the UTF-8 text.
 
-The values 245 to 255 occur in no UTF-8 text, so the specials live there: the vocabulary stays at 256 and no text can
-ever produce one. Padding has its own value and is masked everywhere besides.
+The values 245 to 255 occur in no UTF-8 text, so they are the ids of the special pieces: the vocabulary stays at 256,
+and no text can ever produce a special piece. Padding has its own id and is also masked everywhere.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class ByteTokenizer:
         return list(text.encode("utf-8"))
 
     def encode_batch(self, texts: list[str], threads: int) -> list[list[int]]:
-        del threads  # a copy of bytes has nothing to spread over threads
+        del threads  # copying bytes would not be faster on several threads
         return [self.encode(text) for text in texts]
 
     def borders(self, ids: np.ndarray) -> np.ndarray:

@@ -1,13 +1,13 @@
-"""Conversations as ids: ChatML, with function calls in the form of the Hermes models.
+"""Conversations as ids: ChatML, with function calls in the format of the Hermes models.
 
-`templates/chat_template.jinja` is the only description of the format. Exports carry it, and it is rendered here too:
-everything that people, tools or a model wrote is held back while it is rendered, so that the ids of special pieces come
-from the template's own text and from nothing else.
+`templates/chat_template.jinja` is the only definition of the format. Exports contain it, and this module renders it
+too. While it is rendered, placeholders replace everything that people, tools or a model wrote, so that the ids of
+special pieces come only from the template's own text.
 
-The loss counts what the assistant writes, from behind the header of its turn to `<|im_end|>`, so that stopping is
-learned. The header has ids of its own, because a generated turn begins behind it. All other text between two special
-pieces is encoded in one go, which gives the ids of the exported tokenizer for every conversation that has no special
-piece written out in it, and no answer that begins with a newline.
+The loss counts what the assistant writes, from the end of the header of its turn up to and including `<|im_end|>`, so
+that the model learns to stop. The header is encoded separately, because a generated turn begins after it. All other
+text between two special pieces is encoded in one call. This gives the same ids as the exported tokenizer for every
+conversation in which no special piece is written out and no answer begins with a newline.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from smallcoder_jax.tokenizers.base import BOS, IM_END, IM_START, TOOL_PIECES, T
 
 ROLES = ("system", "user", "assistant", "tool")
 _HEADER = "assistant\n"
-_AROUND_CALL = {"id", "type", "function"}  # keys of OpenAI's API
+_AROUND_CALL = {"id", "type", "function"}  # keys of the object around a call in OpenAI's API
 _PIECES = re.compile("(" + "|".join(map(re.escape, (BOS, IM_START, IM_END, *TOOL_PIECES))) + ")")
-# Stands in the rendered template for text that was held back. Only the template's own text is searched for it.
+# The placeholder for text that was held back while the template was rendered. It is searched for only in the template's
+# own text.
 _HELD = re.compile("\ue000([0-9]+)\ue001")
 
 
@@ -54,7 +55,7 @@ class Message:
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """Messages, and the schemas of the functions on offer: `{"type": "function", "function": {"name", "description",
+    """Messages, and the schemas of the available functions: `{"type": "function", "function": {"name", "description",
     "parameters"}}`, where `parameters` is a JSON schema."""
 
     messages: tuple[Message, ...]
@@ -63,7 +64,7 @@ class Conversation:
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """A conversation as `ids` (int32, BOS first) and, for each, whether the loss counts it (`counted`, bool)."""
+    """A conversation as `ids` (int32, BOS first), and for each id whether the loss counts it (`counted`, bool)."""
 
     ids: np.ndarray
     counted: np.ndarray
@@ -73,29 +74,29 @@ class Encoded:
 
 
 def template() -> str:
-    """The Jinja template."""
+    """The source of the Jinja template."""
     path = resources.files("smallcoder_jax.tokenizers").joinpath("templates", "chat_template.jinja")
     return path.read_text(encoding="utf-8")
 
 
 def has_chat(tokenizer: Tokenizer) -> bool:
-    """Whether turns have ids of their own: a model cannot end its turn with a piece that is several ids."""
+    """Whether the pieces around a turn are single ids; otherwise a model cannot end its turn."""
     return all(piece in tokenizer.specials for piece in (IM_START, IM_END))
 
 
 def render(conversation: Conversation, *, reply: bool = False) -> str:
-    """The text of a conversation; with `reply`, the header of the assistant's next turn at its end.
+    """The text of a conversation; with `reply`, it ends with the header of the assistant's next turn.
 
-    Raises UserError for a conversation that cannot be one (see `check`).
+    Raises UserError for an invalid conversation (see `check`).
     """
     return "".join(text for text, _ in _parts(conversation, reply))
 
 
 def encode(conversation: Conversation, tokenizer: Tokenizer, *, reply: bool = False) -> Encoded:
-    """The ids of `render`, and which of them the assistant wrote.
+    """The ids of the text that `render` returns, and which of them the assistant wrote.
 
-    With `reply` they are a prompt: what a model continues with its next turn. Raises UserError for a conversation that
-    cannot be one (see `check`) and for a tokenizer without a special piece that it needs.
+    With `reply` they are a prompt that a model continues with its next turn. Raises UserError for an invalid
+    conversation (see `check`), and for a tokenizer without a special piece that the conversation needs.
     """
     ids: list[int] = []
     counted: list[bool] = []
@@ -127,8 +128,8 @@ def encode(conversation: Conversation, tokenizer: Tokenizer, *, reply: bool = Fa
 
 
 def check(conversation: Conversation) -> None:
-    """Raises UserError, naming the message, for an unknown role, a call outside the assistant's turn, responses that
-    are not one to each call, text that is not Unicode, or arguments that are not JSON."""
+    """Raises UserError, naming the message, for an unknown role, a call outside the assistant's turn, a number of
+    responses other than one per call, text that is not valid Unicode, or arguments that are not JSON."""
     waiting = 0
     for index, message in enumerate(conversation.messages):
         where = f"messages[{index}]"
@@ -147,7 +148,8 @@ def check(conversation: Conversation) -> None:
 
 
 def to_json(value: Any, where: str) -> str:
-    """`value` as JSON. Raises UserError, naming `where`, for what has no JSON or is not valid Unicode."""
+    """`value` as JSON. Raises UserError, naming `where`, for a value that JSON cannot express or that is not valid
+    Unicode."""
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False)
         text.encode("utf-8")
@@ -157,19 +159,20 @@ def to_json(value: Any, where: str) -> str:
 
 
 def from_json(text: str) -> Any:
-    """The value of a JSON text. Raises ValueError, saying where, for what JSON does not allow: also for NaN, for a key
-    that is there twice, for half a surrogate pair and for nesting that is too deep."""
+    """The value of a JSON text. Raises ValueError that says where the text is invalid. NaN, a key that an object holds
+    twice, half a surrogate pair and nesting that is too deep are invalid too."""
     value = parse_json(text, unique_keys=True)
     json.dumps(value, ensure_ascii=False).encode("utf-8")
     return value
 
 
 def read_call(value: Any) -> tuple[ToolCall, str]:
-    """The call of a JSON object, and in words how that differs from `{"name": TEXT, "arguments": OBJECT}`; empty where
-    it does not.
+    """The call that a JSON object describes, and in words how the object deviates from `{"name": TEXT, "arguments":
+    OBJECT}` ("" where it does not).
 
-    Models and data sets also write `parameters`, arguments as a JSON string or none, and the form of OpenAI's API
-    around it. Raises ValueError for what is no call in any of these forms.
+    It also accepts other forms that models and data sets use: `parameters` as the key, arguments as a JSON string or
+    none at all, and the enclosing object of OpenAI's API. Raises ValueError for a value that is a call in none of these
+    forms.
     """
     strict = isinstance(value, dict) and set(value) == {"name", "arguments"} and isinstance(value["arguments"], dict)
     notes = []
@@ -200,7 +203,7 @@ def _arguments_of(text: str) -> Any:
 
 
 def content_text(value: Any, where: str) -> str:
-    """What a message says: a text, null, or a list of parts that are texts, which are joined.
+    """The text of a message's content `value`, which is a text, null, or a list of text parts, which are joined.
 
     Raises UserError, naming `where`, for anything else, such as a part that is an image.
     """
@@ -227,7 +230,7 @@ def _id_of(piece: str, tokenizer: Tokenizer) -> int:
 
 
 def _parts(conversation: Conversation, reply: bool) -> Iterator[tuple[str, bool]]:
-    """The rendered text in parts: (text, whether it is the template's own)."""
+    """The rendered text in parts: (text, whether it is the template's own text)."""
     check(conversation)
     held: list[str] = []
 
@@ -262,13 +265,14 @@ def _parts(conversation: Conversation, reply: bool) -> Iterator[tuple[str, bool]
 
 @functools.cache
 def _compiled() -> Any:
-    """The template in the environment that `transformers` gives it, but for its `tojson`, which holds text back."""
+    """The template, compiled in the same environment as in `transformers`, except that `tojson` inserts
+    placeholders."""
     import jinja2
     import jinja2.ext
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(jinja2.ext.Extension):
-        """The tag that marks for transformers what the assistant writes; here it only holds its content."""
+        """The tag by which transformers finds what the assistant wrote. Here only its content is rendered."""
 
         tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
 

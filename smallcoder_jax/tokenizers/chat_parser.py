@@ -1,7 +1,7 @@
-"""What an assistant wrote, from its ids back to a message: content and function calls.
+"""Parses the ids that an assistant generated into a message: content and function calls.
 
-Only ids tell a special piece from its name written out, so it is ids that are read, one at a time as they come. What a
-model did wrong is a value and no exception: it is to be counted, or sent back to it.
+The parser reads ids, one at a time as they are generated, because only ids distinguish a special piece from its name
+written out. A model's mistakes are returned as values, not raised, so that they can be counted or sent back to it.
 """
 
 from __future__ import annotations
@@ -17,23 +17,25 @@ from smallcoder_jax.tokenizers.chat import Message, ToolCall, from_json, read_ca
 CALL_START, CALL_END = TOOL_PIECES[:2]
 
 ErrorKind = Literal[
-    "stray_piece",  # a special piece that has no place where it stands
-    "stray_text",  # text between or behind calls
-    "unclosed_call",  # the turn, or another call, begins or ends inside a call
-    "invalid_json",  # a call that is no JSON object with a name, and arguments in a form that `chat.read_call` knows
-    "loose_form",  # a call that can be read, and is not just `name` and `arguments`, an object
-    "unknown_tool",  # a name that is not on offer
+    "stray_piece",  # a special piece that is not allowed at its position
+    "stray_text",  # text between or after calls
+    "unclosed_call",  # the turn ends, or another call begins, inside a call
+    "invalid_json",  # a call that is not a JSON object in one of the forms that `chat.read_call` accepts
+    "loose_form",  # a call that can be read, but is not an object with just `name` and `arguments`, an object
+    "unknown_tool",  # a name that is not among the available functions
     "missing_argument",
     "unknown_argument",
     "wrong_type",  # also a value that is not in the schema's `enum`
 ]
-# What a score takes as not well-formed. Whoever makes the calls may let "loose_form" pass: the call is there.
+# The errors by which a score counts a turn as malformed. Code that executes the calls may ignore "loose_form", because
+# the call could be read.
 MALFORMED: tuple[ErrorKind, ...] = ("stray_piece", "stray_text", "unclosed_call", "invalid_json", "loose_form")
 
 
 @dataclasses.dataclass(frozen=True)
 class CallError:
-    """One thing that is wrong. `call` counts from 0 in the order in which calls begin; None: it is in no call."""
+    """One mistake. `call` is the index of the call that contains it, from 0 in the order in which calls begin, or None
+    outside calls."""
 
     kind: ErrorKind
     call: int | None
@@ -42,7 +44,7 @@ class CallError:
 
 @dataclasses.dataclass(frozen=True)
 class Parsed:
-    """A turn of the assistant. `message` has the calls that could be read, whether or not they fit their schema;
+    """A turn of the assistant. `message` has the calls that could be read, whether or not they match their schema.
     `ended` is False where the turn was cut off before `<|im_end|>`."""
 
     message: Message
@@ -51,7 +53,7 @@ class Parsed:
 
 
 class MessageParser:
-    """Reads the ids that follow the header of an assistant's turn. `tools` are the schemas on offer."""
+    """Parses the ids that follow the header of an assistant's turn. `tools`: the schemas of the available functions."""
 
     def __init__(self, tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]]):
         self._token_bytes = tokenizer.token_bytes
@@ -59,16 +61,16 @@ class MessageParser:
         self._tools = {tool["function"]["name"]: tool["function"] for tool in tools}
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._content: list[str] = []
-        self._held = ""  # a newline that belongs to the call behind it, if one comes
-        self._begun = 0  # calls
-        self._raw = bytearray()  # of the call that is open, or behind the last one
+        self._held = ""  # a newline that belongs to the call after it, if one follows
+        self._begun = 0  # number of calls that have begun
+        self._raw = bytearray()  # the bytes of the open call, or of the text after the last call
         self._state: Literal["content", "call", "behind", "over"] = "content"
         self._calls: list[ToolCall] = []
         self._errors: list[CallError] = []
         self._ended = False
 
     def feed(self, ids: Iterable[int]) -> str:
-        """The content that is certain after these ids; what comes behind the end of the turn is left unread."""
+        """Reads more ids and returns the content that they complete. Ids after the end of the turn are ignored."""
         before = len(self._content)
         for i in ids:
             if self._state == "over":
@@ -83,7 +85,7 @@ class MessageParser:
         return "".join(self._content[before:])
 
     def finish(self) -> Parsed:
-        """The message, when no more ids come."""
+        """The parsed turn. Call it after the last ids."""
         if self._state != "over":
             self._end(ended=False)
         message = Message("assistant", "".join(self._content), tuple(self._calls))
@@ -118,7 +120,8 @@ class MessageParser:
         self._state, self._ended = "over", ended
 
     def _leave(self, state: str) -> None:
-        """Before a call begins or the turn ends: what the state so far leaves behind."""
+        """Completes `state` before a call begins or the turn ends: flushes content, and records an unclosed call or
+        stray text."""
         if state == "content":
             self._add_content(self._decoder.decode(b"", final=True))
         elif state == "call":
@@ -144,16 +147,17 @@ class MessageParser:
 
 
 def parse(ids: Iterable[int], tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]]) -> Parsed:
-    """The message of a whole turn: ids behind its header, with or without `<|im_end|>`."""
+    """Parses a whole turn: the ids after its header, with or without `<|im_end|>`."""
     parser = MessageParser(tokenizer, tools)
     parser.feed(ids)
     return parser.finish()
 
 
 def check_call(call: ToolCall, tools: Mapping[str, Mapping[str, Any]]) -> list[tuple[ErrorKind, str]]:
-    """What is wrong with a call, given the functions on offer by name.
+    """The mistakes in a call, given the available functions by name.
 
-    Of JSON schema: `type`, `enum`, `properties`, `required`, `additionalProperties: false` and `items`.
+    Supports these keywords of JSON schema: `type`, `enum`, `properties`, `required`, `additionalProperties: false` and
+    `items`.
     """
     if call.name not in tools:
         return [("unknown_tool", f"{call.name!r} is not on offer; expected one of {', '.join(tools) or 'none'}")]
@@ -161,7 +165,7 @@ def check_call(call: ToolCall, tools: Mapping[str, Mapping[str, Any]]) -> list[t
 
 
 def same_value(a: Any, b: Any) -> bool:
-    """Whether two JSON values are the same: 1 and 1.0 are, 1 and true are not; the order of keys does not count."""
+    """Whether two JSON values are equal: 1 and 1.0 are, 1 and true are not. The order of keys does not matter."""
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(same_value(a[key], b[key]) for key in a)
     if isinstance(a, list) and isinstance(b, list):

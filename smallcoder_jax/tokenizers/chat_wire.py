@@ -1,9 +1,9 @@
-"""Conversations in the shape of OpenAI's API, which is also how they are stored: arguments are a JSON string there.
+"""Conversations in the format of OpenAI's API, in which they are also stored: arguments are a JSON string there.
 
-Data sets write the same in other ways, which are read too: keys that are null, content as a list of text parts,
-arguments as an object, calls and responses without ids (then the responses are in the order of the calls), and
-functions on offer without the object around them. Beyond that reading is strict: what does not fit is an error that
-says where it is, and nothing is passed over.
+Reading accepts these variants that data sets use, too: keys that are null, content as a list of text parts, arguments
+as an object, calls and responses without ids (then the responses are in the order of the calls), and functions without
+the enclosing object. Otherwise reading is strict: whatever deviates is an error that says where, and nothing is
+ignored.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from smallcoder_jax.tokenizers.chat import (
 
 
 def to_wire(conversation: Conversation) -> dict[str, Any]:
-    """`{"messages": [...], "tools": [...]}`; calls are numbered, and responses name the call that they answer.
+    """The conversation as `{"messages": [...], "tools": [...]}`. Calls are numbered, and each response names its call.
 
-    Raises UserError for a conversation that cannot be one.
+    Raises UserError for an invalid conversation.
     """
     check(conversation)
     messages: list[dict[str, Any]] = []
@@ -45,16 +45,17 @@ def to_wire(conversation: Conversation) -> dict[str, Any]:
 
 
 def from_wire(value: Any) -> Conversation:
-    """The conversation of `{"messages": [...], "tools": [...]}`, with responses in the order of their calls.
+    """The conversation of `{"messages": [...], "tools": [...]}`, with the responses put in the order of their calls.
 
-    Raises UserError, naming the place, for what is missing, of another type, not known, or not JSON.
+    Raises UserError that names the place of a key that is missing, unknown or of a wrong type, or of a value that is
+    not JSON.
     """
     fields = _fields(value, "the conversation", required={"messages": list}, optional={"tools": list})
     tools = tuple(_tool(tool, f"tools[{index}]") for index, tool in enumerate(fields.get("tools", [])))
     read = [_message(item, f"messages[{index}]") for index, item in enumerate(fields["messages"])]
     in_order = not any(ids for message, ids in read if message.role == "tool")
     messages: list[Message] = []
-    waiting: list[str] = []  # the ids of the calls whose responses come next
+    waiting: list[str] = []  # the ids of the calls whose responses have to follow
     responses: dict[str, Message] = {}
     for index, (message, ids) in enumerate(read):
         where = f"messages[{index}]"
@@ -82,7 +83,7 @@ def from_wire(value: Any) -> Conversation:
 
 
 def calls_to_wire(calls: Sequence[ToolCall], *, first: int) -> list[dict[str, Any]]:
-    """The calls of one message, with ids from `first` on."""
+    """The calls of one message, with ids numbered from `first`."""
     return [
         {
             "id": f"call_{number}",
@@ -102,14 +103,14 @@ def _tool(value: Any, where: str) -> dict[str, Any]:
 
 
 def _message(value: Any, where: str) -> tuple[Message, list[str]]:
-    """A message, with the ids of its calls or that of the call it answers; of a response without one, none."""
+    """A message and the ids of its calls. For a response, the id of the call that it answers, or no id."""
     content: Any = (str, list)
     optional = {"content": content, "tool_calls": list, "tool_call_id": str, "name": str}
     fields = _fields(value, where, {"role": str}, optional)
     role, given = fields["role"], fields.get("tool_calls", [])
     if role not in ROLES:
         raise UserError(f"{where}.role is {role!r}; expected one of {', '.join(ROLES)}")
-    for key in ("tool_call_id", "name"):  # name: that of the function
+    for key in ("tool_call_id", "name"):  # name: the name of the function
         if key in fields and role != "tool":
             raise UserError(f"{where} has the key {key!r}, which belongs to messages of the role tool")
     if "content" not in fields and not given and role != "tool":
@@ -125,7 +126,7 @@ def _message(value: Any, where: str) -> tuple[Message, list[str]]:
 
 
 def _call(value: Any, where: str) -> tuple[ToolCall, str]:
-    """A call, and its id; for one without, the place of the call."""
+    """A call and its id; without an id, the place of the call takes its role."""
     given = {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
     try:
         call, _ = read_call(given)
@@ -147,7 +148,8 @@ def _place(i: str, where: str, waiting: list[str], responses: Mapping[str, Messa
 def _fields(
     value: Any, where: str, required: Mapping[str, Any], optional: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """What is not null of `value`, an object with these keys and types. Any other key may not be there."""
+    """The keys of the object `value` that are not null. Raises UserError for a missing key, any other key, or a wrong
+    type."""
     if not isinstance(value, dict):
         raise UserError(f"{where} is {value!r:.80}; expected an object")
     fields = {key: item for key, item in value.items() if item is not None}

@@ -1,5 +1,5 @@
-"""Published tokenizers, read by `transformers`: byte-level BPE (GPT-2, StarCoder, Qwen) and sentencepiece-like BPE
-with byte fallback (Llama, Code Llama). No code of the folder is run.
+"""Published tokenizers, loaded with `transformers`: byte-level BPE (GPT-2, StarCoder, Qwen) and sentencepiece-like BPE
+with byte fallback (Llama, Code Llama). No code from the folder is executed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from smallcoder_jax.base.files import read_bytes, read_json
 from smallcoder_jax.tokenizers import base
 from smallcoder_jax.tokenizers.vocabulary import Vocabulary
 
-# The names that published tokenizers give to the pieces that this package knows by its own.
+# This package's special pieces, each with its names in published tokenizers.
 _ALIASES = {
     base.FIM_PREFIX: ("<|fim_prefix|>", "<fim_prefix>", "<fim-prefix>", "▁<PRE>", "<PRE>"),
     base.FIM_MIDDLE: ("<|fim_middle|>", "<fim_middle>", "<fim-middle>", "▁<MID>", "<MID>"),
@@ -30,12 +30,12 @@ _ALIASES = {
     base.IM_END: ("<|im_end|>",),
     **{piece: (piece,) for piece in base.TOOL_PIECES},
 }
-# Tried as the text that every other text is encoded behind, see `_find_lead`.
+# Candidates for the text that is put before every text to encode, see `_find_lead`.
 _LEADS = ("\n", "\x02")
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 _UTF8 = {*range(0xC0), *range(0xC2, 0xF5)}  # the bytes that occur in texts
-_MOST_IDS = 2  # per entry: more gaps than entries are no vocabulary's, but a number that was damaged
-# What `transformers` may read of a tokenizer's folder.
+_MOST_IDS = 2  # ids per entry; a vocabulary with more gaps than entries has a damaged id
+# The files that `transformers` may read from a tokenizer's folder.
 _FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "config.json", "chat_template.json", "chat_template.jinja", "merges.txt", "vocab.txt", "tokenizer.model",
@@ -45,9 +45,9 @@ _FILES = (
 class HuggingFaceTokenizer:
     """Implements `base.Tokenizer` over a loaded `transformers` tokenizer.
 
-    `specials` holds what the tokenizer has: without FIM pieces it cannot serve fill-in-the-middle. Where it has no
-    padding id, padding is written as the end-of-text id; padding is masked everywhere. Unicode normalisation (NFC,
-    NFKC) is switched off, as it would change the text.
+    `specials` holds the pieces that the tokenizer has; without FIM pieces it does not support fill-in-the-middle. Where
+    it has no padding id, the end-of-text id is used for padding, which is masked everywhere. Unicode normalisation
+    (NFC, NFKC) is switched off, because it would change the text.
     """
 
     def __init__(self, tokenizer: Any, name: str):
@@ -57,7 +57,7 @@ class HuggingFaceTokenizer:
         self._tokenizer, self._backend, self._name = tokenizer, backend, name
         backend.no_padding()
         backend.no_truncation()
-        backend.encode_special_tokens = True  # a special piece written in a text is split like any other text
+        backend.encode_special_tokens = True  # special pieces written out in a text are split like any other text
         _mark_specials(tokenizer, backend)
         if type(backend.normalizer).__name__ in ("NFC", "NFKC"):
             backend.normalizer = None
@@ -83,7 +83,7 @@ class HuggingFaceTokenizer:
         return self.encode_batch([text], threads=1)[0]
 
     def encode_batch(self, texts: list[str], threads: int) -> list[list[int]]:
-        del threads  # the library takes as many as RAYON_NUM_THREADS says
+        del threads  # the library uses RAYON_NUM_THREADS threads
         encoded = self._backend.encode_batch_fast([self._lead + text for text in texts], add_special_tokens=False)
         return [item.ids[len(self._lead_ids) :] for item in encoded]
 
@@ -127,7 +127,7 @@ class HuggingFaceTokenizer:
             elif byte_level and alphabet.keys() >= set(piece):
                 pieces[i] = bytes(alphabet[character] for character in piece)
             elif byte_level:
-                pieces[i] = piece.encode("utf-8")  # no text has it: texts become characters of the alphabet
+                pieces[i] = piece.encode("utf-8")  # never encoded, since texts are first mapped to the alphabet
             elif match := _BYTE_PIECE.fullmatch(piece):
                 pieces[i] = bytes([int(match[1], 16)])
             else:
@@ -140,8 +140,8 @@ class HuggingFaceTokenizer:
         return pieces
 
     def _find_lead(self) -> tuple[str, list[int]]:
-        """A text to encode every text behind, and its ids, which are taken off again. Empty for most tokenizers; those
-        that add a space before a text would change its bytes."""
+        """A lead, which is put before every text to encode, and its ids, which are removed again. It is needed for
+        tokenizers that add a space before a text, which would change its bytes, and empty for most others."""
         probe = self._backend.encode("a", add_special_tokens=False).ids
         if b"".join(self.token_bytes[i] for i in probe) == b"a":
             return "", []
@@ -149,7 +149,7 @@ class HuggingFaceTokenizer:
             ids = self._backend.encode(lead, add_special_tokens=False).ids
             behind = self._backend.encode(lead + "a", add_special_tokens=False).ids
             whole = b"".join(self.token_bytes[i] for i in behind[len(ids) :]) == b"a"
-            # Where an entry goes on after the lead, the lead could become one id with the start of a text.
+            # Where an entry contains the lead and more after it, lead and start of a text could merge into one id.
             merges = any(lead.encode() in piece[:-1] for piece in self.token_bytes)
             if behind[: len(ids)] == ids and whole and not merges:
                 return lead, ids
@@ -163,7 +163,7 @@ class HuggingFaceTokenizer:
 
 
 def _table_size(vocabulary: dict[str, int], name: str) -> int:
-    """One more than the largest id; published tokenizers may leave ids out. Raises UserError for ids that are none."""
+    """One more than the largest id; published tokenizers may skip ids. Raises UserError for a damaged vocabulary."""
     size = max(vocabulary.values(), default=0) + 1
     if size > _MOST_IDS * len(vocabulary):
         raise UserError(f"tokenizer {name} has {len(vocabulary)} entries, but the id {size - 1}; it is damaged")
@@ -175,8 +175,8 @@ def _table_size(vocabulary: dict[str, int], name: str) -> int:
 
 
 def _mark_specials(tokenizer: Any, backend: Any) -> None:
-    """Flags the pieces that are special to this package: some published tokenizers do not, and would make them from
-    user text."""
+    """Marks the pieces that are special to this package as special. Some published tokenizers do not, and would produce
+    them from user text."""
     from tokenizers import AddedToken
 
     names = {name for aliases in _ALIASES.values() for name in aliases}
@@ -187,9 +187,9 @@ def _mark_specials(tokenizer: Any, backend: Any) -> None:
 
 
 def read_hugging_face(name: str) -> HuggingFaceTokenizer:
-    """The tokenizer of a folder, or a published one by its name on the hub.
+    """The tokenizer in a folder, or a published tokenizer by its name on the hub.
 
-    Raises UserError, with the cause and the ways out, where it cannot be loaded.
+    Raises UserError that says why it cannot be loaded and what to do.
     """
     try:
         from transformers import AutoTokenizer
@@ -203,7 +203,7 @@ def read_hugging_face(name: str) -> HuggingFaceTokenizer:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, local_files_only=looks_local)
     except (KeyboardInterrupt, SystemExit):
         raise
-    except BaseException as error:  # bare Exception for a file that is not understood; a panic in Rust is not even that
+    except BaseException as error:  # an invalid file raises a bare Exception, and a panic in Rust only a BaseException
         raise UserError(
             f"tokenizer {name!r} cannot be loaded: {error}. Three ways out: name a folder that holds tokenizer.json or "
             "tokenizer.model; download it elsewhere with `hf download` and set HF_HOME to that cache (or HF_ENDPOINT "
@@ -213,7 +213,7 @@ def read_hugging_face(name: str) -> HuggingFaceTokenizer:
 
 
 def _check_files(folder: Path) -> None:
-    """Raises UserError for what the library would wait for, run out of memory with or end in a traceback at."""
+    """Raises UserError for a file on which the library would hang, run out of memory or fail with a traceback."""
     for path in (folder / name for name in _FILES):
         if path.suffix == ".json" and os.path.exists(path):
             read_json(path, "a file of a published tokenizer; download it again")
@@ -222,7 +222,8 @@ def _check_files(folder: Path) -> None:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """GPT-2's visible characters for the 256 byte values: printable ones for themselves, the rest from U+0100 on."""
+    """GPT-2's visible characters for the 256 byte values: printable bytes map to themselves, the rest from U+0100
+    on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [value for value in range(256) if value not in printable]
     return {chr(value): value for value in printable} | {chr(0x100 + i): value for i, value in enumerate(rest)}

@@ -1,4 +1,4 @@
-"""Tokenizers by folder, and the check that one fits a model and its data."""
+"""Loads tokenizers from folders, and checks that a tokenizer fits a model and its data."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from smallcoder_jax.tokenizers.huggingface import read_hugging_face
 from smallcoder_jax.tokenizers.sentencepiece import read_sentencepiece
 
 KINDS = ("sentencepiece", "bytes", "hf")
-_MOST_SPARE = 8  # of so many rows of a model's table one may be spare: published tables are padded to a round size
+_MOST_SPARE = 8  # at most 1 / 8 of a model's table may be spare: published tables are padded to a round size
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer that was saved in `folder`. Raises UserError where there is none or it cannot be read."""
+    """The tokenizer that was saved in `folder`. Raises UserError where there is none, or where it cannot be read."""
     path = folder / KIND_FILE
     if not os.path.exists(path):
         raise UserError(
@@ -29,7 +29,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def read_kind(folder: Path) -> str:
-    """The kind of the tokenizer that was saved in `folder`. Raises UserError where that cannot be read."""
+    """The kind of the tokenizer that was saved in `folder`. Raises UserError where the kind cannot be read."""
     path = folder / KIND_FILE
     kind = read_json_object(path, "the kind of a tokenizer. Write the tokenizer again").get("kind")
     if not isinstance(kind, str):
@@ -38,7 +38,7 @@ def read_kind(folder: Path) -> str:
 
 
 def open_tokenizer(kind: str, path: str) -> Tokenizer:
-    """A tokenizer of a given kind from the folder `path` (for `hf`, also the name of a published one)."""
+    """The tokenizer of this kind in the folder `path` (for `hf`, also the name of a published tokenizer)."""
     if kind == "bytes":
         return ByteTokenizer()
     if kind == "sentencepiece":
@@ -51,9 +51,9 @@ def open_tokenizer(kind: str, path: str) -> Tokenizer:
 def check_tokenizer(
     tokenizer: Tokenizer, vocab_size: int, prepared_hash: str | None = None, folders: Sequence[Path] = ()
 ) -> None:
-    """Raises UserError where the tokenizer does not fit the model's table of `vocab_size` rows, or is not the one that
-    the data was prepared with; `folders` hold what was made with that one. A table may have some spare rows
-    (`spare_rows` says so): no text has them, and no completion.
+    """Raises UserError where the tokenizer does not fit the model's table of `vocab_size` rows, or is not the tokenizer
+    that the data in `folders` was prepared with. A table may have some spare rows, which occur in no text and no
+    completion; `spare_rows` describes them.
     """
     if not 0 <= vocab_size - tokenizer.vocab_size <= vocab_size // _MOST_SPARE:
         raise UserError(
@@ -69,7 +69,8 @@ def check_tokenizer(
 
 
 def spare_rows(tokenizer: Tokenizer, vocab_size: int) -> str | None:
-    """What is to be said of a table with more rows than the tokenizer has entries; None where they are as many."""
+    """A notice about a model's table with more rows than the tokenizer has entries; None where the numbers are
+    equal."""
     spare = vocab_size - tokenizer.vocab_size
     if not spare:
         return None

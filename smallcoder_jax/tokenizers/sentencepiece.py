@@ -1,12 +1,12 @@
 """Byte-pair encoding by sentencepiece: training, and the trained tokenizer.
 
-The settings are those for which `transformers` gives the same ids from the same `tokenizer.model`: identity
-normalisation, no dummy prefix, no whitespace removal, byte fallback.
+With these settings `transformers` gives the same ids from the same `tokenizer.model`: identity normalisation, no dummy
+prefix, no whitespace removal, byte fallback.
 
-For training, a text is cut after every run of newlines and each part counts as one sentence. So an entry may hold
-indentation with the word after it, several words, or a line's last characters with its newline, but never goes on
-into the next line. A prompt that ends with a newline therefore has the ids it has in the middle of a file, and a text
-may be cut after any line without changing an id.
+For training, a text is split after every run of newlines, and each part counts as one sentence. An entry may therefore
+hold indentation with the word after it, several words, or a line's last characters with its newline, but it never
+extends into the next line. Hence a prompt that ends with a newline has the same ids as in the middle of a file, and a
+text may be cut after any line without changing an id.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from smallcoder_jax.tokenizers.vocabulary import Vocabulary
 
 MODEL_FILE = "tokenizer.model"
 SPACE = "\u2581"  # how sentencepiece writes a space inside an entry
-# The trainer drops a newline at the end of a sentence and refuses entries with a tab, so for training both are
-# written as private characters, which no entry keeps.
+# The trainer drops a newline at the end of a sentence and rejects entries with a tab. For training, private characters
+# replace both; the trained entries have them replaced back.
 _NEWLINE, _TAB = "\ue00a", "\ue009"
 _RESERVED = re.compile(f"[{_NEWLINE}{_TAB}{SPACE}\0]+")
 _ModelProto = vars(sentencepiece_model_pb2)["ModelProto"]  # protobuf makes its classes when the module is imported
 _TOO_SMALL = re.compile(r"smaller than required_chars\. \d+ vs (\d+)")
-_LINE_CHARACTERS = 4000  # longer lines are cut; the trainer's limit is in bytes, at most four to a character
+_LINE_CHARACTERS = 4000  # longer lines are split; the trainer's limit is in bytes, at most four per character
 _TRAINER_SETTINGS = {
     "model_type": "bpe",
     "byte_fallback": True,
@@ -66,7 +66,7 @@ _TRAINER_SETTINGS = {
 
 
 class SentencePieceTokenizer:
-    """Implements `base.Tokenizer` over a sentencepiece model. Raises UserError where it lacks what is needed."""
+    """Implements `base.Tokenizer` over a sentencepiece model. Raises UserError for an unsuitable model."""
 
     def __init__(self, model: bytes):
         self._model = model
@@ -99,7 +99,7 @@ class SentencePieceTokenizer:
     def encode(self, text: str) -> list[int]:
         if SPACE not in text:
             return self._processor.encode(text)
-        # Sentencepiece reads this character as a space; as its three bytes it comes back unchanged.
+        # Sentencepiece reads this character as a space; encoded as its three bytes, it is decoded unchanged.
         ids: list[int] = []
         for i, part in enumerate(text.split(SPACE)):
             ids += self._space_ids * (i > 0) + self._processor.encode(part)
@@ -123,15 +123,15 @@ class SentencePieceTokenizer:
 
 
 def read_sentencepiece(folder: Path) -> SentencePieceTokenizer:
-    """The tokenizer of `folder/tokenizer.model`. Raises UserError where it cannot be read."""
+    """The tokenizer in `folder/tokenizer.model`. Raises UserError where it cannot be read."""
     what = f"a trained tokenizer: name a folder that holds {MODEL_FILE}, or leave tokenizer.path empty to train one"
     return SentencePieceTokenizer(read_bytes(folder / MODEL_FILE, what))
 
 
 def train_sentencepiece(texts: Iterable[str], vocab_size: int, max_bytes: int) -> SentencePieceTokenizer:
-    """Trains on the first `max_bytes` UTF-8 bytes of `texts`; the same input gives the same model, byte for byte.
+    """Trains on the first `max_bytes` UTF-8 bytes of `texts`. The same input gives the same model, byte for byte.
 
-    Raises UserError, with the sizes that work, when the vocabulary is too small or too large for the texts.
+    Raises UserError, with a size that works, when the vocabulary is too small or too large for the texts.
     """
     counts = collections.Counter(_sentences(texts, max_bytes))
     if not counts:
@@ -165,12 +165,12 @@ def _train(path: Path, vocab_size: int, **settings: Any) -> bytes:
 
 
 def _working_size(path: Path, vocab_size: int, error: RuntimeError) -> str:
-    """Why the trainer refused the size, and the nearest one that it takes."""
+    """Why the trainer rejected the size, and the nearest size that it accepts."""
     too_small = _TOO_SMALL.search(str(error))
     if too_small:
         size, why = int(too_small[1]), "its characters, the 256 bytes and the special pieces alone are"
     else:
-        try:  # as many as the text has
+        try:  # the number of entries that the text yields
             size = len(_ModelProto.FromString(_train(path, vocab_size, hard_vocab_limit=False)).pieces)
         except RuntimeError:
             return str(error).rpartition("] ")[2].rstrip(". ")
@@ -197,7 +197,8 @@ def _lines(text: str) -> Iterator[str]:
 
 
 def _restore(model: bytes) -> bytes:
-    """The trained model with newlines and tabs in the place of their stand-ins, and without the path of its input."""
+    """The trained model with newlines and tabs in place of the private characters, and without the path of its
+    input."""
     proto = _ModelProto.FromString(model)
     for entry in proto.pieces:
         entry.piece = entry.piece.replace(_NEWLINE, "\n").replace(_TAB, "\t")

@@ -1,9 +1,9 @@
-"""What follows from the bytes that every id stands for, whichever tokenizer made them.
+"""Decoding and borders, computed from the bytes that every id stands for, for any tokenizer.
 
-Byte-pair encoding joins neighbours only where the joined bytes are an entry. So where no entry of the vocabulary
-holds byte a directly followed by byte b, no id ever covers both, and a text may be cut between them: the bytes on
-either side stay the same, and so do the ids, but for tokenizers that first split a text by a regular expression
-(byte-level BPE). One that looks ahead may split whitespace before the cut in another way.
+Byte-pair encoding merges neighbours only where the merged bytes are an entry. Where no entry of the vocabulary contains
+byte a directly followed by byte b, no id ever covers both, and a text may be cut between them. The bytes on either side
+stay the same. The ids do too, except for tokenizers that first split a text by a regular expression (byte-level BPE),
+because an expression that looks ahead may split whitespace before the cut differently.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _CONTINUATION = slice(0x80, 0xC0)  # bytes inside a UTF-8 character: a text is n
 
 
 class Vocabulary:
-    """The bytes of every id, `token_bytes`, with what can be worked out from them once."""
+    """The bytes of every id, `token_bytes`, and the tables that are computed from them once."""
 
     def __init__(self, token_bytes: Sequence[bytes]):
         self.token_bytes = list(token_bytes)
@@ -32,7 +32,7 @@ class Vocabulary:
         self._last = np.array([piece[-1] if piece else 0 for piece in self.token_bytes], dtype=np.uint8)
 
     def borders(self, ids: np.ndarray) -> np.ndarray:
-        """bool, one per id: no id could cover the bytes on both sides of the place before it."""
+        """For each id, whether no id can cover the bytes on both sides of the position before it (bool)."""
         ids = np.asarray(ids, dtype=np.int64)
         cut = np.ones(ids.shape, dtype=bool)
         before, after = ids[:-1], ids[1:]
@@ -40,5 +40,5 @@ class Vocabulary:
         return cut
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`; specials are left out, invalid UTF-8 becomes U+FFFD."""
+        """The text of `ids`. Specials are omitted, and invalid UTF-8 becomes U+FFFD."""
         return b"".join(self.token_bytes[i] for i in ids).decode("utf-8", errors="replace")

@@ -1,4 +1,4 @@
-"""What functions of conversations answer. Everything that a model wrote is run in the sandbox, and only there."""
+"""Executes the function calls of conversations. Everything that a model wrote is run in the sandbox, and only there."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from smallcoder_jax.toolbox import functions
 
 
 def execute(name: str, arguments: dict[str, Any]) -> str:
-    """The output, errors behind it, of `execute_python` or `execute_bash`; ends with why a run was stopped, if it was.
+    """The standard output followed by the standard error of `execute_python` or `execute_bash`. Where the program was
+    stopped, the text ends with the reason.
 
-    UserError: this machine cannot isolate.
+    Raises UserError where this machine cannot isolate programs.
     """
     if name == "execute_python":
         outcome = sandbox.run_python(arguments["code"])
@@ -30,10 +31,10 @@ def execute(name: str, arguments: dict[str, Any]) -> str:
 
 
 def respond(call: ToolCall) -> str:
-    """The response of one of `functions.TOOLS` to a call that fits its schema, whoever wrote it.
+    """The response of one of `functions.TOOLS` to a call that matches its schema, whoever wrote the call.
 
-    The functions that only read code do so in the sandbox, too: what makes a parser fail becomes a traceback in the
-    response. UserError: this machine cannot isolate.
+    Functions that only read code run in the sandbox, too: code on which a parser fails gives a traceback in the
+    response. Raises UserError where this machine cannot isolate programs.
     """
     if call.name in ("search_docs", "analyze_code"):
         source = inspect.getsource(functions)

@@ -1,9 +1,8 @@
-"""The six functions that conversations call: their schemas, and what each really answers.
+"""The six functions that conversations call: their schemas and their implementations.
 
-Programs are run by `execute`, which the caller gives: `execute("execute_python", {"code": ...})` and
-`execute("execute_bash", {"command": ...})` return what the program wrote. Tests and debugging are Python programs
-around the code that is given. Code is analysed with `ast`, and the documentation searched is that of the running
-Python.
+Programs are run by `execute`, which the caller passes: `execute("execute_python", {"code": ...})` and
+`execute("execute_bash", {"command": ...})` return what the program wrote. `run_tests` and `debug_code` wrap the given
+code in a Python program. `analyze_code` uses `ast`, and `search_docs` searches the documentation of the running Python.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from typing import Any
 Execute = Callable[[str, dict[str, Any]], str]
 
 ASPECTS = ("functions", "imports", "calls", "complexity")
-MAX_CHARACTERS = 1200  # of a response; what is longer ends with a line that says how much is left out
-# The modules of the standard library whose documentation is searched: what code of every kind uses.
+MAX_CHARACTERS = 1200  # of a response; a longer one is cut, and a last line says how much is omitted
+# The modules of the standard library whose documentation is searched: those that code of every kind uses.
 DOCUMENTED = (
     "base64", "bisect", "calendar", "cmath", "collections", "colorsys", "contextlib", "copy", "csv", "dataclasses",
     "datetime", "difflib", "fnmatch", "fractions", "functools", "glob", "gzip", "hashlib", "heapq", "html", "inspect",
@@ -100,13 +99,13 @@ except Exception as error:
 """
 
 
-# Python 3.11 counts the depth of the trees that it makes for all threads together, and two at a time fail.
+# Python 3.11 keeps one depth counter for the syntax trees of all threads, so that parsing on two threads at once fails.
 _PARSING = threading.Lock()
 
 
 def call_tool(name: str, arguments: Mapping[str, Any], execute: Execute) -> str:
-    """The response of a function to arguments that fit its schema; without the newline at its end, and cut to
-    `MAX_CHARACTERS`. A name that is not one of `TOOLS` raises KeyError."""
+    """The response of a function to arguments that match its schema, without trailing newlines and cut to
+    `MAX_CHARACTERS`. Raises KeyError for a name that is not in `TOOLS`."""
     text = _RESPONSES[name](arguments, execute).rstrip("\n")
     if len(text) <= MAX_CHARACTERS:
         return text
@@ -114,8 +113,8 @@ def call_tool(name: str, arguments: Mapping[str, Any], execute: Execute) -> str:
 
 
 def analyze(code: str, aspect: str) -> dict[str, Any]:
-    """One aspect of Python code: the functions with their arguments, the modules imported, the names called, each once
-    and in order; or the number of independent paths (McCabe's, 1 + decisions)."""
+    """One aspect of Python code: the functions with their arguments, the imported modules or the called names, each
+    once and in order; or McCabe's number of independent paths (1 + decisions)."""
     with _PARSING:
         nodes = _in_order(ast.parse(code))
     if aspect == "functions":
@@ -135,7 +134,7 @@ def analyze(code: str, aspect: str) -> dict[str, Any]:
 
 
 def search(query: str, limit: int) -> list[str]:
-    """The `limit` best entries of the documentation, as `name(signature): first sentence`, best first."""
+    """The `limit` entries of the documentation that match best, as `name(signature): first sentence`, best first."""
     entries, rarity = documentation(), _rarity()
     words = set(_words(query))
     scores = []
@@ -148,15 +147,16 @@ def search(query: str, limit: int) -> list[str]:
 
 @functools.cache
 def documentation() -> dict[str, tuple[str, frozenset[str]]]:
-    """By full name, in alphabetical order: the line that `search` returns, and its words."""
+    """The documentation by full name in alphabetical order: the line that `search` returns, and the words it
+    matches."""
     found = {}
     for module in DOCUMENTED:
         names = dict(vars(importlib.import_module(module)))
         for name, value in names.items():
             if name.startswith("_") or not callable(value):
                 continue
-            # Hooks are there twice (sys.__excepthook__): another may be in their place, of what runs this program. Some
-            # of operator's functions are left out with them.
+            # Hooks exist twice (sys.__excepthook__), because the running program may have replaced them; they are
+            # skipped. This also skips some functions of `operator`.
             if f"__{name}__" in names:
                 continue
             if (getattr(value, "__module__", None) or module).split(".")[0].lstrip("_") not in _owners(module):
@@ -184,7 +184,7 @@ def _rarity() -> Mapping[str, float]:
 
 
 def _owners(module: str) -> tuple[str, ...]:
-    """The modules that may have made what `module` offers; what it only imports from elsewhere is left out."""
+    """The modules in which the functions of `module` may be defined. Names that it imports from others are skipped."""
     return (module.split(".")[0], "posixpath", "ntpath", "genericpath", "posix", "nt", "builtins", "pydatetime")
 
 
@@ -193,7 +193,7 @@ def _signature(value: Any) -> str:
         text = str(inspect.signature(value))
     except (ValueError, TypeError):
         return "(...)"
-    return text if len(text) <= 80 and " at 0x" not in text else "(...)"  # an address differs from run to run
+    return text if len(text) <= 80 and " at 0x" not in text else "(...)"  # addresses differ from run to run
 
 
 def _words(text: str) -> list[str]:
@@ -201,7 +201,7 @@ def _words(text: str) -> list[str]:
 
 
 def _in_order(tree: ast.AST) -> list[ast.AST]:
-    """All nodes in the order of the text, unlike `ast.walk`."""
+    """All nodes in the order of the source text, unlike `ast.walk`."""
     nodes: list[ast.AST] = []
     stack = [tree]
     while stack:
