@@ -1,16 +1,17 @@
-"""Builds the sandbox around one program: namespaces, mounts, limits; waits for it and takes everything down again.
+"""Builds the sandbox around one program (namespaces, mounts, limits), waits for the program and removes everything
+again.
 
-`process.py` starts this module as a program of its own, because a process with JAX's threads must not fork. It and
-`memory.py` use the standard library only. Three processes follow each other:
+`process.py` starts this module as a separate program, because a process with JAX's threads must not fork. This module
+and `memory.py` use the standard library only. Three processes start one another:
 
-    helper   in the namespaces of users, network, pids, ipc, host name; outside the mount namespace.
-             Watches clock, memory and `stdin`, whose end means that whoever asked is gone; then kills init.
-    init     pid 1 of the sandbox: mounts, gives up every privilege, starts the program, reaps.
-             When it ends, the kernel kills whatever else is left in the pid namespace, however it was forked.
-    program  limits, then `exec`: nothing of this file is left in its memory.
+    helper   is in the namespaces of users, network, pids, ipc and host name, but outside the mount namespace. It
+    watches the clock, the memory and `stdin`, and kills init at a limit or when `stdin` ends because the caller is
+    gone. init     is pid 1 of the sandbox. It mounts, drops every privilege, starts the program and reaps processes.
+    When it ends, the kernel kills everything that is left in the pid namespace, however it was forked. program  sets
+    its limits and calls `exec`, so that nothing of this file is left in its memory.
 
-The plan comes as one line of JSON on `stdin`. What happened goes to the descriptor in `argv[1]`, one JSON object a
-line; the program never holds it.
+The plan arrives as one line of JSON on `stdin`. What happens is reported to the descriptor in `argv[1]`, one JSON
+object per line. The program never has this descriptor.
 """
 
 from __future__ import annotations
@@ -49,9 +50,9 @@ SYS_MOUNT_SETATTR, SYS_PIVOT_ROOT, SYS_CAPSET = 442, {"x86_64": 155, "aarch64": 
 AT_RECURSIVE = 0x8000
 MOUNT_ATTR_RDONLY, MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV = 1, 2, 4
 INSIDE_ID = 1000  # user and group of the program, as it sees them
-PENDING = 512  # signals that wait, and timers
+PENDING = 512  # pending signals and timers
 MAX_FILES = 4096  # in the sandbox's /tmp
-# /dev/zero mapped as shared is memory that nothing counts; /dev/full reads as zeros too, and cannot be mapped.
+# Mapping /dev/zero as shared gives memory that nothing counts. /dev/full also reads as zeros, and cannot be mapped.
 DEVICE_SOURCES = {"/dev/zero": "/dev/full"}
 
 Report = Callable[..., None]
@@ -66,7 +67,7 @@ class FilterProgram(ctypes.Structure):
 
 
 def check(step: str, result: int) -> None:
-    """OSError with what was being done, where a call of libc failed."""
+    """Raises OSError that names the `step` where a call of libc failed."""
     if result < 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number), step)
@@ -89,7 +90,8 @@ def read_only(path: str, *, recursive: bool, attributes: int = MOUNT_ATTR_RDONLY
 
 
 def map_ids(helper: int, plan: dict[str, Any]) -> None:
-    """Writes the maps of the helper's user namespace, from outside it, where root may map a user other than itself."""
+    """Writes the maps of the helper's user namespace. This is done from outside, where root may map another user
+    too."""
     if not plan["drop_groups"]:
         _write(f"/proc/{helper}/setgroups", "deny")
     _write(f"/proc/{helper}/uid_map", plan["uid_map"])
@@ -102,7 +104,8 @@ def _write(path: str, text: str) -> None:
 
 
 def enter_namespaces(plan: dict[str, Any], report: Report) -> None:
-    """Moves this process into new namespaces (pids: its children), with the maps of `plan`."""
+    """Moves this process into new namespaces with the maps of `plan`. The pid namespace applies to its children
+    only."""
     helper = os.getpid()
     ready, go = os.pipe()
     mapper = os.fork()
@@ -124,7 +127,8 @@ def enter_namespaces(plan: dict[str, Any], report: Report) -> None:
 
 
 def build_root(plan: dict[str, Any]) -> None:
-    """A file system of its own: what the plan binds, read-only; a /tmp of limited size; nothing else of the host."""
+    """Builds a separate file system: the paths that the plan binds, read-only, and a /tmp of limited size. Nothing else
+    of the host is visible."""
     unshare("NEWNS")
     mount("none", "/", None, MS_REC | MS_PRIVATE)
     mount("tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, "size=1m,nr_inodes=1000,mode=755")
@@ -162,10 +166,10 @@ def _bind(path: str) -> None:
 
 
 def give_up_privileges(plan: dict[str, Any]) -> None:
-    """No user of the host, no capability and no way to gain one. For good."""
+    """Drops the host's user and every capability, permanently, with no way to regain one."""
     for capability in range(64):
         if libc.prctl(PR_CAPBSET_DROP, capability, 0, 0, 0) < 0:
-            break  # beyond the last one that this kernel knows
+            break  # after the last capability that this kernel knows
     if plan["drop_groups"]:
         os.setgroups([])
     os.setresgid(INSIDE_ID, INSIDE_ID, INSIDE_ID)
@@ -173,8 +177,8 @@ def give_up_privileges(plan: dict[str, Any]) -> None:
     header, nothing = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
     check("capset", libc.syscall(ctypes.c_long(SYS_CAPSET[os.uname().machine]), header, nothing))
     check("no_new_privs", libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
-    # The program has the same user: it must not look into init. Changing users cleared the signal for the parent's
-    # death, so it is set here.
+    # The program has the same user as init and must not inspect it. Changing users cleared the signal that is sent on
+    # the parent's death, so it is set here.
     check("dumpable", libc.prctl(PR_SET_DUMPABLE, 0, 0, 0, 0))
     check("death signal", libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0))
 
@@ -187,10 +191,11 @@ def write_files(files: dict[str, str]) -> None:
 
 
 def set_limits(limits: dict[str, Any]) -> None:
-    """Limits of each process. Those of all together: time and memory by the helper, files by the size of /tmp."""
+    """Sets the limits of each process. The limits of all together are enforced elsewhere: time and memory by the
+    helper, files by the size of /tmp."""
     cpu = limits["cpu_s"]
     pairs = {
-        resource.RLIMIT_CPU: (cpu, cpu + 1),  # SIGXCPU tells this limit from others; one second later SIGKILL
+        resource.RLIMIT_CPU: (cpu, cpu + 1),  # SIGXCPU, which identifies this limit; one second later SIGKILL
         resource.RLIMIT_AS: (limits["memory_bytes"],) * 2,
         resource.RLIMIT_FSIZE: (limits["disk_bytes"],) * 2,
         resource.RLIMIT_NPROC: (limits["processes"],) * 2,
@@ -200,7 +205,7 @@ def set_limits(limits: dict[str, Any]) -> None:
         resource.RLIMIT_SIGPENDING: (PENDING,) * 2,  # timers too
         resource.RLIMIT_RTPRIO: (0, 0),
         resource.RLIMIT_NICE: (0, 0),
-        resource.RLIMIT_CORE: (1, 1),  # 1 and not 0: the kernel pipes to a handler even at 0
+        resource.RLIMIT_CORE: (1, 1),  # not 0, at which the kernel would still pipe a core to a handler
     }
     for which, (soft, hard) in pairs.items():
         resource.setrlimit(which, (soft, hard))
@@ -213,13 +218,13 @@ def install_filter(text: bytes) -> None:
 
 
 def run_program(plan: dict[str, Any], descriptors: list[int]) -> NoReturn:
-    """Becomes the program, with `descriptors` as 0, 1, 2, ... and no other."""
+    """Becomes the program by `exec`, with `descriptors` as 0, 1, 2, ... and no others."""
     high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, 64) for descriptor in descriptors]
     for number, descriptor in enumerate(high):
         os.dup2(descriptor, number)
-    for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # by Python; a program expects them as they were
+    for ignored in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them; a program expects the defaults
         signal.signal(ignored, signal.SIG_DFL)
-    # A page at a time, so that memory cannot grow faster than it is looked at.
+    # Memory is touched one page at a time, so that it cannot grow faster than the helper checks it.
     check("transparent huge pages", libc.prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0))
     set_limits(plan["limits"])
     install_filter(bytes.fromhex(plan["filter"]))
@@ -227,9 +232,10 @@ def run_program(plan: dict[str, Any], descriptors: list[int]) -> NoReturn:
 
 
 def init(plan: dict[str, Any], alive: int, records: int, group: Group | None, report: Report) -> NoReturn:
-    """Pid 1: builds the sandbox, starts the program, reaps. `alive` ends when the helper does."""
+    """Pid 1: builds the sandbox, starts the program and reaps processes. `alive` is a pipe that ends with the
+    helper."""
     if group is not None:
-        with contextlib.suppress(OSError):  # version 2 may forbid the move into it; counting keeps the limit
+        with contextlib.suppress(OSError):  # version 2 may forbid joining; the helper's counting still keeps the limit
             group.join()
     os.setsid()
     check("sethostname", libc.sethostname(b"sandbox", 7))
@@ -243,7 +249,7 @@ def init(plan: dict[str, Any], alive: int, records: int, group: Group | None, re
     descriptors[0] = os.open("/dev/null", os.O_RDONLY)
     give_up_privileges(plan)
     if select.select([alive], [], [], 0)[0]:
-        os._exit(1)  # the helper died before its death could be a signal
+        os._exit(1)  # the helper died before the signal on its death was set
     write_files(plan["files"])
     program = os.fork()
     if program == 0:
@@ -258,7 +264,7 @@ def init(plan: dict[str, Any], alive: int, records: int, group: Group | None, re
 
 
 def watch(pid: int, plan: dict[str, Any], group: Group | None, report: Report) -> None:
-    """Waits for init, whose end is the end of all; kills it at a limit, or when nobody waits any more."""
+    """Waits for init, with which everything ends. Kills it at a limit, or when the caller is gone."""
     limits = plan["limits"]
     deadline = time.monotonic() + limits["wall_s"]
     ended = os.pidfd_open(pid)
@@ -292,7 +298,7 @@ def watch(pid: int, plan: dict[str, Any], group: Group | None, report: Report) -
 
 
 def main() -> None:
-    """Runs one plan. Every error before the program starts is reported as a refusal."""
+    """Runs one plan. Every error before the program starts is reported as `refused`."""
     status, records = int(sys.argv[1]), int(sys.argv[2])
     for descriptor in (status, records):
         os.set_inheritable(descriptor, False)
@@ -305,10 +311,10 @@ def main() -> None:
         while not plan.endswith(b"\n"):
             part = os.read(0, 1 << 20)
             if not part:
-                return  # nobody waits any more
+                return  # the caller is gone
             plan += part
         run(json.loads(plan), records, report)
-    # Of helper, init or program: none of them may go on half isolated.
+    # An error of helper, init or program ends that process: none of them may continue half isolated.
     except OSError as error:
         report(refused=f"{error.filename}: {error.strerror}" if error.filename is not None else repr(error))
     except Exception as error:
@@ -318,9 +324,9 @@ def main() -> None:
 
 
 def run(plan: dict[str, Any], records: int, report: Report) -> None:
-    """The helper's part."""
-    _write("/proc/self/oom_score_adj", "1000")  # if memory ends, this ends first
-    os.stat(f"/proc/self/task/{os.getpid()}/children")  # without which nothing below could be counted
+    """The helper's part: creates the control group, enters the namespaces, starts init and watches it."""
+    _write("/proc/self/oom_score_adj", "1000")  # if the machine runs out of memory, this is killed first
+    os.stat(f"/proc/self/task/{os.getpid()}/children")  # fails where the memory below could not be counted
     group, helper = make_group(plan["limits"]["memory_bytes"]), os.getpid()
     try:
         enter_namespaces(plan, report)
@@ -330,8 +336,8 @@ def run(plan: dict[str, Any], records: int, report: Report) -> None:
             os.close(held)
             init(plan, alive, records, group, report)
         for descriptor in (1, 2, records):
-            os.close(descriptor)  # their readers see an end when the sandbox ends
+            os.close(descriptor)  # so that their readers see the end when the sandbox ends
         watch(pid, plan, group, report)
     finally:
-        if group is not None and os.getpid() == helper:  # an error of init comes here too
+        if group is not None and os.getpid() == helper:  # init gets here too, by an error
             group.remove()

@@ -1,9 +1,9 @@
-"""The memory that a run's processes hold together: counted in one look, and kept within a control group of the kernel.
+"""Limits the memory that a run's processes hold together: counts it, and where possible uses a kernel control group.
 
-Counting works everywhere and decides. Where this user may make a memory control group (as root, or below a cgroup that
-was delegated), the kernel keeps the same limit to the page, however late a look comes on a busy machine.
+Counting works everywhere. Where this user may create a memory control group (as root, or below a delegated cgroup), the
+kernel also enforces the same limit exactly, however late the next count comes on a busy machine.
 
-Part of the launcher: the standard library only.
+This module is part of the launcher and uses the standard library only.
 """
 
 from __future__ import annotations
@@ -16,56 +16,57 @@ import signal
 import time
 from pathlib import Path
 
-# Memory is looked at often enough that it cannot pass the limit by much in between: by what every processor could
-# touch, page by page.
+# Memory is counted so often that it cannot exceed the limit by much in between, given how many pages all processors
+# together can touch.
 LOOK_S, LOOK_LEAST_S = 0.05, 0.001
-BYTES_PER_S = 4 << 30  # of one processor, and some time to be late
-OWN_PAGES, ADDRESS_SPACE = (b"RssAnon:", b"VmSwap:", b"VmPTE:"), b"VmSize:"  # of /proc/PID/status
-# What the kernel holds for a process beside its pages, at most.
+BYTES_PER_S = 4 << 30  # that one processor can touch, with a margin for late counts
+OWN_PAGES, ADDRESS_SPACE = (b"RssAnon:", b"VmSwap:", b"VmPTE:"), b"VmSize:"  # lines of /proc/PID/status
+# The most that the kernel holds for a process in addition to its pages: per mapping, and per pipe.
 MAPPING_BYTES = 512
 PIPE_BYTES = 16 * resource.getpagesize()
 SYS_KCMP, KCMP_VM = {"x86_64": 312, "aarch64": 272}, 1
-GROUP = "smallcoder-sandbox-"  # and the number of the process that made it
-REMOVE_S = 2.0  # in which what was killed has ended
+GROUP = "smallcoder-sandbox-"  # followed by the pid of the process that created it
+REMOVE_S = 2.0  # how long to wait until the killed processes have ended
 
 libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Usage:
-    """What the processes of a run hold together, in one look.
+    """The memory that the processes of a run hold together at one moment.
 
-    Pages of their own, in memory or swapped out, where pages shared after a fork count for each; tables of pages;
-    mappings; `/tmp`; pipes and sockets as if they were full, each once however many processes have it open.
+    It counts private pages, in memory or swapped out (pages that are shared after a fork count for each process), page
+    tables, mappings and `/tmp`. Pipes and sockets count as if they were full, each once, however many processes have it
+    open.
     """
 
     def __init__(self, pid: int, socket_bytes: int) -> None:
         self.processes: list[int] = []
         self.pages = self.address_space = self.disk = 0
-        self.buffers: dict[str, int] = {}  # by the name of the pipe or socket
-        self.memories: list[str] = []  # a thread of each process with memory of its own
+        self.buffers: dict[str, int] = {}  # bytes, by the name of the pipe or socket
+        self.memories: list[str] = []  # one thread of each process that has its own memory
         self.costs = {"pipe": PIPE_BYTES, "socket": socket_bytes}
         self._add(pid, None)
 
     def _add(self, pid: int, parent: int | None) -> None:
-        """Adds a process and all below it. What ends meanwhile is left out."""
+        """Adds a process and all its descendants. Processes that end in the meantime are skipped."""
         self.processes.append(pid)
-        lent = parent is not None and _same_memory(parent, pid)  # as between vfork and exec
+        lent = parent is not None and _same_memory(parent, pid)  # uses the parent's memory, as between vfork and exec
         threads = [f"/proc/{pid}/task/{name}" for name in _names(f"/proc/{pid}/task")]
         for thread in threads:
             sizes = _sizes(f"{thread}/status")
             if not sizes:
-                continue  # it has ended, and shows nothing of the memory that others use still
+                continue  # a thread that has ended shows nothing of the memory that other threads still use
             if not lent or thread != f"/proc/{pid}/task/{pid}":
                 self.memories.append(thread)
                 self.pages += sum(sizes.get(name, 0) for name in OWN_PAGES)
                 self.address_space += sizes.get(ADDRESS_SPACE, 0)
-            if parent is not None:  # init begins with the host's files
+            if parent is not None:  # not for init, whose root is at first the host's
                 with contextlib.suppress(OSError):
                     disk = os.statvfs(f"{thread}/root/tmp")
                     self.disk = (disk.f_blocks - disk.f_bfree) * disk.f_frsize
             break
         for thread in threads:
-            for name in _names(f"{thread}/fd"):  # threads need not share descriptors
+            for name in _names(f"{thread}/fd"):  # of every thread, because threads need not share descriptors
                 with contextlib.suppress(OSError):
                     target = os.readlink(f"{thread}/fd/{name}")
                     if (cost := self.costs.get(target.partition(":")[0])) is not None:
@@ -74,7 +75,8 @@ class Usage:
                 self._add(int(child), pid)
 
     def bytes(self, limit: int) -> int:
-        """All of it. Mappings are counted, which takes time, where as many as there is room for would pass `limit`."""
+        """The total. Counting mappings takes time; they are counted only where the most that the address space can hold
+        would exceed `limit`."""
         counted = self.pages + self.disk + sum(self.buffers.values())
         at_most = counted + self.address_space // resource.getpagesize() * MAPPING_BYTES
         if at_most <= limit:
@@ -87,7 +89,7 @@ class Usage:
 
 
 def _same_memory(one: int, other: int) -> bool:
-    """Whether the first threads of two processes use one memory; also where both have ended."""
+    """Whether the first threads of two processes share their memory; also True where both have ended."""
     number = ctypes.c_long(SYS_KCMP[os.uname().machine])
     return libc.syscall(number, one, other, KCMP_VM, ctypes.c_ulong(0), ctypes.c_ulong(0)) == 0
 
@@ -108,16 +110,17 @@ def _read(path: str) -> bytes:
 
 
 def _sizes(path: str) -> dict[bytes, int]:
-    """What `/proc/PID/status` says of memory, in bytes; nothing of a thread that has ended."""
+    """The sizes in `/proc/PID/status`, in bytes; empty for a thread that has ended."""
     lines = (line.split() for line in _read(path).split(b"\n") if line.startswith((*OWN_PAGES, ADDRESS_SPACE)))
     return {name: int(number) * 1024 for name, number, _ in lines}
 
 
 def kill_at_once(usage: Usage, pid: int) -> None:
-    """Kills everything below `pid`. The kernel does so too when init ends, but not before init's turn has come.
+    """Kills all descendants of `pid`. The kernel does this too when init ends, but only when init is scheduled, and
+    until then memory would grow.
 
-    Meanwhile memory would grow. A number that has passed to another process since `usage` was taken is left alone: it
-    is not below `pid` when looked up once more, after the descriptors were opened.
+    A pid that another process has reused since `usage` was taken is not killed: the descendants of `pid` are looked up
+    once more after the descriptors were opened, and it is not among them.
     """
     descriptors: dict[int, int] = {}
     for process in usage.processes:
@@ -130,10 +133,11 @@ def kill_at_once(usage: Usage, pid: int) -> None:
 
 
 class Group:
-    """A memory control group for one run, version 1 or 2. Raises OSError where this user may not make it in `place`."""
+    """A memory control group for one run, version 1 or 2. Raises OSError where this user may not create it in
+    `place`."""
 
     def __init__(self, place: Path, limit: int) -> None:
-        for old in place.glob(f"{GROUP}*"):  # of a launcher that was killed; it cannot be removed while it holds any
+        for old in place.glob(f"{GROUP}*"):  # left by killed launchers; a group with processes cannot be removed
             if not Path(f"/proc/{old.name.removeprefix(GROUP)}").exists():
                 with contextlib.suppress(OSError):
                     old.rmdir()
@@ -149,7 +153,7 @@ class Group:
             for name, number in limits.items():
                 if "sw" not in name or (self.folder / name).exists():  # swap is not counted everywhere
                     (self.folder / name).write_text(str(number))
-            # Opened before the namespaces: the kernel asks for the rights of whoever opened it.
+            # Opened before the namespaces are entered, because the kernel checks the rights of the opening process.
             self._processes = os.open(self.folder / "cgroup.procs", os.O_WRONLY | os.O_CLOEXEC)
         except OSError:
             with contextlib.suppress(OSError):
@@ -157,15 +161,15 @@ class Group:
             raise
 
     def join(self) -> None:
-        """Moves this process into the group; its children are born there. Raises OSError."""
+        """Moves this process into the group, where its children start too. Raises OSError."""
         os.write(self._processes, b"0")
 
     def killed(self) -> bool:
-        """Whether the kernel killed a process of the group for want of memory."""
+        """Whether the kernel killed a process of the group because of its memory limit."""
         return any(name == b"oom_kill" and number != b"0" for name, number in _pairs(_read(str(self._events))))
 
     def remove(self) -> None:
-        """Removes the group, in which everything has been killed."""
+        """Removes the group. All its processes must have been killed."""
         os.close(self._processes)
         until = time.monotonic() + REMOVE_S
         while time.monotonic() < until:
@@ -175,7 +179,7 @@ class Group:
 
 
 def make_group(limit: int) -> Group | None:
-    """A group of `limit` bytes; None where there is no place for it that this user may use."""
+    """A group with a limit of `limit` bytes; None where this user may create one nowhere."""
     for place in group_places(_read("/proc/self/cgroup").decode(), _read("/proc/self/mountinfo").decode()):
         with contextlib.suppress(OSError):
             return Group(place, limit)
@@ -183,10 +187,11 @@ def make_group(limit: int) -> Group | None:
 
 
 def group_places(cgroup: str, mountinfo: str) -> list[Path]:
-    """The folders in which a memory control group can be made, by the texts of these files in `/proc/self`.
+    """The folders in which a memory control group can be created, from the texts of these files in `/proc/self`.
 
-    Version 1: the group of this process. Version 2, where a group with processes cannot hand memory on: the group above
-    it, or its own where memory is handed on all the same, as in the root.
+    In version 1 this is the group of this process. In version 2 a group with processes cannot delegate memory; the
+    folder is then the group above, or this process's own group where that delegates memory nevertheless, as the root
+    does.
     """
     groups = [line.split(":", 2) for line in cgroup.splitlines()]
     places = []
@@ -201,7 +206,7 @@ def group_places(cgroup: str, mountinfo: str) -> list[Path]:
             if controllers.split(",").count("memory") if version_1 else not controllers:
                 below = os.path.relpath(path, root)
                 if below.split("/")[0] == "..":
-                    continue  # not to be seen from here
+                    continue  # not visible from this process
                 own = Path(point) / below
                 places += [own] if version_1 else [p for p in (own, own.parent) if _hands_on_memory(p, Path(point))]
     return places

@@ -1,4 +1,4 @@
-"""One sandbox from start to end: its limits, what of this machine it sees, its launcher, and what came out of it."""
+"""Runs one sandbox from start to end: its limits, its view of this machine, its launcher and its output."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.sandbox import launch
 from smallcoder_jax.sandbox.seccomp import seccomp_filter
 
-# How a run ended: by itself ("exited": before its harness was done); by a signal; at a limit (of `Limits`); or because
-# it wrote records that its harness did not ("forged").
+# How a run ended: by itself ("finished", or "exited" before its harness was done), by a signal, at a limit (see
+# `Limits`), or because the code wrote records that its harness would not have written ("forged").
 Ended = Literal["finished", "exited", "signal", "wall", "cpu", "memory", "output", "results", "forged"]
 
 ENVIRONMENT = {"PATH": "/sandbox/bin:/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8"}
@@ -27,9 +27,10 @@ SYSTEM = ("/usr/bin", "/usr/lib", "/usr/lib64", "/bin", "/lib", "/lib64", "/usr/
 SYSTEM_FILES = ("/etc/ld.so.cache", "/etc/alternatives")
 DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 NOBODY = 65534
-GRACE_S = 10.0  # beyond the wall clock's limit, after which the launcher itself is killed
+GRACE_S = 10.0  # after the limit of the wall clock, until the launcher itself is killed
 MAX_STATUS = 65536
-# The launcher, without what importing the package looks for first: there are no packages where it starts.
+# Starts the launcher without importing the package itself, because the launcher's interpreter has no packages
+# installed.
 START = """
 import sys, types
 sys.modules["smallcoder_jax"] = types.ModuleType("smallcoder_jax")
@@ -41,10 +42,11 @@ launch.main()
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What one run may use.
+    """The limits of one run.
 
-    `memory_bytes` holds for each process (address space), and for all together: pages, page tables, mappings, `/tmp`,
-    and pipes and sockets as if they were full. Shared anonymous memory (`mmap.mmap(-1, n)`) is denied.
+    `memory_bytes` limits the address space of each process, and for all processes together the sum of pages, page
+    tables, mappings, `/tmp`, and pipes and sockets as if they were full. Shared anonymous memory (`mmap.mmap(-1, n)`)
+    is denied.
     """
 
     wall_s: float = 10.0
@@ -53,8 +55,8 @@ class Limits:
     disk_bytes: int = 16 << 20  # of /tmp, and of each file
     processes: int = 32  # threads count as processes
     open_files: int = 64  # of each process
-    output_bytes: int = 64 << 10  # of stdout, and of stderr
-    result_bytes: int = 1 << 20  # of all results together, as they travel
+    output_bytes: int = 64 << 10  # of stdout and of stderr, each
+    result_bytes: int = 1 << 20  # of all results together, as they are encoded
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -66,7 +68,8 @@ class Limits:
 
 @cache
 def python() -> tuple[str, tuple[str, ...], tuple[str, ...]]:
-    """The interpreter below a virtual environment, what it needs, and the packages installed in it (to be hidden)."""
+    """The base interpreter of the virtual environment, the paths that it needs, and the folders of the packages
+    installed in it, which are hidden."""
     base = os.path.realpath(sys.base_prefix)
     name = f"python{sys.version_info.major}.{sys.version_info.minor}"
     program = os.path.realpath(os.path.join(base, "bin", name))
@@ -81,7 +84,8 @@ def python() -> tuple[str, tuple[str, ...], tuple[str, ...]]:
 
 @cache
 def _view() -> dict[str, Any]:
-    """What of the host is seen inside, read-only (`binds`), which of it is hidden (`masks`), and symbolic links."""
+    """The host's paths that are visible inside, read-only (`binds`), those of them that are hidden (`masks`), and the
+    symbolic links."""
     program, interpreter, packages = python()
     wanted = sorted({path for path in (*SYSTEM, *SYSTEM_FILES, *DEVICES, *interpreter) if os.path.exists(path)})
     links = {path: os.readlink(path) for path in wanted if os.path.islink(path)}
@@ -94,7 +98,7 @@ def _view() -> dict[str, Any]:
 
 
 def make_plan(argv: list[str], job: str | None, limits: Limits) -> dict[str, Any]:
-    """What the launcher is told. Root becomes nobody, so that even outside nothing would belong to the code."""
+    """The plan for the launcher. Root becomes nobody, so that the code would own nothing even outside the sandbox."""
     user, group, inside = os.geteuid(), os.getegid(), launch.INSIDE_ID
     maps = [f"{inside} {user} 1", f"{inside} {group} 1"]
     if user == 0:
@@ -116,14 +120,14 @@ def make_plan(argv: list[str], job: str | None, limits: Limits) -> dict[str, Any
 
 @cache
 def _socket_bytes() -> int:
-    """What can wait in one end of a socketpair, at most: its buffer, and half of it once more with the last message."""
+    """The most bytes that can wait in one end of a socketpair: its buffer, plus half of it for the last message."""
     one, other = socket.socketpair()
     with one, other:
         return 3 * one.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) // 2
 
 
 class Sandbox:
-    """One sandbox from start to end, and what came out of it. When it returns, no process of it is left."""
+    """Runs one sandbox and holds its output. When the constructor returns, none of its processes is left."""
 
     def __init__(self, plan: dict[str, Any], limits: Limits) -> None:
         if sys.platform != "linux":
@@ -142,7 +146,7 @@ class Sandbox:
         command = [python()[0], "-I", "-S", "-B", "-c", START, str(status_end), str(records_end), str(package)]
         with open(status, "rb", buffering=0) as status_file, open(records, "rb", buffering=0) as records_file:
             try:
-                # A new program and not a fork: threads of this process may hold any lock.
+                # A new program, not a fork, because threads of this process may hold any lock.
                 process = subprocess.Popen(
                     command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={}, cwd="/",
                     pass_fds=(status_end, records_end), start_new_session=True,
@@ -154,7 +158,7 @@ class Sandbox:
                 try:
                     self._talk(process, plan, status_file, records_file, start + limits.wall_s + GRACE_S)
                 except BaseException:
-                    process.kill()  # init hears of it and dies, and everything inside with it
+                    process.kill()  # init gets a signal and dies, and with it everything inside
                     raise
         self.seconds = time.monotonic() - start
         self._read_status()
@@ -164,15 +168,15 @@ class Sandbox:
 
     def _talk(self, process: subprocess.Popen[bytes], plan: dict[str, Any], status: IO[bytes], records: IO[bytes],
               deadline: float) -> None:  # fmt: skip
-        """Sends the plan and reads everything to its end. Closing `stdin` has the launcher take the sandbox down."""
-        assert process.stdin is not None  # as the pipes above
+        """Sends the plan and reads all output to its end. Closing `stdin` makes the launcher end the sandbox."""
+        assert process.stdin is not None  # all three are pipes, see Popen above
         assert process.stdout is not None
         assert process.stderr is not None
         try:
             process.stdin.write(json.dumps(plan).encode() + b"\n")
             process.stdin.flush()
         except BrokenPipeError:
-            pass  # it ended; its status says why
+            pass  # the launcher has ended, and its status says why
         with selectors.DefaultSelector() as selector:
             for name, file in ((1, process.stdout), (2, process.stderr), ("records", records), ("status", status)):
                 selector.register(file, selectors.EVENT_READ, name)
@@ -189,7 +193,7 @@ class Sandbox:
                     return
 
     def _keep(self, name: Any, part: bytes) -> bool:
-        """Whether there is still room for what is read from a stream."""
+        """Stores what was read from a stream, up to its limit. Returns whether there is still room."""
         self.received[name] += part[: self.room[name] - len(self.received[name])]
         if len(self.received[name]) < self.room[name]:
             return True

@@ -1,23 +1,23 @@
-"""Runs code that nobody has read, such as a model's answer, where it can neither reach nor harm anything.
+"""Runs untrusted code, such as a model's answer, isolated from the rest of the machine.
 
-Each run is a fresh process in namespaces of its own (users, mounts, network, processes, ipc, host name), as a user
-without privileges, with an environment of three fixed variables and no open file but its pipes. It sees the
-interpreter, `/usr/bin` and libraries, read-only, and a small `/tmp`; no `/proc`, no home, no network device. Only
-system calls that are listed can be made. Time, memory, processes, files and output have limits, and nothing outlives
-the run. Where any of it cannot be had, the run is refused (UserError): there is no weaker way to run.
+Each run is a fresh process in its own namespaces (users, mounts, network, processes, ipc, host name), as a user without
+privileges, with an environment of three fixed variables and no open files but its pipes. It sees the interpreter,
+`/usr/bin` and libraries, read-only, and a small `/tmp`, but no `/proc`, no home and no network device. It can make only
+the system calls that are listed. Time, memory, processes, files and output are limited, and no process outlives the
+run. Where any of this is impossible, the run is refused (UserError): there is no weaker way to run.
 
-Whether an answer is right is decided here, in the caller's process. What is expected never goes inside: inputs go in,
-plain built-in values come back over a pipe of their own, and `same_value` compares them by exact type. So neither an
-exit code, nor printed text, nor an object that equals everything counts for anything.
+Whether an answer is correct is decided here, in the caller's process. Expected values are never sent into the sandbox:
+inputs go in, plain built-in values come back over a separate pipe, and `same_value` compares them by exact type. An
+exit code, printed text or an object that equals everything therefore has no influence.
 
-Code shares its interpreter with the harness that calls it, and by searching the harness's memory can find the nonce
-that marks records. It can then write records itself: "call 3 returned 7". It gains nothing, as its function could have
-returned 7. A record out of turn voids the run. With `run_tests` it is otherwise: there the tests are inside, and code
-that tampers with them can claim that they passed. Rewards want `run_python` with calls, or `run_doctests`, whose
-expected output stays here.
+The code shares its interpreter with the harness that calls it. By searching the harness's memory it can find the nonce
+that marks records, and then write records itself, such as "call 3 returned 7". It gains nothing, because its function
+could have returned 7. A record out of order invalidates the run. `run_tests` is different: there the tests are inside,
+and code that tampers with them can claim that they passed. Compute rewards with `run_python` and calls, or with
+`run_doctests`, whose expected output stays here.
 
-Not promised: that time is fair between runs on a busy machine; secrecy of world-readable files below `/usr/lib` and
-`/usr/bin`; protection from errors of the kernel itself, or of the processor.
+Not guaranteed: that time is shared fairly between runs on a busy machine; that world-readable files below `/usr/lib`
+and `/usr/bin` stay secret; protection from bugs of the kernel itself, or of the processor.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.sandbox import worker
 from smallcoder_jax.sandbox.process import Ended, Limits, Sandbox, make_plan, python
 
-FORGED = (ValueError, TypeError, RecursionError)  # of reading what the harness would not have written
-MAX_ARGUMENT = 128 << 10  # bytes, of Linux
+FORGED = (ValueError, TypeError, RecursionError)  # raised on reading records that the harness would not have written
+MAX_ARGUMENT = 128 << 10  # bytes; Linux's limit for one argument
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,23 +49,24 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What a call returned, or why there is nothing: its exception, a value that is not plain, how the run ended."""
+    """The value that a call returned, or in `error` why there is none: its exception, a value that is not plain, or how
+    the run ended."""
 
     value: Any = None
     error: str | None = None
 
     def is_value(self, expected: Any) -> bool:
-        """Whether the call returned `expected`: the same types, the same contents."""
+        """Whether the call returned `expected`, with the same types and the same contents."""
         return self.error is None and same_value(self.value, expected)
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How a run went. Only `results` come from calls; everything else is for reading."""
+    """The outcome of a run. Only `results` hold the values of calls; everything else is for people to read."""
 
     ended: Ended
     results: tuple[Result, ...]
-    error: str | None  # the exception that kept the code from loading, or that ended a script
+    error: str | None  # the exception that prevented the code from loading, or that ended a script
     exit_code: int | None  # None after a signal
     stdout: str  # up to the limit; bytes that are not UTF-8 are replaced
     stderr: str
@@ -74,7 +75,7 @@ class Outcome:
 
 @dataclasses.dataclass(frozen=True)
 class Test:
-    """A test by name, and why it failed; None: it passed."""
+    """The name of a test, and why it failed, or None if it passed."""
 
     name: str
     error: str | None
@@ -82,27 +83,29 @@ class Test:
 
 @dataclasses.dataclass(frozen=True)
 class TestReport:
-    """The tests that were run, in order, and how the run went that they were run in."""
+    """The tests that were run, in order, and the outcome of the run."""
 
     tests: tuple[Test, ...]
     outcome: Outcome
 
     @property
     def passed(self) -> bool:
-        """Whether there were tests, all passed, and the run came to its end."""
+        """Whether there were tests, all of them passed, and the run finished."""
         return bool(self.tests) and self.outcome.ended == "finished" and all(test.error is None for test in self.tests)
 
 
 def same_value(one: Any, other: Any) -> bool:
-    """Whether two plain values are of the same types with the same contents: 1 is neither 1.0 nor True; NaN is NaN.
+    """Whether two plain values have the same types and the same contents: 1 is neither 1.0 nor True, and NaN equals
+    NaN.
 
-    ValueError for a value that is not plain, or larger than a result may be.
+    Raises ValueError for a value that is not plain, or larger than a result may be.
     """
     return json.dumps(worker.encode(one)) == json.dumps(worker.encode(other))
 
 
 def check_isolation() -> None:
-    """Starts a sandbox and calls a function in it. UserError says what this machine lacks, and what to do."""
+    """Starts a sandbox and calls a function in it. Raises UserError that says what this machine lacks and what to
+    do."""
     outcome = run_python("def answer(number):\n    return number + 1", calls=[Call("answer", (41,))])
     if not outcome.results[0].is_value(42):
         raise UserError(f"the sandbox starts here, but a function does not return in it: {outcome}")
@@ -111,8 +114,8 @@ def check_isolation() -> None:
 def run_python(code: str, *, calls: Sequence[Call] = (), limits: Limits | None = None) -> Outcome:
     """Executes a module's code, then makes the calls in order. Without calls it is a script (`__name__` is `__main__`).
 
-    `results` has one entry for each call, also where the code failed to load or did not come so far.
-    UserError: this machine cannot isolate, or an argument is not a plain value.
+    `results` has one entry for each call, even where the code failed to load or the run ended before the call. Raises
+    UserError where this machine cannot isolate programs, or an argument is not a plain value.
     """
     try:
         items = [[call.function, worker.encode(tuple(call.args)), worker.encode(dict(call.kwargs))] for call in calls]
@@ -125,11 +128,11 @@ def run_python(code: str, *, calls: Sequence[Call] = (), limits: Limits | None =
 
 
 def run_doctests(code: str, text: str, *, limits: Limits | None = None) -> TestReport:
-    """Loads the code, executes the examples (`>>>`) of `text` after it, and compares here what they print.
+    """Loads the code, executes the examples (`>>>`) of `text` after it, and compares their output here.
 
-    Only the examples' sources go inside, so the code can satisfy them by printing the right thing and by nothing else.
-    `text` is trusted; its option flags are honoured, and `True` is no `1`. UserError: malformed examples, or this
-    machine cannot isolate.
+    Only the sources of the examples are sent inside, so that the code can pass only by printing the right output.
+    `text` is trusted. Its option flags are honoured, and `True` does not match `1`. Raises UserError for malformed
+    examples, and where this machine cannot isolate programs.
     """
     import doctest
 
@@ -164,10 +167,11 @@ def _compare_example(want: str, wanted_exception: str | None, result: Result, fl
 
 
 def run_tests(code: str, tests: str, *, limits: Limits | None = None) -> TestReport:
-    """Executes tests beside the code: its TestCases and functions `test_*`, or else its statements as one test.
+    """Executes tests in the same process as the code: the TestCases and functions `test_*` of `tests`, or else its
+    statements as one test.
 
-    What ends the process early is no pass, whatever its exit code. But the verdict comes from inside, so code that
-    tampers with the tests or with unittest can forge it: use it to show results, not to reward them.
+    A process that ends early has not passed, whatever its exit code. But the verdict comes from inside, so that code
+    that tampers with the tests or with unittest can forge it: use it to show results, not to compute rewards.
     """
     outcome = _run_job("tests", code, [tests], limits or Limits())
     found = tuple(Test(str(result.value), result.error) for result in outcome.results)
@@ -177,9 +181,11 @@ def run_tests(code: str, tests: str, *, limits: Limits | None = None) -> TestRep
 
 
 def run_command(script: str, *, files: Mapping[str, str] | None = None, limits: Limits | None = None) -> Outcome:
-    """Runs a bash script in `/tmp` of a sandbox, beside `files` (relative path: text); `python` is this interpreter.
+    """Runs a bash script in `/tmp` of a sandbox, which also holds `files` (relative path: text). `python` is this
+    interpreter.
 
-    UserError: this machine cannot isolate, a file's path leads out of the folder, or what is given is too large.
+    Raises UserError where this machine cannot isolate programs, where a file's path leads out of the folder, and where
+    the script or the files are too large.
     """
     limits = limits or Limits()
     given = {name: text.encode() for name, text in (files or {}).items()}
@@ -198,7 +204,7 @@ def run_command(script: str, *, files: Mapping[str, str] | None = None, limits: 
 
 
 def _run_job(kind: str, code: str, items: list[Any], limits: Limits) -> Outcome:
-    """Runs the worker. `results` are those that came back, in order; none if records were forged."""
+    """Runs the worker. `results` holds the results that came back, in order, or none if records were forged."""
     nonce = secrets.token_hex(16)
     job = json.dumps({"kind": kind, "nonce": nonce, "code": code, "items": items})
     argv = [python()[0], "-I", "-S", "-B", "-X", "utf8", "-c", Path(worker.__file__).read_text()]
@@ -213,10 +219,10 @@ def _run_job(kind: str, code: str, items: list[Any], limits: Limits) -> Outcome:
 
 
 def _read_records(text: bytes, nonce: str, kind: str, count: int) -> tuple[list[Result], str | None, bool]:
-    """Results, the error that kept the code from loading, and whether the harness came to its end.
+    """The results, the error that prevented the code from loading, and whether the harness reached its end.
 
-    Records are the lines behind the nonce; other lines are the code's own noise. One of `FORGED`:
-    records that the harness, asked for `count` items, would not have written.
+    Records are the lines that start with the nonce. Other lines were written by the code and are ignored. Raises one of
+    `FORGED` for records that the harness would not have written for `count` items.
     """
     head = f"{nonce} ".encode()
     results: list[Result] = []
@@ -246,7 +252,7 @@ def _result(record: list[Any], index: int) -> Result:
 
 
 def _ended(run: Sandbox, limits: Limits) -> Ended | None:
-    """What ended the program, if it did not end by itself."""
+    """What ended the program, or None if it ended by itself."""
     if run.reason is not None:
         return run.reason
     if run.signal is None:

@@ -1,9 +1,9 @@
 """The system calls that code in the sandbox may make, as a seccomp program (classic BPF) for this machine.
 
-The namespaces already take files, network and other processes away. What is left is the kernel itself, and state in it
-that belongs to no namespace or is counted nowhere. So what is allowed is listed, and everything else fails with EPERM
-instead of ending the program, so that the program can say so. `docs/sandbox.md` goes through what is not listed, and
-through what is but reaches further than the process.
+The namespaces already hide files, network and other processes. What remains is the kernel itself, and state in it that
+belongs to no namespace or is counted nowhere. Therefore only the listed calls are allowed. All others fail with EPERM
+instead of ending the program, so that the program can report it. `docs/sandbox.md` discusses the calls that are not
+listed, and the listed ones whose effects extend beyond the process.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import struct
 from smallcoder_jax.base.errors import UserError
 
 ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}  # AUDIT_ARCH_* of linux/audit.h
-NEWEST = 450  # calls numbered above (newer ones, and those of x32): ENOSYS, which libraries know how to do without
+NEWEST = 450  # higher numbers (newer calls, and those of x32) give ENOSYS, for which libraries have a fallback
 
 Numbers = tuple[int | None, int | None]  # x86_64, aarch64; None where the architecture has no such call
 
@@ -107,11 +107,11 @@ _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 _NUMBER, _ARCHITECTURE, _ARGUMENTS = 0, 4, 16  # offsets in struct seccomp_data
 _DENY, _MISSING, _PRETEND = _ERRNO | errno.EPERM, _ERRNO | errno.ENOSYS, _ERRNO | 0
 
-Instruction = tuple[int, int, int, int]  # code, argument, instructions to skip if it holds, if it does not
+Instruction = tuple[int, int, int, int]  # code, argument, instructions to skip if the test holds, and if it does not
 
 
 def seccomp_filter() -> bytes:
-    """The filter for this machine as an array of `struct sock_filter`. UserError on another architecture."""
+    """The filter for this machine as an array of `struct sock_filter`. Raises UserError on another architecture."""
     machine = platform.machine()
     if machine not in ARCHITECTURES:
         raise UserError(
@@ -125,20 +125,20 @@ def seccomp_filter() -> bytes:
     ]  # fmt: skip
     for low, high in _ranges([numbers[column] for numbers in ALLOWED.values()]):
         program += [(_AT_LEAST, low, 0, 2), (_GREATER, high, 1, 0), (_RETURN, _ALLOW, 0, 0)]
-    # clone3 hides its flags behind a pointer; libraries then take clone, whose flags can be looked at.
+    # clone3 passes its flags behind a pointer. Without it, libraries use clone, whose flags the filter can check.
     program += _call(CLONE3[column], [(_RETURN, _MISSING, 0, 0)])
     program += _call(CLONE[column], [(_LOAD, _argument(0), 0, 0), (_ANY_BIT, NEW_NAMESPACES, 1, 0),
                                      (_RETURN, _ALLOW, 0, 0), (_RETURN, _DENY, 0, 0)])  # fmt: skip
-    # Shared anonymous memory stays while one page of it is mapped somewhere, touched or not: nothing tells how much.
+    # Shared anonymous memory persists while any page of it is mapped, and nothing reports how much it is.
     program += _call(MMAP[column], [(_LOAD, _argument(3), 0, 0), (_ANY_BIT, MAP_ANONYMOUS, 0, 1),
                                     (_ANY_BIT, MAP_SHARED, 1, 0), (_RETURN, _ALLOW, 0, 0),
                                     (_RETURN, _DENY, 0, 0)])  # fmt: skip
-    # prlimit may read limits (no new ones in the third argument), its own only by the kernel's rules.
+    # prlimit may only read limits: the third argument, the new limits, must be null. The kernel restricts whose.
     program += _call(PRLIMIT[column], [(_LOAD, _argument(2), 0, 0), (_EQUAL, 0, 0, 2), (_LOAD, _argument(2) + 4, 0, 0),
                                        (_EQUAL, 0, 1, 0), (_RETURN, _DENY, 0, 0), (_RETURN, _ALLOW, 0, 0)])  # fmt: skip
-    # A lock of a range would lock the host's file, and there may be millions. Databases ask for them without waiting
-    # (F_SETLK) and do not work where they are refused: they are told yes, and no lock is made. Programs that wait for
-    # one another (F_SETLKW) are refused.
+    # A lock of a range would lock the host's file, and a program could take millions of them. Databases request locks
+    # without waiting (F_SETLK) and do not work where that fails, so that the call reports success without locking.
+    # Requests that wait for a lock (F_SETLKW) are denied.
     program += _call(FCNTL[column], [(_LOAD, _argument(1), 0, 0), (_EQUAL, F_SETLK, 0, 1),
                                      (_RETURN, _PRETEND, 0, 0), (_LOAD, _NUMBER, 0, 0)])  # fmt: skip
     for numbers, index, values in CHECKED.values():
@@ -150,17 +150,17 @@ def seccomp_filter() -> bytes:
 
 
 def _call(number: int | None, body: list[Instruction]) -> list[Instruction]:
-    """What happens at one call; `body` returns, or has the call's number loaded at its end."""
+    """The instructions for one system call; `body` has to return, or to load the call's number again at its end."""
     return [] if number is None else [(_EQUAL, number, 0, len(body)), *body]
 
 
 def _argument(index: int) -> int:
-    """Where the lower half of an argument lies: both architectures have it first."""
+    """The offset of the lower half of an argument, which comes first on both architectures."""
     return _ARGUMENTS + 8 * index
 
 
 def _ranges(numbers: list[int | None]) -> list[tuple[int, int]]:
-    """The numbers as ranges without a gap."""
+    """The numbers, combined into contiguous ranges (first, last)."""
     found: list[tuple[int, int]] = []
     for number in sorted(number for number in numbers if number is not None):
         if found and number == found[-1][1] + 1:

@@ -1,10 +1,10 @@
-"""The part of the sandbox that runs inside, in one interpreter with the code that it calls; and the wire format.
+"""The part of the sandbox that runs inside, in the same interpreter as the code that it calls; and the wire format.
 
-The launcher starts this file's text with `python -c` and two descriptors: 3 holds the job (JSON), 4 takes records,
-one a line, each behind the job's nonce. It imports the standard library only.
+The launcher runs this file's text with `python -c` and two descriptors: 3 holds the job (JSON), and 4 takes records,
+one per line, each after the job's nonce. This file imports the standard library only.
 
-Values cross the border as JSON of lists that begin with a tag, so that nothing is executed in reading them and every
-type is exact: a subclass of int or str, which could claim to equal anything, is not a plain value and is refused.
+Values are transferred as JSON lists that begin with a tag, so that reading them executes nothing and every type is
+exact: a subclass of int or str, which could claim to equal anything, is not a plain value and is rejected.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from typing import Any
 MAX_DEPTH = 50  # of lists in lists
 MAX_ITEMS = 100_000  # in one value, all levels together
 MAX_INT_BITS = 14_000  # below the 4300 digits at which Python refuses to print an int
-MAX_SAME_HASH = 64  # keys of one set or dict; more are only made to keep the reader busy
+MAX_SAME_HASH = 64  # keys of one set or dict; more occur only in values made to keep the reader busy
 MAX_ERROR = 2000  # characters of an exception's text
 JOB_FD, RECORD_FD = 3, 4
 
 
 def encode(value: Any) -> Any:
-    """A plain built-in value as JSON data; sets and dicts in one order, so that equal values give equal text.
+    """A plain built-in value as JSON data. Sets and dicts are sorted, so that equal values give equal text.
 
-    ValueError for what is not plain, and for what is too deep, too large, or contains itself.
+    Raises ValueError for a value that is not plain, is nested too deep, is too large, or contains itself.
     """
     return _encode(value, MAX_DEPTH, [MAX_ITEMS])
 
@@ -60,7 +60,7 @@ def _encode(value: Any, depth: int, left: list[int]) -> Any:
 
 
 def decode(data: Any) -> Any:
-    """The value that `encode` wrote. ValueError for anything that it would not have written, to the last digit."""
+    """The value that `encode` wrote. Raises ValueError for anything that `encode` would not have written exactly so."""
     try:
         value = _decode(data, MAX_DEPTH, [MAX_ITEMS])
     except OverflowError:
@@ -100,7 +100,8 @@ def _decode(data: Any, depth: int, left: list[int]) -> Any:
 
 
 def _check_keys(keys: list[Any]) -> None:
-    """Hashes of ints and of tuples can be made to collide, and each colliding key is compared with all the others."""
+    """Raises ValueError for unhashable keys, and for too many keys with the same hash. Hashes of ints and tuples can be
+    made to collide, and each colliding key is compared with all the others."""
     seen: dict[int, int] = {}
     for key in keys:
         try:
@@ -113,7 +114,7 @@ def _check_keys(keys: list[Any]) -> None:
 
 
 def describe_error(error: BaseException) -> str:
-    """`Type: message`, shortened, also where the exception's own text cannot be had."""
+    """`Type: message`, shortened; a fixed text where the exception cannot be printed."""
     try:
         return f"{type(error).__name__}: {error}"[:MAX_ERROR]
     except BaseException:
@@ -123,8 +124,8 @@ def describe_error(error: BaseException) -> str:
 class Harness:
     """Runs a job and writes its records.
 
-    What it uses is looked up before untrusted code runs, so that code which patches builtins or modules for its own
-    reasons still gets its results through. It is no defence against code that looks for the nonce on purpose.
+    It looks up the functions that it uses before untrusted code runs, so that code that patches builtins or modules for
+    its own reasons still delivers its results. This is no defence against code that searches for the nonce on purpose.
     """
 
     def __init__(self, job: dict[str, Any]) -> None:
@@ -134,7 +135,7 @@ class Harness:
 
         def record(*parts: Any) -> None:
             if getpid() != own:
-                return  # a process that the code forked, and that came back here
+                return  # in a process that the code forked and that returned here
             text = (head + dumps(parts) + "\n").encode()
             while text:
                 text = text[write(RECORD_FD, text) :]
@@ -142,7 +143,7 @@ class Harness:
         self.record = record
 
     def run(self) -> None:
-        """Loads the code, then does what the job's kind asks for, and says that it came to the end."""
+        """Loads the code, does what the job's kind requires, and records that it reached the end."""
         kind = self.job["kind"]
         module = types.ModuleType("__main__" if kind == "script" else "solution")
         sys.modules[module.__name__] = module
@@ -152,7 +153,7 @@ class Harness:
             self.record("failed", describe_error(error))
             if not isinstance(error, SystemExit):
                 _print_traceback(error, self.job["code"])
-            if kind == "script":  # which exits as it would anywhere
+            if kind == "script":  # a script exits as it would outside the sandbox
                 raise SystemExit(error.code if isinstance(error, SystemExit) else 1) from None
             return
         if kind == "calls":
@@ -178,7 +179,8 @@ class Harness:
 
 
 def _run_example(module: types.ModuleType, source: str) -> tuple[Any, str | None]:
-    """What one example of a doctest prints, and the last line of its traceback or None, as a pair on the wire."""
+    """The output of one doctest example and the last line of its traceback (or None), as an encoded pair; and no
+    error."""
     import contextlib
     import io
     import traceback
@@ -193,7 +195,7 @@ def _run_example(module: types.ModuleType, source: str) -> tuple[Any, str | None
 
 
 def _run_tests(module: types.ModuleType, tests: str, record: Any) -> None:
-    """Executes the tests beside the code; a record for each TestCase method and each function `test_*`."""
+    """Executes the tests in the code's module and records the result of each TestCase method and function `test_*`."""
     import unittest
 
     count = 0
@@ -247,11 +249,12 @@ def _run_tests(module: types.ModuleType, tests: str, record: Any) -> None:
     for name, function in functions.items():
         attempt(name, function)
     if not cases and not functions:
-        report("<tests>", None)  # statements that all held
+        report("<tests>", None)  # plain statements, none of which failed
 
 
 def _print_traceback(error: BaseException, code: str) -> None:
-    """As a program's own, with its lines: the file's name is not one on disk, and the harness's frame is left out."""
+    """Prints the traceback as if the code had run as a program: with its source lines, which are in no file, and
+    without the harness's frame."""
     import linecache
     import traceback
 
@@ -261,7 +264,8 @@ def _print_traceback(error: BaseException, code: str) -> None:
 
 
 def main() -> None:
-    """Runs the job at `JOB_FD`. Ends the process itself where threads of the code could keep it from ending."""
+    """Runs the job of `JOB_FD`. Except for scripts it exits at once, because threads of the code could prevent the
+    end."""
     with open(JOB_FD, encoding="utf-8") as file:
         job = json.load(file)
     leave = os._exit
