@@ -21,10 +21,10 @@ _READ_AHEAD = 256
 
 
 class CodeCorpus(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Documents with provenance, in the order in which they are given."""
+    """A data set of documents with provenance, in the order in which they are given."""
 
     VERSION = tfds.core.Version("1.0.0")
-    url_infos: ClassVar[dict[str, Any]] = {}  # nothing is downloaded, so there are no checksums to look up
+    url_infos: ClassVar[dict[str, Any]] = {}  # nothing is downloaded, so that no checksums are needed
 
     def __init__(self, splits: dict[str, Callable[[], Iterator[Document]]], data_dir: str):
         self._splits = splits
@@ -53,13 +53,13 @@ def store(folder: Path, splits: dict[str, Callable[[], Iterator[Document]]]) -> 
 
 
 def count(info: Path, split: str) -> int:
-    """How many documents a split holds; `info` is the data set's `dataset_info.json`. Raises UserError for damage."""
+    """The number of documents of a split; `info` is the data set's `dataset_info.json`. Raises UserError for damage."""
     with _damage_named(info.parent):
         return len(_open(info.parent, split))
 
 
 def load_range(info: Path, split: str, start: int, stop: int) -> Iterator[Document]:
-    """Documents number `start` up to `stop` of a split; `info` is the data set's `dataset_info.json`. Raises UserError
+    """The documents `start` to `stop` - 1 of a split; `info` is the data set's `dataset_info.json`. Raises UserError
     for damage."""
     with _damage_named(info.parent):
         records = _open(info.parent, split)
@@ -71,7 +71,7 @@ def load_range(info: Path, split: str, start: int, stop: int) -> Iterator[Docume
 
 
 def _open(folder: Path, split: str) -> Any:
-    for path in folder.iterdir():  # what follows would wait for a pipe, and read a record of any size
+    for path in folder.iterdir():  # the library would wait for a pipe, and would read a JSON file of any size
         if path.suffix == ".json":
             read_regular(path, MAX_RECORD_BYTES)
         else:
@@ -84,9 +84,9 @@ def _open(folder: Path, split: str) -> Any:
 def _damage_named(folder: Path) -> Iterator[None]:
     try:
         yield
-    except (ImportError, MemoryError):  # of this machine, not of the files
+    except (ImportError, MemoryError):  # problems of this machine, not of the files
         raise
-    except Exception as error:  # damaged files make the libraries raise anything
+    except Exception as error:  # for damaged files the libraries raise all kinds of exceptions
         raise UserError(
             f"the corpus in {folder} is damaged: {reason(error)}. Delete {folder.parents[1]} and prepare the data again"
         ) from error

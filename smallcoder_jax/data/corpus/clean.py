@@ -1,4 +1,4 @@
-"""Filters: which documents are not worth learning from, and why."""
+"""Filters that decide which documents are dropped from the training data, and why."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _VENDOR_FOLDERS = frozenset(
     | {"site-packages", "dist-packages"}
 )
 _HEAD_CHARACTERS = 1000
-# Comments, by their beginnings: to the end of the line, and up to an end of their own.
+# The beginnings of comments: those up to the end of the line, and those with their own end mark.
 _LINE_COMMENT = re.compile(r"\s*(?:#|//|--|;|%|\*|rem\b)", re.IGNORECASE)
 _BLOCK_COMMENT = re.compile(r"\s*(?:/\*|<!--|\(\*|\{-|[rR]?\"\"\"|[rR]?''')")
 _BLOCK_ENDS = {"/*": "*/", "<!--": "-->", "(*": "*)", "{-": "-}", '"""': '"""', "'''": "'''"}
@@ -30,8 +30,8 @@ _THING = (
 _GENERATED = r"(?:(?:auto|machine|computer)[- ]?|(?:automatically|programmatically|mechanically)[- ])?@?generated"
 _SOURCE = r"(?:by|from|with|using|via|automatically|(?:on|at)\W+\w*\W*\d)\b"
 _END = r"\s*(?:[.,;:!()\[-]|$|and\b|please\b|do not\b|don't\b)"
-# What says of this very file that it is generated. Where a sentence is about other things that are generated, or about
-# what one must not edit, the file is kept.
+# Statements that this very file is generated. A sentence about other things that are generated, or about what one must
+# not edit, is not enough.
 _THIS_IS_GENERATED = re.compile(
     rf"\bthis\s+(?:\w+\s+){{0,2}}?{_THING}\s+(?:is|was|has been|were|are)\s+(?:an?\s+)?(?:\w+ly\s+)?{_GENERATED}\b"
     rf"|\bthis is an?\s+{_GENERATED}\s+{_THING}\b"
@@ -40,7 +40,7 @@ _THIS_IS_GENERATED = re.compile(
     rf"|\b(?:changes|modifications|edits)\b.{{0,30}}\bthis file\b.{{0,20}}\b(?:lost|overwritten)\b",
     re.IGNORECASE,
 )
-# The same at the beginning of a line that does not go on with the sentence of the line before.
+# The same at the beginning of a line that does not continue the sentence of the line before.
 _LINE_SAYS = re.compile(
     rf"(?:{_THING}\s+)?{_GENERATED}(?:\s+{_THING})?(?:\s+{_SOURCE}|{_END})"
     rf"|auto-generated>|@generated\b"
@@ -53,7 +53,7 @@ _LINE_SAYS = re.compile(
 
 
 def drop_reason(document: Document, min_characters: int) -> str | None:
-    """The first of `REASONS` that holds against a document, or None: it is kept."""
+    """The first of `REASONS` to drop a document, or None if it is kept."""
     text = document.text
     if len(text.strip()) < min_characters:
         return "short"
@@ -93,8 +93,8 @@ def _says_generated(head: str) -> bool:
 
 
 def _comment_lines(head: str) -> Iterator[str]:
-    """The lines that are comments; an empty one for each that is not."""
-    end = ""  # of the block comment that the line is in
+    """The lines that are comments, and an empty line for each that is not."""
+    end = ""  # the end mark of the block comment that the line is in
     for line in head.splitlines():
         begin = _BLOCK_COMMENT.match(line) if not end else None
         if begin:

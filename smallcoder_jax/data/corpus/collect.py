@@ -1,4 +1,6 @@
-"""One source read to the end: filtered, deduplicated, counted, and its kept documents written to a spool file."""
+"""Reads one source to its end: filters, deduplicates and counts its documents, and writes the kept ones to a spool
+file.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,7 @@ from smallcoder_jax.data.corpus.statistics import DocumentStatistics
 from smallcoder_jax.data.sources.document import Document, Skipped
 from smallcoder_jax.data.sources.spec import SourceSpec, read_source
 
-_NAMED = 3  # of what cannot be read, in the line that is printed
+_NAMED = 3  # unreadable documents that the printed line names
 DUMMY_SOURCE = "dummy"
 _DUMMY_DOCUMENTS = 400
 MAX_EXAMPLES = 20  # paths for each reason
@@ -27,8 +29,8 @@ MAX_EXAMPLES = 20  # paths for each reason
 
 @dataclasses.dataclass(frozen=True)
 class SourceReport:
-    """What became of everything that a source holds. `passed_over` counts what was never read as a document;
-    `examples` are the first paths of what was not kept, by reason."""
+    """Counts of what happened to everything that a source holds. `passed_over` counts by reason what was never read as
+    a document, and `examples` holds by reason the first paths of what was not kept."""
 
     spec: str
     read: int
@@ -38,22 +40,22 @@ class SourceReport:
     unreadable: int
     passed_over: dict[str, int]
     repositories: int
-    dummy: str  # why generated text stands in for the source; empty: it does not
+    dummy: str  # why generated text replaces the source; "" where it does not
     statistics: dict[str, Any]
     examples: dict[str, list[str]]
 
     def to_dict(self) -> dict[str, Any]:
-        """All but the examples, which the accounting keeps apart: they are no counts."""
+        """All fields except the examples, which are no counts and which the accounting stores separately."""
         return {name: value for name, value in dataclasses.asdict(self).items() if name != "examples"}
 
 
 def collect_source(
     spec: SourceSpec, data: DataConfig, spool: Path, seen: set[bytes], progress: Progress | None
 ) -> SourceReport:
-    """Writes the documents of `spec` that are kept to `spool`, one JSON object per line, and counts the rest.
+    """Writes the kept documents of `spec` to `spool`, one JSON object per line, and counts the rest.
 
-    `seen` holds the identities of all earlier sources' documents and grows by this one's. Raises UserError where the
-    source cannot be read or nothing of it is kept, unless `data.allow_dummy_data`.
+    `seen` holds the identities of the documents of all earlier sources; those of this source are added. Unless
+    `data.allow_dummy_data`, raises UserError where the source cannot be read or none of its documents is kept.
     """
     if progress:
         progress.start(f"reading {spec.text}")
@@ -88,7 +90,7 @@ class _Collector:
         self._statistics = DocumentStatistics()
 
     def collect(self, items: Iterator[Document | Skipped], spool: Path, dummy: str) -> SourceReport:
-        usable_until = 0  # documents read when the last one was kept
+        usable_until = 0  # how many documents had been read when the last one was kept
         with spool.open("w", encoding="utf-8") as file:
             for item in items:
                 if self._keep(item):
@@ -97,7 +99,7 @@ class _Collector:
                     file.write(json.dumps(dataclasses.asdict(item)) + "\n")
                     if 0 < self._data.max_documents <= self._counts["kept"]:
                         break
-                # A stream has no end at which to say that nothing in it was usable.
+                # An endless stream has no end at which it could be found that nothing in it is usable.
                 elif (
                     self._data.packing == "document" and self._counts["read"] - usable_until >= self._data.max_unusable
                 ):
@@ -172,7 +174,7 @@ class _Collector:
 
 
 def _dummy_documents(spec: str) -> Iterator[Document]:
-    """Generated functions, different for every source and always the same for one."""
+    """Generated functions, which differ between sources and are always the same for one source."""
     words = ("count", "value", "index", "total", "result", "item", "left", "right", "size", "offset", "key", "node")
     for number in range(_DUMMY_DOCUMENTS):
         draw = random.Random(f"{spec}|{number}")

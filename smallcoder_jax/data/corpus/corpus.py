@@ -1,7 +1,7 @@
-"""The corpus: every source read once, filtered, deduplicated, split by hash, stored by a TFDS builder as ArrayRecord.
+"""The corpus: every source is read once, filtered, deduplicated, split by hash and stored as ArrayRecord by TFDS.
 
-A corpus folder is valid when it exists: it is built under another name and renamed. Within a split, the documents of
-a source stand together, in the order in which the source yields them.
+A corpus folder that exists is complete, because it is built under another name and renamed. Within a split, the
+documents of a source are contiguous, in the order in which the source yields them.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from smallcoder_jax.data.corpus.collect import SourceReport, collect_source
 from smallcoder_jax.data.sources.document import SPLITS, Document
 from smallcoder_jax.data.sources.spec import SourceSpec, check_source, source_identity
 
-FORMAT = 3  # raised when the same sources and settings begin to give another corpus
+FORMAT = 3  # increased whenever the same sources and settings start to give another corpus
 ACCOUNTING = "accounting.json"
-MIN_REPOSITORIES = 20  # a source with fewer is split by document: by repository, one side could stay empty
+MIN_REPOSITORIES = 20  # a source with fewer is split by document, because by repository one side could be empty
 
 
 def corpus_key(specs: Sequence[SourceSpec], data: DataConfig) -> str:
-    """The folder's name: a hash over the sources and the settings that decide the documents."""
+    """The name of the corpus folder: a hash over the sources and the settings that determine the documents."""
     return short_key(
         {
             "format": FORMAT,
@@ -43,10 +43,10 @@ def corpus_key(specs: Sequence[SourceSpec], data: DataConfig) -> str:
 
 
 def ensure_corpus(specs: Sequence[SourceSpec], data: DataConfig, final: Path, progress: Progress | None) -> None:
-    """Builds the corpus of these sources in the folder `final`, where it is not there yet.
+    """Builds the corpus of these sources in the folder `final`, unless the folder exists already.
 
-    Raises UserError where a source cannot be read or holds nothing usable, where a split stays empty, or where the
-    disk is full; then no corpus is left behind.
+    Raises UserError, and leaves no corpus behind, where a source cannot be read or holds nothing usable, where a split
+    is empty, and where the disk is full.
     """
     if final.is_dir():
         return
@@ -72,7 +72,7 @@ def ensure_corpus(specs: Sequence[SourceSpec], data: DataConfig, final: Path, pr
 
 
 def read_accounting(folder: Path) -> dict[str, Any]:
-    """What was read, kept and dropped, per source. Raises UserError where `folder` is no corpus."""
+    """The accounting of what was read, kept and dropped per source. Raises UserError where `folder` is no corpus."""
     what = f"the accounting of a corpus. Delete {folder} and prepare the data again"
     content = read_json_object(folder / ACCOUNTING, what)
     sources = content.get("sources")
@@ -87,7 +87,7 @@ def read_accounting(folder: Path) -> dict[str, Any]:
 
 
 def _is_source(entry: Any) -> bool:
-    """Whether an entry of an accounting has what its readers take for granted."""
+    """Whether an entry of an accounting has the keys that its readers rely on."""
     if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("spec", "split_by")):
         return False
     sides = [entry.get(split) for split in SPLITS]
@@ -98,7 +98,7 @@ def _is_source(entry: Any) -> bool:
 
 
 def read_split(folder: Path, split: str, source: str | None = None) -> Iterator[Document]:
-    """The documents of a split ("train" or "validation") in stored order; with `source`, only that source's."""
+    """The documents of a split ("train" or "validation") in stored order; with `source`, only those of that source."""
     accounting = read_accounting(folder)
     start, stop = 0, 0
     for entry in accounting["sources"]:
@@ -109,15 +109,15 @@ def read_split(folder: Path, split: str, source: str | None = None) -> Iterator[
 
 
 def count_documents(folder: Path, split: str) -> int:
-    """How many documents a split stores, whatever the accounting says."""
+    """The number of documents that a split really stores, whatever the accounting says."""
     from smallcoder_jax.data.corpus import builder
 
     return builder.count(_dataset_info(folder), split)
 
 
 def training_texts(folder: Path, max_bytes: int) -> Iterator[str]:
-    """Texts of the training split to train a tokenizer on, about `max_bytes` UTF-8 bytes of them: as many from every
-    source, where it has them, from its beginning on. What a small source leaves over goes to the larger ones."""
+    """Texts of the training split for training a tokenizer, about `max_bytes` UTF-8 bytes. Every source contributes the
+    same amount from its beginning; where a small source has less, the larger ones contribute more."""
     left = max_bytes
     sources = sorted(read_accounting(folder)["sources"], key=lambda source: source[SPLITS[0]]["bytes"])
     for index, source in enumerate(sources):
@@ -160,8 +160,8 @@ def _dataset_info(folder: Path) -> Path:
 
 
 class _Side:
-    """Which side of the split a source's documents are on: a share of all by their place in a random order. Of two or
-    more, the first is always held out and the last never, however small the source."""
+    """Assigns a source's documents, or its repositories, to the sides of the split by their place in a random order. If
+    there are two or more, the first is always held out and the last never, however small the source is."""
 
     def __init__(self, report: SourceReport, validation_fraction: float, documents: Iterable[Document]):
         self.by = "repository" if report.repositories >= MIN_REPOSITORIES else "document"

@@ -27,7 +27,7 @@ class DocumentStatistics:
         self._lengths.append(size)
 
     def summary(self) -> dict[str, Any]:
-        """JSON values; lengths in UTF-8 bytes."""
+        """The counts as JSON values; lengths are in UTF-8 bytes."""
         marks = np.percentile(self._lengths, PERCENTILES, method="nearest") if self._lengths else ()
         return {
             "languages": dict(sorted(self._languages.items())),

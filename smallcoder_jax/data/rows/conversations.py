@@ -1,7 +1,8 @@
-"""Conversations into batches for fine-tuning: weight on what the assistant wrote, packed by best fit or one to a row.
+"""Batches of conversations for fine-tuning: the loss counts what the assistant wrote; packed by best fit or one per
+row.
 
-All conversations are in memory: they are thousands, not billions. So an epoch is packed whole, and the place in the
-data is an epoch and a batch.
+All conversations are in memory, because there are thousands, not billions. An epoch is therefore packed as a whole, and
+the position in the data is an epoch and a batch.
 
 Shapes: B rows of this process, T places of a row.
 """
@@ -21,9 +22,9 @@ from smallcoder_jax.tokenizers.chat import Encoded
 class ConversationBatches:
     """Batches [B, T] with the keys of `packing.fill_batch`: the rows `rows` of global batches of `batch_size`.
 
-    Conversations are packed, or are one to a row, and shuffled anew in every epoch; endless, or for `num_epochs`, whose
-    last batches are filled up with padding. One that is longer than a row is left out, as its end means little without
-    its beginning: `dropped` says how many. Raises UserError where none is left.
+    Conversations are packed, or one per row, and shuffled anew in every epoch. The batches are endless, or last for
+    `num_epochs`; the last batch of an epoch is padded. Conversations longer than a row are dropped, because their end
+    means little without their beginning; `dropped` is their number. Raises UserError where none is left.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class ConversationBatches:
             )
         self._length, self._batch_size, self._own, self._pad_id = length, batch_size, rows, pad_id
         self._seed, self._packed, self._num_epochs = seed, packed, num_epochs
-        self._epoch, self._taken = 0, 0  # batches of the epoch that were taken
+        self._epoch, self._taken = 0, 0  # epoch, and how many of its batches were returned
         self._rows = self._pack()
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
@@ -66,16 +67,16 @@ class ConversationBatches:
         return fill_counted(mine, len(self._own), self._length, self._pad_id)
 
     def get_state(self) -> dict[str, Any]:
-        """The place behind the batch returned last; small, JSON-serialisable, the same on all processes."""
+        """The position after the batch returned last: small, JSON-serialisable and the same on all processes."""
         return {"epoch": self._epoch, "taken": self._taken}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continues from a place that `get_state` gave for the same conversations and settings."""
+        """Continues from a position that `get_state` returned for the same conversations and settings."""
         self._epoch, self._taken = state["epoch"], state["taken"]
         self._rows = self._pack()
 
     def close(self) -> None:
-        """Nothing runs in the background."""
+        """Does nothing, because nothing runs in the background."""
 
     def _pack(self) -> list[list[Encoded]]:
         rng = np.random.default_rng((self._seed % 2**32, self._epoch))
@@ -90,6 +91,6 @@ def fill_counted(rows: Sequence[Sequence[Encoded]], batch_size: int, length: int
     """As `packing.fill_batch`, with weight 1 where the target is a token that the loss counts and 0 elsewhere."""
     batch = fill_batch([[item.ids for item in row] for row in rows], batch_size, length, pad_id)
     for weights_T, row in zip(batch["loss_weights"], rows, strict=False):
-        counted = np.concatenate([item.counted[1:] for item in row])  # of the targets, as ids[1:]
+        counted = np.concatenate([item.counted[1:] for item in row])  # for the targets, which are ids[1:]
         weights_T[: len(counted)] = counted
     return batch

@@ -1,13 +1,13 @@
-"""Token shards into training and validation batches. The only user of grain.
+"""Training and validation batches from token shards. This is the only module that uses grain.
 
-Training: every source's documents, reshuffled each epoch and endless -> fill-in-the-middle -> this worker's share ->
-mixture -> packing -> shuffled rows -> batches. The share is taken from each shuffled, endless source and not from the
-mixture: two sources of equal weight alternate in the mixture, and of two workers that took turns there each would see
-one source only.
+Training: each source's documents, reshuffled every epoch and endless -> fill-in-the-middle -> this worker's share ->
+mixture -> packing -> shuffled rows -> batches. The share is taken from each shuffled, endless source, not from the
+mixture. Two sources of equal weight alternate in the mixture, and if two workers took turns there, each would see only
+one source.
 
-Every process of a run packs the same global batches and keeps its own rows of them. So neither the batches nor the
-place in the data depend on how many processes there are, and no row is there twice or dropped. Packing is much faster
-than training (docs/benchmarks.md), which is what makes this affordable.
+Every process of a run packs the same global batches and keeps its own rows of them. Neither the batches nor the
+position in the data therefore depend on the number of processes, and no row is repeated or lost. This is affordable
+because packing is much faster than training (docs/benchmarks.md).
 
 Shapes: B rows of this process, T places of a row.
 """
@@ -38,10 +38,10 @@ from smallcoder_jax.data.rows.fim import FillInTheMiddle
 from smallcoder_jax.data.tokens.shards import Manifest, SourceEntry, Split, damage_named, read_records
 from smallcoder_jax.tokenizers.base import FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX, Tokenizer
 
-VERSION = 3  # raised when the same settings begin to give other batches
+VERSION = 3  # increased whenever the same settings start to give other batches
 INLINE = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)  # records are small: threads cost more than they save
-BATCHES_AHEAD = 2  # kept ready by each worker
-FIM_PIECES = len((FIM_PREFIX, FIM_SUFFIX, FIM_MIDDLE))  # what a rearranged document grows by
+BATCHES_AHEAD = 2  # batches that each worker keeps ready
+FIM_PIECES = len((FIM_PREFIX, FIM_SUFFIX, FIM_MIDDLE))  # ids that rearranging adds to a document
 
 
 def make_train_iterator(
@@ -58,21 +58,21 @@ def make_train_iterator(
 ) -> grain.DatasetIterator[dict[str, np.ndarray]]:
     """Training batches [B, T] of this process: tokens, targets, positions, segment_ids, loss_weights.
 
-    They are the rows `rows` (ascending) of global batches of `batch_size`. Endless, with the sources mixed by their
-    weights per token; or, with `num_epochs`, every document of every source exactly once per epoch and the last batch
-    filled up with padding. The global batches depend on `pipeline_identity` alone. `get_state()` is small,
-    JSON-serialisable and the same on all processes; it belongs to the batch returned last, and `set_state()` continues
-    after it. `close()` ends the workers.
+    They hold the rows `rows` (ascending) of global batches of `batch_size`. By default they are endless and mix the
+    sources by their weights per token. With `num_epochs`, every epoch has every document of every source exactly once,
+    and the last batch is padded. The global batches depend only on `pipeline_identity`. `get_state()` is small,
+    JSON-serialisable and the same on all processes. It describes the position after the batch returned last, from which
+    `set_state()` continues. `close()` ends the workers.
 
-    Raises UserError where the tokenizer is not the one that made the shards, lacks the pieces that fill-in-the-middle
-    needs, or a source has nothing to train on.
+    Raises UserError where the tokenizer did not make the shards or lacks the pieces that fill-in-the-middle needs, and
+    where a source has no training documents.
     """
     _check_tokenizer(manifest, tokenizer)
     _check_sources(manifest)
     fim = None
     if data.fim_rate > 0 and any(source.fim for source in manifest.sources):
         fim = FillInTheMiddle(tokenizer, rate=data.fim_rate, spm_share=data.fim_spm_share)
-    seed %= 2**32  # what grain's shuffle and numpy's seeds can hold
+    seed %= 2**32  # the largest seeds that grain's shuffle and numpy accept
     sources = [
         grain.MapDataset.source(_Records(tokens_folder, entry.train, manifest.dtype)).map_with_index(
             _Rearrange(fim if entry.fim else None, entry.train.documents, (seed, index))
@@ -113,14 +113,15 @@ def validation_batches(
     rows: Sequence[int],
     limit_batches: int,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """The validation split of all sources, each token but BOS predicted once, in one fixed pseudo-random order.
+    """The validation split of all sources in one fixed pseudo-random order, in which each token but BOS is predicted
+    once.
 
-    The rows `rows` (ascending) of global batches of `batch_size`, so that the processes agree on their number and the
-    result does not depend on how many there are. Packed by best fit, which cuts only documents longer than a row. The
-    first `limit_batches` batches; 0: all. The last batch is filled up with padding.
+    The batches hold the rows `rows` (ascending) of global batches of `batch_size`, so that all processes have the same
+    number of batches and the result does not depend on the number of processes. Documents are packed by best fit, which
+    cuts only those longer than a row. Yields the first `limit_batches` batches, or all for 0. The last batch is padded.
 
-    Beside the keys of a training batch there is `bytes`, float32 [B, T]: the UTF-8 bytes that each target stands for (0
-    for specials and padding), so that bits per byte = nats / ln 2 / bytes.
+    In addition to the keys of a training batch there is `bytes`, float32 [B, T]: the number of UTF-8 bytes that each
+    target stands for (0 for specials and padding), so that bits per byte = nats / ln 2 / bytes.
     """
     _check_tokenizer(manifest, tokenizer)
     splits = [entry.validation for entry in manifest.sources if entry.validation.documents]
@@ -152,9 +153,8 @@ def pipeline_identity(
     batch_size: int,
     seed: int,
 ) -> dict[str, Any]:
-    """Everything that decides which batches come in which order; JSON-serialisable, to be compared before a resume.
-
-    grain itself accepts the state of another pipeline in silence.
+    """Everything that determines the batches and their order. It is JSON-serialisable and is compared before a resume,
+    because grain itself silently accepts the state of another pipeline.
     """
     return {
         "version": VERSION,
@@ -177,7 +177,7 @@ def pipeline_identity(
 
 
 def count_unusable(manifest: Manifest, tokens_folder: Path, min_tokens: int) -> int:
-    """How many training documents `packing="document"` passes over in an epoch. Reads all of them."""
+    """The number of training documents that `packing="document"` skips in an epoch. Reads all documents."""
     return sum(
         not packing.is_usable(ids, min_tokens)
         for entry in manifest.sources
@@ -187,7 +187,7 @@ def count_unusable(manifest: Manifest, tokens_folder: Path, min_tokens: int) -> 
 
 @dataclasses.dataclass(frozen=True)
 class _Rearrange:
-    """Fill-in-the-middle with draws that depend on nothing but the seed, the source, the epoch and the document."""
+    """Fill-in-the-middle whose random numbers depend only on the seed, the source, the epoch and the document."""
 
     fim: FillInTheMiddle | None
     documents: int
@@ -200,7 +200,7 @@ class _Rearrange:
 
 
 class _Records:
-    """The documents of a split by number. Readers are opened when first used, in the process that uses them."""
+    """The documents of a split by index. Readers are opened on first use, in the process that uses them."""
 
     def __init__(self, folder: Path, split: Split, dtype: str):
         self._paths = [folder / name for name in split.files]
@@ -220,13 +220,13 @@ class _Records:
         try:
             return np.frombuffer(self._source[index], self._dtype)
         except (RuntimeError, ValueError, OSError):
-            file, _ = self._source._reader_idx_and_position(index)  # read again, so that no good read pays for the name
+            file, _ = self._source._reader_idx_and_position(index)  # looked up only on failure, to keep good reads fast
             with damage_named(self._paths[file]):
                 return np.frombuffer(self._source[index], self._dtype)
 
 
 class _PackedBatches(grain.IterDataset[dict[str, np.ndarray]]):
-    """Batches packed from a dataset of documents: the rows `rows` of every `batch_size`."""
+    """Batches packed from a dataset of documents: the rows `rows` of global batches of `batch_size`."""
 
     def __init__(
         self,
@@ -253,7 +253,7 @@ class _PackedBatches(grain.IterDataset[dict[str, np.ndarray]]):
 def _make_packer(
     documents: packing.Documents, *, data: DataConfig, length: int, seed: tuple[int, int]
 ) -> packing.Packer:
-    if data.packing == "document":  # documents are shuffled already, and each is one row
+    if data.packing == "document":  # each document is one row, and documents are shuffled already
         return packing.DocumentPacker(documents, length, data.min_tokens, data.max_unusable)
     packer = packing.ConcatPacker if data.packing == "concat" else packing.BestFitPacker
     return packing.ShuffledRows(packer(documents, length), length, seed)
@@ -302,18 +302,18 @@ def _mixture(
 
 
 def _share(documents: grain.MapDataset[np.ndarray], reader: tuple[int, int]) -> grain.MapDataset[np.ndarray]:
-    """Every n-th document for reader i of n; together the readers have each exactly once."""
+    """Every n-th document, for reader i of n. Together the readers have each document exactly once."""
     index, count = reader
     return documents.slice(slice(index, None, count))
 
 
 def _shuffle_seed(seed: int, source: int) -> int:
-    """A seed far from those of other sources and runs: grain's shuffle uses seed + epoch."""
+    """A seed far from those of other sources and runs, because grain's shuffle uses seed + epoch."""
     return int(np.random.SeedSequence((seed, source)).generate_state(1)[0])
 
 
 def _document_weights(sources: Sequence[SourceEntry], fim_rate: float) -> list[float]:
-    """Shares of documents that give the wanted shares of tokens, which are what weights mean."""
+    """The weights per document that give the sources' weights per token."""
     lengths = [
         entry.train.tokens / entry.train.documents + (FIM_PIECES * fim_rate if entry.fim else 0.0) for entry in sources
     ]
@@ -321,9 +321,9 @@ def _document_weights(sources: Sequence[SourceEntry], fim_rate: float) -> list[f
 
 
 def _in_workers(batches: Sequence[_PackedBatches]) -> grain.IterDataset[dict[str, np.ndarray]]:
-    """One process per dataset, taking turns in a fixed order."""
+    """Runs each dataset in its own process; the processes take turns in a fixed order."""
     if not flags.FLAGS.is_parsed():
-        # grain hands its own flags to the processes and stops where nothing has parsed them: tests, notebooks.
+        # grain passes its flags to the processes and fails where nothing has parsed them, as in tests and notebooks.
         flags.FLAGS.mark_as_parsed()
     one = grain.MultiprocessingOptions(num_workers=1, per_worker_buffer_size=BATCHES_AHEAD)
     processes = [dataset.mp_prefetch(one, worker_init_fn=_become_worker) for dataset in batches]
@@ -332,8 +332,8 @@ def _in_workers(batches: Sequence[_PackedBatches]) -> grain.IterDataset[dict[str
 
 
 def _become_worker(_: int, __: int) -> None:
-    """Leaves the end of a worker to its parent: no signal to the whole group ends it early, and it never outlives."""
-    for interrupt in (signal.SIGINT, signal.SIGTERM):  # the parent saves its state first, which may need a batch more
+    """Makes a worker end with its parent: no signal to the process group ends it earlier, and it never outlives it."""
+    for interrupt in (signal.SIGINT, signal.SIGTERM):  # the parent may need one more batch before it saves its state
         signal.signal(interrupt, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -346,7 +346,7 @@ def _end_with_parent() -> None:
 
 
 def _out_of_shared_memory(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    # Batches come through shared memory, which is small in containers and must not outlive this program.
+    # Copied, because batches arrive in shared memory, which is small in containers and must not outlive this program.
     return {key: np.array(value) for key, value in batch.items()}
 
 

@@ -1,18 +1,19 @@
-"""Fill-in-the-middle: documents rearranged so that a model of the next token learns to fill a gap.
+"""Fill-in-the-middle: rearranges documents so that a next-token model learns to fill a gap.
 
-Bavarian et al. 2022 (arXiv 2207.14255), section 3: a document is cut at two uniformly drawn characters into prefix,
-middle and suffix. Both orders that are in use are written here:
+Bavarian et al. 2022 (arXiv 2207.14255), section 3: a document is cut at two uniformly sampled characters into prefix,
+middle and suffix. Both common orders are supported:
 
     PSM   <s> <|fim_prefix|> prefix <|fim_suffix|> suffix <|fim_middle|> middle </s>
     SPM   <s> <|fim_prefix|> <|fim_suffix|> suffix <|fim_middle|> prefix middle </s>
 
-SPM is the variant of the paper's appendix D that SantaCoder, StarCoder and Code Llama use: it starts like a PSM
-document with an empty prefix, so that the two orders help each other, and the middle directly continues the prefix.
+SPM is the variant of the paper's appendix D that SantaCoder, StarCoder and Code Llama use. It starts like a PSM
+document with an empty prefix, so that training on one order helps the other, and the middle directly continues the
+prefix.
 
-A user's cursor stands between characters, not between tokens, so the cuts are drawn over characters. Only the few
-tokens around a cut are encoded again. The parts hold exactly the document's bytes, and have the ids that each would
-have by itself, but for byte-level BPE: its splitting by a regular expression looks ahead, so whitespace at the edge of
-what is encoded again may have other ids.
+A user's cursor is between characters, not between tokens, so that the cuts are sampled over characters. Only the few
+tokens around a cut are encoded again. The parts hold exactly the document's bytes, with the ids that each part would
+have when encoded separately. The exception is byte-level BPE, whose splitting by a regular expression looks ahead:
+whitespace at the edge of what is encoded again may have other ids.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ import numpy as np
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.tokenizers.base import FIM_MIDDLE, FIM_PREFIX, FIM_SUFFIX, Tokenizer
 
-MIN_CHARACTERS = 10  # shorter documents have no middle worth learning
+MIN_CHARACTERS = 10  # shorter documents are not rearranged
 
 
 class FillInTheMiddle:
-    """Rearranges a share `rate` of documents, of those the share `spm_share` as SPM, the rest as PSM.
+    """Rearranges a share `rate` of the documents: a share `spm_share` of these as SPM, the rest as PSM.
 
     Raises UserError for a tokenizer without the three pieces that mark the parts.
     """
@@ -46,11 +47,11 @@ class FillInTheMiddle:
         self._prefix_id = tokenizer.specials[FIM_PREFIX]
         self._suffix_id = tokenizer.specials[FIM_SUFFIX]
         self._middle_id = tokenizer.specials[FIM_MIDDLE]
-        # Per id, how many characters begin in it.
+        # For each id, the number of characters that begin in it.
         self._characters = np.array([len(_character_starts(piece)) for piece in tokenizer.token_bytes], np.int32)
 
     def __call__(self, ids: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """`ids` of one document with BOS and EOS, or its rearrangement; the same for the same state of `rng`."""
+        """`ids`, one document with BOS and EOS, unchanged or rearranged; the same for the same state of `rng`."""
         if rng.random() >= self._rate:
             return ids
         body = ids[1:-1]
@@ -66,7 +67,8 @@ class FillInTheMiddle:
         return np.concatenate([ids[:1], *parts, ids[-1:]], dtype=ids.dtype, casting="unsafe")
 
     def split(self, body: np.ndarray, first: int, second: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Ids of the prefix, middle and suffix of `body` (no BOS, no EOS), cut before two character numbers."""
+        """The ids of prefix, middle and suffix of `body` (without BOS and EOS), cut before the characters `first` and
+        `second`."""
         return self._split(body, np.cumsum(self._characters[body]), first, second)
 
     def _split(
@@ -88,7 +90,8 @@ class FillInTheMiddle:
         return prefix, middle, suffix
 
     def _locate(self, body: np.ndarray, characters: np.ndarray, character: int) -> tuple[int, int]:
-        """The token that a character begins in, and its first byte there; past the last one, the end of `body`."""
+        """The token in which a character begins, and the offset of its first byte there. For the end of the text, the
+        end of `body` and 0."""
         token = int(np.searchsorted(characters, character, side="right"))
         if token == len(body):
             return token, 0
@@ -106,7 +109,7 @@ class FillInTheMiddle:
 
 
 def _window(stops: np.ndarray, length: int, token: int, byte: int) -> tuple[int, int]:
-    """The smallest range of tokens around a cut whose ids the cut may change; empty where it changes none."""
+    """The smallest range of tokens around a cut whose ids the cut can change; empty where it changes none."""
     after = int(np.searchsorted(stops, token, side="right"))
     start = int(stops[after - 1]) if after else 0
     if token == length or (byte == 0 and start == token):
@@ -115,5 +118,5 @@ def _window(stops: np.ndarray, length: int, token: int, byte: int) -> tuple[int,
 
 
 def _character_starts(piece: bytes) -> Sequence[int]:
-    """Where characters begin in UTF-8: the other bytes of a character are 10xxxxxx."""
+    """The offsets at which characters begin in UTF-8: all other bytes of a character are 10xxxxxx."""
     return range(len(piece)) if piece.isascii() else [i for i, byte in enumerate(piece) if byte & 0xC0 != 0x80]

@@ -1,10 +1,10 @@
-"""Documents into rows of a fixed length.
+"""Packs documents into rows of a fixed length.
 
-A packer draws documents (1-D arrays of ids, BOS first and EOS last) and gives rows. A row is a list of pieces; a piece
-of n + 1 ids stands for n places of the row: the inputs `ids[:-1]` and the targets `ids[1:]`. Two pieces of one document
-share the id between them, so every id but the first is a target exactly once.
+A packer reads documents (1-D arrays of ids, BOS first and EOS last) and returns rows. A row is a list of pieces. A
+piece of n + 1 ids takes n places of the row: the inputs are `ids[:-1]` and the targets `ids[1:]`. Consecutive pieces of
+one document share the id between them, so that every id but the first is a target exactly once.
 
-The state of a packer is the state of its documents at a point before its buffer, and how far it had got from there.
+The state of a packer is the state of its documents at a point before its buffer, and the progress since that point.
 
 Shapes: B rows, T places of a row.
 """
@@ -20,14 +20,14 @@ import numpy as np
 from smallcoder_jax.base.errors import UserError
 
 Row = list[np.ndarray]
-_Piece = TypeVar("_Piece", bound=Sized)  # of n + 1 ids
+_Piece = TypeVar("_Piece", bound=Sized)  # a piece of n + 1 ids
 
-WINDOW_ROWS = 64  # best fit: how many rows' worth of documents are arranged together
-SHUFFLED_ROWS, SHUFFLED_PLACES = 256, 1 << 21  # rows shuffled together, at most; a resume reads them again, in < 1 s
+WINDOW_ROWS = 64  # best fit: documents for this many rows are arranged together
+SHUFFLED_ROWS, SHUFFLED_PLACES = 256, 1 << 21  # most that are shuffled together; a resume rereads them in under 1 s
 
 
 class Documents(Protocol):
-    """An iterator over documents whose place can be taken down and returned to."""
+    """An iterator over documents whose position can be saved and restored."""
 
     def __next__(self) -> np.ndarray: ...
     def get_state(self) -> dict[str, Any]: ...
@@ -41,14 +41,14 @@ class Packer(Protocol):
 
 
 class ConcatPacker:
-    """Documents one after the other, cut where a row ends. Only the last row of all is not full."""
+    """Packs documents one after the other and cuts them where a row ends. Only the very last row is not full."""
 
     def __init__(self, documents: Documents, length: int):
         self._documents = documents
         self._length = length
         self._ids: np.ndarray | None = None  # a document that is partly used
-        self._offset = 0  # how much of it
-        self._before: dict[str, Any] = {}  # the state from which it is read again
+        self._offset = 0  # how much of it is used
+        self._before: dict[str, Any] = {}  # the state from which a resume reads it again
 
     def next_row(self) -> Row:
         """The next row. Raises StopIteration after the last."""
@@ -82,8 +82,8 @@ class ConcatPacker:
 
 
 class DocumentPacker:
-    """One row for each document: its beginning. One with fewer than `min_tokens` tokens (BOS and EOS left out) is
-    unusable and passed over; `max_unusable` of them in a row are an error.
+    """Makes one row of each document: its beginning. A document with fewer than `min_tokens` tokens (not counting BOS
+    and EOS) is unusable and skipped; `max_unusable` of them in a row are an error.
     """
 
     def __init__(self, documents: Documents, length: int, min_tokens: int, max_unusable: int):
@@ -92,7 +92,8 @@ class DocumentPacker:
         self._min_tokens, self._max_unusable = min_tokens, max_unusable
 
     def next_row(self) -> Row:
-        """The next row. Raises StopIteration after the last, UserError where only unusable documents come."""
+        """The next row. Raises StopIteration after the last, and UserError after too many unusable documents in a
+        row."""
         for _ in range(self._max_unusable):
             ids = next(self._documents)
             if is_usable(ids, self._min_tokens):
@@ -110,22 +111,23 @@ class DocumentPacker:
 
 
 def is_usable(ids: np.ndarray, min_tokens: int) -> bool:
-    """Whether a document, with BOS and EOS, has so many tokens beside them."""
+    """Whether a document has at least `min_tokens` tokens in addition to BOS and EOS."""
     return len(ids) - 2 >= min_tokens
 
 
 class ShuffledRows:
-    """The rows of another packer in random order within windows of `SHUFFLED_ROWS`, or `SHUFFLED_PLACES`.
+    """The rows of another packer in random order within windows of at most `SHUFFLED_ROWS` rows and `SHUFFLED_PLACES`
+    places.
 
-    A long document fills many rows in a row: in order, a batch would hold one document and not a sample of all. The
-    state is that of the packer before the window, and how many rows of the window were taken.
+    A long document fills many consecutive rows. Without shuffling, a batch would hold one document, not a sample of
+    all. The state is the packer's state before the window, and how many rows of the window were used.
     """
 
     def __init__(self, packer: Packer, length: int, seed: Sequence[int]):
         self._packer = packer
         self._window_rows = max(1, min(SHUFFLED_ROWS, SHUFFLED_PLACES // length))
         self._seed = tuple(seed)
-        self._window = 0  # number of the window in use, from 1
+        self._window = 0  # the number of the current window, from 1
         self._before = packer.get_state()
         self._rows: list[Row] = []
         self._taken = 0
@@ -163,8 +165,8 @@ class ShuffledRows:
 
 
 class BestFitPacker:
-    """Best fit decreasing within windows of `WINDOW_ROWS`: only documents longer than a row are cut, into full rows and
-    a rest. A window's rows run from long pieces to short ones (see `ShuffledRows`).
+    """Packs by best fit decreasing within windows of `WINDOW_ROWS`. Only documents longer than a row are cut, into full
+    rows and a rest. The rows of a window are ordered from long pieces to short ones, so that `ShuffledRows` is needed.
     """
 
     def __init__(self, documents: Documents, length: int):
@@ -204,7 +206,8 @@ class BestFitPacker:
 
 
 def best_fit(pieces: Sequence[_Piece], length: int) -> list[list[_Piece]]:
-    """Rows of `length` places: longest piece first, each into the row where it leaves the least room."""
+    """Packs pieces into rows of `length` places: the longest piece first, each into the row where it leaves the fewest
+    places free."""
     rows: list[list[_Piece]] = []
     open_rows: list[tuple[int, int]] = []  # (free places, row), ascending
     for piece in sorted(pieces, key=len, reverse=True):
@@ -224,7 +227,7 @@ def best_fit(pieces: Sequence[_Piece], length: int) -> list[list[_Piece]]:
 def fill_batch(rows: Sequence[Row], batch_size: int, length: int, pad_id: int) -> dict[str, np.ndarray]:
     """The batch [B, T] of up to `batch_size` rows: tokens, targets, positions, segment_ids (int32), loss_weights.
 
-    Positions restart in every piece, segments count the pieces of a row from 1. What is not filled is padding:
+    Positions restart in every piece, and segment ids number the pieces of a row from 1. Everything else is padding:
     `pad_id`, position 0, segment 0, weight 0.
     """
     shape = (batch_size, length)

@@ -1,8 +1,8 @@
-"""Preferences into batches: a row holds some pairs twice, with their chosen and with their rejected answers.
+"""Batches of preferences: a row holds several pairs twice, with their chosen and with their rejected answers.
 
-Unlike in rows of documents, every id is an input, the one that ends the answer too: it is there that a reward is read.
+Unlike in rows of documents, every id is an input. That includes the id that ends the answer, where the reward is read.
 
-Shapes: R rows, 2 the chosen and the rejected answers, S slots for pairs, T places, P pairs.
+Shapes: R rows, 2 chosen and rejected answers, S slots for pairs, T places, P pairs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from smallcoder_jax.tokenizers.chat import Conversation, Encoded, Message, ToolC
 
 @dataclasses.dataclass(frozen=True)
 class EncodedPair:
-    """Prompt and answer as ids, twice; `counted` are those of the answer, with the one that ends it."""
+    """Prompt and answer as ids, for both answers. `counted` marks the ids of the answer, including the one that ends
+    it.
+    """
 
     chosen: Encoded
     rejected: Encoded
@@ -30,7 +32,7 @@ class EncodedPair:
 
     @property
     def places(self) -> int:
-        """Of a row that it takes."""
+        """The number of places of a row that the pair takes."""
         return max(len(self.chosen), len(self.rejected))
 
 
@@ -45,18 +47,19 @@ def encode_pairs(pairs: Iterable[Preference], tokenizer: Tokenizer) -> list[Enco
 
 
 def prompt_ids(prompt: Prompt, tokenizer: Tokenizer) -> list[int]:
-    """What a model continues with its answer: BOS and the text, or the conversation with the header of a turn."""
+    """The ids that a model continues with its answer: BOS and the text, or the conversation and the header of the
+    assistant's turn."""
     if isinstance(prompt, str):
         return [tokenizer.bos_id, *tokenizer.encode(prompt)]
     return encode(prompt, tokenizer, reply=True).ids.tolist()
 
 
 def answer_ids(answer: Answer, tokenizer: Tokenizer) -> list[int]:
-    """The ids behind a prompt: of a text to EOS, of a reply to `<|im_end|>`; for calls as they should be, those of
-    `chat.encode`."""
+    """The ids after a prompt: a text up to EOS, or a reply up to `<|im_end|>`. For well-formed calls they are the ids
+    of `chat.encode`."""
     if isinstance(answer, str):
         return [*tokenizer.encode(answer), tokenizer.eos_id]
-    # The template lays out a turn with as many calls, and the texts of the calls take the place of what is in them.
+    # The template renders a turn with the same number of empty calls, whose content the texts of the calls replace.
     turn = Message("assistant", answer.content, (ToolCall("", {}),) * len(answer.calls))
     whole = encode(Conversation((Message("user"), turn)), tokenizer)
     start, stop = (tokenizer.specials.get(piece) for piece in TOOL_PIECES[:2])
@@ -73,8 +76,8 @@ def answer_ids(answer: Answer, tokenizer: Tokenizer) -> list[int]:
 
 
 def fitting(pairs: Sequence[EncodedPair], length: int) -> list[EncodedPair]:
-    """The pairs of which both answers fit a row; of a part of an answer no preference is known. Raises UserError where
-    none is left."""
+    """The pairs of which both answers fit a row. Others are dropped, because no preference is known for a part of an
+    answer. Raises UserError where none is left."""
     kept = [pair for pair in pairs if pair.places <= length]
     if not kept:
         raise UserError(
@@ -87,11 +90,11 @@ def fitting(pairs: Sequence[EncodedPair], length: int) -> list[EncodedPair]:
 class PairBatches:
     """Batches of pairs: the rows `rows` of global batches of `batch_size`, packed and shuffled anew in every epoch.
 
-    A row holds several pairs, in up to S slots: as many as there could be. `tokens`, `targets`, `positions`,
-    `segment_ids` (the slot from 1, and 0 on padding) and `loss_weights` (1 where the target is the answer's) are
-    [R, 2, T]; `ends` [R, 2, S] are the places of the answers' last tokens; `pair_weights` [R, S] is 0 where a slot is
-    empty. `columns` are numbers [P, k] of the P pairs, which go with them as [R, S, k]. Endless, or for `num_epochs`;
-    the last batch of an epoch is filled up with padding. All pairs have to fit (see `fitting`).
+    A row holds pairs in up to S slots, the most that can fit. `tokens`, `targets`, `positions`, `segment_ids` (the
+    number of the slot from 1, and 0 on padding) and `loss_weights` (1 where the target belongs to the answer) are
+    [R, 2, T]. `ends` [R, 2, S] holds the places of the answers' last tokens, and `pair_weights` [R, S] is 0 where a
+    slot is empty. `columns` are numbers [P, k] for the P pairs, which the batches hold as [R, S, k]. The batches are
+    endless, or last for `num_epochs`; the last batch of an epoch is padded. All pairs have to fit (see `fitting`).
     """
 
     def __init__(
@@ -134,25 +137,25 @@ class PairBatches:
         return batch
 
     def get_state(self) -> dict[str, Any]:
-        """The place behind the batch returned last; small, JSON-serialisable, the same on all processes."""
+        """The position after the batch returned last: small, JSON-serialisable and the same on all processes."""
         return {"epoch": self._epoch, "taken": self._taken}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continues from a place that `get_state` gave for the same pairs and settings."""
-        self._epoch, self._taken = state["epoch"], state["taken"]  # batches of the epoch that were taken
+        """Continues from a position that `get_state` returned for the same pairs and settings."""
+        self._epoch, self._taken = state["epoch"], state["taken"]  # epoch, and how many of its batches were returned
         rng = np.random.default_rng((self._seed % 2**32, self._epoch))
         pieces = [_Piece(int(i), self._pairs[i].places) for i in rng.permutation(len(self._pairs))]
         packed = best_fit(pieces, self._length)
         self._rows = [[piece.index for piece in packed[row]] for row in rng.permutation(len(packed))]
 
     def close(self) -> None:
-        """Nothing runs in the background."""
+        """Does nothing, because nothing runs in the background."""
 
 
 def fill_pairs(
     rows: Sequence[Sequence[EncodedPair]], batch_size: int, length: int, slots: int, pad_id: int
 ) -> dict[str, np.ndarray]:
-    """The batch of up to `batch_size` rows, without columns (see `PairBatches`)."""
+    """The batch of up to `batch_size` rows, without `columns` (see `PairBatches`)."""
     shape = (batch_size, 2, length)
     batch = {
         "tokens": np.full(shape, pad_id, np.int32),
@@ -182,7 +185,7 @@ def fill_pairs(
 
 @dataclasses.dataclass(frozen=True)
 class _Piece:
-    """A pair to be packed by `best_fit`, for which a piece of n places has a length of n + 1."""
+    """A pair for `best_fit`, which expects a piece of n places to have the length n + 1."""
 
     index: int
     places: int

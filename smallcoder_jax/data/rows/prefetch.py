@@ -1,4 +1,4 @@
-"""Batches moved to the devices ahead of their use, off the thread that dispatches steps."""
+"""Moves batches to the devices before they are needed, on a thread other than the one that dispatches steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from smallcoder_jax.mesh import place_batch
 
 
 class BatchIterator(Protocol):
-    """An iterator over this process's part of each batch whose place can be taken down and returned to."""
+    """An iterator over this process's part of each batch, whose position can be saved and restored."""
 
     def __next__(self) -> dict[str, np.ndarray]: ...
     def get_state(self) -> dict[str, Any]: ...
@@ -27,13 +27,14 @@ class BatchIterator(Protocol):
 class DevicePrefetcher:
     """Yields (global device batch, iterator state after this batch, seconds the caller had to wait for it).
 
-    One background thread draws from `iterator` and starts the transfers, `depth` batches ahead; 0: when it is asked for
-    one, for batches that depend on what was learned from those before. The state that comes
-    with a batch is the one to checkpoint once that batch is used: the iterator itself is ahead of it. An error of the
-    iterator is raised by the `next` that would have returned its batch, after which there is nothing more to draw.
+    One background thread reads from `iterator` and starts the transfers, `depth` batches ahead. With `depth` 0 it reads
+    a batch only on request, for batches that depend on what was learned from the batches before. The state returned
+    with a batch is the one to checkpoint after that batch is used, because the iterator itself is further ahead. An
+    error of the iterator is raised by the `next` that would have returned its batch; after it there are no more
+    batches.
 
-    `sharding` places each array; its first axis is split over the processes. Takes over `iterator`: `close` ends the
-    thread and closes the iterator.
+    `sharding` places each array; its first axis is split over the processes. The prefetcher takes ownership of
+    `iterator`: `close` ends the thread and closes the iterator.
     """
 
     def __init__(self, iterator: BatchIterator, sharding: NamedSharding, depth: int, faults: Faults = NONE):
@@ -77,7 +78,8 @@ class DevicePrefetcher:
         self._pending.clear()
 
     def close(self) -> None:
-        """Ends the thread, drops what was loaded ahead and closes the iterator. May be called again."""
+        """Ends the thread, drops the batches that were loaded ahead and closes the iterator. May be called
+        repeatedly."""
         self._cancel()
         self._executor.shutdown(wait=True)
         self._iterator.close()
