@@ -1,7 +1,7 @@
-"""Conversations that call functions: drawn by a grammar, answered by really calling.
+"""Conversations that call functions: sampled from a grammar, with responses from really executed calls.
 
-A conversation depends on the seed, its index, the running Python and what `execute` answers, and on nothing else: any
-number of workers may share the indices.
+A conversation depends only on the seed, its index, the running Python and the answers of `execute`, so that any number
+of workers may share the indices.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from smallcoder_jax.data.conversations.requests import KINDS, Plan
 from smallcoder_jax.tokenizers.chat import Conversation, Message
 from smallcoder_jax.toolbox.functions import TOOLS, Execute, call_tool
 
-FORMAT = 2  # raised when the same seed and index begin to give another conversation
+FORMAT = 2  # increased whenever the same seed and index start to give another conversation
 _SYSTEM = ("", "You are a coding assistant.", "You help people with Python.", "Answer briefly.")
-_MOST_TOOLS = 3  # on offer in one conversation
+_MOST_TOOLS = 3  # available functions in one conversation
 
 
 @dataclasses.dataclass(frozen=True)
 class Draft:
-    """A request that nothing was called for yet: cheap to make, to choose by side before calling."""
+    """A request before any call was made. It is cheap, so that drafts can be selected by their side before calling."""
 
     plan: Plan
     kind: str
@@ -38,7 +38,7 @@ class Draft:
 
     @property
     def prompt(self) -> Conversation:
-        """What the assistant is asked, and with which functions on offer."""
+        """The request to the assistant, with the available functions."""
         system = [Message("system", self.system)] if self.system else []
         return Conversation((*system, Message("user", self.plan.request)), tuple(TOOLS[name] for name in self.tools))
 
@@ -55,7 +55,7 @@ class Draft:
 
 
 def draw(seed: int, index: int) -> Draft:
-    """The request of a seed and an index, with the functions on offer."""
+    """The request for a seed and an index, with the available functions."""
     rng = random.Random(f"conversation|{FORMAT}|{seed}|{index}")
     (kind,) = rng.choices(list(KINDS), weights=[share for _, share in KINDS.values()])
     plan = KINDS[kind][0](rng)
@@ -67,7 +67,7 @@ def draw(seed: int, index: int) -> Draft:
 
 
 def complete(draft: Draft, execute: Execute) -> Record:
-    """The conversation of a draft, with real responses."""
+    """The conversation of a draft, with the responses of its executed calls."""
     plan, prompt = draft.plan, draft.prompt
     messages = list(prompt.messages)
     responses: list[str] = []

@@ -1,4 +1,4 @@
-"""Conversations from rows: questions and answers, or whole talks (see `given_rows`)."""
+"""Conversations from the rows of a data set: questions and answers, or whole conversations (see `given_rows`)."""
 
 from __future__ import annotations
 
@@ -19,16 +19,17 @@ from smallcoder_jax.data.sources.spec import SourceSpec, parse_sources, source_i
 from smallcoder_jax.tokenizers.chat import to_json
 from smallcoder_jax.tokenizers.chat_wire import to_wire
 
-FORMAT = 3  # raised when the same rows begin to give other conversations
+FORMAT = 3  # increased whenever the same rows start to give other conversations
 _KINDS = ("jsonl", "parquet", "hf")
 
 
 def prepare_dialogs(root: Path, source: str, count: int, progress: Progress | None = None) -> Dialogs:
-    """The first `count` usable conversations of `source` (0: all), under `root`, made where they are not there yet.
+    """The first `count` usable conversations of `source` (0: all). They are stored under `root`, and made where they do
+    not exist yet.
 
-    A row that gives no conversation, and one that is there twice, is unusable: counted, and the first three are named.
-    The side of the split is by a hash of what the user says. Raises UserError for a source that cannot be read or has
-    no usable row.
+    Rows that give no conversation and duplicates are unusable; they are counted, and the first three are named. The
+    side of the split is determined by a hash of what the user says. Raises UserError for a source that cannot be read
+    or has no usable row.
     """
     spec = _spec_of(source)
     folder = root.expanduser() / "dialogs" / short_key([FORMAT, source_identity(spec, root), count])
@@ -64,7 +65,7 @@ def _rows(spec: SourceSpec, progress: Progress | None) -> Iterable[Row]:
 
 
 def _records(spec: SourceSpec, rows: Iterable[Row], count: int, account: Account) -> Iterator[Record]:
-    """A record for each usable row, until `count` were usable; the others are in the account."""
+    """A record for each usable row, up to `count` records. The account counts the other rows."""
     seen: set[bytes] = set()
     for row in rows:
         try:

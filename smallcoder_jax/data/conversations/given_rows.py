@@ -1,7 +1,8 @@
-"""A row of a data set as a conversation: the columns and forms that such sets have.
+"""Converts a row of a data set to a conversation, for the columns and formats that such data sets have.
 
-What a row holds is used, or the row is refused by the name of what is not: a turn, an image or a mark that is left out
-in silence would make another conversation of it. Texts stay as they are; code needs its indentation and last newline.
+Everything in a row is used, or the row is rejected with the name of what is not supported: silently omitting a turn, an
+image or a mark would make it another conversation. Texts are not changed, because code needs its indentation and its
+last newline.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from smallcoder_jax.data.sources.cells import text_of, without_gaps
 from smallcoder_jax.tokenizers.chat import Conversation, content_text
 from smallcoder_jax.tokenizers.chat_wire import from_wire
 
-# The first of each that is not empty in a row.
+# Alternative names of columns. The first that is not empty in a row is used.
 ASKED = ("instruction", "question", "prompt", "query", "problem")
 MORE = ("input", "context")
 ANSWERED = ("output", "answer", "completion", "response", "solution")
 SYSTEM = ("system", "system_prompt")
 TALKS = ("messages", "conversations", "conversation")
-# A row that has one of these says something that is not read here.
+# A row with a value in one of these columns is rejected, because they are not supported.
 UNUSED = ("image", "images", "video", "videos", "audio", "audios", "functions", "function_call")
 ASKING = (*ASKED, *MORE, *SYSTEM, *TALKS, "history", "tools")
 WANTED = (*ASKING, *ANSWERED, *UNUSED)
@@ -29,21 +30,21 @@ EXPECTED = (
     f"{', '.join(ASKED)}, perhaps {', '.join((*MORE, 'history'))}, with one of {', '.join(ANSWERED)}; perhaps "
     f"{SYSTEM[0]} and tools"
 )
-# Keys of a message that say where it is from, and nothing of what is said.
+# Keys of a message that describe its origin, not its content.
 _ABOUT = frozenset({"id", "index", "timestamp", "created_at", "date", "model", "lang", "language", "hash"})
 _ROLES = {
     "human": "user", "prompter": "user", "gpt": "assistant", "chatgpt": "assistant", "bard": "assistant",
     "bing": "assistant", "bot": "assistant", "model": "assistant", "developer": "system", "observation": "tool",
     "function_response": "tool", "tool_response": "tool", "function": "tool",
 }  # fmt: skip
-_CALLS = "function_call"  # the role of ShareGPT whose value is a call, or a list of them
+_CALLS = "function_call"  # a role in ShareGPT's format; the value is a call or a list of calls
 
 
 def conversation_of(row: Mapping[str, Any]) -> tuple[Conversation, int]:
-    """The conversation of a row, in which the assistant has a turn behind another's; and how many of its calls have no
-    `arguments`, but `parameters` or none.
+    """The conversation of a row, in which the assistant has a turn that is not the first; and the number of its calls
+    that have `parameters` or nothing in place of `arguments`.
 
-    Raises ValueError or UserError, which say what is missing, not known, or no text.
+    Raises ValueError or UserError that says what is missing, unknown, or not a text.
     """
     row = without_gaps(row)
     refuse_unused(row)
@@ -63,11 +64,11 @@ def conversation_of(row: Mapping[str, Any]) -> tuple[Conversation, int]:
 
 
 def talk_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The messages of a row without its answer column: system, history and question; or those of its list. Raises
-    ValueError where there are none."""
+    """The messages of a row without its answer column: system, history and question, or the messages of its list.
+    Raises ValueError where there are none."""
     listed = _first(row, TALKS)
     asked = _first(row, ASKED)
-    if isinstance(asked, list) and listed is None:  # prompt and completion as lists of messages
+    if isinstance(asked, list) and listed is None:  # prompt and completion are lists of messages
         listed, asked = asked, None
     if listed is not None:
         turns = turns_of(listed)
@@ -87,7 +88,8 @@ def talk_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def answer_turns(answer: Any) -> list[dict[str, Any]]:
-    """An answer as messages: a text, a message or a list of them. Raises ValueError for an empty one."""
+    """The messages of an answer that is a text, a message or a list of messages. Raises ValueError for an empty
+    text."""
     if isinstance(answer, dict):
         return turns_of([answer])
     if isinstance(answer, list):
@@ -99,7 +101,7 @@ def answer_turns(answer: Any) -> list[dict[str, Any]]:
 
 
 def tools_of(row: Mapping[str, Any]) -> list[Any]:
-    """The functions on offer: a list, or its JSON."""
+    """The available functions of a row, whose column holds a list or its JSON."""
     tools = row.get("tools")
     if isinstance(tools, str):
         tools = parse_json(tools) if tools.strip() else None
@@ -107,19 +109,19 @@ def tools_of(row: Mapping[str, Any]) -> list[Any]:
         return []
     if not isinstance(tools, list):
         raise ValueError(f"tools is a {type(tools).__name__}; expected a list of functions, or its JSON")
-    check_depth(tools, MAX_DEPTH // 2)  # what is made of the row has them deeper than the row, and is read again
+    check_depth(tools, MAX_DEPTH // 2)  # stored records nest them deeper than the row, and have to be readable
     return tools
 
 
 def refuse_unused(row: Mapping[str, Any]) -> None:
-    """Raises ValueError for a row with something in a column that says what is not read here."""
+    """Raises ValueError for a row with a value in a column that is not supported."""
     if found := [name for name in UNUSED if row.get(name) not in (None, "", [], {})]:
         raise ValueError(f"the column {found[0]} cannot be used")
 
 
 def turns_of(listed: Any) -> list[dict[str, Any]]:
-    """Messages in the shape of OpenAI's API, from those with `role` and `content` or with `from` and `value`, in a list
-    or its JSON."""
+    """Messages in the format of OpenAI's API, from a list, or its JSON, of messages with `role` and `content` or with
+    `from` and `value`."""
     if isinstance(listed, str):
         listed = parse_json(listed)
     if not isinstance(listed, Sequence) or isinstance(listed, str) or not all(isinstance(i, Mapping) for i in listed):
@@ -134,15 +136,15 @@ def _turn(turn: dict[str, Any]) -> dict[str, Any]:
     if isinstance(role, str):
         role = turn["role"] = _ROLES.get(role, role)
     turn = {key: item for key, item in turn.items() if key not in _ABOUT}
-    for key in ("weight", "train"):  # marks of turns that are to be learned, as all are
+    for key in ("weight", "train"):  # marks of turns to train on, which all are
         if turn.get(key) in (1, True):
             turn.pop(key)
-    if "content" in turn:  # of all forms the same, as the turns of two answers are compared
+    if "content" in turn:  # unified, because the turns of two answers are compared
         turn["content"] = content_text(turn["content"], "content")
     if role == _CALLS:
         called = parse_json(text_of(turn.pop("content", None)))
         turn |= {"role": "assistant", "tool_calls": called if isinstance(called, list) else [called]}
-    if "function_call" in turn:  # as the API had it before it had several calls
+    if "function_call" in turn:  # the API's earlier key, for a single call
         turn["tool_calls"] = [turn.pop("function_call")]
     return turn
 
@@ -161,5 +163,5 @@ def _history(history: Any) -> list[dict[str, Any]]:
 
 
 def _first(row: Mapping[str, Any], names: Sequence[str]) -> Any:
-    """The first of the columns that is not empty; None where all are."""
+    """The value of the first column that is not empty; None where all are empty."""
     return next((row[name] for name in names if row.get(name) not in (None, "")), None)

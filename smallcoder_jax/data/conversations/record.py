@@ -1,5 +1,5 @@
-"""A conversation as it is kept, and its side of the split, by the words of its request alone: what is tested on was
-never learned from."""
+"""A stored conversation, and its side of the split. The side depends only on the words of the request, so that a
+request in the held-out split never occurs in training."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ VALIDATION_SHARE = 0.1
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """A conversation, its side of the split (`train` or `validation`) and where it is from: seed, index, kind, source
-    of its code, and the version of Python that answered."""
+    """A conversation, its side of the split (`train` or `validation`) and its provenance. For a generated conversation
+    that is the seed, the index, the kind, the source of its code, and the version of Python that ran its calls."""
 
     conversation: Conversation
     side: str
     provenance: dict[str, Any]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; messages and tools in the shape of OpenAI's API."""
+        """The record as plain JSON values, with messages and tools in the format of OpenAI's API."""
         return {**to_wire(self.conversation), "side": self.side, "provenance": self.provenance}
 
     @classmethod
     def from_json(cls, value: dict[str, Any]) -> Record:
-        """What `to_json` wrote. Raises UserError, naming the place, for anything else."""
+        """The record that `to_json` wrote. Raises UserError, naming the place, for anything else."""
         try:
             side, provenance = value["side"], value["provenance"]
             conversation = from_wire({key: value[key] for key in ("messages", "tools")})
@@ -39,7 +39,7 @@ class Record:
 
 
 def side_of(request: str) -> str:
-    """`train` or `validation`, by a hash of the request; case and whitespace do not count."""
+    """`train` or `validation`, by a hash of the request that ignores case and whitespace."""
     words = " ".join(request.casefold().split())
     place = int.from_bytes(hashlib.sha256(b"request|" + words.encode("utf-8")).digest()[:8], "big")
     return "validation" if place < VALIDATION_SHARE * 2**64 else "train"

@@ -1,6 +1,6 @@
-"""What people ask, by a grammar: wordings x slots. With each request, the calls that answer it and what is then said.
+"""A grammar of user requests (wordings x slots), each with the calls that answer it and the final answer.
 
-Every draw comes from the `random.Random` that is given, so a request depends on its seed alone.
+All random choices use the `random.Random` that is passed, so that a request depends only on its seed.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ Step = Callable[[Sequence[str]], tuple[ToolCall, ...]]
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A request; its turns of calls, each made from the responses so far; the answer, made from all responses; and
-    where code or documentation in it is from, if not from the grammar."""
+    """A request, the functions that it needs, its turns of calls (each made from the responses so far), the answer
+    (made from all responses), and the source of the code or documentation in it."""
 
     request: str
     tools: tuple[str, ...]
@@ -42,7 +42,7 @@ _THANKS = ("", "", "", " Thanks.", " Thank you!", " It is for a report.", " I wa
 
 
 def _ask(rng: random.Random, *wordings: str) -> str:
-    """One wording with a way to begin and end it. A wording begins in lower case where a beginning may go before it."""
+    """One of the wordings with a random beginning and end. A beginning is added only to a wording in lower case."""
     text = rng.choice(wordings)
     begin = rng.choice(_ASK) if text[0].islower() else ""
     text = begin + text + rng.choice(_THANKS)
@@ -67,7 +67,7 @@ def _last_line(response: str) -> str:
 
 
 def _expression(rng: random.Random) -> tuple[str, str]:
-    """What is asked for, and the Python expression that is it."""
+    """A quantity in words, and the Python expression that computes it."""
     a, b, c = rng.randint(2, 9999), rng.randint(2, 999), rng.randint(2, 12)
     many, names = numbers(rng), words(rng, 3, 6)
     text = " ".join(names)
@@ -93,7 +93,7 @@ def _expression(rng: random.Random) -> tuple[str, str]:
 
 
 def execute_python(rng: random.Random) -> Plan:
-    """An expression to compute, or real code to run."""
+    """A request to compute an expression, or to run real code."""
     if rng.random() < 0.7:
         wanted, expression = _expression(rng)
         request = _ask(
@@ -114,7 +114,7 @@ def execute_python(rng: random.Random) -> Plan:
 
 
 def execute_bash(rng: random.Random) -> Plan:
-    """A command for text that is in the request."""
+    """A request for a shell command that processes text or numbers given in the request."""
     names, many = words(rng, 3, 7), numbers(rng)
     text, first, last, step = " ".join(names), rng.randint(1, 20), rng.randint(30, 90), rng.randint(2, 9)
     lines, echo = "printf '%s\\n' ", f"echo {shlex.quote(text)}"
@@ -140,7 +140,7 @@ def execute_bash(rng: random.Random) -> Plan:
 
 
 def search_docs(rng: random.Random) -> Plan:
-    """A function by its name, or by what it does."""
+    """A request to look up a function by its name, or by what it does."""
     name, (line, _) = rng.choice(list(documentation().items()))
     does = line.rpartition("): ")[2].rstrip(".")
     limit = rng.randint(2, 4)
@@ -178,7 +178,7 @@ _ASPECT_WORDINGS = {
 
 
 def _describe(response: str) -> str:
-    """What an analysis says, in words."""
+    """The result of an analysis in words."""
     ((aspect, found),) = json.loads(response).items()
     if aspect == "complexity":
         return f"Its cyclomatic complexity is {found}."
@@ -187,7 +187,7 @@ def _describe(response: str) -> str:
 
 
 def analyze_code(rng: random.Random) -> Plan:
-    """An aspect of a real function."""
+    """A request to analyse one aspect of a real function."""
     aspect = rng.choice(ASPECTS)
     snippet = draw_function(rng) if aspect != "imports" or rng.random() < 0.3 else draw_callable(rng)[0]
     request = _ask(rng, *_ASPECT_WORDINGS[aspect]) + _block(snippet.code)
@@ -196,7 +196,7 @@ def analyze_code(rng: random.Random) -> Plan:
 
 
 def _tests(snippet: Snippet, rng: random.Random) -> str:
-    """Assertions on the values that the real function gives; one in three is wrong on purpose."""
+    """Two assertions on values that the real function returns. Each is wrong on purpose with probability 1/3."""
     tests = []
     while len(tests) < 2:
         other, call, value = draw_callable(rng)
@@ -207,14 +207,14 @@ def _tests(snippet: Snippet, rng: random.Random) -> str:
 
 
 def _another(value: object) -> object:
-    """The source of a value that is not this one."""
+    """Another value, to be formatted into the source of an assertion."""
     if isinstance(value, bool):
         return not value
     return value + 1 if isinstance(value, int) else repr([value])
 
 
 def run_tests(rng: random.Random) -> Plan:
-    """Tests of a real function."""
+    """A request to test a real function."""
     snippet = draw_callable(rng)[0]
     tests, code = _tests(snippet, rng), snippet.code.rstrip()
     begin = _ask(
@@ -233,7 +233,7 @@ def run_tests(rng: random.Random) -> Plan:
 
 
 def debug_code(rng: random.Random) -> Plan:
-    """A real function with one mistake in it."""
+    """A request to debug a real function with one mistake in it."""
     snippet, call, _ = draw_callable(rng)
     broken = break_snippet(snippet, rng)
     code = f"{broken.code}\n\nprint({call})"
@@ -250,7 +250,7 @@ def debug_code(rng: random.Random) -> Plan:
 
 
 def two_turns(rng: random.Random) -> Plan:
-    """A second call that needs the first one's response, or that answers a second question."""
+    """A request for two calls in two turns: the second needs the first one's response, or answers a second question."""
     if rng.random() < 0.5:
         many, factor = numbers(rng), rng.randint(2, 99)
         name, first = rng.choice([("sum", f"sum({many})"), ("maximum", f"max({many})"), ("minimum", f"min({many})")])
@@ -290,7 +290,7 @@ def two_turns(rng: random.Random) -> Plan:
 
 
 def two_at_once(rng: random.Random) -> Plan:
-    """Two calls in one turn that do not need each other."""
+    """A request for two independent calls in one turn."""
     (one, first), (two, second) = _expression(rng), _expression(rng)
     request = _ask(rng, f"compute {one} and {two}.", f"What are {one} and {two}?", f"tell me both {one} and {two}.")
 
@@ -301,7 +301,7 @@ def two_at_once(rng: random.Random) -> Plan:
 
 
 def no_call(rng: random.Random) -> Plan:
-    """What can be answered at once."""
+    """A request that can be answered without a call."""
     name, n, names = "_".join(words(rng, 1, 2)), rng.randint(2, 999), words(rng, 2, 4)
     wanted, code = rng.choice(
         [
@@ -321,7 +321,7 @@ def no_call(rng: random.Random) -> Plan:
     return Plan(request, (), (), lambda _: f"Like this:{_block(code)}")
 
 
-# Each kind of request and its share.
+# Each kind of request, and its share of all requests.
 KINDS: dict[str, tuple[Callable[[random.Random], Plan], float]] = {
     "execute_python": (execute_python, 0.11),
     "execute_bash": (execute_bash, 0.13),

@@ -1,6 +1,6 @@
-"""Real code for conversations: functions of the running Python's standard library, with what they need around them.
+"""Real code for conversations: functions of the running Python's standard library, with the definitions that they need.
 
-Some can be called with arguments that are drawn here, some are only to be read. Nothing is run.
+Some can be called with arguments that are sampled here, others are only for reading. No code that is shown is run here.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _Values = Callable[[random.Random], tuple[Any, ...]]
 
 
 def words(rng: random.Random, least: int, most: int) -> list[str]:
-    """Some common words, which may repeat."""
+    """`least` to `most` common words, with repetitions."""
     return rng.choices(_WORDS, k=rng.randint(least, most))
 
 
 def numbers(rng: random.Random, least: int = 3, most: int = 7) -> list[int]:
-    """Some small whole numbers."""
+    """`least` to `most` integers from 0 to 99."""
     return [rng.randint(0, 99) for _ in range(rng.randint(least, most))]
 
 
@@ -53,7 +53,8 @@ def _quoted(rng: random.Random) -> str:
     return rng.choice(['"', "<", "&", " ", "'"]).join(words(rng, 2, 3))
 
 
-# What can be called, with draws of its arguments. A function that another version of Python lacks is left out.
+# Functions that can be called, each with a function that samples its arguments. Those that the running Python lacks are
+# left out.
 _CALLABLE: dict[str, _Values] = {
     "calendar.isleap": lambda rng: (rng.randint(1582, 2400),),
     "calendar.leapdays": lambda rng: (rng.randint(1600, 1999), rng.randint(2000, 2400)),
@@ -95,7 +96,8 @@ _CALLABLE: dict[str, _Values] = {
 
 @dataclasses.dataclass(frozen=True)
 class Snippet:
-    """A function's source, with what it needs of its module, its name and where it is from (`stdlib:MODULE.NAME`)."""
+    """A function's source with the definitions of its module that it needs, its name, and its origin
+    (`stdlib:MODULE.NAME`)."""
 
     code: str
     name: str
@@ -104,7 +106,7 @@ class Snippet:
 
 @dataclasses.dataclass(frozen=True)
 class Broken:
-    """A snippet in which one line was changed: its number, what it reads now and what it read before."""
+    """A snippet in which one line was changed, with the number of the line and its text now and before."""
 
     code: str
     line: int
@@ -113,12 +115,12 @@ class Broken:
 
 
 def draw_function(rng: random.Random) -> Snippet:
-    """A short function to read."""
+    """Samples a short function for reading."""
     return rng.choice(_functions())
 
 
 def draw_callable(rng: random.Random) -> tuple[Snippet, str, Any]:
-    """A function to run, a call of it, and the value of the call."""
+    """Samples a function to run and a call of it, and returns both with the value of the call."""
     name = rng.choice(_callables())
     snippet = _sliced(name)
     arguments = _CALLABLE[name](rng)
@@ -129,7 +131,7 @@ def draw_callable(rng: random.Random) -> tuple[Snippet, str, Any]:
 
 
 def break_snippet(snippet: Snippet, rng: random.Random) -> Broken:
-    """One mistake that people make: a name or an attribute misspelt, a colon forgotten, a number in quotes."""
+    """Makes one typical mistake: a misspelt name or attribute, a missing colon, a number in quotes."""
     changes = _changes(snippet)
     row, start, stop, text = changes[rng.randrange(len(changes))]
     lines = snippet.code.split("\n")
@@ -139,7 +141,7 @@ def break_snippet(snippet: Snippet, rng: random.Random) -> Broken:
 
 
 def _changes(snippet: Snippet) -> list[tuple[int, int, int, str]]:
-    """(row, start, stop, new text) of every single mistake in the function itself."""
+    """Every possible single mistake in the function itself, as (row, start, stop, new text)."""
     tree, found = ast.parse(snippet.code), []
     function = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == snippet.name)
     lines = snippet.code.split("\n")
@@ -168,7 +170,7 @@ def _functions() -> tuple[Snippet, ...]:
     for module in READ:
         try:
             source = inspect.getsource(importlib.import_module(module))
-        except ImportError:  # another version of Python, or another system, lacks it
+        except ImportError:  # this version of Python, or this system, lacks the module
             continue
         for node in ast.parse(source).body:
             if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno + 1 in READ_LINES:
@@ -192,7 +194,7 @@ def _has(name: str) -> bool:
 
 @functools.cache
 def _sliced(name: str) -> Snippet:
-    """The function and everything of its module that it needs, in the order of the file, without docstrings."""
+    """The function and all definitions of its module that it needs, in the order of the file, without docstrings."""
     module, _, function = name.rpartition(".")
     source = inspect.getsource(importlib.import_module(module))
     definitions = _definitions(ast.parse(source))
@@ -212,7 +214,8 @@ def _sliced(name: str) -> Snippet:
 
 
 def _definitions(tree: ast.Module) -> dict[str, tuple[ast.stmt, str]]:
-    """By name: what the module's top level binds it to, with the text of an import of that name alone."""
+    """The statement at the module's top level that binds each name, with the text of an import of only this name, or ""
+    where the statement is no import."""
     found: dict[str, tuple[ast.stmt, str]] = {}
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):

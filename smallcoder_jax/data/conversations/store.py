@@ -1,7 +1,7 @@
-"""Conversations kept as JSON lines under `data.dir`.
+"""Stores conversations as JSON lines under `data.dir`.
 
-dialogs/KEY/train.jsonl, validation.jsonl    a `record.Record` a line
-dialogs/KEY/dialogs.json                     counts, the first rows that were of no use, checksums and fingerprint
+dialogs/KEY/train.jsonl, validation.jsonl    one `record.Record` per line
+dialogs/KEY/dialogs.json                     counts, the first unusable rows, checksums and fingerprint
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ _FACTS, _FILES = "dialogs.json", tuple(f"{side}.jsonl" for side in SPLITS)
 
 @dataclasses.dataclass(frozen=True)
 class Dialogs:
-    """Conversations by their side of the split. `counts` and `fingerprint`: of the files in `folder`. `unusable`: the
-    first rows that gave none, with the reason."""
+    """Stored conversations by their side of the split. `counts` and `fingerprint` describe the files in `folder`.
+    `unusable` holds the first rows that gave no conversation, with the reason."""
 
     folder: Path
     fingerprint: str
@@ -35,7 +35,7 @@ class Dialogs:
     unusable: tuple[str, ...] = ()
 
     def read(self, side: str) -> list[Record]:
-        """The records of a side, in order. Raises UserError for a line that is none."""
+        """The records of a side, in order. Raises UserError for a line that is not a record."""
         path = self.folder / f"{side}.jsonl"
         try:
             with open_regular(path) as lines:
@@ -47,9 +47,10 @@ class Dialogs:
 def write_dialogs(
     folder: Path, records: Iterable[Record], what: str, progress: Progress | None = None, account: Account | None = None
 ) -> None:
-    """Stores the records in `folder`, which appears when it is whole; with what is in `account` once they are drawn.
+    """Stores the records in `folder`, which appears only when it is complete, together with the counts that `account`
+    has after all records were read.
 
-    Raises UserError, naming `what` they are, where one side of the split stays empty.
+    Raises UserError, in which `what` names the records, where one side of the split is empty.
     """
     with new_folder(folder) as temporary, contextlib.ExitStack() as stack:
         written: collections.Counter[str] = collections.Counter(dict.fromkeys(SPLITS, 0))
@@ -78,7 +79,7 @@ def write_dialogs(
 
 
 def open_dialogs(folder: Path) -> Dialogs:
-    """What `write_dialogs` stored. Raises UserError where it is not that any more."""
+    """The conversations that `write_dialogs` stored. Raises UserError where the files have changed since."""
     facts = read_json_object(folder / _FACTS, f"the account of conversations; delete {folder}")
     check_sealed(folder, facts, _FILES, "conversations")
     counts, unusable = facts.get("counts", {}), facts.get("unusable", [])

@@ -1,4 +1,4 @@
-"""Conversations that call functions, made once and kept under `data.dir`."""
+"""Conversations that call functions, generated once and stored under `data.dir`."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from smallcoder_jax.data.conversations.generate import FORMAT, Draft, complete, 
 from smallcoder_jax.data.conversations.store import Dialogs, open_dialogs, write_dialogs
 from smallcoder_jax.toolbox.functions import Execute
 
-_STORE = 2  # raised when these files change their form
+_STORE = 2  # increased whenever the format of these files changes
 
 
 def prepare_tool_dialogs(
     root: Path, count: int, seed: int, execute: Execute, progress: Progress | None = None
 ) -> Dialogs:
-    """`count` conversations of different requests under `root`, made where they are not there yet.
+    """`count` conversations with different requests, stored under `root` and generated where they do not exist yet.
 
-    They are those of the first indices of the seed, whatever the machine; the calls are really made, several at a time.
-    Raises UserError where this machine cannot run them, and on a full disk.
+    They are the conversations of the first indices of the seed, on every machine. Their calls are really executed,
+    several at a time. Raises UserError where this machine cannot run them, and for a full disk.
     """
     version = platform.python_version()
     folder = root.expanduser() / "dialogs" / short_key([_STORE, FORMAT, version, count, seed])
@@ -32,7 +32,7 @@ def prepare_tool_dialogs(
         if progress:
             progress.start(f"conversations, whose calls are executed, {count:,}")
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            drafts = list(different(seed, count))  # drawn first: it parses code, which one thread at a time may
+            drafts = list(different(seed, count))  # made first: it parses code, which only one thread may do
             records = pool.map(lambda draft: complete(draft, execute), drafts)
             write_dialogs(folder, records, f"{count:,} generated conversations", progress)
     return open_dialogs(folder)

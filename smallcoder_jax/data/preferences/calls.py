@@ -1,6 +1,6 @@
-"""Preferences from conversations that call functions: the true turn of the assistant against one with one mistake.
+"""Preferences from conversations that call functions: the correct turn of the assistant, and one with a mistake.
 
-Of a generated conversation the first turn is taken, which needs no responses: nothing is run.
+Only the first turn of a generated conversation is used. It needs no responses, so that nothing is executed.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from smallcoder_jax.data.preferences.pair import Preference, Reply
 from smallcoder_jax.tokenizers.chat import ToolCall, from_json
 from smallcoder_jax.toolbox.functions import TOOLS
 
-FORMAT = 1  # raised when the same seed begins to give other pairs
-_Mistake = tuple[Reply, str]  # and the reason
+FORMAT = 1  # increased whenever the same seed starts to give other pairs
+_Mistake = tuple[Reply, str]  # a wrong reply, and what is wrong with it
 
 
 def call_pairs(side: str, *, count: int, seed: int) -> Iterator[Preference]:
-    """`count` pairs whose requests are on `side`, each of another conversation."""
+    """`count` pairs whose requests are on `side` of the split, each from a different conversation."""
     index = 0
     while count:
         draft = draw(seed, index)
@@ -43,13 +43,13 @@ def _pair_of(draft: Draft, rng: random.Random) -> Preference:
             if mistake := CRITERIA[criterion](calls, draft.tools, rng):
                 break
         else:
-            raise AssertionError(f"{calls} cannot be made wrong")  # a call can always be left out
+            raise AssertionError(f"{calls} cannot be made wrong")  # impossible, because a call can always be omitted
         rejected, reason = mistake
     return Preference(draft.prompt, chosen, rejected, criterion, reason, draft.provenance)
 
 
 def _text_of(call: ToolCall) -> str:
-    """As the chat template writes it."""
+    """The text of a call in the format of the chat template."""
     return json.dumps({"name": call.name, "arguments": call.arguments}, ensure_ascii=False)
 
 
@@ -62,7 +62,7 @@ def _schema(name: str) -> dict[str, Any]:
 
 
 def _call_with(name: str, text: str) -> ToolCall:
-    """A call whose arguments fit the schema, all about `text`."""
+    """A call whose arguments match the schema and are all `text`, except where the schema lists the values."""
     schema = _schema(name)
     return ToolCall(name, {key: schema["properties"][key].get("enum", [text])[0] for key in schema["required"]})
 
@@ -140,7 +140,7 @@ def _needless_call(request: str, offered: Sequence[str], rng: random.Random) -> 
     return Reply("", (_text_of(_call_with(name, request)),)), f"calls {name} where nothing has to be called"
 
 
-# What a rejected turn may have wrong where functions have to be called.
+# The possible mistakes of a rejected turn where functions have to be called.
 CRITERIA: dict[str, Callable[[Sequence[ToolCall], Sequence[str], random.Random], _Mistake | None]] = {
     "tool": _wrong_tool,
     "argument": _wrong_argument,

@@ -1,7 +1,7 @@
-"""Preferences from real code: the true body of a function against one that was spoilt in a single way.
+"""Preferences from real code: the original body of a function, and a body with mistakes of one kind.
 
-The prompt is the signature, with the docstring. A spoilt body differs from the true one in one to three places, and
-elsewhere in no space, so that nothing but the mistakes tells them apart. Nothing is run.
+The prompt is the signature with the docstring. The changed body differs from the original in one to three places and is
+identical elsewhere, down to the whitespace, so that only the mistakes distinguish them. No code is executed.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from smallcoder_jax.data.preferences.pair import Preference
 from smallcoder_jax.data.sources.document import Document
 
-FORMAT = 1  # raised when the same documents and seed begin to give other pairs
-PROMPT_CHARACTERS, BODY_CHARACTERS = 500, 400  # at most: some 120 tokens each with a tokenizer of code
-_MISTAKES = 3  # of a kind in one body, at most: a small model does not see a single one in a long body
-_READ = 4  # functions for each pair: the first ones alone would be of a few neighbouring folders
-_LEAST_TOKENS = 4  # of a body; a shorter one has nothing to spoil
+FORMAT = 1  # increased whenever the same documents and seed start to give other pairs
+PROMPT_CHARACTERS, BODY_CHARACTERS = 500, 400  # at most; some 120 tokens each with a tokenizer for code
+_MISTAKES = 3  # the most in one body; a small model does not notice a single one in a long body
+_READ = 4  # functions that are read per pair; the first ones alone would come from a few neighbouring folders
+_LEAST_TOKENS = 4  # of a body; a shorter one has nothing to change
 _FunctionNode = ast.FunctionDef | ast.AsyncFunctionDef
 
 _OPERATORS = {
@@ -39,7 +39,8 @@ _CONSTANTS = {"True": "False", "False": "True"}
 
 @dataclasses.dataclass(frozen=True)
 class Function:
-    """A function without its indentation: `prompt` up to its docstring, then `body`, whole lines each."""
+    """A function without its indentation: `prompt` is everything up to and including its docstring, and `body` the
+    rest. Both consist of whole lines."""
 
     name: str
     prompt: str
@@ -54,7 +55,7 @@ class Function:
 
 @dataclasses.dataclass(frozen=True)
 class _Change:
-    """`new` in the place of the characters from `start` to `stop` of a function's text."""
+    """Replaces the characters from `start` to `stop` of a function's text by `new`."""
 
     start: int
     stop: int
@@ -63,9 +64,10 @@ class _Change:
 
 
 def code_pairs(documents: Iterable[Document], *, count: int, seed: int) -> Iterator[Preference]:
-    """Up to `count` pairs: of every function one first, by a criterion drawn for it, then a second by another one.
+    """Up to `count` pairs: first one pair per function, by a randomly chosen criterion, then a second pair per function
+    by another criterion, and so on.
 
-    Of the documents, only as many are read as have `_READ` functions for each pair; a sample of these is taken.
+    Documents are read until there are `_READ` functions for each pair, and a random sample of the functions is used.
     """
     functions = list(itertools.islice(_different(documents), _READ * count))
     random.Random(f"functions|{FORMAT}|{seed}").shuffle(functions)
@@ -84,12 +86,12 @@ def functions_of(document: Document) -> Iterator[Function]:
     if "\r" in document.text:
         return
     try:
-        with warnings.catch_warnings():  # of escapes that are none
+        with warnings.catch_warnings():  # about invalid escape sequences
             warnings.simplefilter("ignore")
             tree = ast.parse(document.text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return
-    lines = [line + "\n" for line in document.text.split("\n")]  # as Python counts them
+    lines = [line + "\n" for line in document.text.split("\n")]  # the lines as Python counts them
     for node in _function_nodes(tree):
         function = _cut_out(node, lines, document)
         if function and len(function.prompt) <= PROMPT_CHARACTERS and len(function.body) <= BODY_CHARACTERS:
@@ -115,7 +117,8 @@ def _function_nodes(tree: ast.Module | ast.ClassDef) -> Iterator[_FunctionNode]:
 
 
 def _cut_out(node: _FunctionNode, lines: Sequence[str], document: Document) -> Function | None:
-    """None where the body begins on the line of the signature, or is no more than its docstring."""
+    """The function of `node`. None where its body begins on the line of the signature or is only a docstring, where the
+    text is not plain ASCII, and where it does not parse without its indentation."""
     statements = node.body[1:] if ast.get_docstring(node, clean=False) is not None else node.body
     if not statements:
         return None
@@ -170,7 +173,7 @@ def _tree(text: str) -> ast.Module | None:
 
 
 def _body_tokens(function: Function) -> list[tokenize.TokenInfo]:
-    """The tokens of the body that are text, with places in the whole function."""
+    """The tokens of the body that are text (no comments or line ends), with positions in the whole function."""
     first = function.prompt.count("\n") + 1
     empty = (tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER, tokenize.NEWLINE, tokenize.NL, tokenize.COMMENT)
     tokens = tokenize.generate_tokens(io.StringIO(function.text).readline)
@@ -178,7 +181,7 @@ def _body_tokens(function: Function) -> list[tokenize.TokenInfo]:
 
 
 def _offsets(text: str) -> list[int]:
-    """Where each line begins; the first is at index 1, as lines are counted."""
+    """The offset at which each line begins; the first line is at index 1, because lines are counted from 1."""
     return [0, 0, *itertools.accumulate(len(line) for line in text.splitlines(keepends=True))]
 
 
@@ -209,7 +212,7 @@ def _constants(function: Function, foreign: Sequence[str], rng: random.Random) -
 
 
 def _names(function: Function, foreign: Sequence[str], rng: random.Random) -> Iterator[_Change]:
-    """A name that is read, replaced by another of the function's, or by one that only other functions have."""
+    """Replaces a name that is read by another name of the function, or by one that only other functions have."""
     tree, starts = ast.parse(function.text), _offsets(function.text)
     names = [node for node in ast.walk(tree) if isinstance(node, ast.Name)]
     own = sorted({node.id for node in names} | set(_parameters(function)))
@@ -217,7 +220,7 @@ def _names(function: Function, foreign: Sequence[str], rng: random.Random) -> It
     for node in names:
         start = starts[node.lineno] + node.col_offset
         stop = start + len(node.id)
-        # In formatted strings Python 3.11 gives places that are not those of the names.
+        # In formatted strings Python 3.11 reports wrong positions of names.
         placed = start >= len(function.prompt) and function.text[start:stop] == node.id
         if isinstance(node.ctx, ast.Load) and placed:
             others = [name for name in own if name != node.id]
@@ -227,7 +230,7 @@ def _names(function: Function, foreign: Sequence[str], rng: random.Random) -> It
 
 
 def _orders(function: Function, foreign: Sequence[str], rng: random.Random) -> Iterator[_Change]:
-    """The statements of a block in another order, one of them now before another that it needs."""
+    """Reorders the statements of a block so that one of them comes before another that it needs."""
     starts = _offsets(function.text)
     for node in ast.walk(ast.parse(function.text)):
         for block in (getattr(node, field, None) for field in ("body", "orelse", "finalbody")):
@@ -235,7 +238,7 @@ def _orders(function: Function, foreign: Sequence[str], rng: random.Random) -> I
             ends = [item.end_lineno or 0 for item in own]
             if len(own) < 2 or any(end >= after.lineno for end, after in zip(ends, own[1:], strict=False)):
                 continue
-            # A comment goes with the statement behind it.
+            # A comment belongs to the statement after it.
             borders = [starts[own[0].lineno], *(starts[end + 1] for end in ends)]
             texts = [function.text[start:stop] for start, stop in itertools.pairwise(borders)]
             order = rng.sample(range(len(own)), len(own))
@@ -250,7 +253,7 @@ def _orders(function: Function, foreign: Sequence[str], rng: random.Random) -> I
 
 def _depends(second: ast.stmt, first: ast.stmt) -> bool:
     if any(getattr(statement, "decorator_list", None) for statement in (first, second)):
-        return False  # their first line is not where they begin
+        return False  # a decorated statement begins before its `lineno`
     ends = (ast.Return, ast.Raise, ast.Break, ast.Continue)
     if isinstance(second, ends):
         return not isinstance(first, ends)
@@ -266,7 +269,9 @@ def _mentioned(statement: ast.stmt, context: type[ast.expr_context]) -> set[str]
 
 
 def _truncations(function: Function, foreign: Sequence[str], rng: random.Random) -> Iterator[_Change]:
-    """The text ends behind a token that is not the last, half of the time with its line where it is the last of one."""
+    """Ends the text after a token that is not the last. Where the token ends a line, the line end is kept half of the
+    time.
+    """
     starts, text = _offsets(function.text), function.text
     for token in _body_tokens(function)[:-1]:
         stop = starts[token.end[0]] + token.end[1]
@@ -280,7 +285,7 @@ def _parameters(function: Function) -> list[str]:
     return [item.arg for item in ast.walk(node) if isinstance(item, ast.arg)]
 
 
-# What a rejected body may have wrong.
+# The possible mistakes of a rejected body.
 CRITERIA: dict[str, Callable[[Function, Sequence[str], random.Random], Iterator[_Change]]] = {
     "operator": _swaps(_OPERATORS),
     "comparison": _swaps(_COMPARISONS),

@@ -1,4 +1,4 @@
-"""A row of a data set as a preference: the columns and forms that such sets have."""
+"""Converts a row of a data set to a preference, for the columns and formats that such data sets have."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _Turns = list[dict[str, Any]]
 
 
 def preference_of(row: Mapping[str, Any], provenance: Mapping[str, Any]) -> Preference:
-    """The preference of a row; `provenance` is where it is from, for a row that does not say.
+    """The preference of a row. `provenance` is used for a row that does not state its own.
 
-    Answers that are texts continue a `prompt` that is one, or what both begin with. Everything else is a conversation
-    whose next turn is the answer. Raises ValueError or UserError, which say what is missing, not known, or the same in
-    both answers.
+    Answers that are texts continue a `prompt` that is a text, or the text that both begin with. In all other cases the
+    prompt is a conversation whose next turn is the answer. Raises ValueError or UserError that says what is missing,
+    unknown, or the same in both answers.
     """
     if not any(name in row for name in _ANSWERS):
         raise ValueError("no chosen and no rejected")
@@ -41,11 +41,12 @@ def preference_of(row: Mapping[str, Any], provenance: Mapping[str, Any]) -> Pref
     prompt, chosen, rejected = _texts(given, *map(text_of, answers)) if texts else _talk(row, answers)
     own = {key: row[key] for key in _OWN if row.get(key) is not None}
     found = {"prompt": prompt, "chosen": chosen, "rejected": rejected, "provenance": dict(provenance), **own}
-    return Preference.from_json(from_json(to_json(found, "the pair")))  # as it will be stored and read
+    return Preference.from_json(from_json(to_json(found, "the pair")))  # exactly as after storing and reading
 
 
 def _texts(prompt: str, chosen: str, rejected: str) -> tuple[str, str, str]:
-    """Without a prompt, the texts are divided where they begin to differ, before the space of a word."""
+    """Prompt and answers that are texts. Without a prompt, the texts are split where they start to differ, with a space
+    at that point counted as part of the answers."""
     if prompt:
         return text_of(prompt), chosen, rejected
     most = min(len(chosen), len(rejected))
@@ -56,7 +57,7 @@ def _texts(prompt: str, chosen: str, rejected: str) -> tuple[str, str, str]:
 
 
 def _talk(row: Mapping[str, Any], answers: Sequence[Any]) -> tuple[Any, Any, Any]:
-    """Prompt and answers as `Preference.to_json` has them."""
+    """Prompt and answers of a conversation, in the format of `Preference.to_json`."""
     before, tools = _before(row), given_rows.tools_of(row)
     prompt = row.get("prompt")
     if isinstance(prompt, dict) and "messages" in prompt:
@@ -78,12 +79,12 @@ def _talk(row: Mapping[str, Any], answers: Sequence[Any]) -> tuple[Any, Any, Any
 
 
 def _before(row: Mapping[str, Any]) -> _Turns:
-    """The turns before the answers, as far as the row has them apart from these."""
+    """The turns before the answers that the row holds separately from the answers."""
     prompt = row.get("prompt")
     if isinstance(prompt, dict):
         return [] if "messages" in prompt else given_rows.turns_of([prompt])
     asked = any(row.get(name) not in (None, "", []) for name in (*given_rows.ASKED, *given_rows.MORE))
-    if asked:  # a list of messages beside it is the prompt with the chosen answer
+    if asked:  # a list of messages in addition to a question repeats the prompt with the chosen answer
         return given_rows.talk_of({name: row[name] for name in row if name not in given_rows.TALKS})
     if any(row.get(name) for name in given_rows.TALKS):
         turns = given_rows.talk_of(row)
@@ -92,7 +93,7 @@ def _before(row: Mapping[str, Any]) -> _Turns:
 
 
 def _is_reply(answer: Any) -> bool:
-    """Whether an answer is content and calls, as this package writes it."""
+    """Whether an answer is an object of content and calls, the format that this package writes."""
     return isinstance(answer, dict) and not {"role", "from"} & answer.keys()
 
 
@@ -103,14 +104,15 @@ def _turns_of(answer: Any) -> _Turns:
 
 
 def _shared(chosen: _Turns, rejected: _Turns) -> _Turns:
-    """What both begin with, but for the last turn of either."""
+    """The turns with which both begin, at most all but the last turn of each."""
     most = min(len(chosen), len(rejected)) - 1
     count = next((i for i in range(most) if chosen[i] != rejected[i]), most)
     return chosen[:count]
 
 
 def _joined(before: _Turns, shared: _Turns) -> _Turns:
-    """The prompt with what the answers share: some repeat it, some go on from it."""
+    """The prompt together with the turns that the answers share. In some data sets these repeat the prompt, in others
+    they continue it."""
     if not shared or shared == before[-len(shared) :]:
         return before
     if not before or before == shared[-len(before) :]:
@@ -127,5 +129,5 @@ def _reply(before: _Turns, own: _Turns, tools: list[Any], name: str) -> Any:
     message: Message = from_wire({"messages": [*before, *own], "tools": tools}).messages[-1]
     calls = [
         to_json({"name": call.name, "arguments": call.arguments}, name) for call in message.tool_calls
-    ]  # as the template lays them out
+    ]  # in the format of the chat template
     return {"content": message.content, "calls": calls}

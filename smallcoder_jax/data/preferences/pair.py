@@ -1,7 +1,7 @@
-"""Preferences: a prompt, an answer that is better, one that is worse, and by which criterion.
+"""Preferences: a prompt, a better and a worse answer, and the criterion by which one is better.
 
-A prompt is a text to be continued, or a conversation whose next turn is the assistant's. The answer to the first is a
-text, to the second a `Reply`.
+A prompt is a text to continue, with answers that are texts, or a conversation whose next turn is the assistant's, with
+answers that are a `Reply`.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from smallcoder_jax.tokenizers.chat_wire import from_wire, to_wire
 
 @dataclasses.dataclass(frozen=True)
 class Reply:
-    """What an assistant wrote: its content, then calls, each as the text between its pieces. A model may write anything
-    there, so a call need not be JSON."""
+    """A turn of an assistant: its content, and its calls, each as the text between its special pieces. As a model may
+    write anything there, a call need not be JSON."""
 
     content: str
     calls: tuple[str, ...] = ()
@@ -35,8 +35,8 @@ Answer = str | Reply
 
 @dataclasses.dataclass(frozen=True)
 class Preference:
-    """One pair. `criteria` names what the rejected answer lacks, in one word that scores are reported by; `reason` says
-    it of this pair; `provenance` is plain JSON values."""
+    """One pair. `criteria` is one word for what is wrong with the rejected answer, by which scores are reported.
+    `reason` describes what is wrong in this pair. `provenance` holds plain JSON values."""
 
     prompt: Prompt
     chosen: Answer
@@ -46,7 +46,8 @@ class Preference:
     provenance: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values: texts as they are, a conversation in the shape of OpenAI's API, a reply as an object."""
+        """The pair as plain JSON values: texts unchanged, a conversation in the format of OpenAI's API, and a reply as
+        an object."""
         return {
             "prompt": self.prompt if isinstance(self.prompt, str) else to_wire(self.prompt),
             "chosen": _answer_to_json(self.chosen),
@@ -58,8 +59,8 @@ class Preference:
 
     @classmethod
     def from_json(cls, value: Any) -> Preference:
-        """What `to_json` wrote, or less: `criteria`, `reason` and `provenance` may be missing. Raises UserError for
-        what else is missing or of another type, and for two answers that are the same."""
+        """The pair that `to_json` wrote; `criteria`, `reason` and `provenance` may be missing. Raises UserError for any
+        other missing key, for a wrong type, and for two equal answers."""
         if not isinstance(value, dict):
             raise UserError(f"a preference is {value!r:.80}; expected an object with prompt, chosen and rejected")
         if missing := [key for key in ("prompt", "chosen", "rejected") if key not in value]:
@@ -85,16 +86,16 @@ class Preference:
 
 
 def prompt_words(prompt: Prompt) -> str:
-    """What the side of a prompt goes by: the text, or what the user said in the conversation; case and whitespace do
-    not count."""
+    """The words that determine a prompt's side of the split: the text, or what the user said in the conversation,
+    without differences of case and whitespace."""
     if not isinstance(prompt, str):
         prompt = "\n".join(message.content for message in prompt.messages if message.role == "user")
     return " ".join(prompt.casefold().split())
 
 
 def separate(sides: dict[str, list[Preference]]) -> dict[str, list[Preference]]:
-    """The same, but for pairs that are there before, and for prompts that are on both sides: they stay on the one that
-    their words say (`conversations.side_of`)."""
+    """The same pairs without duplicates. Pairs whose prompt is on both sides are kept only on the side that `side_of`
+    gives for their words."""
     words = {side: {prompt_words(pair.prompt) for pair in sides[side]} for side in SPLITS}
     shared = words[SPLITS[0]] & words[SPLITS[1]]
     kept: dict[str, list[Preference]] = {}
@@ -109,13 +110,13 @@ def separate(sides: dict[str, list[Preference]]) -> dict[str, list[Preference]]:
 
 
 def write_preferences(path: Path, pairs: Iterable[Preference]) -> None:
-    """One JSON object a line."""
+    """Writes the pairs, one JSON object per line."""
     with path.open("w", encoding="utf-8") as file:
         file.writelines(json.dumps(pair.to_json(), ensure_ascii=False) + "\n" for pair in pairs)
 
 
 def read_preferences(path: Path) -> Iterator[Preference]:
-    """The pairs that `write_preferences` wrote. Raises UserError, naming file and line."""
+    """The pairs that `write_preferences` wrote. Raises UserError that names the file and the line."""
     try:
         with open_regular(path) as file:
             for number, line in enumerate(file, 1):

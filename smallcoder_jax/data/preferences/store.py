@@ -1,9 +1,9 @@
-"""The preferences of a config: drawn once from their sources, divided in two, and kept as files that can be read.
+"""The preferences of a config: made once from their sources, split in two, and stored as readable files.
 
-`DIR/preferences/KEY/` holds `train.jsonl`, `validation.jsonl` (one pair a line, see `preferences.Preference`) and
-`accounting.json`: of each side, how many pairs there are by criterion; `left_out`, those that were there before or
-whose prompt is on the other side; `unusable`, of each file how many rows gave no pair, and the first of them;
-`files` and `fingerprint`, by which a change of the two files is seen.
+`DIR/preferences/KEY/` holds `train.jsonl` and `validation.jsonl` (one pair per line, see `pair.Preference`), and
+`accounting.json` with these keys: for each side, the number of pairs by criterion; `left_out`, the number of duplicates
+and of pairs whose prompt belongs to the other side; `unusable`, for each file, the number of rows that gave no pair and
+the first of them; and `files` and `fingerprint`, by which a change of the two files is detected.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ from smallcoder_jax.data.sources.document import SPLITS
 from smallcoder_jax.data.sources.row_files import RowFiles, find_files
 from smallcoder_jax.data.sources.spec import parse_sources
 
-FORMAT = 3  # raised when the same settings begin to give other files
+FORMAT = 3  # increased whenever the same settings start to give other files
 KINDS = "code, conversations, jsonl:PATH"
 _ACCOUNTING = "accounting.json"
 _FILES = tuple(f"{side}.jsonl" for side in SPLITS)
-_DRAWN = ("code", "conversations")  # made here; all others are files
+_DRAWN = ("code", "conversations")  # sources that are generated here; all others are files
 
 
 @dataclasses.dataclass(frozen=True)
 class PreferenceSet:
-    """The pairs of both sides; `fingerprint` is a hash over them, in their order."""
+    """The pairs of both sides. `fingerprint` is a hash over them, in order."""
 
     folder: Path
     train: tuple[Preference, ...]
@@ -53,7 +53,7 @@ class PreferenceSet:
 
 
 def parse_preference_sources(text: str) -> list[str]:
-    """The sources that `preferences.sources` names. Raises UserError for one that is not known, or there twice."""
+    """The sources that `preferences.sources` names. Raises UserError for an unknown or repeated source."""
     sources = [part.strip() for part in text.split(",")]
     for source in sources:
         known = source in _DRAWN or source.removeprefix("jsonl:") not in ("", source)
@@ -65,11 +65,10 @@ def parse_preference_sources(text: str) -> list[str]:
 def ensure_preferences(
     preferences: PreferencesConfig, root: Path, corpus: Path | None, progress: Progress | None = None
 ) -> PreferenceSet:
-    """The preferences of these settings, below `root`; drawn first where they are not there yet. `corpus` is the folder
-    that the source `code` takes its documents from.
+    """The preferences of these settings, which are stored below `root` and made first where they do not exist yet.
+    `corpus` is the folder of the corpus whose documents the source `code` uses.
 
-    Raises UserError for a file that cannot be read or has no usable row, for a side without pairs, and where the disk
-    is full.
+    Raises UserError for a file that cannot be read or has no usable row, for a side without pairs, and for a full disk.
     """
     sources = parse_preference_sources(preferences.sources)
     files = {source: _files(source) for source in sources if source not in _DRAWN}
@@ -100,7 +99,7 @@ def ensure_preferences(
 
 
 def _open(folder: Path) -> PreferenceSet:
-    """What is kept in `folder`. Raises UserError where it is not what was written there."""
+    """The preferences that are stored in `folder`. Raises UserError where the files have changed since."""
     facts = read_json_object(folder / _ACCOUNTING, f"the account of preferences; delete {folder}")
     check_sealed(folder, facts, _FILES, "preferences")
     train, validation = (tuple(read_preferences(folder / name)) for name in _FILES)
@@ -108,7 +107,7 @@ def _open(folder: Path) -> PreferenceSet:
 
 
 def _identity(source: str, corpus: Path | None) -> str:
-    """What decides the pairs of a source that is no file, beside the preferences."""
+    """A text that, together with the settings, determines the pairs of a source that is not a file."""
     if source == "code":
         assert corpus is not None
         return f"code|{corpus.name}"
@@ -155,7 +154,7 @@ def _draw(
 
 
 def _given(source: str, files: RowFiles, account: Account) -> Iterator[Preference]:
-    """The pair of each usable row; the others are in the account. Raises UserError where there are only others."""
+    """The pair of each usable row. The account counts the other rows. Raises UserError where no row is usable."""
     for row in files.rows(given.WANTED):
         try:
             if row.problem:

@@ -1,4 +1,4 @@
-"""The text in the bytes of a source file: its encoding, and the cells of a notebook."""
+"""Decodes the bytes of a source file to text, by their encoding, and extracts the cells of a notebook."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from smallcoder_jax.base.files import parse_json
 
-# UTF-32 first: its mark begins with that of UTF-16.
+# UTF-32 comes before UTF-16, because its mark begins with that of UTF-16.
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),
@@ -18,12 +18,12 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
-# In one of the first two lines: a coding line of Python (PEP 263), Ruby or Emacs, or the declaration of XML.
+# Matches in one of the first two lines a coding line of Python (PEP 263), Ruby or Emacs, or an XML declaration.
 _DECLARED = re.compile(
     rb"\A(?:[^\n]*\n)??[ \t\f]*(?:(?:\#|[^\n]*?-\*-)[^\n]*?coding[:=][ \t]*|<\?xml[^\n>]*?encoding=[\"'])"
     rb"(?P<name>[-\w.]+)"
 )
-# Encodings of texts. Others that Python has by name change more than bytes: unicode_escape, idna, rot13.
+# Text encodings. Other codecs of Python do more than decode bytes: unicode_escape, idna, rot13.
 _ENCODINGS = re.compile(r"ascii|utf-8|iso8859|iso2022|cp\d|koi8|mac|gb|big5|euc|shift|johab|hz|tis|ptcp|kz")
 _LINE_COMMENTS = {
     **dict.fromkeys(("c", "c#", "c++", "f#", "go", "groovy", "java", "javascript", "kotlin", "rust"), "//"),
@@ -35,8 +35,8 @@ _LINE_COMMENTS = {
 
 
 def decode_source(content: bytes) -> str:
-    """The text of a file, without a byte order mark: by its mark (UTF-8, UTF-16, UTF-32), else as it declares itself,
-    else UTF-8. Raises ValueError where it is none of these."""
+    """The text of a file, without its byte order mark. The encoding is that of the mark (UTF-8, UTF-16, UTF-32), else
+    the one that the file declares, else UTF-8. Raises ValueError where none of these fits."""
     for mark, encoding in _MARKS:
         if content.startswith(mark):
             return content[len(mark) :].decode(encoding)
@@ -48,7 +48,7 @@ def decode_source(content: bytes) -> str:
 
 
 def _encoding(name: str) -> str:
-    """The encoding of a declaration; UTF-8, which most texts are, where it names none of texts."""
+    """The encoding that a declaration names; UTF-8, the most common one, where it names no text encoding."""
     try:
         found = codecs.lookup(name).name
     except LookupError:
@@ -57,12 +57,12 @@ def _encoding(name: str) -> str:
 
 
 def notebook_text(text: str) -> tuple[str, str]:
-    """The cells of a Jupyter notebook without their outputs, as a script of the percent format (a line `# %%` begins a
-    cell, and Markdown is in comments), and the language of its code. Raises ValueError for what is no notebook."""
+    """The cells of a Jupyter notebook without their outputs, as a script in the percent format (a line `# %%` begins a
+    cell, and Markdown becomes comments), and the language of its code. Raises ValueError where it is no notebook."""
     notebook = parse_json(text, finite_only=False)
     if not isinstance(notebook, dict):
         raise ValueError("not a notebook")
-    # Before format 4, cells lay in worksheets, and their code in `input`.
+    # Before format 4, cells were in worksheets, and their code was in `input`.
     sheets = notebook.get("worksheets") if "cells" not in notebook else [notebook]
     if not isinstance(sheets, list):
         raise ValueError("a notebook without cells")
@@ -80,7 +80,7 @@ def notebook_text(text: str) -> tuple[str, str]:
         else:
             cells.append("\n".join([f"{comment} %% [markdown]", *(f"{comment} {line}".rstrip() for line in lines)]))
     script = "\n\n".join(cells) + "\n" * bool(cells)
-    script.encode("utf-8")  # JSON lets half of a surrogate pair through, a text does not
+    script.encode("utf-8")  # raises for half a surrogate pair, which JSON permits but a text does not
     return script, language
 
 

@@ -1,8 +1,8 @@
-"""The rules of `.gitignore` files, as git reads them (gitignore(5)).
+"""The rules of `.gitignore` files, as git interprets them (gitignore(5)).
 
-A path is held against the rules of the nearest file first, and in a file against the last rule first: the first one
-that matches decides. What lies in an ignored folder is never asked about, so no rule can bring it back. As git does,
-rules and names are compared byte by byte: each byte is one character here.
+A path is matched against the rules of the nearest file first, and within a file against the last rule first. The first
+rule that matches decides. The content of an ignored folder is never tested, so that no rule can include it again. As in
+git, rules and names are compared byte by byte: each byte is one character here.
 """
 
 from __future__ import annotations
@@ -34,12 +34,13 @@ _ANY = "**"  # as a whole segment: any number of folders
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One line. `segments` match a path from the file's folder on; a single one without an anchor, any last name."""
+    """One line of a file. If it is `anchored`, `segments` match a path relative to the file's folder; otherwise the
+    single segment matches the last name of any path."""
 
     segments: tuple[str, ...]
     anchored: bool
     folders_only: bool
-    ignores: bool  # False: a line with `!`, which keeps what an earlier one ignores
+    ignores: bool  # False for a line with `!`, which includes what an earlier line ignores
 
     def matches(self, parts: Sequence[str], is_folder: bool) -> bool:
         if self.folders_only and not is_folder:
@@ -49,7 +50,7 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class RuleFile:
-    """The rules of one file, and how many folders below the root of the tree it lies."""
+    """The rules of one file, and how many folders below the root of the tree the file is."""
 
     depth: int
     rules: tuple[Rule, ...]
@@ -61,7 +62,7 @@ class RuleFile:
 
 
 def is_ignored(files: Sequence[RuleFile], parts: Sequence[str], is_folder: bool) -> bool:
-    """Whether a path is ignored. `parts` are its names from the root of the tree on; the nearest file comes first."""
+    """Whether a path is ignored. `parts` are its names from the root of the tree; `files` start with the nearest."""
     if not files:
         return False
     parts = [os.fsencode(part).decode("latin-1") for part in parts]
@@ -70,7 +71,7 @@ def is_ignored(files: Sequence[RuleFile], parts: Sequence[str], is_folder: bool)
 
 
 def parse_rules(content: bytes) -> tuple[Rule, ...]:
-    """The rules of a file, in their order. Lines that git takes for nothing are left out."""
+    """The rules of a file, in order. Lines that mean nothing to git are skipped."""
     text = content.removeprefix(codecs.BOM_UTF8).decode("latin-1")
     lines = (_parse_line(line) for line in text.split("\n"))
     return tuple(rule for rule in lines if rule is not None)
@@ -92,7 +93,7 @@ def _parse_line(line: str) -> Rule | None:
     segments = pattern.removeprefix("/").split("/")
     if anchored:
         segments = [_ANY if re.fullmatch(r"\*{2,}", segment) else segment for segment in segments]
-        if segments[-1] == _ANY:  # everything within a folder, but not the folder
+        if segments[-1] == _ANY:  # matches everything in a folder, but not the folder itself
             segments.append("*")
     return Rule(tuple(segments), anchored, folders_only, ignores)
 
@@ -103,8 +104,8 @@ def _is_escaped(text: str, at: int) -> bool:
 
 
 def _match_path(segments: Sequence[str], parts: Sequence[str]) -> bool:
-    """Whether segments match all names of a path. Where a `**` took too little, the last one takes one name more: with
-    this alone every match is found, in time that grows with the product of both lengths."""
+    """Whether segments match all names of a path. Where a match fails, the last `**` takes one more name. This finds
+    every match, in time proportional to the product of both lengths."""
     segment = part = 0
     retry: tuple[int, int] | None = None
     while part < len(parts):
@@ -128,10 +129,10 @@ def _match_name(segment: str, name: str) -> bool:
 
 @functools.lru_cache(4096)
 def _compile(segment: str) -> re.Pattern[str] | None:
-    """The pattern of one segment; None for one that matches nothing: a `[` or an escape without its end.
+    """The pattern of one segment; None for a segment that matches nothing because a `[` or an escape is incomplete.
 
-    What stands between two stars is looked for once, at its first place (an atomic group): tried again and again at
-    the later ones, a line of many stars would take years.
+    The text between two stars is matched once, at its first occurrence, in an atomic group. With backtracking to later
+    occurrences a line with many stars would take years.
     """
     between: list[list[str]] = [[]]
     at = 0
@@ -162,7 +163,8 @@ def _compile(segment: str) -> re.Pattern[str] | None:
 
 
 def _character_class(segment: str, at: int) -> tuple[str, int] | None:
-    """The expression for a class whose `[` stands before `at`, and where it ends; None where it does not end."""
+    """The regular expression for the class whose `[` precedes `at`, and the index after its end; None where it does not
+    end."""
     negated = segment[at : at + 1] in ("!", "^")
     at += negated
     start, items = at, []
@@ -182,7 +184,7 @@ def _character_class(segment: str, at: int) -> tuple[str, int] | None:
             high, at = _class_member(segment, at + 1)
         if low is None or high is None:
             return None
-        items.append(re.escape(low) + (f"-{re.escape(high)}" if low < high else ""))  # `z-a` is a z to git
+        items.append(re.escape(low) + (f"-{re.escape(high)}" if low < high else ""))  # git treats `z-a` as a z
     return None
 
 

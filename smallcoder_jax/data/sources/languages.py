@@ -1,4 +1,4 @@
-"""Programming languages by file name, and of scripts by their first line. Other files are not taken for documents."""
+"""Programming languages by file name, and for scripts by their first line. Other files are not used as documents."""
 
 from __future__ import annotations
 
@@ -140,29 +140,29 @@ def _by_word(table: dict[str, str]) -> dict[str, str]:
 
 
 _BY_EXTENSION, _BY_NAME, _BY_INTERPRETER = map(_by_word, (_EXTENSIONS, _NAMES, _INTERPRETERS))
-# Often with a word of their own behind a dot: Dockerfile.dev.
+# Names that are often followed by a dot and another word: Dockerfile.dev.
 _BY_STEM = {name: _BY_NAME[name] for name in ("dockerfile", "containerfile", "makefile", "jenkinsfile")}
-# Anything else, a natural language such as "en" in particular, is judged as prose.
+# Every other language, in particular a natural one such as "en", is treated as prose.
 CODE = (frozenset(_EXTENSIONS) | frozenset(_NAMES)) - {"asciidoc", "markdown", "org", "restructuredtext", "text"}
 _SHEBANG = re.compile(rb"#![ \t]*([^\r\n]*)")
 _ASSIGNMENT = re.compile(r"\w+=")
 
 
 def language_of(path: str) -> str | None:
-    """The language of a file by its name, or None where the name is not that of source code or text."""
+    """The language of a file by its name, or None where the name is not one of source code or text."""
     name = PurePath(path).name.lower()
     stem, dot, extension = name.rpartition(".")
     return _BY_NAME.get(name) or (_BY_EXTENSION.get(extension) or _BY_STEM.get(stem.partition(".")[0]) if dot else None)
 
 
 def language_of_script(head: bytes) -> str | None:
-    """The language of a script by the interpreter in its first line (`#!`), or None where no known one is named."""
+    """The language of a script by the interpreter in its first line (`#!`), or None where that names no known one."""
     line = _SHEBANG.match(head)
     if line is None:
         return None
     words = line[1].decode("utf-8", "replace").split()
     names = [word.rpartition("/")[2] for word in words]
-    if names[:1] == ["env"]:  # its options and variables stand before the interpreter
+    if names[:1] == ["env"]:  # its options and variables come before the interpreter
         names = [name for word, name in zip(words, names, strict=True) if not word.startswith("-")][1:]
         names = [name for name in names if not _ASSIGNMENT.match(name)]
     return _BY_INTERPRETER.get(names[0].lower().rstrip("0123456789.")) if names else None

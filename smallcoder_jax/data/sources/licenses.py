@@ -12,12 +12,12 @@ from smallcoder_jax.data.sources.languages import language_of
 
 _FILE = re.compile(r"(?:(?:un)?licen[cs]e|copying)(?:[-.](?:\w|[+-]|\.\d)+)??(?:\.(?:txt|md|rst))?", re.IGNORECASE)
 _MAX_BYTES = 1 << 20
-_SHOWN = 100  # characters of a text that is not known
+_SHOWN = 100  # characters of an unknown licence text that are shown
 
 
 @dataclasses.dataclass(frozen=True)
 class _Known:
-    """A licence by parts of its text, the last word of which is at most number `words`: a longer text adds to it."""
+    """A licence, recognised by phrases of its text. The text has at most `words` words; a longer text adds to it."""
 
     id: str
     words: int
@@ -50,27 +50,27 @@ _KNOWN = (
 
 
 def package_licenses() -> dict[str, str]:
-    """The licence of each top-level package as its metadata names it; empty where it names none."""
+    """The licence of each top-level package according to its metadata; empty where the metadata names none."""
     licenses = {}
     for package, distributions in importlib.metadata.packages_distributions().items():
         metadata = importlib.metadata.metadata(distributions[0])
         named = metadata.get_all("License-Expression") or [
             line.rpartition(" :: ")[2] for line in metadata.get_all("Classifier") or [] if line.startswith("License ::")
         ]
-        # The free-text field comes last: some packages put the whole licence there.
+        # The free-text field is the last choice, because some packages put the whole licence there.
         named = named or [line.strip().partition("\n")[0][:_SHOWN] for line in metadata.get_all("License") or []]
         licenses[package] = ", ".join(named)
     return licenses
 
 
 def is_license_file(name: str) -> bool:
-    """Whether a file, by its name, is where a repository keeps its licence: LICENSE, LICENCE.txt, COPYING, ..."""
+    """Whether the name of a file is that of a repository's licence file: LICENSE, LICENCE.txt, COPYING, ..."""
     return _FILE.fullmatch(name) is not None and language_of(name) in (None, "text", "markdown", "restructuredtext")
 
 
 def license_of_files(paths: list[Path]) -> str:
-    """The licences in such files, in sorted order: the SPDX identifier of a well-known text, else its first line.
-    What cannot be read is left out."""
+    """The licences in these files, sorted: the SPDX identifier of a well-known text, else its first line. Unreadable
+    files are skipped."""
     found = set()
     for path in paths:
         try:
@@ -82,7 +82,7 @@ def license_of_files(paths: list[Path]) -> str:
 
 
 def license_of(text: str) -> str:
-    """The SPDX identifier of a licence's text where that is certain, else the first line that holds any text."""
+    """The SPDX identifier of a licence's text where it is certain, else the first line that is not empty."""
     words = re.findall(r"[a-z0-9]+", text.lower())
     joined = " ".join(words)
     for known in _KNOWN:

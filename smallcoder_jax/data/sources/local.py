@@ -1,4 +1,4 @@
-"""Documents from files of this machine: the standard library, the installed packages, a tree of repositories."""
+"""Documents from files on this machine: the standard library, the installed packages, a tree of repositories."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from smallcoder_jax.data.sources.languages import NOTEBOOK, language_of, languag
 from smallcoder_jax.data.sources.licenses import package_licenses
 from smallcoder_jax.data.sources.tree import File, TreeRules, walk
 
-MAX_FILE_BYTES = 16 << 20  # what is larger is data, whatever its name; it is not read
-# Installed packages are another source. The regression tests are not on every machine (some systems package them
-# apart), and where they are, they outweigh the library two to one.
+MAX_FILE_BYTES = 16 << 20  # a larger file is data, whatever its name, and is not read
+# Installed packages are a separate source. Regression tests are excluded because not every machine has them (some
+# systems package them separately), and because they outweigh the library two to one.
 _LIBRARY = TreeRules(skip_folders=frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test"}))
 _PACKAGES = TreeRules()
 _SNIFF_BYTES = 8192
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-# Written by package managers, and of names that are otherwise those of source.
+# Files that package managers write, although their names look like those of source files.
 _LOCK_FILES = frozenset(
     {"package-lock.json", "npm-shrinkwrap.json", "pnpm-lock.yaml", "packages.lock.json", "project.assets.json"}
     | {"conda-lock.yml", "go.sum", "package.resolved"}
@@ -33,8 +33,8 @@ _IGNORED = {"drop": False, "keep": True}  # values of the option `ignored` of `d
 
 
 def read_stdlib(source: str) -> Iterator[Document | Skipped]:
-    """The Python files of the running Python's standard library without its regression tests, in sorted order. They
-    belong to no repository."""
+    """The Python files of the running Python's standard library, without its regression tests, in sorted order. They
+    have no repository."""
     for item in walk(_stdlib_root(), _LIBRARY):
         if isinstance(item, Skipped):
             yield item
@@ -43,7 +43,7 @@ def read_stdlib(source: str) -> Iterator[Document | Skipped]:
 
 
 def read_installed(source: str) -> Iterator[Document | Skipped]:
-    """The Python files of the installed packages; the top-level package is the repository."""
+    """The Python files of the installed packages. The top-level package is the repository."""
     licenses = package_licenses()
     for item in walk_packages():
         if isinstance(item, Skipped):
@@ -54,7 +54,7 @@ def read_installed(source: str) -> Iterator[Document | Skipped]:
 
 
 def walk_packages() -> Iterator[File | Skipped]:
-    """Every file of the installed packages, in sorted order, and what is passed over."""
+    """Every file of the installed packages, in sorted order, and records of what is skipped."""
     for root in _package_roots():
         yield from walk(root, _PACKAGES)
 
@@ -70,7 +70,7 @@ def files_of_packages() -> Iterator[File]:
 
 
 def check_folder(source: str, location: str) -> Path:
-    """The folder of a `dir:` source. Raises UserError where it is missing, no folder, or cannot be listed."""
+    """The folder of a `dir:` source. Raises UserError where it is missing, is not a folder, or cannot be listed."""
     root = Path(os.path.expanduser(location))
     try:
         os.listdir(root)
@@ -90,9 +90,9 @@ def check_folder(source: str, location: str) -> Path:
 
 
 def read_folder(source: str, location: str, options: Mapping[str, str], data_dir: Path) -> Iterator[Document | Skipped]:
-    """The source files of a tree, without prepared data in `data_dir` and without runs. Without the option
-    `ignored=keep`, also without lock files and what `.gitignore` files name. Raises UserError where the folder is
-    missing or no folder."""
+    """The source files of a tree, except prepared data in `data_dir` and runs. Unless the option `ignored=keep` is
+    given, lock files and whatever `.gitignore` files name are excluded too. Raises UserError where the folder is
+    missing or is not a folder."""
     keep = _keeps_ignored(source, options)
     for item in walk(check_folder(source, location), _folder_rules(data_dir, keep)):
         if isinstance(item, Skipped):
@@ -104,7 +104,7 @@ def read_folder(source: str, location: str, options: Mapping[str, str], data_dir
 
 
 def files_of_folder(source: str, location: str, options: Mapping[str, str], data_dir: Path) -> Iterator[File]:
-    """The files that `read_folder` reads, by their names and sizes alone; none where the folder does not exist."""
+    """The files that `read_folder` reads, by their names, first lines and sizes; none if the folder does not exist."""
     keep = _keeps_ignored(source, options)
     root = Path(os.path.expanduser(location))
     for item in walk(root, _folder_rules(data_dir, keep)) if os.path.isdir(root) else ():
@@ -115,7 +115,7 @@ def files_of_folder(source: str, location: str, options: Mapping[str, str], data
 
 
 def listing_hash(files: Iterable[File], *, changes: bool) -> str:
-    """A cheap hash of files: names, sizes, repositories and licences, and with `changes` the times of change."""
+    """A cheap hash over files: names, sizes, repositories and licences, and with `changes` the modification times."""
     digest = hashlib.sha256()
     for file in files:
         try:
@@ -173,7 +173,8 @@ def _package_roots() -> list[Path]:
 
 
 def _source_language(file: File) -> str | None:
-    """The language of a file by its name or, where that has no extension, by its first line; None: no source."""
+    """The language of a file by its name or, where the name has no extension, by its first line; None where it is no
+    source file."""
     language = language_of(file.path.name)
     if language or "." in file.path.name:
         return language

@@ -1,7 +1,7 @@
-"""The prose of this machine: what the installed packages say about themselves.
+"""The prose of this machine: the documentation of the installed packages.
 
-One document for each page of documentation, for each package's description, and for each module: its docstrings one
-after the other. Not of the standard library: its files are what code is held out from, docstrings included.
+Each page of documentation, each package's description and each module (its docstrings one after the other) is one
+document. The standard library is excluded, because held-out code comes from its files, docstrings included.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from smallcoder_jax.data.sources.tree import File
 
 _PAGES = (".md", ".rst")
 _DESCRIPTION = "METADATA"
-# At the start of the file behind comments, or behind a colon that ends a line.
+# Matches at the start of the file after comments, or after a colon that ends a line.
 _DOCSTRING = re.compile(
     r"""(?:\A(?:\s|\#[^\n]*\n)*|:[ \t]*(?:\#[^\n]*)?\n\s*)[rRuU]?(?P<quote>\"{3}|'{3})(?P<text>.*?)(?P=quote)""",
     re.DOTALL,
@@ -28,7 +28,7 @@ _DOCSTRING = re.compile(
 
 
 def read_prose(source: str) -> Iterator[Document | Skipped]:
-    """Every such document, in sorted order of the files; the top-level package is the repository."""
+    """Every document of prose, in sorted order of the files. The top-level package is the repository."""
     licenses = package_licenses()
     for file in files_of_prose():
         relative = file.relative
@@ -54,14 +54,14 @@ def _prose_of(path: Path) -> str:
     if path.suffix in _PAGES:
         return text
     if path.name == _DESCRIPTION:
-        return text.partition("\n\n")[2]  # behind the headers
+        return text.partition("\n\n")[2]  # the text after the headers
     return docstrings(text)
 
 
 def docstrings(code: str) -> str:
-    """The docstrings of Python code that have several lines, an empty line between two; empty where there are none.
+    """The docstrings of Python code that have several lines, separated by empty lines; empty where there are none.
 
-    They are found as triple-quoted strings that begin a file or a block: to parse every file would take minutes.
+    They are found as triple-quoted strings that begin a file or a block, because parsing every file would take minutes.
     """
     found = (inspect.cleandoc(match["text"]) for match in _DOCSTRING.finditer(code))
     return "\n\n".join(text for text in found if "\n" in text)

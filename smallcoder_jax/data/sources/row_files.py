@@ -1,7 +1,7 @@
 """Files of rows on this machine: JSON lines, JSON arrays and Parquet, compressed or not, alone or in a folder.
 
-What a row may be is bounded before it is held, so that neither a line without an end nor a compressed one takes the
-memory; what does not keep to it is a bad row, and the rows around it are read.
+The size of a row is limited before the row is in memory, so that neither an endless nor a compressed line exhausts the
+memory. A row beyond the limit is a bad row, and the rows around it are read.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from smallcoder_jax.base.files import open_regular, parse_json, reason
 from smallcoder_jax.data.sources.cells import Row, valid_text, without_nulls
 
 MAX_ROW_BYTES = 16 << 20  # of a line, of an item of an array, of a cell of a table
-MAX_LINE_BYTES = 1 << 30  # read in search of its end; what has a longer line holds no rows
-MAX_ARRAY_BYTES = 256 << 20  # of a JSON array or of objects over several lines, which are read whole
-_BATCH_ROWS, _BATCH_BYTES = 1024, 16 << 20  # of a table, in memory at a time
+MAX_LINE_BYTES = 1 << 30  # that are read to find the end of a line; a file with a longer line is rejected
+MAX_ARRAY_BYTES = 256 << 20  # of a JSON array, or of objects over several lines, which are read as a whole
+_BATCH_ROWS, _BATCH_BYTES = 1024, 16 << 20  # of a table that are in memory at a time
 _KINDS: Mapping[str, tuple[str, ...]] = {
     "jsonl": tuple(name + packed for packed in ("", ".gz", ".zst") for name in (".jsonl", ".ndjson", ".json")),
     "parquet": (".parquet",),
 }
 _SUBFOLDER = "data"  # where data sets of the hub keep their files
-# As the hub reads file names: a word of its own between these marks.
+# The word for the split in a file name, between these separators, as the hub finds it.
 _SPLIT_WORD = re.compile(r"(?:^|[-._ 0-9])(train|validation|valid|val|dev|eval|test)(?=[-._ 0-9]|$)", re.IGNORECASE)
-_SPLITS = {"train": "train", "test": "test"}  # all other words: validation
+_SPLITS = {"train": "train", "test": "test"}  # all other words mean validation
 _ALL = "all"
 _GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
-_OTHER = {  # what a file may be that is neither text nor compressed text that is read here, by its first bytes
+_OTHER = {  # formats that cannot be read as rows of JSON, by the first bytes of a file
     b"PAR1": "Parquet; name it with parquet:PATH",
     b"BZh": "compressed by bzip2; decompress it with bunzip2",
     b"\xfd7zXZ": "compressed by xz; decompress it with unxz",
@@ -45,7 +45,7 @@ _OTHER = {  # what a file may be that is neither text nor compressed text that i
     b"\xfe\xff": "UTF-16; convert it with iconv -f UTF-16 -t UTF-8",
 }
 _BOM = b"\xef\xbb\xbf"
-# The beginning of an array of objects, or of an object that goes over several lines.
+# The beginning of an array of objects, or of an object that spans several lines.
 _NO_LINES = re.compile(rb"(?:\xef\xbb\xbf)?\s*(?:\[\s*(?:\{|\]|\Z)|\{[ \t]*\r?\n\s*[\x22}])")
 _STRUCTURE = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[\[\]{},]', re.DOTALL)
 _DAMAGE = (OSError, EOFError, zlib.error)
@@ -53,7 +53,7 @@ _DAMAGE = (OSError, EOFError, zlib.error)
 
 @dataclasses.dataclass(frozen=True)
 class RowFiles:
-    """The files of a source, by the names that places begin with; `left_out` are those of other splits."""
+    """The files of a source by the names that the places of rows begin with. `left_out` are files of other splits."""
 
     source: str
     kind: str
@@ -62,14 +62,14 @@ class RowFiles:
 
     @property
     def note(self) -> str:
-        """What is to be said of the files that are left out; empty where there are none."""
+        """A notice about the files that are left out; empty where there are none."""
         if not self.left_out:
             return ""
         taken, others = ", ".join(self.paths), ", ".join(self.left_out)
         return f"{self.source}: reads {taken} and, by their names, not {others}; ?split={_ALL} takes all"
 
     def rows(self, wanted: Collection[str]) -> Iterator[Row]:
-        """Every row; of Parquet the `wanted` columns alone. Raises UserError for a file that cannot be read."""
+        """Every row, with Parquet only its `wanted` columns. Raises UserError for a file that cannot be read."""
         for name, path in self.paths.items():
             if self.kind == "parquet":
                 yield from _parquet_rows(self.source, name, path, wanted)
@@ -77,7 +77,7 @@ class RowFiles:
                 yield from _json_rows(self.source, name, path)
 
     def hash(self) -> str:
-        """Over the names, sizes and times of change of the files. Raises UserError for one that is not there."""
+        """A hash over the names, sizes and modification times of the files. Raises UserError for a missing file."""
         digest = hashlib.sha256()
         for name, path in self.paths.items():
             with _named(self.source, path):
@@ -87,12 +87,13 @@ class RowFiles:
 
 
 def find_files(source: str, kind: str, location: str, split: str | None) -> RowFiles:
-    """The files of `kind` (`jsonl` or `parquet`) at `location`: one, or those of a folder and of its folder `data`.
+    """The files of `kind` (`jsonl` or `parquet`) at `location`: one file, or those in a folder and in its folder
+    `data`.
 
-    Of a folder are taken the files whose names tell the `split`; without one, those of `train`, if there are any. A
-    name that tells none is of `train`. Raises UserError where nothing is found.
+    From a folder it takes the files whose names contain the `split`; without a split, those of `train` if there are
+    any, else all. A file whose name contains no split belongs to `train`. Raises UserError where nothing is found.
     """
-    path = Path(os.path.expanduser(location))  # ~NAME of nobody stays as it is
+    path = Path(os.path.expanduser(location))  # ~NAME of an unknown user stays as it is
     with _named(source, path):
         if path.is_dir():
             return _of_folder(source, kind, path, split)
@@ -135,7 +136,7 @@ def _split_of(name: str) -> str:
 
 @contextlib.contextmanager
 def _named(source: str, path: Path) -> Iterator[None]:
-    """Turns what the system says of a file into an error that names source and path."""
+    """Turns the system's error about a file into a UserError that names the source and the path."""
     try:
         yield
     except _DAMAGE as error:
@@ -168,7 +169,7 @@ def _json_row(place: str, text: bytes | None) -> Row:
 
 
 def _decompressed(source: str, path: Path, file: BinaryIO) -> Any:
-    """A buffered stream of the text in `file`, which its first bytes tell to be compressed or not."""
+    """A buffered stream of the text in `file`, decompressed where its first bytes say that it is compressed."""
     assert isinstance(file, io.BufferedReader)
     start = file.peek(8)[:8]
     if start.startswith(_GZIP):
@@ -190,8 +191,8 @@ def _decompressed(source: str, path: Path, file: BinaryIO) -> Any:
 
 
 def _lines(source: str, path: Path, stream: Any) -> Iterator[tuple[int, bytes | None]]:
-    """The number and text of every line that is not empty; None for one that is too long, which is never held. Raises
-    UserError for one without an end in sight."""
+    """The number and text of every line that is not empty. The text of a line that is too long is None, and such a line
+    is never in memory. Raises UserError for a line longer than MAX_LINE_BYTES."""
     number = 0
     while line := stream.readline(MAX_ROW_BYTES + 1):
         number += 1
@@ -212,8 +213,8 @@ def _lines(source: str, path: Path, stream: Any) -> Iterator[tuple[int, bytes | 
 
 
 def _items(source: str, path: Path, stream: Any) -> Iterator[tuple[int, bytes | None]]:
-    """The number and text of every item of an array, or of every object of those that stand one after the other, so
-    that a bad one costs itself alone."""
+    """The number and text of every item of an array, or of every object in a sequence of objects. Each is parsed
+    separately, so that a bad one does not affect the others."""
     content = stream.read(MAX_ARRAY_BYTES + 1)
     if len(content) > MAX_ARRAY_BYTES:
         raise UserError(
@@ -238,7 +239,7 @@ def _items(source: str, path: Path, stream: Any) -> Iterator[tuple[int, bytes | 
                 yield number, item if len(item) <= MAX_ROW_BYTES else None
         if closes and depth == 0 and array:
             break
-    if content[start:].strip():  # what is cut off, or text behind an array
+    if content[start:].strip():  # a truncated item, or text after an array
         yield number + 1, content[start : start + MAX_ROW_BYTES]
 
 
@@ -255,9 +256,9 @@ def _parquet_rows(source: str, name: str, path: Path, wanted: Collection[str]) -
             rows = _cells_of_rows(file, read) if read else ({} for _ in range(file.metadata.num_rows))
             for number, cells in enumerate(rows, 1):
                 bad = next((f"{column}: {cell.why}" for column, cell in cells.items() if isinstance(cell, _Bad)), "")
-                # All names are there, so that an error can say which; what is not wanted stays unread.
+                # Includes the names of all columns, so that an error can list them; only wanted columns are read.
                 yield Row(f"{name}:{number}", {**dict.fromkeys(names), **cells}, bad)
-    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # ValueError: a name is no UTF-8
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:  # ValueError: a name is not UTF-8
         raise UserError(
             f"data source {source}: {path} cannot be read as Parquet: {reason(error)}; copy it again"
         ) from error
@@ -278,8 +279,8 @@ def _cells_of_rows(file: Any, columns: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def _cells(column: Any) -> list[Any]:
-    """The values of a column; `_Bad` where one is too long or has no value in Python (invalid UTF-8, a time that is out
-    of range)."""
+    """The values of a column; `_Bad` for a value that is too long or that Python cannot represent (invalid UTF-8, a
+    time out of range)."""
     try:
         cells = column.to_pylist()
     except (ValueError, OverflowError):

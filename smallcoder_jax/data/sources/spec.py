@@ -1,7 +1,8 @@
-"""Source specs: `SPEC[@WEIGHT][!nofim]`, separated by commas, and the documents behind each.
+"""Source specs, `SPEC[@WEIGHT][!nofim]` separated by commas, and the documents of each source.
 
-A path may hold any of the characters that a spec is divided at. What exists as it is written is a path, as far as it
-goes; else options, weight and mark are taken from the right; and between quotation marks (`dir:"a, b"`) all is path.
+A path may contain the characters that separate the parts of a spec. The longest part of a spec that exists as a path is
+the path. Where none exists, options, weight and mark are split off from the right. Everything between quotation marks
+(`dir:"a, b"`) is path.
 """
 
 from __future__ import annotations
@@ -37,16 +38,16 @@ _PATHS = ("dir", "jsonl", "parquet")
 _QUOTED = re.compile(r"\s*\w+:\"[^\"]*\"")
 _BEHIND = "[?OPTIONS][@WEIGHT][!nofim]"
 _MARK = "!nofim"
-# Behind a path: no slash, so that none of its folders is taken for a weight or an option.
+# What may follow a path. It contains no slash, so that none of the path's folders is taken for a weight or an option.
 _WEIGHT = re.compile(r"(?P<rest>.+)@(?P<weight>[^@!/]*)", re.DOTALL)
 _QUERY = re.compile(r"(?P<rest>.+?)\?(?P<query>\w+(?:=[^?]*)?)", re.DOTALL)
 _QUOTING = 'a path with any of , ? @ ! in it can be quoted: {kind}:"PATH"'
-_FILE_KINDS = {".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}  # .json: .jsonl too
+_FILE_KINDS = {".json": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet"}  # .json also matches .jsonl
 
 
 @dataclasses.dataclass(frozen=True)
 class SourceSpec:
-    """One source: where its documents are, its weight per token in the mixture, and whether FIM may rearrange it."""
+    """One source: its location and options, its weight per token in the mixture, and whether FIM may rearrange it."""
 
     kind: str
     location: str
@@ -56,7 +57,7 @@ class SourceSpec:
 
     @property
     def text(self) -> str:
-        """The spec without weight and FIM mark, as accounting and provenance name the source."""
+        """The spec without weight and FIM mark, the name of the source in the accounting and the provenance."""
         options = "&".join(f"{key}={value}" for key, value in self.options)
         quoted = self.kind in _PATHS and re.search("[,?@!]", self.location) and '"' not in self.location
         location = f'"{self.location}"' if quoted else self.location
@@ -64,7 +65,7 @@ class SourceSpec:
 
 
 def parse_sources(text: str) -> tuple[SourceSpec, ...]:
-    """The sources that `data.sources` names. Raises UserError naming the part that is wrong and what is known."""
+    """The sources that `data.sources` names. Raises UserError that names the wrong part and what is possible."""
     parts = _split(text)
     if not all(parts):
         raise UserError(f"data.sources={text!r} has an empty source; expected SPEC[@WEIGHT][!nofim], comma-separated")
@@ -77,7 +78,7 @@ def parse_sources(text: str) -> tuple[SourceSpec, ...]:
 
 
 def check_source(spec: SourceSpec) -> None:
-    """Raises UserError where a source on this machine does not exist, before anything is read of any source."""
+    """Raises UserError where a source on this machine does not exist. Called before any source is read."""
     if spec.kind == "dir":
         local.check_folder(spec.text, spec.location)
     elif spec.kind in _PATHS:
@@ -85,8 +86,8 @@ def check_source(spec: SourceSpec) -> None:
 
 
 def read_source(spec: SourceSpec, data_dir: Path) -> Iterator[Document | Skipped]:
-    """Every document of a source, in an order that is always the same. Prepared data in `data_dir`, and runs, are no
-    part of a `dir:` that holds them. Raises UserError where the source cannot be read."""
+    """Every document of a source, always in the same order. A `dir:` source excludes prepared data in `data_dir` and
+    runs. Raises UserError where the source cannot be read."""
     options = dict(spec.options)
     if spec.kind == "stdlib":
         return local.read_stdlib(spec.text)
@@ -106,7 +107,8 @@ def read_source(spec: SourceSpec, data_dir: Path) -> Iterator[Document | Skipped
 
 
 def source_identity(spec: SourceSpec, data_dir: Path) -> str:
-    """What decides a source's documents, for the corpus key; local files count by name, size and time of change."""
+    """A text for the corpus key that determines a source's documents; for local files, by name, size and modification
+    time."""
     if spec.kind not in (*_WITHOUT_LOCATION, *_PATHS):
         return spec.text
     python = sys.version if spec.kind == "stdlib" else ""
@@ -114,7 +116,7 @@ def source_identity(spec: SourceSpec, data_dir: Path) -> str:
 
 
 def _listing(spec: SourceSpec, data_dir: Path) -> Iterable[File]:
-    """The files that would be read of a source on this machine; none of one that does not exist."""
+    """The files of a source on this machine that would be read; none where the source does not exist."""
     options = dict(spec.options)
     if spec.kind == "dir":
         return local.files_of_folder(spec.text, spec.location, options, _real(data_dir))
@@ -130,7 +132,7 @@ def _listing(spec: SourceSpec, data_dir: Path) -> Iterable[File]:
 
 
 def _real(folder: Path) -> Path:
-    # Path.resolve raises on a loop of links; that such a folder cannot be used is said where it is made.
+    # Path.resolve raises on a loop of links. That such a folder cannot be used is reported where it is created.
     return Path(os.path.realpath(folder.expanduser()))
 
 
@@ -142,7 +144,7 @@ def _exists(location: str) -> bool:
 
 
 def _split(text: str) -> list[str]:
-    """The sources of a list. A comma between quotation marks, or in a path that exists, does not end one."""
+    """Splits a list into its sources. A comma between quotation marks, or in a path that exists, does not separate."""
     parts = [""]
     at = 0
     while at < len(text):
@@ -165,13 +167,13 @@ def _split(text: str) -> list[str]:
 
 
 def _is_path(part: str) -> bool:
-    """Whether a source, with or without what may stand behind its path, names one that exists."""
+    """Whether a source names a path that exists, with or without the parts that may follow the path."""
     return any(_exists(location) for location, *_ in _readings(part.partition(":")[2]))
 
 
 def _readings(text: str) -> Iterator[tuple[str, str, str | None, bool]]:
-    """The ways to take `LOCATION[?QUERY][@WEIGHT][!nofim]` apart, the longest location first: location, query, weight,
-    and whether the mark is there."""
+    """The ways to split `LOCATION[?QUERY][@WEIGHT][!nofim]`, the longest location first: location, query, weight, and
+    whether the mark is present."""
     rest, query, weight, mark = text, "", None, False
     yield rest, query, weight, mark
     if rest.endswith(_MARK):
@@ -214,7 +216,7 @@ def _parse(part: str) -> SourceSpec:
 
 
 def _nearest_kind(kind: str, part: str) -> str:
-    """What a source without a known kind is likely to mean: a path, or a kind with a letter wrong."""
+    """A hint for a source without a known kind, which is probably a path or a misspelt kind."""
     if part.startswith((".", "~")) or os.sep in part.partition(":")[0] or _exists(part):
         kinds = [file_kind for suffix, file_kind in _FILE_KINDS.items() if suffix in part.lower()]
         likely = "dir" if not kinds or os.path.isdir(os.path.expanduser(part)) else kinds[0]

@@ -23,9 +23,9 @@ _ABOUT_COLUMNS = (*_PATH_COLUMNS, *_REPOSITORY_COLUMNS, *_LANGUAGE_COLUMNS, *_LI
 
 @dataclasses.dataclass(frozen=True)
 class KnownDataset:
-    """How a data set of the hub is read where the spec says nothing else. `column` may join several with `+`.
+    """How a data set of the hub is read by default. `column` may join several columns with `+`.
 
-    `folders`: the data set has no named configurations but a folder `data/LANGUAGE` for each language.
+    `folders`: instead of named configurations the data set has a folder `data/LANGUAGE` for each language.
     """
 
     name: str
@@ -52,7 +52,7 @@ KNOWN_DATASETS: Mapping[str, KnownDataset] = {
 
 
 def read_jsonl(source: str, location: str, options: Mapping[str, str]) -> Iterator[Document | Skipped]:
-    """The JSON objects of a file, or of the files of a folder: one a line, or those of one array."""
+    """The JSON objects of a file, or of the files of a folder: one object per line, or those of one array."""
     return _read_files(source, "jsonl", location, options)
 
 
@@ -70,7 +70,7 @@ def _read_files(source: str, kind: str, location: str, options: Mapping[str, str
 
 
 def read_tfds(source: str, location: str, options: Mapping[str, str]) -> Iterator[Document | Skipped]:
-    """A split of a data set of TensorFlow Datasets, downloaded and prepared where it is not there yet."""
+    """A split of a data set of TensorFlow Datasets, which is downloaded and prepared if necessary."""
     import tensorflow_datasets as tfds
 
     split = options.get("split", "train")
@@ -85,14 +85,14 @@ def read_tfds(source: str, location: str, options: Mapping[str, str]) -> Iterato
 
 
 def read_hugging_face(source: str, location: str, options: Mapping[str, str]) -> Iterator[Document | Skipped]:
-    """A split of a data set of the Hugging Face hub. Raises UserError with the cause and three ways out."""
+    """A split of a data set of the Hugging Face hub. Raises UserError that names the cause and three alternatives."""
     columns = _Columns(source, options.get("column", _known(location).column))
     yield from columns.documents(columns.checked(hugging_face_rows(source, location, options, columns.wanted)))
 
 
 def hugging_face_rows(source: str, location: str, options: Mapping[str, str], wanted: Collection[str]) -> Iterator[Row]:
-    """The rows of a split, of which the `wanted` columns alone are decoded. Raises UserError with the cause and three
-    ways out."""
+    """The rows of a split, of which only the `wanted` columns are decoded. Raises UserError that names the cause and
+    three alternatives."""
     known = _known(location)
     streaming = known.streaming
     if "streaming" in options:
@@ -120,11 +120,11 @@ def _hub_rows(source: str, path: str, name: str | None, wanted: Collection[str],
         raise UserError(f"data source {source} needs datasets ({error}): pip install 'smallcoder_jax[hub]'") from error
     try:
         rows: Any = datasets.load_dataset(path, name, **how)
-        names = rows.column_names or ()  # none: a stream that tells them with its rows
+        names = rows.column_names or ()  # empty for a stream whose columns are known only from its rows
         if any(column in wanted for column in names):
             rows = rows.select_columns([column for column in names if column in wanted])
         for row in rows:
-            # All names, so that an error can say which there are.
+            # Includes the names of all columns, so that an error can list them.
             yield {**dict.fromkeys(names), **{name: without_nulls(cell) for name, cell in row.items()}}
     except (OSError, ValueError, RuntimeError, ImportError, DatasetsError) as error:
         raise UserError(_ways_out(source, error, "HF_HOME")) from error
@@ -147,8 +147,8 @@ def _numbered(name: str, rows: Iterable[Any]) -> Iterator[Row]:
 
 
 class _Columns:
-    """The columns of a row that a document is made of: those that `column` joins with `+`; where it is empty, the first
-    of `TEXT_COLUMNS` that the row has."""
+    """Makes documents from rows. A document's text comes from the columns that `column` joins with `+`, or, where it is
+    empty, from the first of `TEXT_COLUMNS` that the row has."""
 
     def __init__(self, source: str, column: str):
         self._source = source
@@ -161,7 +161,8 @@ class _Columns:
         self._missing = set(self._joined)
 
     def checked(self, rows: Iterable[Row]) -> Iterator[Row]:
-        """The same rows, of a table: all have the columns of the first. Raises UserError where these are not those."""
+        """The same rows. Raises UserError where the first row, whose columns all rows of a table have, lacks the wanted
+        columns."""
         for number, row in enumerate(rows):
             columns = row.columns
             if number == 0 and not (all if self._joined else any)(name in columns for name in self._names):
@@ -170,7 +171,7 @@ class _Columns:
             yield row
 
     def documents(self, rows: Iterable[Row]) -> Iterator[Document | Skipped]:
-        """What becomes of every row. Raises UserError at the end, where none had what is wanted."""
+        """A document, or a record of skipping it, for every row. Raises UserError at the end if no row was usable."""
         for row in rows:
             try:
                 text = self._text(row)
@@ -185,7 +186,7 @@ class _Columns:
             raise UserError(f"data source {self._source}: no row has the column {names}; expected {self._expected}")
 
     def _text(self, row: Row) -> str:
-        """Raises ValueError for a row that has none of the columns, or has no text in them."""
+        """The text of a row. Raises ValueError for a row without any of the columns, or with invalid text in them."""
         if row.problem:
             raise ValueError(row.problem)
         names = [name for name in self._names if name in row.columns]
@@ -204,7 +205,7 @@ def _document(source: str, text: str, row: Row) -> Document:
 
 
 def _first(row: Mapping[str, Any], names: tuple[str, ...]) -> str:
-    """The first of the columns that is not null, as text whatever it holds; lists in sorted order."""
+    """The first of the columns that is not null, converted to text; the items of a list are sorted."""
     value = next((row[name] for name in names if row.get(name) is not None), "")
     if isinstance(value, bytes):
         return value.decode("utf-8", "backslashreplace")

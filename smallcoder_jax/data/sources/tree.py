@@ -1,6 +1,6 @@
-"""A walk through a tree of files: what is passed over on the way, and what each file belongs to.
+"""Walks through a tree of files and determines which are skipped, and the repository and licence of each file.
 
-The walk keeps the folders that it has yet to visit in a list, so that no tree is too deep for it.
+The folders that remain to be visited are kept in a list, so that no tree is too deep.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from smallcoder_jax.data.sources.licenses import is_license_file, license_of_fil
 
 _CACHE = "__pycache__"
 _UNCOUNTED = "uncounted"
-_OUTPUTS = ("corpus", "tokenizers", "tokens", "dialogs", "preferences", "teachers")  # what is written to `data.dir`
+_OUTPUTS = ("corpus", "tokenizers", "tokens", "dialogs", "preferences", "teachers")  # written to `data.dir`
 _MAX_RULES_BYTES = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
 class TreeRules:
-    """What a walk passes over besides what is hidden and cached.
+    """What a walk skips in addition to hidden files and caches.
 
-    `skip_folders`: folders of these names, uncounted. `data_dir`: what this package wrote there, and its runs.
-    `gitignored`: what `.gitignore` files name. Licence files are read with `licenses` only.
+    `skip_folders`: folders with these names, which are not counted. `data_dir`: what this package wrote there, and its
+    runs. `gitignored`: whatever `.gitignore` files name. Licence files are read only with `licenses`.
     """
 
     skip_folders: frozenset[str] = frozenset()
@@ -37,7 +37,7 @@ class TreeRules:
 
 @dataclasses.dataclass(frozen=True)
 class File:
-    """A file of a tree. `relative` is its path within the tree, `repository` and `license` are empty if unknown."""
+    """A file of a tree. `relative` is its path within the tree. `repository` and `license` are empty if unknown."""
 
     path: Path
     relative: str
@@ -48,7 +48,7 @@ class File:
 @dataclasses.dataclass(frozen=True)
 class _Folder:
     path: str
-    parts: tuple[str, ...]  # its path within the repository that the tree lies in, or else within the tree
+    parts: tuple[str, ...]  # its path within the repository that contains the tree, or else within the tree
     relative: str
     repository: str
     license: str
@@ -56,10 +56,10 @@ class _Folder:
 
 
 def walk(root: Path, rules: TreeRules) -> Iterator[File | Skipped]:
-    """Every file below `root`, sorted by name, those of a folder before those of its folders; and what is passed over.
+    """Every file below `root`, and what is skipped, sorted by name, with the files of a folder before its subfolders.
 
-    A folder that holds `.git` is one repository; otherwise, where the tree has several folders with files at its top,
-    each is one. The licence is that of the nearest folder with a licence file, within the same repository.
+    A folder that holds `.git` is one repository. Otherwise, where several folders at the top of the tree hold files,
+    each of them is one. The licence is that of the nearest folder with a licence file within the same repository.
     """
     real, start = os.path.realpath(root), _start(root, rules)
     found, inside = _list(start, rules, real, several=False)
@@ -71,13 +71,13 @@ def walk(root: Path, rules: TreeRules) -> Iterator[File | Skipped]:
 
 
 def repository_above(folder: Path) -> Path | None:
-    """The nearest of a folder and those that hold it that has a `.git`."""
+    """The nearest folder with a `.git` among a folder and its parents; None where there is none."""
     real = Path(os.path.realpath(folder))
     return next((path for path in (real, *real.parents) if os.path.lexists(path / ".git")), None)
 
 
 def printable_path(path: str) -> str:
-    """A path as text that UTF-8 can hold: bytes that are none become escapes."""
+    """A path as text that UTF-8 can encode: bytes that are not UTF-8 become escapes."""
     return path.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
@@ -94,7 +94,7 @@ def _visit(folders: list[_Folder], rules: TreeRules, real: str) -> Iterator[File
 
 
 def _start(root: Path, rules: TreeRules) -> _Folder:
-    """The folder that the walk begins in, with the rules and the licence of the repository that it lies in."""
+    """The folder in which the walk begins, with the rules and the licence of the repository that contains it."""
     real = Path(os.path.realpath(root))
     top = repository_above(real) or real
     folder = _Folder(str(top), (), "", "", "", ())
@@ -112,10 +112,10 @@ def _names(path: str) -> list[str]:
 
 
 def _with_own(folder: _Folder, names: list[str], rules: TreeRules) -> _Folder:
-    """The folder with its own rules and licence in the place of, or before, those of the folder that holds it."""
+    """The folder with its own rules added before those of its parent, and its own licence in place of the parent's."""
     repository, license_name, ignored_by = folder.repository, folder.license, folder.rules
     own = [gitignore.NAME] if gitignore.NAME in names else []
-    if ".git" in names:  # another repository: what holds outside of it does not hold here
+    if ".git" in names:  # another repository, for which the rules and the licence outside it do not apply
         repository = folder.relative or os.path.basename(os.path.realpath(folder.path))
         license_name, ignored_by = "", ()
         own.append(".git/info/exclude")
@@ -131,13 +131,13 @@ def _with_own(folder: _Folder, names: list[str], rules: TreeRules) -> _Folder:
 def _read_rules(path: Path, depth: int) -> gitignore.RuleFile | None:
     try:
         return gitignore.RuleFile(depth, gitignore.parse_rules(read_regular(path, _MAX_RULES_BYTES)))
-    except OSError:  # git goes on without it too
+    except OSError:  # git ignores an unreadable file too
         return None
 
 
 def _list(folder: _Folder, rules: TreeRules, real: str, *, several: bool) -> tuple[list[File | Skipped], list[_Folder]]:
-    """What lies in a folder: files and what is passed over, and the folders to visit. `several`: each of these is a
-    repository by its name."""
+    """The content of a folder: files and records of what is skipped, and the folders to visit. `several`: each of these
+    folders is a repository named after it."""
     try:
         with os.scandir(folder.path) as scan:
             entries = sorted(scan, key=lambda entry: entry.name)
@@ -164,7 +164,7 @@ def _list(folder: _Folder, rules: TreeRules, real: str, *, several: bool) -> tup
 
 
 def _reason(entry: os.DirEntry[str], folder: _Folder, rules: TreeRules, real: str, is_folder: bool) -> str:
-    """Why an entry is passed over; empty: it is not."""
+    """The reason to skip an entry; empty where it is not skipped."""
     if entry.name.startswith("."):
         return "hidden"
     if is_folder and entry.name == _CACHE:
@@ -182,7 +182,7 @@ def _reason(entry: os.DirEntry[str], folder: _Folder, rules: TreeRules, real: st
 
 def _reason_of_link(entry: os.DirEntry[str], real: str) -> str:
     try:
-        if entry.is_dir():  # not followed: it may lead out of the tree, or around in it
+        if entry.is_dir():  # not followed, because it may lead out of the tree or form a loop
             return "link"
         target = os.path.realpath(entry.path, strict=True)
     except FileNotFoundError:
@@ -200,7 +200,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _is_output(folder: os.DirEntry[str], data_dir: Path) -> bool:
-    """Whether this package wrote a folder: `data_dir`, what it keeps there, or a run."""
+    """Whether this package wrote a folder: `data_dir`, one of the folders in it, or a run."""
     known = (data_dir, *(data_dir / name for name in _OUTPUTS))
     if folder.name in (data_dir.name, *_OUTPUTS) and Path(os.path.realpath(folder.path)) in known:
         return True

@@ -1,4 +1,4 @@
-"""Documents, or whole repositories, as ids with BOS and EOS."""
+"""Encodes documents, or whole repositories, as ids with BOS and EOS."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ _BATCH = 64  # texts encoded in one call
 class DocumentEncoder:
     """Makes one record of every document or, with `repository_order`, of every repository.
 
-    A repository is `<|repo_name|>` and its name, then for every file `<|file_sep|>`, the path, a newline and the text.
+    A repository is encoded as `<|repo_name|>` and its name, then for every file `<|file_sep|>`, the path, a newline and
+    the text.
     Raises UserError for a tokenizer without these pieces.
     """
 
@@ -40,7 +41,7 @@ class DocumentEncoder:
         return ((document,) for document in documents)
 
     def parts(self, group: tuple[Document, ...]) -> list[tuple[int | None, str]]:
-        """The texts of a record, each with the special id that stands before it."""
+        """The texts of a record, each with the special id that precedes it, or None."""
         if not self._repository_order or not group[0].repository:
             return [(None, document.text) for document in group]
         specials = self._tokenizer.specials
@@ -48,7 +49,7 @@ class DocumentEncoder:
         return [(specials[REPO_NAME], group[0].repository), *files]
 
     def encode(self, documents: Iterable[Document]) -> Iterator[tuple[np.ndarray, int]]:
-        """Every record's ids, with the UTF-8 bytes of the texts that they stand for."""
+        """The ids of every record, and the number of UTF-8 bytes of the texts that they stand for."""
         tokenizer = self._tokenizer
         groups = self.groups(documents)
         while batch := list(itertools.islice(groups, _BATCH)):
@@ -64,7 +65,7 @@ class DocumentEncoder:
                 yield ids, sum(len(text.encode("utf-8")) for _, text in parts)
 
     def _encode(self, texts: list[str]) -> Iterator[np.ndarray]:
-        # A repository may have thousands of files: as lists, the ids of all of them would take gigabytes.
+        # In batches, because a repository may have thousands of files, whose ids as lists would take gigabytes.
         for start in range(0, len(texts), _BATCH):
             for ids in self._tokenizer.encode_batch(texts[start : start + _BATCH], self._threads):
                 yield np.array(ids, np.int32)

@@ -1,6 +1,6 @@
-"""From `data.sources` to token shards: corpus, tokenizer, tokens, each made only where it is not there yet.
+"""Prepares token shards from `data.sources`: corpus, tokenizer and tokens, each made only where it does not exist yet.
 
-All three live under `data.dir`, in folders named by a hash of what decides their content.
+All three are stored under `data.dir`, in folders named by a hash of everything that determines their content.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from smallcoder_jax.tokenizers.base import Tokenizer
 from smallcoder_jax.tokenizers.load import check_tokenizer, load_tokenizer, open_tokenizer, spare_rows
 from smallcoder_jax.tokenizers.sentencepiece import train_sentencepiece
 
-FORMAT = 1  # raised when the same documents and tokenizer begin to give other shards
-_TOKENIZER_FORMAT = 2  # raised when the same texts or folder begin to give another tokenizer
+FORMAT = 1  # increased whenever the same documents and tokenizer start to give other shards
+_TOKENIZER_FORMAT = 2  # increased whenever the same texts or folder start to give another tokenizer
 _HASH_FILE = "hash.json"
 
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """Data that is ready to train on, and where its parts are."""
+    """Data that is ready for training, and the folders of its parts."""
 
     manifest: shards.Manifest
     tokens_folder: Path
@@ -50,10 +50,10 @@ class Prepared:
 
 
 def prepare(config: Config, progress: Progress | None = None) -> Prepared:
-    """Makes what is missing of corpus, tokenizer and token shards under `config.data.dir`, and loads the result.
+    """Makes whichever of corpus, tokenizer and token shards is missing under `config.data.dir`, and loads the result.
 
-    Raises UserError for a source that cannot be read or holds nothing usable, a tokenizer of another size than the
-    model, one that changed since the data was prepared, and a full disk.
+    Raises UserError for a source that cannot be read or holds nothing usable, for a tokenizer whose size does not fit
+    the model or that changed since the data was prepared, and for a full disk.
     """
     places = _Places.of(config)
     ensure_corpus(places.specs, config.data, places.corpus, progress)
@@ -75,14 +75,14 @@ def prepare(config: Config, progress: Progress | None = None) -> Prepared:
 
 
 def prepare_corpus(config: Config, progress: Progress | None = None) -> Path:
-    """The folder of the corpus alone, made where it is missing. Raises UserError as `prepare` does."""
+    """Makes only the corpus, where it is missing, and returns its folder. Raises UserError as `prepare` does."""
     places = _Places.of(config)
     ensure_corpus(places.specs, config.data, places.corpus, progress)
     return places.corpus
 
 
 def find_prepared(config: Config) -> Prepared:
-    """What `prepare` has made for this config earlier. Raises UserError where something of it is missing."""
+    """The data that `prepare` made for this config earlier. Raises UserError where a part of it is missing."""
     places = _Places.of(config)
     for folder in (places.corpus, places.tokenizer, places.tokens):
         if not folder.is_dir():
@@ -95,7 +95,7 @@ def find_prepared(config: Config) -> Prepared:
 
 @dataclasses.dataclass(frozen=True)
 class _Places:
-    """The folders of a config's data, each named by what decides its content."""
+    """The folders of a config's data, each named by a hash of everything that determines its content."""
 
     specs: tuple[SourceSpec, ...]
     corpus: Path
@@ -126,7 +126,7 @@ def _load(config: Config, places: _Places, tokenizer: Tokenizer) -> Prepared:
 
 
 def _ensure_tokenizer(config: Config, places: _Places, progress: Progress | None) -> Tokenizer:
-    """The tokenizer of the folder in `places`, trained or copied to there first where it is missing."""
+    """The tokenizer in its folder in `places`; where that is missing, it is trained or copied there first."""
     settings, vocab_size = config.tokenizer, config.model.vocab_size
     given = open_tokenizer(settings.kind, settings.path) if settings.kind == "bytes" or settings.path else None
     if given is not None:

@@ -1,4 +1,4 @@
-"""Repositories as single documents: files in dependency order, what is imported before what imports it."""
+"""Repositories as single documents: files in dependency order, each after the files that it imports."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ _NAME = re.compile(r"[\w.]+")
 
 
 def group_repositories(documents: Iterable[Document]) -> Iterator[tuple[Document, ...]]:
-    """Documents of one repository together, each group in dependency order; a document without one by itself."""
+    """Groups of documents: those of one repository together, in dependency order, and each document without a
+    repository by itself."""
     groups: dict[str, list[Document]] = collections.defaultdict(list)
     single: list[Document] = []
     for document in documents:
@@ -29,9 +30,9 @@ def group_repositories(documents: Iterable[Document]) -> Iterator[tuple[Document
 
 
 def dependency_order(files: Sequence[Document]) -> list[Document]:
-    """The files of one repository, each after those of the repository that it imports; otherwise by path.
+    """The files of one repository, each after the files of the repository that it imports, otherwise sorted by path.
 
-    Imports are resolved for Python. A cycle is entered at its first file by path.
+    Only Python imports are resolved. A cycle is entered at its first file by path.
     """
     ordered = sorted(files, key=lambda file: (file.path, file.hash))
     imported = _imports(ordered)
@@ -63,7 +64,7 @@ def dependency_order(files: Sequence[Document]) -> list[Document]:
 
 
 def _imports(files: Sequence[Document]) -> list[set[int]]:
-    """For each file, the numbers of the other files that it imports at its top level."""
+    """For each file, the indices of the other files that it imports at its top level."""
     modules = _module_names(files)
     result = []
     for i, file in enumerate(files):
@@ -77,8 +78,8 @@ def _imports(files: Sequence[Document]) -> list[set[int]]:
 
 
 def _module_names(files: Sequence[Document]) -> dict[str, int]:
-    """Dotted names to files. A file also goes by the ends of its name, where no other file shares that end: a
-    repository may keep its packages in a folder such as `src`."""
+    """The index of a file by its dotted name. A file is also found by any end of its name that no other file shares,
+    because a repository may keep its packages in a folder such as `src`."""
     owners: dict[str, list[int]] = collections.defaultdict(list)
     for i, file in enumerate(files):
         parts = _dotted(file.path)
@@ -96,7 +97,7 @@ def _dotted(path: str) -> list[str]:
 
 
 def _imported_names(file: Document) -> Iterator[tuple[str, ...]]:
-    """For everything that is imported, the dotted names that it may have: `from a import b` is `a.b`, or else `a`."""
+    """For each import, the dotted names that it may refer to: `from a import b` refers to `a.b`, or else to `a`."""
     package = list(PurePosixPath(file.path).parts[:-1])
     for match in _IMPORT.finditer(file.text):
         if match["plain"] is not None:

@@ -1,8 +1,8 @@
-"""Token shards: ArrayRecord files of token ids, one record per document, and the manifest that vouches for them.
+"""Token shards: ArrayRecord files of token ids, one record per document, and the manifest that describes them.
 
-A folder of shards is valid when it holds `manifest.json`: it is written last, and by a rename. Records are stored one
-to a group, so that reading any one of them costs one small read, and uncompressed, because they are read far more
-often than written.
+A folder of shards is complete when it holds `manifest.json`, which is written last, and by a rename. Each record is
+stored in its own group, so that reading one costs a single small read, and uncompressed, because records are read far
+more often than written.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ from smallcoder_jax.data.sources.document import SPLITS
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-SHARD_TOKENS = 4 << 20  # a new file is begun after this many tokens
+SHARD_TOKENS = 4 << 20  # after this many tokens a new file is started
 WRITER_OPTIONS = "group_size:1,uncompressed"
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """One side of one source: its files in reading order, and what they hold. Tokens count BOS and EOS."""
+    """One split of one source: its files in reading order, and counts of their content. `tokens` includes BOS and
+    EOS."""
 
     files: tuple[str, ...]
     documents: int
@@ -52,7 +53,7 @@ class SourceEntry:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What a folder of token shards holds and what it was made from."""
+    """The content of a folder of token shards, and what it was made from."""
 
     tokenizer_hash: str
     tokenizer: str  # the tokenizer's folder, relative to the folder of the shards
@@ -68,7 +69,7 @@ class Manifest:
 
 @dataclasses.dataclass(frozen=True)
 class SourceTokens:
-    """What `write_tokens` stores for one source: for each split, pairs of (ids with BOS and EOS, UTF-8 bytes)."""
+    """The data that `write_tokens` stores for one source: for each split, pairs (ids with BOS and EOS, UTF-8 bytes)."""
 
     spec: str
     weight: float
@@ -78,7 +79,7 @@ class SourceTokens:
 
 
 def token_dtype(vocab_size: int) -> Literal["uint16", "uint32"]:
-    """The narrowest stored type that holds every id."""
+    """The narrowest type for storing every id of a vocabulary."""
     return "uint16" if vocab_size <= 1 << 16 else "uint32"
 
 
@@ -92,10 +93,10 @@ def write_tokens(
     dummy: bool = False,
     accounting: Callable[[Sequence[SourceEntry]], Mapping[str, Any]] = lambda entries: {},
 ) -> Manifest:
-    """Writes the shards of every source and, last, the manifest. `folder` is made; it must not hold shards yet.
+    """Writes the shards of every source and finally the manifest. Creates `folder`, which must not hold shards yet.
 
-    `accounting` gets the finished entries and returns the JSON values that the manifest keeps beside them. Raises
-    ValueError on an id outside the vocabulary and OSError when the disk refuses.
+    `accounting` is called with the finished entries and returns further JSON values for the manifest. Raises ValueError
+    for an id outside the vocabulary, and OSError where the files cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     dtype = token_dtype(vocab_size)
@@ -144,7 +145,8 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def parse_manifest(plain: Any) -> Manifest:
-    """The manifest that `dataclasses.asdict` has made plain. Raises ValueError for another format or form."""
+    """The manifest from plain values, the inverse of `dataclasses.asdict`. Raises ValueError for another format, and
+    for invalid values."""
     if not isinstance(plain, dict) or plain.get("format") != FORMAT:
         found = plain.get("format") if isinstance(plain, dict) else type(plain).__name__
         raise ValueError(f"it has format {found!r}, where this version reads format {FORMAT}")
@@ -157,7 +159,7 @@ def parse_manifest(plain: Any) -> Manifest:
 
 
 def has_fingerprint(path: Path, fingerprint: str) -> bool:
-    """Whether `path` is a manifest with this fingerprint. What is damaged is none: it is not what was looked for."""
+    """Whether `path` is a manifest with this fingerprint; False for a damaged manifest."""
     try:
         return parse_manifest(read_json(path, "a manifest")).fingerprint == fingerprint
     except (UserError, ValueError):
@@ -165,7 +167,7 @@ def has_fingerprint(path: Path, fingerprint: str) -> bool:
 
 
 def read_records(folder: Path, files: Sequence[str], dtype: str) -> Iterator[np.ndarray]:
-    """Every document's ids, file after file, in stored order. Raises UserError naming a file that is damaged."""
+    """The ids of every document, file after file, in stored order. Raises UserError that names a damaged file."""
     for name in files:
         with damage_named(folder / name):
             reader = ArrayRecordReader(str(folder / name))
@@ -181,7 +183,8 @@ def read_records(folder: Path, files: Sequence[str], dtype: str) -> Iterator[np.
 
 @contextlib.contextmanager
 def damage_named(path: Path) -> Iterator[None]:
-    """Turns what the reader of a shard raises into a UserError that names the file, or the folder of several."""
+    """Turns the errors of the reader of a shard into a UserError that names the file, or the folder of several
+    files."""
     try:
         yield
     except (RuntimeError, ValueError, IndexError, OSError) as error:
@@ -192,7 +195,7 @@ def damage_named(path: Path) -> Iterator[None]:
 
 
 def compute_fingerprint(folder: Path, manifest: Manifest) -> str:
-    """The fingerprint of what the shards hold now; equal to `manifest.fingerprint` unless something changed."""
+    """The fingerprint of the shards' present content, which equals `manifest.fingerprint` unless something changed."""
     digest = _Fingerprint(manifest.vocab_size, manifest.tokenizer_hash)
     for source in manifest.sources:
         digest.source(source.weight, source.fim)
@@ -234,7 +237,7 @@ def _write_split(
 
 
 def _close(path: Path, writer: ArrayRecordWriter, records: int) -> None:
-    """Closes a shard and makes sure that it can be read: ArrayRecord may not report a disk that filled up."""
+    """Closes a shard and checks that it can be read, because ArrayRecord may not report a full disk."""
     writer.close()
     reader = ArrayRecordReader(str(path))
     found = reader.num_records()
@@ -271,7 +274,7 @@ def _source_entry(plain: Mapping[str, Any]) -> SourceEntry:
 
 
 class _Fingerprint:
-    """A hash over settings and records that depends on neither paths nor how the records are spread over files."""
+    """A hash over settings and records that is independent of paths and of how records are distributed over files."""
 
     def __init__(self, vocab_size: int, tokenizer_hash: str):
         self._hash = hashlib.sha256(f"{FORMAT}|{vocab_size}|{tokenizer_hash}".encode())

@@ -15,7 +15,7 @@ _SHOWN = 8  # languages and licences in a table; the accounting file has all
 
 
 def token_statistics(manifest_sources: Sequence[Any]) -> dict[str, Any]:
-    """Per source and split: tokens, and UTF-8 bytes per token with BOS and EOS left out."""
+    """For each source and split, the number of tokens, and the UTF-8 bytes per token without BOS and EOS."""
     result = {}
     for source in manifest_sources:
         for name in SPLITS:
@@ -29,10 +29,10 @@ def token_statistics(manifest_sources: Sequence[Any]) -> dict[str, Any]:
 
 
 def format_report(manifest: Manifest) -> str:
-    """The accounting table of prepared data, then its statistics, as text."""
+    """The accounting table of prepared data, followed by its statistics, as text."""
     sources = manifest.accounting["sources"]
     rows = [_accounting_row(source, entry) for source, entry in zip(sources, manifest.sources, strict=True)]
-    head, *counts = zip(("source", *_COLUMNS), *rows, strict=True)  # a column each: there are few sources
+    head, *counts = zip(("source", *_COLUMNS), *rows, strict=True)  # one column per source, because there are few
     lines = [_table(head, counts)]
     for source in sources:
         lines.append("")

@@ -1,4 +1,4 @@
-"""A tokenizer for documents of several sources, trained on their training split."""
+"""Trains a tokenizer on the training split of several sources."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ from smallcoder_jax.data.sources.spec import parse_sources
 from smallcoder_jax.tokenizers.base import Tokenizer
 from smallcoder_jax.tokenizers.sentencepiece import train_sentencepiece
 
-CONVERSATIONS_SHARE = 10  # of the bytes, conversations are at most one part in so many
+CONVERSATIONS_SHARE = 10  # conversations are at most 1 / 10 of the bytes
 
 
 def make_tokenizer(
     data: DataConfig, vocab_size: int, train_bytes: int, progress: Progress, conversations: Iterable[str] = ()
 ) -> tuple[Tokenizer, Path]:
-    """Trained on up to `train_bytes` of `data.sources`, `conversations` among them; and the corpus that it was trained
-    on, under `data.dir`. A tokenizer of code alone takes twice as many ids for the schemas and the JSON of calls.
+    """A tokenizer trained on up to `train_bytes` bytes of `conversations` and `data.sources`, and the folder of the
+    corpus under `data.dir`. Conversations are included because a tokenizer trained on code alone needs twice as many
+    ids for the schemas and the JSON of calls.
 
     Raises UserError where a source cannot be read.
     """

@@ -1,4 +1,4 @@
-"""Prepared data read again from the disk and compared with what was recorded about it."""
+"""Reads prepared data from disk again and compares it with the records about it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from smallcoder_jax.tokenizers.base import Tokenizer
 
 
 def validate(prepared: Prepared, sample_share: float, tell: Callable[[str], None]) -> list[str]:
-    """Every mismatch between the data on disk and its records, as messages; empty when all is well.
+    """A message for every mismatch between the data on disk and its records; empty where there is none.
 
-    Counts, hashes, fingerprints, the split and the range of ids are checked for everything; that ids stand for their
-    document byte for byte is checked for `sample_share` of the documents. `tell` gets a line for each finished check.
+    Counts, hashes, fingerprints, the split and the range of ids are checked for everything. Whether the ids stand for
+    exactly the bytes of their document is checked for a share `sample_share` of the documents. `tell` is called with a
+    line for each finished check.
     """
     problems = _check_corpus(prepared)
     tell(f"corpus {prepared.corpus_folder.name}: counts, hashes, split, fingerprint: {_verdict(problems)}")
@@ -73,7 +74,7 @@ def _check_corpus(prepared: Prepared) -> list[str]:
 
 
 def _check_manifest(prepared: Prepared) -> list[str]:
-    """What the manifest says about the corpus."""
+    """Compares what the manifest says about the corpus with the corpus's own accounting."""
     accounting, manifest = read_accounting(prepared.corpus_folder), prepared.manifest
     problems = [
         f"the manifest's accounting says {name}={manifest.accounting.get(name)!r}; the corpus's {value!r}"[:500]

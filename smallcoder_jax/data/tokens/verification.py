@@ -1,7 +1,7 @@
-"""Token shards held against their manifest while a run is at work already.
+"""Verifies token shards against their manifest while a run is already training.
 
-Every file that a process opens is hashed once, on a thread that runs when nothing else wants its core. Nobody waits for
-it before a document could come for the second time (`steps_until_repeated`).
+Every file that a process opens is hashed once, on a thread with the lowest priority. The run waits for it only before a
+document can occur for the second time (`steps_until_repeated`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _begun: dict[tuple[Path, str], Verification] = {}
 
 
 def begin_verification(folder: Path, manifest: Manifest) -> Verification:
-    """The verification of the shards in `folder`, begun by the first in this process who asks."""
+    """The verification of the shards in `folder`, which the first call in this process starts."""
     key = (folder.resolve(), manifest.fingerprint)
     if key not in _begun:
         _begun[key] = Verification(folder, manifest)
@@ -30,8 +30,8 @@ def begin_verification(folder: Path, manifest: Manifest) -> Verification:
 
 
 def steps_until_repeated(manifest: Manifest, data: DataConfig, tokens_per_step: int) -> int:
-    """The steps after which the first source of the mixture can begin anew. 0 where that is not known: where a row is
-    one document, what is cut off and passed over does not come into the batches."""
+    """The number of steps after which the first source of the mixture can repeat. 0 where it is unknown: with one
+    document per row, an unknown number of tokens is cut off or skipped and is in no batch."""
     if data.packing == "document":
         return 0
     total = sum(source.weight for source in manifest.sources)
@@ -40,7 +40,7 @@ def steps_until_repeated(manifest: Manifest, data: DataConfig, tokens_per_step: 
 
 
 class Verification:
-    """Whether the files of a folder of shards are those that its manifest vouches for."""
+    """Checks on a thread whether the files of a folder of shards are those that its manifest describes."""
 
     def __init__(self, folder: Path, manifest: Manifest):
         self._folder, self._manifest = folder, manifest
@@ -50,33 +50,33 @@ class Verification:
 
     @property
     def done(self) -> bool:
-        """Whether every file was looked at, or one refused."""
+        """Whether the thread has ended: every file was checked, or one failed."""
         return not self._thread.is_alive()
 
     def check(self) -> None:
-        """Raises UserError naming a file that has been found to be another; does not wait."""
+        """Raises UserError that names a changed file, if one has been found so far; does not wait."""
         if self._error is not None:
             raise self._error
 
     def wait(self) -> None:
-        """Raises UserError naming a file that is another, once all were looked at."""
+        """Waits until all files were checked. Raises UserError that names a changed file."""
         self._thread.join()
         self.check()
 
     def _run(self) -> None:
-        if sys.platform == "linux":  # where threads have a priority of their own
+        if sys.platform == "linux":  # where each thread has its own priority
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICE)
         try:
             verify_shards(self._folder, self._manifest)
         except UserError as error:
             self._error = error
-        except Exception as error:  # whatever it is, nothing is trusted that was not verified
+        except Exception as error:  # whatever the error is, unverified data is not trusted
             self._error = UserError(f"the token shards in {self._folder} cannot be verified: {reason(error)}")
 
 
 def verify_shards(folder: Path, manifest: Manifest) -> None:
-    """Raises UserError naming the first file that is not the one that was written, by its checksum; without checksums,
-    which older manifests lack, by the fingerprint of all."""
+    """Raises UserError that names the first file whose checksum differs from the manifest. Older manifests have no
+    checksums; there the fingerprint over all files is compared."""
     again = f"Prepare the data again: delete {folder} and run the same command"
     for name, recorded in manifest.checksums.items():
         check_file(folder / name, recorded, "it was prepared", again)
