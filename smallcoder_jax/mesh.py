@@ -87,7 +87,7 @@ def mesh_sizes(mesh: MeshConfig, devices: int) -> dict[str, int]:
     sizes = {"data": mesh.data, "fsdp": mesh.fsdp, "context": mesh.context, "tensor": mesh.tensor}
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) > 1 or any(size == 0 or size < -1 for size in sizes.values()):
-        raise UserError(f"mesh {sizes}: sizes are positive, and at most one is -1 (all that are left)")
+        raise UserError(f"mesh {sizes}: sizes are positive, and at most one is -1 (all remaining devices)")
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if free and devices % fixed == 0:
         sizes[free[0]] = devices // fixed

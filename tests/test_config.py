@@ -145,7 +145,7 @@ SIZES = ("vocab_size", "width", "mlp_width", "layers", "heads", "kv_heads", "hea
         ("--config.train.steps={[]:1}", "expected int"),
         *((f"--config.model.{name}=0", f"model.{name}=0 must be at least 1") for name in SIZES),
         ("--config.model.layers=-1", "model.layers=-1 must be at least 1"),
-        ("--config.model.window=-5", "model.window=-5 must be at least 0; 0 is the whole document"),
+        ("--config.model.window=-5", "model.window=-5 must be at least 0; 0 means the whole document"),
         ("--config.data.max_documents=-1", "data.max_documents=-1 must be at least 0"),
         ("--config.data.min_tokens=0", "data.min_tokens=0 must be at least 1"),
         ("--config.data.max_unusable=0", "data.max_unusable=0 must be at least 1"),

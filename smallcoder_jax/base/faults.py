@@ -22,7 +22,7 @@ PLACES = {
     "prepare": "before data is prepared",
     "compile": "before the step is compiled",
     "step": "before step N is dispatched",
-    "data": "before batch N is drawn, on the thread that draws it",
+    "data": "before batch N is read, on the thread that reads it",
     "evaluation": "before evaluation N",
     "save": "in save N, before the arrays are written",
     "manifest": "in save N, when the arrays are written and the step does not exist yet",

@@ -63,7 +63,7 @@ class DialogConfig(Section):
 
     def problems(self) -> Iterator[str]:
         if not self.count and not self.source:
-            yield "dialogs.count=0 must be at least 1; 0 is all of dialogs.source, which is not set"
+            yield "dialogs.count=0 must be at least 1; 0 means all of dialogs.source, which is not set"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -42,7 +42,7 @@ class Range:
             wrong = f"must be above {self.above}"
         elif value >= self.below:
             wrong = f"must be below {self.below}"
-        return f"{wrong}; 0 is {self.zero}" if wrong and self.zero else wrong
+        return f"{wrong}; 0 means {self.zero}" if wrong and self.zero else wrong
 
 
 def number(

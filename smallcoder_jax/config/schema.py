@@ -63,7 +63,7 @@ class Config(Section):
         if evaluation.sample_prompts and evaluation.sample_tokens >= model.context:
             yield (
                 f"eval.sample_tokens={evaluation.sample_tokens} must be below model.context={model.context}, for the "
-                "prompt stands in front; 0 is no samples"
+                "prompt comes first; 0 means no samples"
             )
         if self.optimizer.schedule == "wsd" and not 0 < self.optimizer.decay_steps <= train.steps:
             yield (
@@ -74,7 +74,7 @@ class Config(Section):
             yield f"tokenizer.kind='bytes' has 256 entries, but model.vocab_size={model.vocab_size}"
         if self.distill.top_k > model.vocab_size:
             yield (
-                f"distill.top_k={self.distill.top_k} must be at most model.vocab_size={model.vocab_size}; 0 is the "
+                f"distill.top_k={self.distill.top_k} must be at most model.vocab_size={model.vocab_size}; 0 means the "
                 "whole vocabulary"
             )
         if (profiled_steps(self.log.profile_steps) or (0, 0))[0] > train.steps:
@@ -101,7 +101,7 @@ class Config(Section):
         if rl.answer_tokens >= train.sequence_length:
             yield (
                 f"rl.answer_tokens={rl.answer_tokens} must be below train.sequence_length={train.sequence_length}, "
-                "for the prompt stands in front"
+                "for the prompt comes first"
             )
         if self.stage.kind.compares and rl.group_size < 2:
             yield (

@@ -212,7 +212,7 @@ class Sandbox:
             code = os.waitstatus_to_exitcode(said["status"])
             self.exit_code, self.signal = (code, None) if code >= 0 else (None, -code)
         elif self.reason is None:
-            raise UserError(_refusal(f"its launcher ended without a word; it printed: {self.text(2)[-2000:]!r}"))
+            raise UserError(_refusal(f"its launcher ended without a report; it printed: {self.text(2)[-2000:]!r}"))
 
 
 def _refusal(why: str) -> str:

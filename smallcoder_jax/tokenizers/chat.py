@@ -139,7 +139,7 @@ def check(conversation: Conversation) -> None:
             raise UserError(f"{where} calls functions with the role {message.role}; only the assistant can")
         if (message.role == "tool") != (waiting > 0):
             expected = f"{waiting} more of the role tool" if waiting else "a call before a response"
-            raise UserError(f"{where}.role is {message.role}, but expected was {expected}: one response to each call")
+            raise UserError(f"{where}.role is {message.role}; expected {expected}, as each call has one response")
         waiting = waiting - 1 if waiting else len(message.tool_calls)
         to_json([message.content, [[call.name, call.arguments] for call in message.tool_calls]], where)
     if not conversation.messages:

@@ -125,10 +125,10 @@ class MessageParser:
         if state == "content":
             self._add_content(self._decoder.decode(b"", final=True))
         elif state == "call":
-            self._errors.append(CallError("unclosed_call", self._begun - 1, f"no {CALL_END} behind the call"))
+            self._errors.append(CallError("unclosed_call", self._begun - 1, f"no {CALL_END} after the call"))
         elif self._raw.strip():
             text = self._raw.decode("utf-8", errors="replace").strip()
-            self._errors.append(CallError("stray_text", None, f"text behind a call: {text!r}"))
+            self._errors.append(CallError("stray_text", None, f"text after a call: {text!r}"))
         self._raw.clear()
 
     def _read_call(self) -> None:

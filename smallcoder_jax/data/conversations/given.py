@@ -77,7 +77,7 @@ def _records(spec: SourceSpec, rows: Iterable[Row], count: int, account: Account
             continue
         digest = hashlib.sha256(to_json(to_wire(conversation), row.place).encode()).digest()
         if digest in seen:
-            account.add_bad(row, "as a row before it")
+            account.add_bad(row, "the same as an earlier row")
             continue
         seen.add(digest)
         account.add_used()

@@ -125,7 +125,7 @@ def _joined(before: _Turns, shared: _Turns) -> _Turns:
 def _reply(before: _Turns, own: _Turns, tools: list[Any], name: str) -> Any:
     if len(own) != 1 or own[0].get("role") != "assistant":
         roles = ", ".join(str(turn.get("role")) for turn in own)
-        raise ValueError(f"{name} has the turns {roles}; expected one of the assistant behind what both answers share")
+        raise ValueError(f"{name} has the turns {roles}; expected one of the assistant after the shared turns")
     message: Message = from_wire({"messages": [*before, *own], "tools": tools}).messages[-1]
     calls = [
         to_json({"name": call.name, "arguments": call.arguments}, name) for call in message.tool_calls

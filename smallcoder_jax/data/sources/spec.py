@@ -197,7 +197,9 @@ def _parse(part: str) -> SourceSpec:
         location, _, after = behind[1:].partition('"')
         *_, (left, query, weight, mark) = _readings(f"x{after}")
         if left != "x":
-            raise UserError(f"data.sources: {part!r} goes on behind the quoted path with {after!r}; expected {_BEHIND}")
+            raise UserError(
+                f"data.sources: {part!r} continues after the quoted path with {after!r}; expected {_BEHIND}"
+            )
     else:
         *_, most = readings = list(_readings(behind))
         exists = (reading for reading in readings if kind in _PATHS and _exists(reading[0]))

@@ -135,7 +135,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(f"{path} is not a manifest: {error}. {again}") from error
     for name in _file_names(manifest.sources):
         if Path(name).name != name:
-            raise UserError(f"{path} names the file {name!r}, which lies outside its folder. {again}")
+            raise UserError(f"{path} names the file {name!r}, which is outside its folder. {again}")
         if not (folder / name).is_file():
             raise UserError(f"{folder / name} is named by the manifest but does not exist. {again}")
         size, recorded = (folder / name).stat().st_size, manifest.checksums.get(name, {}).get("bytes")
@@ -265,7 +265,7 @@ def _check_values(manifest: Manifest) -> None:
         not manifest.checksums or manifest.checksums.keys() == set(names),
     )
     if not all(sound):
-        raise ValueError("a value in it has another form than what was written")
+        raise ValueError("a value in it has another form than the one that was written")
 
 
 def _source_entry(plain: Mapping[str, Any]) -> SourceEntry:

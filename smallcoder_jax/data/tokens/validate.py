@@ -156,4 +156,4 @@ def _compare(texts: Sequence[str], ids: np.ndarray, tokenizer: Tokenizer) -> str
         return ""
     differing = (i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b)
     at = next(differing, min(len(found), len(expected)))
-    return f"the ids stand for other bytes than the text, from byte {at} on"
+    return f"the ids decode to other bytes than the text, from byte {at} on"

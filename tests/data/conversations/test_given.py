@@ -61,7 +61,7 @@ def test_what_is_unusable_is_counted(tmp_path: Path) -> None:
     assert dialogs.unusable == (
         "rows.jsonl:201 (no JSON: Expecting value: line 1 column 1 (char 0))",
         "rows.jsonl:202 (a JSON list and no object)",
-        "rows.jsonl:203 (as a row before it)",
+        "rows.jsonl:203 (the same as an earlier row)",
     )
     line = f"dialogs.source={source}: 8 of 208 rows cannot be used: {'; '.join(dialogs.unusable)} and 5 more\n"
     assert line in said.getvalue()

@@ -50,7 +50,7 @@ def test_specs_with_weights_and_marks() -> None:
         ("stdlib@1/2", "unknown kind"),
         ("dir:a@x", 'positive number after @; a path .* can be quoted: dir:"PATH"'),
         ("jsonl:a?colum=b", "unknown option 'colum'.*did you mean 'column'.*can be quoted"),
-        ('dir:"a"b', "goes on behind the quoted path with 'b'"),
+        ('dir:"a"b', "continues after the quoted path with 'b'"),
         ('dir:""', "dir:PATH"),
         ("/my/code", "a path needs its kind before it: did you mean 'dir:/my/code'"),
         ("stdlib,./rows.jsonl@2", "did you mean 'jsonl:./rows.jsonl@2'"),
