@@ -252,7 +252,8 @@ def compare_identity(recorded: Any, current: Any) -> list[str]:
     for identity in (before, after):
         if "model.width" in identity:  # recorded before families were introduced
             identity.setdefault("model.family", "decoder")
-        identity.pop("data.rl.reward_model", None)  # formerly recorded: a path, while `data.judge` identifies the model itself
+        # Formerly recorded: a path, while `data.judge` identifies the model itself.
+        identity.pop("data.rl.reward_model", None)
     lines = []
     for key in sorted(before.keys() | after.keys()):
         if key not in after:
