@@ -42,7 +42,6 @@ def place(folder: Path, codes: Sequence[int]) -> None:
     package = folder / "smallcoder_jax"
     package.mkdir()
     (package / "__init__.py").touch()
-    (package / "errors.py").symlink_to(ROOT / "smallcoder_jax" / "errors.py")
     (package / "main.py").write_text(TRAINER.format(folder=str(folder), codes=list(codes)))
     (folder / "launch").symlink_to(ROOT / "launch")
 
