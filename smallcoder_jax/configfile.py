@@ -82,8 +82,7 @@ def beside(file: str, path: str) -> Callable[[], Any]:
 
 
 def _find(path: str) -> tuple[Path, str | None]:
-    """The file of `PATH` or `PATH:ARGUMENT`, and the argument or None. Raises UserError where the file does not
-    exist."""
+    """The file of `PATH` or `PATH:ARGUMENT`, and the argument or None. Raises UserError where there is no such file."""
     before, colon, behind = path.rpartition(":")
     for name, argument in ((path, None), *([(before, behind)] if colon else [])):
         for file in (Path(name), PROJECT / name, config_folder() / f"{name}.py", PROJECT / "configs" / f"{name}.py"):

@@ -19,8 +19,7 @@ def get_config(variant: str = "small") -> ConfigDict:
     config = read_config_file(str(Path(__file__).parents[1] / f"{variant}.py"))
     config.name += "-grpo"
     config.stage.name = "grpo"
-    # start_kl: nats per answer from the start model. Where it rises along with the reward, the model exploits the
-    # reward.
+    # start_kl: nats per answer from the start model. If it rises along with the reward, the model exploits the reward.
     config.stage.measures = ("reward higher error=gain_error", "start_kl <=4")
     config.rl.update(questions=8, group_size=8)
     config.train.update(steps=1000, batch_size=16, sequence_length=min(1024, config.model.context), microbatch_size=0)

@@ -9,8 +9,7 @@ from smallcoder_jax.base.display import printable
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse's parser, except that its messages escape what the user typed, so that it cannot control the
-    terminal."""
+    """argparse's parser, with messages in which the user's input is escaped and cannot control the terminal."""
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         super().exit(status, message and printable(message))

@@ -18,8 +18,7 @@ def printable(text: str) -> str:
 
 
 def say(text: str = "", file: TextIO | None = None) -> None:
-    """Prints text of any origin and flushes; every command uses it instead of `print`. `file`: None for standard
-    output."""
+    """Prints text of any origin and flushes. Every command uses it instead of `print`. `file`: standard output."""
     print(printable(text), file=sys.stdout if file is None else file, flush=True)
 
 

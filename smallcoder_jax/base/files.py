@@ -72,8 +72,7 @@ def sha256(path: Path) -> str:
 
 
 def read_bytes(path: Path, what: str, limit: int = MAX_RECORD_BYTES) -> bytes:
-    """The content of a file. Raises UserError where it cannot be read; `what` tells the user what was expected in
-    it."""
+    """The content of a file. Raises UserError where it cannot be read; `what` says what was expected in it."""
     try:
         return read_regular(path, limit)
     except FileNotFoundError as error:
@@ -91,8 +90,7 @@ def read_text(path: Path, what: str, limit: int = MAX_RECORD_BYTES) -> str:
 
 
 def read_json(path: Path, what: str, limit: int = MAX_RECORD_BYTES) -> Any:
-    """The value in a JSON file. Raises UserError where the file is missing or damaged; `what` says what was
-    expected."""
+    """The value in a JSON file. Raises UserError where it is missing or damaged; `what` says what was expected."""
     text = read_text(path, what, limit)
     try:
         return parse_json(text)
@@ -140,8 +138,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes to a temporary file in the same folder, syncs it and renames it to `path`. Creates the folder. Raises
-    OSError."""
+    """Writes a temporary file in the same folder, syncs it and renames it to `path`. Creates the folder. Raises
+    OSError.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     neighbour = path.with_name(f".{path.name}.partial")
     with neighbour.open("wb") as file:
@@ -167,8 +166,7 @@ def finite(value: Any) -> Any:
 
 
 def reason(error: Exception) -> str:
-    """The system's description of an error, without its number and path; where there is none, the error's own
-    message."""
+    """The system's description of an error, without its number and path; else the error's own message."""
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 

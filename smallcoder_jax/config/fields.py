@@ -15,8 +15,8 @@ RANGE = "range"  # the key of a Range in a field's metadata
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The values that a number of the config may have. `low` and `high` are allowed themselves, `above` and `below`
-    not.
+    """The values that a number of the config may have: from `low` to `high`, and between `above` and `below`,
+    exclusive.
 
     A float is checked as the float32 that it becomes on a device, so that it is finite there.
     """
@@ -66,8 +66,7 @@ class Section:
     """A part of the config that checks the constraints between its values."""
 
     def problems(self) -> Iterator[str]:
-        """One sentence for each contradiction between values. It is called after every number passed its range
-        check."""
+        """One sentence for each contradiction between values. Called after every number has passed its range check."""
         return iter(())
 
 

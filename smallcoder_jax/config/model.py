@@ -117,7 +117,7 @@ class ComputeConfig(Section):
     matmul: Literal["exact", "mixed", "auto"] = "exact"
     attention: Literal["auto", "xla", "cudnn", "pallas_tpu", "pallas_gpu"] = "auto"
     layers: Literal["scan", "unroll"] = "unroll"  # scan compiles faster, unroll runs faster
-    # What the backward pass recomputes: nothing (none), everything but matrix products (dots), or everything (full).
+    # What the backward pass recomputes: nothing (none), all but products with parameters (dots), or everything (full).
     remat: Literal["none", "dots", "full"] = "none"
 
     def problems(self) -> Iterator[str]:

@@ -50,8 +50,7 @@ class Measure:
 
     @classmethod
     def parsed(cls, text: str) -> Self:
-        """Parses `NAME [higher|lower] [>=NUMBER] [<=NUMBER] [error=NAME]`. Raises ValueError that says what is
-        wrong."""
+        """Parses `NAME [higher|lower] [>=NUMBER] [<=NUMBER] [error=NAME]`. Raises ValueError that names the mistake."""
         name, *words = text.split() or [""]
         found: dict[str, Any] = {}
         for word in words:
@@ -100,8 +99,7 @@ class DistillConfig(Section):
     teacher: str = ""  # a run or an export with the same tokenizer
     alpha: float = number(0.5, low=0, high=1)
     temperature: float = number(2.0, above=0)
-    # How many of the teacher's most probable tokens are computed once and stored. With 0 the teacher runs during
-    # training.
+    # How many of the teacher's most probable tokens are stored before training. With 0 it runs during training.
     top_k: int = number(0, low=0, zero="the whole vocabulary")
 
 

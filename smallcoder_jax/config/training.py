@@ -61,8 +61,7 @@ class OptimizerConfig(Section):
         return self.muon_learning_rate if self.name == "muon" else self.learning_rate
 
     def schedule_fault(self, steps: int) -> str:
-        """A warning about a schedule over `steps` steps that is valid but probably a mistake; "" where there is
-        none."""
+        """A warning about a schedule over `steps` steps that is valid but probably a mistake; "" for none."""
         if self.warmup_steps > steps:
             return (
                 "the peak of the learning rate is never reached: optimizer.warmup_steps="

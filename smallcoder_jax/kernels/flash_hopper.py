@@ -231,8 +231,7 @@ def _attend_to_keys(
     settings: Settings, my_q: Any, oldest_q: Array, keys: Pipeline, values: Pipeline, turn: Any, place: hopper.Place,
     bounds: tuple[Any, ...],
 ) -> tuple[Array, Array, Array]:  # fmt: skip
-    """For each query, the sum of weighted values, the largest score and the sum of weights over the tile's key
-    blocks."""
+    """For each query, the sum of weighted values, the largest score and the sum of weights, over all its key blocks."""
 
     def pass_turn() -> None:
         plgpu.barrier_arrive(turn)

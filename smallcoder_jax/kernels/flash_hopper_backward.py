@@ -45,7 +45,7 @@ def query_gradients(settings: Settings, saved: Saved, rows: Rows, tables: tuple[
 
 
 def key_gradients(settings: Settings, saved: Saved, rows: Rows, tables: tuple[Array, ...]) -> tuple[Array, Array]:
-    """dk and dv. Each tile of keys stays in shared memory and iterates over blocks of queries of all the group's
+    """dk and dv. Each tile of keys stays in shared memory and iterates over the query blocks of all the group's
     heads."""
     batch, length, heads, size = saved.k_BTKH.shape
     block_q, stages, dtype = settings.tiles.dkv_block_q, settings.tiles.dkv_stages, saved.k_BTKH.dtype

@@ -1,14 +1,14 @@
-"""Builds the sandbox around one program (namespaces, mounts, limits), waits for the program and removes everything
-again.
+"""Builds the sandbox around one program (namespaces, mounts, limits), waits for it and removes everything again.
 
 `process.py` starts this module as a separate program, because a process with JAX's threads must not fork. This module
 and `memory.py` use the standard library only. Three processes start one another:
 
     helper   is in the namespaces of users, network, pids, ipc and host name, but outside the mount namespace. It
-    watches the clock, the memory and `stdin`, and kills init at a limit or when `stdin` ends because the caller is
-    gone. init     is pid 1 of the sandbox. It mounts, drops every privilege, starts the program and reaps processes.
-    When it ends, the kernel kills everything that is left in the pid namespace, however it was forked. program  sets
-    its limits and calls `exec`, so that nothing of this file is left in its memory.
+             watches the clock, the memory and `stdin`. It kills init at a limit, or when `stdin` ends because the
+             caller is gone.
+    init     is pid 1 of the sandbox. It mounts, drops every privilege, starts the program and reaps processes. When it
+             ends, the kernel kills everything that is left in the pid namespace, however it was forked.
+    program  sets its limits and calls `exec`, so that nothing of this file is left in its memory.
 
 The plan arrives as one line of JSON on `stdin`. What happens is reported to the descriptor in `argv[1]`, one JSON
 object per line. The program never has this descriptor.
@@ -90,8 +90,7 @@ def read_only(path: str, *, recursive: bool, attributes: int = MOUNT_ATTR_RDONLY
 
 
 def map_ids(helper: int, plan: dict[str, Any]) -> None:
-    """Writes the maps of the helper's user namespace. This is done from outside, where root may map another user
-    too."""
+    """Writes the maps of the helper's user namespace, from outside it, where root may map another user too."""
     if not plan["drop_groups"]:
         _write(f"/proc/{helper}/setgroups", "deny")
     _write(f"/proc/{helper}/uid_map", plan["uid_map"])
@@ -104,8 +103,7 @@ def _write(path: str, text: str) -> None:
 
 
 def enter_namespaces(plan: dict[str, Any], report: Report) -> None:
-    """Moves this process into new namespaces with the maps of `plan`. The pid namespace applies to its children
-    only."""
+    """Moves this process into new namespaces with the maps of `plan`; into the pid namespace only its children."""
     helper = os.getpid()
     ready, go = os.pipe()
     mapper = os.fork()
@@ -232,8 +230,7 @@ def run_program(plan: dict[str, Any], descriptors: list[int]) -> NoReturn:
 
 
 def init(plan: dict[str, Any], alive: int, records: int, group: Group | None, report: Report) -> NoReturn:
-    """Pid 1: builds the sandbox, starts the program and reaps processes. `alive` is a pipe that ends with the
-    helper."""
+    """Pid 1: builds the sandbox, starts the program, reaps processes. `alive` is a pipe that ends with the helper."""
     if group is not None:
         with contextlib.suppress(OSError):  # version 2 may forbid joining; the helper's counting still keeps the limit
             group.join()

@@ -133,8 +133,7 @@ def kill_at_once(usage: Usage, pid: int) -> None:
 
 
 class Group:
-    """A memory control group for one run, version 1 or 2. Raises OSError where this user may not create it in
-    `place`."""
+    """A memory control group for one run, version 1 or 2. Raises OSError if this user may not create it in `place`."""
 
     def __init__(self, place: Path, limit: int) -> None:
         for old in place.glob(f"{GROUP}*"):  # left by killed launchers; a group with processes cannot be removed
@@ -189,9 +188,8 @@ def make_group(limit: int) -> Group | None:
 def group_places(cgroup: str, mountinfo: str) -> list[Path]:
     """The folders in which a memory control group can be created, from the texts of these files in `/proc/self`.
 
-    In version 1 this is the group of this process. In version 2 a group with processes cannot delegate memory; the
-    folder is then the group above, or this process's own group where that delegates memory nevertheless, as the root
-    does.
+    In version 1 this is the group of this process. In version 2 a group with processes cannot delegate memory. There it
+    is the group above, or this process's own group where that delegates memory nevertheless, as the root does.
     """
     groups = [line.split(":", 2) for line in cgroup.splitlines()]
     places = []
@@ -208,11 +206,11 @@ def group_places(cgroup: str, mountinfo: str) -> list[Path]:
                 if below.split("/")[0] == "..":
                     continue  # not visible from this process
                 own = Path(point) / below
-                places += [own] if version_1 else [p for p in (own, own.parent) if _hands_on_memory(p, Path(point))]
+                places += [own] if version_1 else [p for p in (own, own.parent) if _delegates_memory(p, Path(point))]
     return places
 
 
-def _hands_on_memory(place: Path, top: Path) -> bool:
+def _delegates_memory(place: Path, top: Path) -> bool:
     return place.is_relative_to(top) and b"memory" in _read(str(place / "cgroup.subtree_control")).split()
 
 

@@ -29,8 +29,7 @@ DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 NOBODY = 65534
 GRACE_S = 10.0  # after the limit of the wall clock, until the launcher itself is killed
 MAX_STATUS = 65536
-# Starts the launcher without importing the package itself, because the launcher's interpreter has no packages
-# installed.
+# Starts the launcher without the package's `__init__`, which looks for installed packages; here there are none.
 START = """
 import sys, types
 sys.modules["smallcoder_jax"] = types.ModuleType("smallcoder_jax")

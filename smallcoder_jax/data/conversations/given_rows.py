@@ -88,8 +88,7 @@ def talk_of(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def answer_turns(answer: Any) -> list[dict[str, Any]]:
-    """The messages of an answer that is a text, a message or a list of messages. Raises ValueError for an empty
-    text."""
+    """The messages of an answer: a text, a message or a list of messages. Raises ValueError for an empty text."""
     if isinstance(answer, dict):
         return turns_of([answer])
     if isinstance(answer, list):

@@ -1,6 +1,7 @@
 """Real code for conversations: functions of the running Python's standard library, with the definitions that they need.
 
-Some can be called with arguments that are sampled here, others are only for reading. No code that is shown is run here.
+Some can be called with arguments that are sampled here, others are only for reading. The only code that is executed is
+the library's own function, to get the value of a call.
 """
 
 from __future__ import annotations

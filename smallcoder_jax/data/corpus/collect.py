@@ -1,6 +1,5 @@
-"""Reads one source to its end: filters, deduplicates and counts its documents, and writes the kept ones to a spool
-file.
-"""
+"""Reads one source to its end: filters, deduplicates and counts its documents, and writes those kept to a spool
+file."""
 
 from __future__ import annotations
 

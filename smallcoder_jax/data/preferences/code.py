@@ -269,9 +269,7 @@ def _mentioned(statement: ast.stmt, context: type[ast.expr_context]) -> set[str]
 
 
 def _truncations(function: Function, foreign: Sequence[str], rng: random.Random) -> Iterator[_Change]:
-    """Ends the text after a token that is not the last. Where the token ends a line, the line end is kept half of the
-    time.
-    """
+    """Ends the text after a token that is not the last; in half of the cases after the line end that follows it."""
     starts, text = _offsets(function.text), function.text
     for token in _body_tokens(function)[:-1]:
         stop = starts[token.end[0]] + token.end[1]

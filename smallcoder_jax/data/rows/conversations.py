@@ -1,5 +1,4 @@
-"""Batches of conversations for fine-tuning: the loss counts what the assistant wrote; packed by best fit or one per
-row.
+"""Batches of conversations for fine-tuning, packed by best fit or one per row. The loss counts the assistant's turns.
 
 All conversations are in memory, because there are thousands, not billions. An epoch is therefore packed as a whole, and
 the position in the data is an epoch and a batch.

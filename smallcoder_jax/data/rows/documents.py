@@ -113,8 +113,7 @@ def validation_batches(
     rows: Sequence[int],
     limit_batches: int,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """The validation split of all sources in one fixed pseudo-random order, in which each token but BOS is predicted
-    once.
+    """The validation split of all sources in a fixed pseudo-random order. Each token but BOS is predicted once.
 
     The batches hold the rows `rows` (ascending) of global batches of `batch_size`, so that all processes have the same
     number of batches and the result does not depend on the number of processes. Documents are packed by best fit, which

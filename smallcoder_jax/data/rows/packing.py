@@ -92,8 +92,7 @@ class DocumentPacker:
         self._min_tokens, self._max_unusable = min_tokens, max_unusable
 
     def next_row(self) -> Row:
-        """The next row. Raises StopIteration after the last, and UserError after too many unusable documents in a
-        row."""
+        """The next row. Raises StopIteration after the last, and UserError after too many consecutive unusable ones."""
         for _ in range(self._max_unusable):
             ids = next(self._documents)
             if is_usable(ids, self._min_tokens):

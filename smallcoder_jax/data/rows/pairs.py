@@ -22,9 +22,7 @@ from smallcoder_jax.tokenizers.chat import Conversation, Encoded, Message, ToolC
 
 @dataclasses.dataclass(frozen=True)
 class EncodedPair:
-    """Prompt and answer as ids, for both answers. `counted` marks the ids of the answer, including the one that ends
-    it.
-    """
+    """Prompt and answer as ids, for both answers. `counted` marks the ids of the answer, including its end."""
 
     chosen: Encoded
     rejected: Encoded

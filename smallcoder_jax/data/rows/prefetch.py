@@ -78,8 +78,7 @@ class DevicePrefetcher:
         self._pending.clear()
 
     def close(self) -> None:
-        """Ends the thread, drops the batches that were loaded ahead and closes the iterator. May be called
-        repeatedly."""
+        """Ends the thread, drops the batches loaded ahead and closes the iterator. May be called repeatedly."""
         self._cancel()
         self._executor.shutdown(wait=True)
         self._iterator.close()

@@ -31,8 +31,7 @@ WRITER_OPTIONS = "group_size:1,uncompressed"
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """One split of one source: its files in reading order, and counts of their content. `tokens` includes BOS and
-    EOS."""
+    """One split of one source: its files in reading order, and their content. `tokens` includes BOS and EOS."""
 
     files: tuple[str, ...]
     documents: int
@@ -183,8 +182,7 @@ def read_records(folder: Path, files: Sequence[str], dtype: str) -> Iterator[np.
 
 @contextlib.contextmanager
 def damage_named(path: Path) -> Iterator[None]:
-    """Turns the errors of the reader of a shard into a UserError that names the file, or the folder of several
-    files."""
+    """Turns errors of the shard reader into a UserError that names the file, or the folder of several files."""
     try:
         yield
     except (RuntimeError, ValueError, IndexError, OSError) as error:
