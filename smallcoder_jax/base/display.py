@@ -18,7 +18,8 @@ def printable(text: str) -> str:
 
 
 def say(text: str = "", file: TextIO | None = None) -> None:
-    """Prints text of any origin and flushes. Every command uses it instead of `print`. `file`: standard output."""
+    """Prints text of any origin and flushes. Every command uses it instead of `print`. By default to standard
+    output."""
     print(printable(text), file=sys.stdout if file is None else file, flush=True)
 
 

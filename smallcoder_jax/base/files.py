@@ -138,9 +138,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Writes a temporary file in the same folder, syncs it and renames it to `path`. Creates the folder. Raises
-    OSError.
-    """
+    """Writes a temporary file next to `path`, syncs it and renames it. Creates the folder. Raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     neighbour = path.with_name(f".{path.name}.partial")
     with neighbour.open("wb") as file:

@@ -15,7 +15,7 @@ RANGE = "range"  # the key of a Range in a field's metadata
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The values that a number of the config may have: from `low` to `high`, and between `above` and `below`,
+    """The allowed values of a number of the config: `low` and `high` are inclusive bounds, `above` and `below`
     exclusive.
 
     A float is checked as the float32 that it becomes on a device, so that it is finite there.
@@ -54,9 +54,8 @@ def number(
     below: float = math.inf,
     zero: str = "",
 ) -> Any:
-    """A field of a section that holds a number, with its Range. Integers are at most LARGEST_INT unless `high` is
-    given.
-    """
+    """A section's field that holds a number, with its Range. Integers are at most LARGEST_INT unless `high` is
+    given."""
     if isinstance(default, int) and math.isinf(high):
         high = LARGEST_INT
     return dataclasses.field(default=default, metadata={RANGE: Range(low, high, above, below, zero)})

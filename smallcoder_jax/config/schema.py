@@ -201,8 +201,8 @@ def _coerce(hint: Any, value: Any, path: str) -> Any:
 
 
 def _text(value: str, path: str) -> str:
-    """Returns `value` if UTF-8 can encode it. Text from a command line in another encoding may not be; it could not be
-    written to `config.json`. Raises UserError."""
+    """Returns `value`. Raises UserError where UTF-8 cannot encode it, as for a command line in another encoding,
+    because it could not be written to `config.json`."""
     try:
         value.encode()
     except UnicodeEncodeError as error:

@@ -99,7 +99,7 @@ class DistillConfig(Section):
     teacher: str = ""  # a run or an export with the same tokenizer
     alpha: float = number(0.5, low=0, high=1)
     temperature: float = number(2.0, above=0)
-    # How many of the teacher's most probable tokens are stored before training. With 0 it runs during training.
+    # How many of the teacher's top tokens are computed and stored beforehand. With 0 the teacher runs during training.
     top_k: int = number(0, low=0, zero="the whole vocabulary")
 
 

@@ -249,7 +249,7 @@ def _attend_to_keys(
         fade_q = jnp.exp2(before_q - largest_q)
         o_qH *= hopper.along(fade_q, o_qH.shape, 0)
         total_q = fade_q * total_q + weights_qs.sum(axis=1)
-        # Keeps the whole softmax before the turn at the tensor cores is requested.
+        # Forces the whole softmax to be computed before this warpgroup asks for the tensor cores.
         o_qH, largest_q, total_q, weights_qs = lax.optimization_barrier(
             (o_qH, largest_q, total_q, weights_qs.astype(my_q.dtype))
         )

@@ -137,8 +137,8 @@ class Pipeline:
         plgpu.barrier_arrive(self.empty.at[self.slot(n)])
 
     def drain(self, settings: Settings, count: Any) -> None:
-        """Waits until all of `count` blocks are released. Only the interpreter requires it; on the device it would cost
-        registers, so that there it does nothing.
+        """Waits until all of `count` blocks are released, which only the interpreter requires. On the device, where
+        waiting would cost registers, it does nothing.
         """
         if settings.interpret is None:
             return
@@ -153,7 +153,7 @@ def split(settings: Settings, refs: tuple[Any, ...]) -> tuple[tuple[Any, ...], t
 
 
 def fetch(barrier: Any, *copies: tuple[Any, Any]) -> None:
-    """Copies each (source, destination) from global to shared memory and waits. `barrier` expects one arrival per
+    """Copies each (source, destination) from global to shared memory and waits. `barrier` counts one arrival per
     copy."""
     for source, destination in copies:
         plgpu.copy_gmem_to_smem(source, destination, barrier)

@@ -23,8 +23,8 @@ SPECIAL_PIECES = (
 # A completion ends with the document, with a turn of a chat, or, where documents are repositories, with the file.
 END_PIECES = (EOS, IM_END, FILE_SEP)
 
-# A text that does not survive Unicode normalisation, lower-casing, stripping or merging of whitespace, or missing
-# bytes.
+# A text that is changed by Unicode normalisation, lower-casing, stripping or merging of whitespace, or by a vocabulary
+# that lacks bytes.
 PROBE = "  Ae\u0301  \u212b\ufb01\u3000 \t\r\n\n x\n\n"
 KIND_FILE = "tokenizer_kind.json"
 

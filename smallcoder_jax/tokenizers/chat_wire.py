@@ -126,7 +126,7 @@ def _message(value: Any, where: str) -> tuple[Message, list[str]]:
 
 
 def _call(value: Any, where: str) -> tuple[ToolCall, str]:
-    """A call and its id; without an id, the place of the call takes its role."""
+    """A call and its id. For a call without an id, the text of its place in the conversation is used as the id."""
     given = {key: item for key, item in value.items() if item is not None} if isinstance(value, dict) else value
     try:
         call, _ = read_call(given)
