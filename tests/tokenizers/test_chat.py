@@ -311,7 +311,7 @@ CALL = ToolCall("run", {})
         ([], "no messages"),
         ([Message("judge", "x")], r"messages\[0\].role is 'judge'"),
         ([Message("user", "x", (CALL,))], r"messages\[0\] calls functions with the role user"),
-        ([Message("user", "x"), Message("tool", "1")], r"messages\[1\].role is tool, .* a call before a response"),
+        ([Message("user", "x"), Message("tool", "1")], r"messages\[1\].role is tool; .*a call before a response"),
         ([Message("assistant", "", (CALL, CALL)), Message("tool"), Message("user")], r"\[2\].role is user.*1 more"),
         ([Message("user", "\ud800")], r"messages\[0\] cannot be written as JSON"),
         ([Message("assistant", "", (ToolCall("run", {"x": float("nan")}),))], r"messages\[0\] cannot be written"),
