@@ -14,7 +14,7 @@ def test_measures_are_finite() -> None:
     found = {"loss": 1.5, "tokens": 10, "references": {"xz -9e": 2.0}, "data": {"sources": "stdlib"}, "start": None}
     assert check_measures("runs/a", found) is found
     for spoilt in ({"loss": np.nan}, {"perplexity": np.inf}, {"references": {"xz -9e": -np.inf}}):
-        with pytest.raises(CheckFailed, match=r"model in runs/a (loss|perplexity|xz -9e) is (nan|inf|-inf): expected"):
+        with pytest.raises(CheckFailed, match=r"model in runs/a: (loss|perplexity|xz -9e) is (nan|inf|-inf); expected"):
             check_measures("runs/a", found | spoilt)
 
 

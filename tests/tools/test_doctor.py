@@ -86,7 +86,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 def test_a_slow_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "FREE_GIGABYTES", 0.0)
     monkeypatch.setattr(doctor, "WRITE_FLOOR", 1e9)
-    assert "take another disk" in doctor.check_disk(tmp_path).remedy
+    assert "use another disk" in doctor.check_disk(tmp_path).remedy
 
 
 def test_a_name_that_only_this_machine_reaches(monkeypatch: pytest.MonkeyPatch) -> None:

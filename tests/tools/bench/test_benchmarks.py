@@ -106,7 +106,7 @@ def test_lines_stay_within_110_characters(folder: Path) -> None:
     [
         ("{", "expected a JSON object"),
         ("[1]", "expected a JSON object with the keys figure, value"),
-        ('{"figure": "x", "figure": "y"}', "the key 'figure' is there twice"),
+        ('{"figure": "x", "figure": "y"}', "the key 'figure' occurs twice"),
         (json.dumps({"figure": "x"}), "expected a JSON object with the keys"),
         (json.dumps(line(more=1)), "and no others"),
         (json.dumps(line(value=True)), "value is true; expected a number"),
