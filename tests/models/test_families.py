@@ -232,7 +232,9 @@ def test_it_resumes_to_the_last_bit(root: Path, tmp_path: Path) -> None:
     assert max_difference(*last) == 0.0
 
 
-@pytest.mark.parametrize("mesh", [MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(data=1, fsdp=8)])
+@pytest.mark.parametrize(
+    "mesh", [MeshConfig(data=2, fsdp=2, tensor=2), pytest.param(MeshConfig(data=1, fsdp=8), marks=pytest.mark.slow)]
+)
 def test_split_over_a_mesh_it_learns_the_same(mesh: MeshConfig, root: Path, tmp_path: Path) -> None:
     run.train(dataclasses.replace(config_of(root), mesh=mesh), tmp_path)
     whole, split = (

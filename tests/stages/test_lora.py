@@ -164,6 +164,7 @@ def test_it_is_verified(tuned: Path) -> None:
     assert verdict.loss == pytest.approx(verdict.recorded_loss, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_transformers_agrees_with_it_merged(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tuned = tune(root, "scan")
     export.main(["--checkpoint", str(tuned), "--step", "30", "--output", str(tmp_path / "out"), "--json"])
@@ -209,6 +210,7 @@ def test_dpo_learns_beside_adapters_that_were_merged(root: Path, tuned: Path, tm
     assert found["margin"] == pytest.approx(rows[1]["margin"], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_grpo_answers_with_what_it_learned(root: Path, tmp_path: Path) -> None:
     rl = RLConfig(questions=8, group_size=4, answer_tokens=8, inner_epochs=2, kl_coefficient=0.0)
     config = lora_config(root, "grpo", "scan", 9, rl=rl)

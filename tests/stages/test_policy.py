@@ -179,7 +179,8 @@ def test_a_critic_begins_as_the_reward_model(layers: Any, monkeypatch: pytest.Mo
         ppo.make_task(config, loaded, Progress(io.StringIO()))
 
 
-@pytest.mark.parametrize("optimizer", [pytest.param("adamw", marks=pytest.mark.slow), "muon"])
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_split_parameters_learn_the_same(optimizer: Any, tmp_path: Path) -> None:
     """Those of the critic as well, by either optimizer: of its matrices Muon is the one."""
     config = config_of("ppo", 2)

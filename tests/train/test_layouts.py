@@ -75,7 +75,7 @@ def as_flat(saved: Path, meta: dict[str, Any], state: Any) -> None:
     (saved / checkpoint.MANIFEST).write_text(json.dumps(manifest))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", [pytest.param("adamw", marks=pytest.mark.slow), "muon"])
 def test_a_run_of_before_goes_on_to_the_last_bit(optimizer: str, root: Path, tmp_path: Path) -> None:
     config = changed(changed(config_of(root), "optimizer", name=optimizer), "train", steps=3)
     run.train(config, tmp_path / "whole")
