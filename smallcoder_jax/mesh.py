@@ -38,10 +38,15 @@ def make_mesh(mesh: MeshConfig, model: ModelConfig, batch_size: int, devices: li
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(mesh, len(devices))
     check_rows(sizes, batch_size, "train.batch_size, or train.microbatch_size where it is set")
-    for axis, names in model.DIVIDED.items():
-        for name in names:
-            if getattr(model, name) % sizes[axis]:
-                raise UserError(f"model.{name}={getattr(model, name)} does not divide over mesh.{axis}={sizes[axis]}")
+    for axis, why in model.WHOLE.items():
+        if sizes[axis] > 1:
+            raise UserError(
+                f"mesh.{axis}={sizes[axis]}: models with model.family={model.family!r} need 1, because {why}"
+            )
+    for axis, named in model.divided().items():
+        for name, value in named.items():
+            if value % sizes[axis]:
+                raise UserError(f"model.{name}={value} does not divide over mesh.{axis}={sizes[axis]}")
     placed = place_devices(sizes, devices)
     processes = np.vectorize(lambda device: device.process_index, otypes=[int])(placed)
     along = AXES.index("context")

@@ -158,7 +158,7 @@ def reevaluate(config: Config, step_folder: Path, meta: dict[str, Any]) -> float
 def _make_task(config: Config, progress: Progress) -> Task:
     loaded = load_start(config)
     task = with_base(config, loaded, _stage(config).make_task(config, loaded, progress))
-    return dataclasses.replace(task, own_losses=family_of(config.model).losses)
+    return dataclasses.replace(task, logged=family_of(config.model).logged(config.model))
 
 
 def _stage(config: Config) -> Any:

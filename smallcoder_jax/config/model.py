@@ -18,8 +18,8 @@ class ModelConfig(Section):
     registers it (`model_section`). `models.families` holds the code that computes the models.
     """
 
-    # By mesh axis, the fields that the size of the axis has to divide.
-    DIVIDED: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    # Mesh axes over which the family cannot be split, with the reasons.
+    WHOLE: ClassVar[Mapping[str, str]] = {}
     # Fields on which no parameter depends: they may differ from those of the model that training starts from.
     MAY_DIFFER: ClassVar[frozenset[str]] = frozenset({"context", "dropout"})
 
@@ -41,15 +41,15 @@ class ModelConfig(Section):
         """The fields of MAY_DIFFER that hold for this shape."""
         return self.MAY_DIFFER
 
+    def divided(self) -> Mapping[str, Mapping[str, int]]:
+        """By mesh axis, the numbers of this section that the size of the axis has to divide, by their names."""
+        return {}
+
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig(ModelConfig):
     """The shape of a decoder: SmallCoder (in the style of Llama), the staged sizes and GPT-2."""
 
-    DIVIDED: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "tensor": ("kv_heads", "mlp_width", "vocab_size"),
-        "fsdp": ("width",),
-    }
     MAY_DIFFER: ClassVar[frozenset[str]] = frozenset({"context", "dropout", "window"})
 
     family: Literal["decoder"] = "decoder"
@@ -86,6 +86,12 @@ class DecoderConfig(ModelConfig):
         tables = self.vocab_size * d * (1 if self.embeddings == "tied" else 2)
         tables += self.context * d if self.positions == "learned" else 0
         return tables + self.layers * (attention + mlp + 2 * norm + biases) + norm
+
+    def divided(self) -> Mapping[str, Mapping[str, int]]:
+        return {
+            "tensor": {name: getattr(self, name) for name in ("kv_heads", "mlp_width", "vocab_size")},
+            "fsdp": {"width": self.width},
+        }
 
     def summary(self) -> str:
         return (

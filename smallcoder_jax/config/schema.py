@@ -187,9 +187,12 @@ def _coerce(hint: Any, value: Any, path: str) -> Any:
             raise UserError(f"{path}={shown(value)}: expected one of {', '.join(map(repr, get_args(hint)))}")
         return value
     if get_origin(hint) is tuple:
-        if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
-            raise UserError(f"{path}={shown(value)}: expected a sequence of strings")
-        return tuple(_text(item, path) for item in value)
+        kind = get_args(hint)[0]
+        allowed = (float, int) if kind is float else (kind,)
+        if not isinstance(value, list | tuple) or not all(type(item) in allowed for item in value):
+            items = {str: "strings", int: "whole numbers", float: "numbers"}[kind]
+            raise UserError(f"{path}={shown(value)}: expected a sequence of {items}")
+        return tuple(_coerce(kind, item, f"{path}[{number}]") for number, item in enumerate(value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         try:
             return float(value)

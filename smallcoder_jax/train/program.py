@@ -55,7 +55,7 @@ def make_program(
     mesh = make_mesh(config.mesh, model, train.microbatch_rows, devices)
     length, device = train.sequence_length, mesh.devices.flat[0]
     check_length(mesh.shape, length)
-    optimizer = optim.make_optimizer(config.optimizer, train.steps, family.muon)
+    optimizer = optim.make_optimizer(config.optimizer, train.steps, family.muon, family.rates(model))
     shapes = jax.eval_shape(lambda: init_state(config, optimizer))
     shardings = state_sharding(mesh, shapes, family.sharding)
     if frozen is None:
@@ -74,7 +74,7 @@ def make_program(
             loss_fn,
             optimizer,
             optim.schedule(config.optimizer, train.steps),
-            reported=(*reported, *family.losses),
+            reported=(*reported, *family.logged(model)),
             peak=config.optimizer.peak_learning_rate,
             microbatches=train.batch_size // train.microbatch_rows,
             guarding=config.guard,
@@ -92,14 +92,16 @@ def make_program(
 
 
 def _attention(config: Config, mesh: Mesh) -> attention.Choice:
-    length, device, shape = config.train.sequence_length, mesh.devices.flat[0], family_of(config.model).attention_shape
+    device = mesh.devices.flat[0]
+    shape = family_of(config.model).attention_shape(config.model, config.train.sequence_length)
     if shape is None:
-        return attention.Choice("none", f"models with model.family={config.model.family!r} have none")
+        return attention.Choice("none", f"this model with model.family={config.model.family!r} has none")
+    length, *heads = shape
     return attention.choose(
         config.compute.attention,
         length,
         length,
-        *shape(config.model),
+        *heads,
         config.compute.dtype,
         device.platform,
         device.device_kind,
