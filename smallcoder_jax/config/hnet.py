@@ -137,8 +137,9 @@ class HnetConfig(ModelConfig):
             f"{before}+{after} blocks of width {width}"
             for before, after, width in zip(self.encoder_blocks, self.decoder_blocks, self.widths, strict=False)
         ]
-        kinds = f" ({self.kinds})" if "a" in self.kinds else ""
-        stages.append(f"{self.blocks} blocks of width {self.widths[-1]}{kinds}")
+        kinds = f" ({self.kinds}, {self.heads}:{self.kv_heads} heads)" if "a" in self.kinds else ""
+        plural = "" if self.blocks == 1 else "s"
+        stages.append(f"{self.blocks} block{plural} of width {self.widths[-1]}{kinds}")
         ternary = [self.is_ternary(stage) for stage in range(len(self.widths))]
         weights = "ternary" if all(ternary) else "float" if not any(ternary) else f"ternary by stage: {ternary}"
         return f"{'; '.join(stages)}; vocabulary {self.vocab_size}; weights {weights}"

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import smallcoder_jax
+from configs import bytes as byte_level
 from smallcoder_jax import optim, run
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import (
@@ -33,7 +34,23 @@ from tests.helpers import FLOAT32, max_difference, packed_batch
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
 
-FLAT = HnetConfig(width=32, blocks=2, context=64)
+FLAT = HnetConfig(width=32, blocks=2, context=64, conv_size=3, conv="separate")
+# Every setting that a model with a stage of chunks can have.
+MIXED = HnetConfig(
+    width=32,
+    inner_widths=(48,),
+    encoder_blocks=(1,),
+    decoder_blocks=(1,),
+    blocks=3,
+    ternary=(False, True),
+    expand_ratio=2,
+    conv_size=2,
+    pattern="xa",
+    kv_heads=2,
+    window=4,
+    context=64,
+    chunk_target=3.0,
+)
 STAGED = HnetConfig(
     width=32,
     inner_widths=(48, 64),
@@ -43,7 +60,7 @@ STAGED = HnetConfig(
     context=64,
     chunk_target=3.0,
 )
-SHAPES = {"flat": FLAT, "staged": STAGED}
+SHAPES = {"flat": FLAT, "mixed": MIXED, "staged": STAGED}
 INPUTS = ("tokens", "positions", "segment_ids")
 
 
@@ -72,24 +89,19 @@ def extend(model: HnetConfig, params: Any, *inputs: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("model", "count"),
-    [
-        (HnetConfig(width=512, blocks=6), 20_744_192),
-        (HnetConfig(width=256, inner_widths=(384,), encoder_blocks=(4,), decoder_blocks=(4,), blocks=8), 21_356_032),
-        (
-            HnetConfig(width=512, inner_widths=(768, 1024), encoder_blocks=(4, 4), decoder_blocks=(4, 4), blocks=8),
-            189_669_120,
-        ),
-        (
-            HnetConfig(width=384, inner_widths=(512, 768), encoder_blocks=(3, 3), decoder_blocks=(3, 3), blocks=6),
-            75_068_544,
-        ),
-    ],
+    ("variant", "count"),
+    [("byte_flat", 20_744_192), ("byte_1stage", 21_356_032), ("byte_2stage", 189_669_120), ("byte_75m", 75_068_544)],
 )
-def test_the_published_shapes_have_their_counts(model: HnetConfig, count: int) -> None:
-    assert list(model.problems()) == []
+def test_the_published_shapes_have_their_counts(variant: str, count: int) -> None:
+    assert from_config_dict(byte_level.get_config(variant)).model.parameter_count() == count
+
+
+@pytest.mark.parametrize(
+    "model", [*SHAPES.values(), dataclasses.replace(MIXED, ternary=(True, False), conv="separate")]
+)
+def test_parameters_are_counted(model: HnetConfig) -> None:
     _, shapes = build.abstract_model(model, FLOAT32)
-    assert model.parameter_count() == sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
+    assert model.parameter_count() == sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
 def batch_of(model: HnetConfig, rows: int = 2, length: int = 32, seed: int = 0) -> dict[str, Any]:

@@ -69,11 +69,10 @@ class Recurrence(nnx.Module):
         self.forget, self.value, self.gate = (projection(width, expanded, std=width**-0.5, **made) for _ in range(3))
         self.gate_norm = RMSNorm(expanded, EPS)
         self.output = projection(expanded, width, std=out_std * model.expand_ratio**-0.5, **made)
-        self.conv = self.forget_conv = self.value_conv = None
-        if model.conv_size and model.conv == "shared":
-            self.conv = ShortConv(width, model.conv_size, rngs=rngs)
-        elif model.conv_size:
-            self.forget_conv, self.value_conv = (ShortConv(expanded, model.conv_size, rngs=rngs) for _ in range(2))
+        shared, separate = (model.conv_size > 0 and model.conv == kind for kind in ("shared", "separate"))
+        self.conv = ShortConv(width, model.conv_size, rngs=rngs) if shared else None
+        self.forget_conv = ShortConv(expanded, model.conv_size, rngs=rngs) if separate else None
+        self.value_conv = ShortConv(expanded, model.conv_size, rngs=rngs) if separate else None
 
     def __call__(self, x_BTD: Array, row: Row, state: State) -> tuple[Array, State]:
         state = dict(state)
