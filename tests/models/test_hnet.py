@@ -181,7 +181,9 @@ def test_padding_on_the_left_leaves_no_trace_in_a_cache() -> None:
     assert ended.shape == (1, 1, 32)
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(
+    "name", ["flat", pytest.param("mixed", marks=pytest.mark.slow), pytest.param("staged", marks=pytest.mark.slow)]
+)
 def test_both_layouts_and_rematerialisation_compute_the_same(name: str) -> None:
     model = SHAPES[name]
     batch = batch_of(model)

@@ -1,8 +1,8 @@
 """Whole byte-level models against a float64 reference that is written out from the papers, position by position.
 
 H-Net: arXiv 2507.07955; ternary weights: 2402.17764; the recurrence: 2404.07904 and 2406.02528. The reference knows one
-document, no batch and no packing. Rounding at a half can differ between float32 and float64, and moves an activation by
-1/127 of the largest: values are compared by norm.
+document, no batch and no packing, and computes attention one query at a time. Rounding at a half can differ between
+float32 and float64, and moves an activation by 1/127 of the largest: values are compared by norm.
 """
 
 from __future__ import annotations
@@ -34,50 +34,97 @@ def same_gradient(value: Any, x: Any) -> Any:
     return x + jax.lax.stop_gradient(value - x)
 
 
-def bit_linear(layer: Any, x: Any) -> Any:
-    x, kernel = norm(x, layer["gain"]), layer["kernel"]
+def dense(layer: Any, x: Any) -> Any:
+    """A ternary layer, which has a gain, or a plain one."""
+    kernel = layer["kernel"]
+    if "gain" not in layer:
+        return x @ kernel
+    x = norm(x, layer["gain"])
     s = 127 / jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True), 1e-5)
     t = 1 / jnp.maximum(jnp.mean(jnp.abs(kernel)), 1e-5)
     x_q = same_gradient(jnp.clip(jnp.round(s * x), -128, 127) / s, x)
     return x_q @ same_gradient(jnp.clip(jnp.round(t * kernel), -1, 1) / t, kernel)
 
 
+def sigmoid(x: Any) -> Any:
+    return 1 / (1 + jnp.exp(-x))
+
+
 def silu(x: Any) -> Any:
-    return x / (1 + jnp.exp(-x))
+    return x * sigmoid(x)
 
 
-def block(layer: Any, x_TD: Any) -> Any:
-    mixer, normed = layer["mixer"], norm(x_TD, layer["mixer_norm"]["scale"])
-    forget = 1 / (1 + jnp.exp(-bit_linear(mixer["forget"], normed)))
-    new = silu(bit_linear(mixer["value"], normed)) * (1 - forget)
-    h, states = jnp.zeros(x_TD.shape[1]), []
+def convolved(mixer: Any, name: str, x_TE: Any) -> Any:
+    if name not in mixer:
+        return x_TE
+    taps = mixer[name]["taps"]
+    return silu(jnp.stack([sum(taps[j] * x_TE[t - j] for j in range(min(len(taps), t + 1))) for t in range(len(x_TE))]))
+
+
+def recurrence(mixer: Any, x_TD: Any) -> Any:
+    x_TD = convolved(mixer, "conv", x_TD)
+    forget = sigmoid(convolved(mixer, "forget_conv", dense(mixer["forget"], x_TD)))
+    new = silu(convolved(mixer, "value_conv", dense(mixer["value"], x_TD))) * (1 - forget)
+    h, states = jnp.zeros(new.shape[1]), []
     for t in range(len(x_TD)):
         h = forget[t] * h + new[t]
         states.append(h)
-    gated = norm(bit_linear(mixer["gate"], normed), mixer["gate_norm"]["scale"]) * silu(jnp.stack(states))
-    x_TD = x_TD + bit_linear(mixer["output"], gated)
-    gate, up = jnp.split(bit_linear(layer["mlp"]["up"], norm(x_TD, layer["mlp_norm"]["scale"])), 2, axis=-1)
-    return x_TD + bit_linear(layer["mlp"]["down"], silu(gate) * up)
+    return dense(
+        mixer["output"], norm(dense(mixer["gate"], x_TD), mixer["gate_norm"]["scale"]) * silu(jnp.stack(states))
+    )
 
 
-def stack(layers: Any, x_TD: Any) -> Any:
+def rotated(x_H: Any, t: int, theta: float) -> Any:
+    half = len(x_H) // 2
+    angle = t * theta ** (-jnp.arange(half) / half)
+    first, second = x_H[:half], x_H[half:]
+    return jnp.concatenate(
+        [first * jnp.cos(angle) - second * jnp.sin(angle), second * jnp.cos(angle) + first * jnp.sin(angle)]
+    )
+
+
+def attention(model: HnetConfig, layers: Any, x_TD: Any) -> Any:
+    size, group = x_TD.shape[1] // model.heads, model.heads // model.kv_heads
+    queries, keys, values = (x_TD @ layers[name]["kernel"] for name in ("query", "key", "value"))
+    out = []
+    for t in range(len(x_TD)):
+        heads = []
+        for n in range(model.heads):
+            q = rotated(queries[t, n * size : (n + 1) * size], t, model.rope_theta)
+            place = slice(n // group * size, (n // group + 1) * size)
+            seen = range(max(0, t - model.window + 1), t + 1)
+            scores = jnp.stack([q @ rotated(keys[s, place], s, model.rope_theta) for s in seen]) / jnp.sqrt(size)
+            heads.append(jax.nn.softmax(scores) @ jnp.stack([values[s, place] for s in seen]))
+        out.append(jnp.concatenate(heads))
+    return jnp.stack(out) @ layers["output"]["kernel"]
+
+
+def block(model: HnetConfig, layer: Any, x_TD: Any) -> Any:
+    mixer, normed = layer["mixer"], norm(x_TD, layer["mixer_norm"]["scale"])
+    mixed = attention(model, mixer["attention"], normed) if "attention" in mixer else recurrence(mixer, normed)
+    x_TD = x_TD + mixed
+    gate, up = jnp.split(dense(layer["mlp"]["up"], norm(x_TD, layer["mlp_norm"]["scale"])), 2, axis=-1)
+    return x_TD + dense(layer["mlp"]["down"], silu(gate) * up)
+
+
+def stack(model: HnetConfig, layers: Any, x_TD: Any) -> Any:
     for i in range(len(layers["blocks"])):
-        x_TD = block(layers["blocks"][i], x_TD)
+        x_TD = block(model, layers["blocks"][i], x_TD)
     return norm(x_TD, layers["final_norm"]["scale"])
 
 
-def stage(params: Any, x_TD: Any, target: float) -> tuple[Any, Any]:
+def stage(model: HnetConfig, params: Any, x_TD: Any) -> tuple[Any, Any]:
     """The stage's output, and the sum of the ratio losses of it and of those within."""
     if "stack" in params:
-        return stack(params["stack"], x_TD), 0.0
-    encoded = stack(params["encoder"], x_TD)
+        return stack(model, params["stack"], x_TD), 0.0
+    encoded = stack(model, params["encoder"], x_TD)
     probability = [jnp.float64(1.0)]
     for t in range(1, len(encoded)):
         q, k = encoded[t - 1] @ params["router"]["query"], encoded[t] @ params["router"]["key"]
         probability.append((1 - q @ k / jnp.linalg.norm(q) / jnp.linalg.norm(k)) / 2)
     begins = [t for t in range(len(encoded)) if probability[t] > 0.5]
     wider = jnp.broadcast_to(params["wider"], (len(begins), len(params["wider"])))
-    within, losses = stage(params["inner"], jnp.concatenate([encoded[jnp.array(begins)], wider], axis=1), target)
+    within, losses = stage(model, params["inner"], jnp.concatenate([encoded[jnp.array(begins)], wider], axis=1))
     z, out = jnp.zeros(encoded.shape[1]), []
     for t in range(len(encoded)):
         if t in begins:
@@ -86,15 +133,15 @@ def stage(params: Any, x_TD: Any, target: float) -> tuple[Any, Any]:
         decided = probability[t] if t in begins else 1 - probability[t]
         out.append(z * same_gradient(1.0, decided))
     mixed = jnp.stack(out) + encoded @ params["residual"]["kernel"] + params["residual"]["bias"]
-    f, g = len(begins) / len(encoded), sum(probability) / len(encoded)
+    f, g, target = len(begins) / len(encoded), sum(probability) / len(encoded), model.chunk_target
     own = target / (target - 1) * ((target - 1) * f * g + (1 - f) * (1 - g))
-    return stack(params["decoder"], mixed), own + losses
+    return stack(model, params["decoder"], mixed), own + losses
 
 
 def reference(model: HnetConfig, params: Any) -> tuple[Any, Any]:
     """Logits [T, V] and the model's own loss."""
-    x_TD, ratio = stage(params["stage"], params["embed"]["embedding"][TOKENS], model.chunk_target)
-    return bit_linear(params["head"], x_TD), model.ratio_weight * ratio
+    x_TD, ratio = stage(model, params["stage"], params["embed"]["embedding"][TOKENS])
+    return dense(params["head"], x_TD), model.ratio_weight * ratio
 
 
 def ours(model: HnetConfig, params: Any) -> tuple[Any, Any]:
@@ -115,7 +162,9 @@ def apart(found: Any, expected: Any) -> float:
     return float(np.linalg.norm(np.asarray(found, np.float64) - expected) / (np.linalg.norm(expected) + 1e-9))
 
 
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize(
+    "name", ["flat", pytest.param("mixed", marks=pytest.mark.slow), pytest.param("staged", marks=pytest.mark.slow)]
+)
 def test_a_whole_model_and_its_gradients(name: str) -> None:
     model, params = SHAPES[name], made(SHAPES[name])
     logits, own = jax.jit(lambda params: ours(model, params))(params)
