@@ -28,6 +28,10 @@ CHANNELS, POSITIONS = 128, 16
 # of outputs they take 176 KiB in float32.
 STAGES, BACKWARD_STAGES, OUT_STAGES = 10, 6, 2
 DTYPES = ("float32", "bfloat16")
+# Without a barrier of all threads before and after every store: no thread reads what it or another one wrote.
+COMPILER_PARAMS = plgpu.CompilerParams(
+    unsafe_no_auto_barriers=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+)
 
 
 class Settings(NamedTuple):
@@ -97,7 +101,7 @@ def _kernel(
         grid=(width // CHANNELS, batch),
         grid_names=("channels", "batch"),
         scratch_types=scratch,
-        compiler_params=hopper.COMPILER_PARAMS,
+        compiler_params=COMPILER_PARAMS,
         interpret=settings.interpret,
         kernel_name=name,
     )
