@@ -1,9 +1,9 @@
 """The linear recurrence h_t = keep_t h_{t-1} + new_t for NVIDIA Hopper (Pallas Mosaic GPU), each pass over HBM once.
 
-A block of threads is one warpgroup, which owns CHANNELS channels of a row, one per thread. It walks over the positions,
-with the state in a register. A ring of blocks in shared memory, which TMA fills and empties, keeps enough bytes on their
-way for the whole bandwidth of the memory, however few blocks of threads there are. The backward pass walks from the last
-position to the first.
+A block of threads is one warpgroup, which owns CHANNELS channels of a row, one per thread. It walks over the
+positions, with the state in a register; the backward pass walks from the last position to the first. Blocks of inputs
+are in a ring in shared memory, which TMA fills ahead of the walk, so that enough bytes are on their way for the whole
+bandwidth of the memory, however few blocks of threads there are. TMA also takes the outputs away.
 
 Shapes: B batch, T positions (padded to whole blocks), E channels, c CHANNELS.
 """
@@ -11,7 +11,7 @@ Shapes: B batch, T positions (padded to whole blocks), E channels, c CHANNELS.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
 from smallcoder_jax.kernels import hopper
+from smallcoder_jax.kernels.flash_hopper import HOPPER
 
 CHANNELS, POSITIONS = 128, 16
 # Blocks of inputs in shared memory: two arrays in the forward pass and three in the backward pass. Together with those
@@ -39,6 +40,18 @@ class Settings(NamedTuple):
 
     new_dtype: DTypeLike  # that of the gradient of `new`, too
     interpret: Any  # the parameters of Mosaic GPU's interpreter, or None
+
+
+def obstacle(width: int, dtypes: Iterable[DTypeLike], device: str | None) -> str | None:
+    """Why the kernels cannot serve `width` channels of these types on a kind of device, or None if they can (also for a
+    CPU, which interprets them). Any length is possible.
+    """
+    if device not in (None, "cpu") and not any(name in device for name in HOPPER):
+        return f"it is made for NVIDIA Hopper (H100, H200), not for {device}"
+    unknown = [name for name in (jnp.dtype(dtype).name for dtype in dtypes) if name not in DTYPES]
+    if unknown:
+        return f"it serves {' and '.join(DTYPES)}, not {unknown[0]}"
+    return f"it serves multiples of {CHANNELS} channels on each device, not {width}" if width % CHANNELS else None
 
 
 def recurrence(keep_BTE: Array, new_BTE: Array, start_BE: Array, *, interpret: Any = None) -> Array:

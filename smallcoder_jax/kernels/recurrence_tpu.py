@@ -2,7 +2,7 @@
 
 The last axis of the grid runs over blocks of positions, one after the other, with the state between two blocks in VMEM;
 the backward pass runs over them from last to first. Within a block the kernels go through tiles of 8 positions, the
-sublanes of a register. A tile takes three steps of a scan over its sublanes, which depend on no other tile, and then one
+sublanes of a register. A tile takes three steps of a scan over its sublanes, which depend on no other tile, and one
 multiplication and addition for the state before it, so that little waits for the tile before.
 
 Shapes: B batch, T positions, E channels, s SUBLANES positions of a tile, g GROUP positions, c channels of a block.
@@ -11,6 +11,7 @@ Shapes: B batch, T positions, E channels, s SUBLANES positions of a tile, g GROU
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,10 +21,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
+from smallcoder_jax.kernels.flash_tpu import VMEM_MIB
+
 LANES, SUBLANES = 128, 8
 GROUP = 16  # positions that are loaded at once: one tile of bfloat16, two of float32
 # The largest block. In the backward pass ten of them are in VMEM: 10 MiB in float32.
 POSITIONS, CHANNELS = 512, 512
+KINDS = tuple(VMEM_MIB)
 DTYPES = ("float32", "bfloat16")
 
 
@@ -34,8 +38,13 @@ class Settings(NamedTuple):
     interpret: bool
 
 
-def obstacle(*dtypes: DTypeLike) -> str | None:
-    """Why the kernels cannot serve inputs of these types, or None if they can. Any length and width is possible."""
+def obstacle(width: int, dtypes: Iterable[DTypeLike], device: str | None) -> str | None:
+    """Why the kernels cannot serve inputs of these types on a kind of device, or None if they can (also for one that is
+    no TPU, which only interprets a kernel). Any length and width is possible.
+    """
+    del width
+    if device is not None and device.startswith("TPU") and device not in KINDS:
+        return f"it is made for {', '.join(KINDS)}, not for {device}"
     unknown = [name for name in (jnp.dtype(dtype).name for dtype in dtypes) if name not in DTYPES]
     return f"it serves {' and '.join(DTYPES)}, not {unknown[0]}" if unknown else None
 
