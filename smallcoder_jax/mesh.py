@@ -23,6 +23,7 @@ ROWS = P(("data", "fsdp"))
 BATCH = P(("data", "fsdp"), "context")  # rows and tokens of [B, T, ...]
 TOKENS = P(TOKEN_AXES)  # tokens of [X, ...], in the order of `flat_tokens`
 HEADS = P(("data", "fsdp"), "context", "tensor", None)  # rows, tokens and heads of [B, T, N, H]
+CHANNELS = P(("data", "fsdp"), None, "tensor")  # rows and channels of [B, T, E]
 
 # The rules of a model family: name pattern -> how the parameter is split in the unrolled layout. The first match
 # counts.
@@ -202,6 +203,16 @@ def flat_tokens(x: jax.Array) -> jax.Array:
 def context_size() -> int:
     """The number of devices over which the mesh that is traced for splits each row along its length."""
     return jax.sharding.get_abstract_mesh().shape.get("context", 1)
+
+
+def tensor_size() -> int:
+    """The number of devices over which the mesh that is traced for splits heads and channels."""
+    return jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
+
+
+def traced_device() -> Any:
+    """The device that is traced for: the abstract mesh's, which need not exist here, or else jax's first device."""
+    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
 
 
 def whole_width(table: jax.Array) -> jax.Array:

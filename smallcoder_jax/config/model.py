@@ -122,6 +122,7 @@ class ComputeConfig(Section):
     # is always exact.
     matmul: Literal["exact", "mixed", "auto"] = "exact"
     attention: Literal["auto", "xla", "cudnn", "pallas_tpu", "pallas_gpu"] = "auto"
+    recurrence: Literal["auto", "xla", "pallas_tpu", "pallas_gpu"] = "auto"  # of the byte-level family
     layers: Literal["scan", "unroll"] = "unroll"  # scan compiles faster, unroll runs faster
     # What the backward pass recomputes: nothing (none), all but products with parameters (dots), or everything (full).
     remat: Literal["none", "dots", "full"] = "none"

@@ -83,6 +83,8 @@ class Family:
     published: Published | str  # the published format; or a sentence that says why models cannot be exported
     # Names of `Hidden.losses` and `Hidden.observed`; training steps and evaluations log them.
     logged: Callable[[Any], tuple[str, ...]] = lambda model: ()
+    # (model, row length) -> (length of the rows, channels) of each recurrence, to choose kernels.
+    recurrence_shapes: Callable[[Any, int], Sequence[tuple[int, int]]] = lambda model, length: ()
     # The learning rate of parameters is multiplied by that of the first name pattern that matches, or else by 1.
     rates: Callable[[Any], Sequence[tuple[str, float]]] = lambda model: ()
 

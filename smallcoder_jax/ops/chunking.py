@@ -106,18 +106,21 @@ def dechunk(
     chunks: Chunks,
     segment_ids_BT: Int[Array, "B T"],
     before_BD: Float[Array, "B D"],
+    implementation: str = "auto",
 ) -> tuple[Float[Array, "B T D"], Float[Array, "B D"]]:
     """The smoothed output of each position's chunk: z_m = q_m output_m + (1 - q_m) z_{m-1}, where q is the share of the
     chunk, in float32 (eq. 5), and the last one of each row. `before_BD` is that of the chunk before the first position.
-    Nothing crosses from one document to another, and padding gets 0.
+    Nothing crosses from one document to another, and padding gets 0. `implementation` is that of the recurrence.
     """
     share_BM = jnp.clip(chunks.shares_BM, LEAST, 1.0 - LEAST)
     share_BM = jnp.where(chunks.starts_BM, 1.0, share_BM)
     filled_BM = chunks.segment_ids_BM > 0
     keep_BM = jnp.where(filled_BM, 1.0 - share_BM, 1.0)
     new_BMD = jnp.where(filled_BM, share_BM, 0.0)[..., None] * outputs_BMD.astype(jnp.float32)
+    # A kernel reads `keep` for every channel. That is a third more than it would have to move, but a scan, even one of
+    # a single `keep` for all channels, moves seven times as much.
     keep_BMD = jnp.broadcast_to(keep_BM[..., None], new_BMD.shape)
-    z_BMD = recurrence(keep_BMD, new_BMD, before_BD)
+    z_BMD = recurrence(keep_BMD, new_BMD, before_BD, implementation=implementation)
     all_BMD = jnp.concatenate([before_BD[:, None], z_BMD], axis=1)  # slot 0: the chunk before
     place_BT = jnp.minimum(chunks.of_BT, outputs_BMD.shape[1] - 1)
     back_BTD = jnp.take_along_axis(all_BMD, place_BT[..., None] + 1, axis=1)

@@ -15,7 +15,7 @@ from smallcoder_jax.config import Config, ModelConfig
 from smallcoder_jax.mesh import batch_sharding, check_length, make_mesh, params_sharding
 from smallcoder_jax.models import build, lora
 from smallcoder_jax.models.families import family_of
-from smallcoder_jax.ops import attention, cross_entropy, precision
+from smallcoder_jax.ops import attention, cross_entropy, precision, recurrence
 from smallcoder_jax.train.state import TrainState, init_state, state_sharding
 from smallcoder_jax.train.step import LossFn, make_train_step
 
@@ -31,6 +31,7 @@ class Program(NamedTuple):
     frozen_shardings: Any
     step: Any
     attention: attention.Choice
+    recurrence: tuple[recurrence.Choice, ...]  # different ones only; empty: there are no recurrences
     cross_entropy: cross_entropy.Choice
     matmul: precision.Choice
 
@@ -84,6 +85,7 @@ def make_program(
             frozen_shardings=frozen_shardings,
         ),
         attention=_attention(config, mesh),
+        recurrence=_recurrence(config, mesh),
         cross_entropy=cross_entropy.choose(
             train.microbatch_rows * length, model.vocab_size, config.compute.dtype, mesh.shape
         ),
@@ -107,6 +109,19 @@ def _attention(config: Config, mesh: Mesh) -> attention.Choice:
         device.device_kind,
         context=mesh.shape["context"],
     )
+
+
+def _recurrence(config: Config, mesh: Mesh) -> tuple[recurrence.Choice, ...]:
+    device = mesh.devices.flat[0]
+    shapes = family_of(config.model).recurrence_shapes(config.model, config.train.sequence_length)
+    found = [
+        recurrence.choose(
+            config.compute.recurrence, length, width, [jnp.float32], device.platform, device.device_kind,
+            context=mesh.shape["context"], tensor=mesh.shape["tensor"],
+        )
+        for length, width in shapes
+    ]  # fmt: skip
+    return tuple(dict.fromkeys(found))
 
 
 def _placed(shapes: Any, shardings: Any) -> Any:

@@ -12,11 +12,18 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
+from jax import Array
+from jax.sharding import SingleDeviceSharding
+from jax.typing import DTypeLike
 
 from smallcoder_jax.config import Config, MeshConfig
+from smallcoder_jax.kernels import recurrence_tpu
 from smallcoder_jax.kernels.flash_tpu import VMEM_MIB
 from smallcoder_jax.ops import attention
+from smallcoder_jax.ops.recurrence import recurrence
 from smallcoder_jax.preflight.target import target_of
 from tests.helpers import CAPTURES
 from tests.lowering import splash
@@ -98,6 +105,32 @@ def test_less_is_left_to_xla_than_with_its_rope_and_splash_attention(
     print("VMEM of splash's in MiB:", {kernel: round(mib, 1) for kernel, mib in kernel_vmem(theirs).items()})
     assert any(kernel.startswith("splash") for kernel in kernel_vmem(theirs))
     assert cycles < their_cycles
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("chip", list(CHIPS))
+def test_the_recurrence_moves_each_byte_once_and_spills_nothing(chip: str, dtype: str) -> None:
+    shape = rows, length, width = 16, 8192, 1024  # too large for XLA to keep an array in VMEM
+    sharding = SingleDeviceSharding(devices_of(chip)[0])
+
+    def array(*shape: int, dtype: DTypeLike = jnp.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+    def gradients(keep: Array, new: Array, start: Array, dh: Array) -> Any:
+        h, pull = jax.vjp(functools.partial(recurrence, implementation="pallas_tpu"), keep, new, start)
+        return h, pull(dh)
+
+    inputs = array(*shape, dtype=dtype), array(*shape, dtype=dtype), array(rows, width), array(*shape)
+    compiled = jax.jit(gradients).lower(*inputs).compile()
+    own = jnp.dtype(dtype).itemsize  # bytes of `keep`, `new` and their gradients, each
+    must = rows * length * width * ((2 * own + 4) + (own + 2 * 4 + 2 * own))
+    moved = compiled.cost_analysis()["bytes accessed"]  # of XLA and, as they say themselves, of the kernels
+    vmem = sorted(kernel_vmem(compiled.as_text()).values())
+    print(f"{chip}, {dtype}: {moved / must:.4f} of the bytes that it must move; VMEM in MiB: {vmem}")
+    assert must <= moved <= 1.02 * must
+    block = recurrence_tpu.POSITIONS * recurrence_tpu.CHANNELS / 2**20
+    for found, itemsizes in zip(vmem, (2 * own + 4, 3 * own + 2 * 4), strict=True):
+        assert found <= 2 * block * itemsizes + 0.1  # two blocks of each array, and what is small
 
 
 @pytest.mark.parametrize("variant", CONFIGS)

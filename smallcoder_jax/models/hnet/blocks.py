@@ -62,8 +62,9 @@ def projection(
 class Recurrence(nnx.Module):
     """The HGRN recurrence (arXiv 2404.07904, 2406.02528): h_t = f_t h_{t-1} + (1 - f_t) silu(value_t), gated."""
 
-    def __init__(self, model: HnetConfig, stage: int, *, dtype: DTypeLike, out_std: float, rngs: nnx.Rngs):
-        width = model.widths[stage]
+    def __init__(self, model: HnetConfig, compute: ComputeConfig, stage: int, *, out_std: float, rngs: nnx.Rngs):
+        width, dtype = model.widths[stage], jnp.dtype(compute.dtype)
+        self.implementation = compute.recurrence
         expanded = width * model.expand_ratio
         made: dict[str, Any] = {"ternary": model.is_ternary(stage), "dtype": dtype, "rngs": rngs}
         self.forget, self.value, self.gate = (projection(width, expanded, std=width**-0.5, **made) for _ in range(3))
@@ -92,7 +93,7 @@ class Recurrence(nnx.Module):
         real_BT1 = row.segment_ids_BT[..., None] > 0
         keep_BTE = jnp.where(row.starts_BT[..., None], 0.0, forget_BTE)
         keep_BTE, new_BTE = jnp.where(real_BT1, keep_BTE, 1.0), jnp.where(real_BT1, new_BTE, 0.0)
-        h_BTE = recurrence(keep_BTE, new_BTE, state["h"])
+        h_BTE = recurrence(keep_BTE, new_BTE, state["h"], implementation=self.implementation)
         gated_BTE = self.gate_norm(self.gate(x_BTD)) * jax.nn.silu(h_BTE).astype(x_BTD.dtype)
         return self.output(gated_BTE), {**state, "h": h_BTE[:, -1]}
 
@@ -150,7 +151,7 @@ class Block(nnx.Module):
         if kind == "a":
             self.mixer: Any = WindowAttention(model, compute, out_std=out_std, rngs=rngs)
         else:
-            self.mixer = Recurrence(model, stage, dtype=dtype, out_std=out_std, rngs=rngs)
+            self.mixer = Recurrence(model, compute, stage, out_std=out_std, rngs=rngs)
         self.mlp_norm = RMSNorm(width, EPS)
         self.mlp = GatedMLP(width, ternary=model.is_ternary(stage), dtype=dtype, out_std=out_std, rngs=rngs)
 

@@ -24,6 +24,18 @@ def attention_shape(model: HnetConfig, length: int) -> tuple[int, int, int] | No
     return length, shape.heads // shape.kv_heads, shape.head_size
 
 
+def recurrence_shapes(model: HnetConfig, length: int) -> list[tuple[int, int]]:
+    shapes = []
+    for stage, width in enumerate(model.widths):
+        innermost = stage == len(model.inner_widths)
+        if not innermost or "x" in model.kinds:
+            shapes.append((length, width * model.expand_ratio))
+        if not innermost:
+            length = model.room(length)
+            shapes.append((length, width))  # the smoothed outputs of the stage within
+    return shapes
+
+
 def logged(model: HnetConfig) -> tuple[str, ...]:
     stages = range(1, len(model.inner_widths) + 1)
     return ("ratio", *[f"{name}_{stage}" for stage in stages for name in ("boundaries", "overflow")])
@@ -42,6 +54,7 @@ HNET = Family(
     muon=r".*blocks/.*/kernel",
     flops_per_token=costs.flops_per_token,
     attention_shape=attention_shape,
+    recurrence_shapes=recurrence_shapes,
     published="transformers has no model of this kind",
     logged=logged,
     rates=rates,

@@ -40,7 +40,7 @@ class Outer(nnx.Module):
 
     def __init__(self, model: HnetConfig, stage: int, compute: ComputeConfig, *, rngs: nnx.Rngs):
         width, within = model.widths[stage : stage + 2]
-        self.model, self.width = model, width
+        self.model, self.width, self.recurrence = model, width, compute.recurrence
         self.encoder = Stack(model, compute, stage, "x" * model.encoder_blocks[stage], rngs=rngs)
         self.router = Router(width)
         self.residual = Linear(width, width, bias=True, std=0.0, dtype=jnp.float32, rngs=rngs)
@@ -58,7 +58,9 @@ class Outer(nnx.Module):
         positions_BM, last_B = chunking.chunk_positions(chunks, state["last_chunk"])
         inner_row = Row(positions_BM, chunks.segment_ids_BM, row.extends)
         outputs_BMD, inner, routed = self._within(chunks.states_BMD, inner_row, state["inner"])
-        back_BTD, smoothed_BD = chunking.dechunk(outputs_BMD, chunks, row.segment_ids_BT, state["smoothed"])
+        back_BTD, smoothed_BD = chunking.dechunk(
+            outputs_BMD, chunks, row.segment_ids_BT, state["smoothed"], self.recurrence
+        )
         confidence_BT1 = chunking.confidence(probability_BT, boundary_BT)[..., None]
         skipped_BTD = self.residual(encoded_BTD.astype(jnp.float32))
         mixed_BTD = split_activations((back_BTD * confidence_BT1 + skipped_BTD).astype(x_BTD.dtype))
