@@ -11,13 +11,23 @@ from smallcoder_jax.config.fields import LARGEST_SEED, Section, number
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig(Section):
-    """`sentencepiece`: trained here unless `path` names a folder. `bytes`: raw UTF-8. `hf`: a published tokenizer, read
-    from the folder `path`."""
+    """`sentencepiece`: trained here unless `path` names a folder. `bytes`: raw UTF-8, 256 entries. `bytes_tools`: also
+    the pieces around function calls, 260 entries. `hf`: a published tokenizer, read from the folder `path`."""
 
-    kind: Literal["sentencepiece", "bytes", "hf"] = "sentencepiece"
+    kind: Literal["sentencepiece", "bytes", "bytes_tools", "hf"] = "sentencepiece"
     path: str = ""
     # How much of the training split sentencepiece is trained on.
     train_bytes: int = number(30_000_000, low=1, high=2**63 - 1)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it is trained on the run's own documents."""
+        return self.kind == "sentencepiece" and not self.path
+
+    @property
+    def entries(self) -> int | None:
+        """The number of entries, where the kind determines it."""
+        return {"bytes": 256, "bytes_tools": 260}.get(self.kind)
 
     def problems(self) -> Iterator[str]:
         if self.kind == "hf" and not self.path:

@@ -108,7 +108,7 @@ class _Places:
         specs = parse_sources(config.data.sources)
         corpus = corpus_key(specs, config.data)
         settings = config.tokenizer
-        if settings.kind == "sentencepiece" and not settings.path:
+        if settings.is_trained:
             made_from = [_TOKENIZER_FORMAT, corpus, config.model.vocab_size, settings.train_bytes]
         else:
             made_from = [_TOKENIZER_FORMAT, settings.kind, settings.path]
@@ -128,7 +128,7 @@ def _load(config: Config, places: _Places, tokenizer: Tokenizer) -> Prepared:
 def _ensure_tokenizer(config: Config, places: _Places, progress: Progress | None) -> Tokenizer:
     """The tokenizer in its folder in `places`; where that is missing, it is trained or copied there first."""
     settings, vocab_size = config.tokenizer, config.model.vocab_size
-    given = open_tokenizer(settings.kind, settings.path) if settings.kind == "bytes" or settings.path else None
+    given = None if settings.is_trained else open_tokenizer(settings.kind, settings.path)
     if given is not None:
         check_tokenizer(given, vocab_size)
     folder = places.tokenizer
