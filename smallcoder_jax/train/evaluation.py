@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,8 +13,9 @@ from jax.sharding import Mesh
 
 from smallcoder_jax.base.distributed import StopVote
 from smallcoder_jax.config import ComputeConfig, Config, eval_rows
-from smallcoder_jax.generate.engine import Generator
+from smallcoder_jax.generate.engine import Completion, Generator
 from smallcoder_jax.generate.sampling import SamplingOptions
+from smallcoder_jax.generate.utf8 import utf8_measures
 from smallcoder_jax.mesh import batch_sharding, on_mesh, parameter_name, place_batch, process_rows
 from smallcoder_jax.models import build
 from smallcoder_jax.ops import precision
@@ -78,28 +79,36 @@ def on_this_device(
     return Evaluation(params, lambda batch: compiled(params, dict(batch)), add_up, iter, range(rows), limit)
 
 
-def draw_samples(config: Config, task: Task, params: build.Params, accuracy: float | None) -> list[dict[str, Any]]:
+def draw_samples(
+    config: Config, task: Task, params: build.Params, accuracy: float | None
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Samples completions of the task's prompts or, if it has none, of `eval.sample_prompts`.
 
-    Each sample is {input, output, accuracy}. `params` are all parts that the loss sees. Raises NotFinite if logits are
-    not.
+    Returns the samples, each {input, output, accuracy}, and the `utf8_measures` of all. `params` are all parts that the
+    loss sees. Raises NotFinite if logits are not.
     """
     prompts = task.prompts
     if prompts is None:
         prompts = {prompt: prompt for prompt in config.eval.sample_prompts}
     model = build.to_unrolled(build.model_params(params))
+    generator = Generator(config.model, config.compute, model, task.tokenizer)
+    completions = complete(config, generator, list(prompts.values()))
+    samples = [
+        {"input": prompt, "output": completion.text, "accuracy": accuracy}
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+    return samples, utf8_measures(completions, task.tokenizer)
+
+
+def complete(config: Config, generator: Generator, prompts: Sequence[str | Sequence[int]]) -> list[Completion]:
+    """Completions of `prompts` by the settings of `eval`. Raises NotFinite if logits are not."""
     options = SamplingOptions(
         max_tokens=config.eval.sample_tokens,
         temperature=config.eval.sample_temperature,
         seed=config.train.seed,
         truncate_prompt=True,
     )
-    generator = Generator(config.model, config.compute, model, task.tokenizer)
-    completions = generator.generate(list(prompts.values()), options)
-    return [
-        {"input": prompt, "output": completion.text, "accuracy": accuracy}
-        for prompt, completion in zip(prompts, completions, strict=True)
-    ]
+    return generator.generate(prompts, options)
 
 
 def make_gradient(loss_fn: LossFn, matmul: precision.Kind, mesh: Mesh) -> Any:

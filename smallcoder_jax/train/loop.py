@@ -302,19 +302,27 @@ class Trainer:
         total = self.evaluator.evaluate(self.task, self.state.params, stop)
         if total is None:
             return None
+        samples = self._sample(total)
         best = self.history.add_evaluation(total)
         self.log.evaluation(self.step, total)
         values = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in total.items())
         self.terminal.note(f"step {self.step}, validation: {values}{' (best so far)' if best else ''}")
-        if self.config.eval.sample_tokens:
-            try:
-                samples = draw_samples(self.config, self.task, self.params, total.get("accuracy"))
-                self.log.samples(self.step, samples)
-                if samples:
-                    self.terminal.sample(samples[0]["input"], samples[0]["output"])
-            except NotFinite as error:  # only the guard may end the run
-                self.terminal.note(f"no samples: {error}")
+        self.log.samples(self.step, samples)
+        if samples:
+            self.terminal.sample(samples[0]["input"], samples[0]["output"])
         return best
+
+    def _sample(self, total: dict[str, float]) -> list[dict[str, Any]]:
+        """Samples of text for an evaluation, to which the measures of these texts are added."""
+        if not self.config.eval.sample_tokens:
+            return []
+        try:
+            samples, measures = draw_samples(self.config, self.task, self.params, total.get("accuracy"))
+        except NotFinite as error:  # only the guard may end the run
+            self.terminal.note(f"no samples: {error}")
+            return []
+        total |= measures
+        return samples
 
     def _save(self, best: bool, keep: int) -> None:
         self.log.flush()  # so that a run that continues from this step has its log lines
