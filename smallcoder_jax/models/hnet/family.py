@@ -26,7 +26,7 @@ def attention_shape(model: HnetConfig, length: int) -> tuple[int, int, int] | No
 
 def logged(model: HnetConfig) -> tuple[str, ...]:
     stages = range(1, len(model.inner_widths) + 1)
-    return ("ratio", *[f"{name}_{stage}" for stage in stages for name in ("boundaries", "overflow")])
+    return ("ratio", *[f"{name}_{stage}" for stage in stages for name in ("boundaries", "overflow", "chunk_length")])
 
 
 def rates(model: HnetConfig) -> list[tuple[str, float]]:

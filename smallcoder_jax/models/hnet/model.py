@@ -160,6 +160,7 @@ class Hnet(nnx.Module):
             begun = jnp.sum(stage.boundary_BT).astype(jnp.float32)
             real = jnp.sum(stage.segment_ids_BT > 0).astype(jnp.float32)
             observed |= {f"boundaries_{number}": (begun, real), f"overflow_{number}": (stage.overflow, begun)}
+            observed[f"chunk_length_{number}"] = (real, begun)
             ratio += chunking.ratio_loss(
                 stage.probability_BT, stage.boundary_BT, stage.segment_ids_BT, self.model.chunk_target
             )
