@@ -83,6 +83,9 @@ class Family:
     published: Published | str  # the published format; or a sentence that says why models cannot be exported
     # Names of `Hidden.losses` and `Hidden.observed`; training steps and evaluations log them.
     logged: Callable[[Any], tuple[str, ...]] = lambda model: ()
+    # (module, tokens, positions, segment ids) -> where chunks begin, for a family that divides a row into chunks: for
+    # each stage, outermost first, whether one begins at a token (bool), and the probability of it, both [B, T].
+    boundaries: Callable[[Any, Array, Array, Array], Sequence[tuple[Array, Array]]] | None = None
     # The learning rate of parameters is multiplied by that of the first name pattern that matches, or else by 1.
     rates: Callable[[Any], Sequence[tuple[str, float]]] = lambda model: ()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,19 +14,24 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from smallcoder_jax.base.distributed import StopVote
-from smallcoder_jax.config import ComputeConfig, Config, eval_rows
+from smallcoder_jax.config import ComputeConfig, Config, ModelConfig, eval_rows
 from smallcoder_jax.generate.engine import Completion, Generator
 from smallcoder_jax.generate.sampling import SamplingOptions
 from smallcoder_jax.generate.utf8 import utf8_measures
 from smallcoder_jax.mesh import batch_sharding, on_mesh, parameter_name, place_batch, process_rows
 from smallcoder_jax.models import build
+from smallcoder_jax.models.families import family_of
 from smallcoder_jax.ops import precision
+from smallcoder_jax.report.boundaries import Boundaries
 from smallcoder_jax.train.program import Program
 from smallcoder_jax.train.step import LossFn, make_eval_step
 from smallcoder_jax.train.stop import StopRequest
 from smallcoder_jax.train.sums import add_up
 from smallcoder_jax.train.task import Evaluation, Task
 from smallcoder_jax.train.watchdog import Watchdog
+
+_SHOWN_TOKENS = 384  # of a held-out document, of which a picture is drawn
+_INPUTS = ("tokens", "positions", "segment_ids")
 
 
 class Evaluator:
@@ -109,6 +116,37 @@ def complete(config: Config, generator: Generator, prompts: Sequence[str | Seque
         truncate_prompt=True,
     )
     return generator.generate(prompts, options)
+
+
+def find_boundaries(config: Config, task: Task, params: build.Params) -> Boundaries | None:
+    """Where the model's chunks begin in the first held-out document, or in its first `_SHOWN_TOKENS` tokens.
+
+    None if the model makes no chunks, or the task has no held-out batches. `params` are all parts that the loss sees.
+    """
+    if family_of(config.model).boundaries is None:
+        return None
+    # The same row on all processes.
+    batch = next(iter(task.validation_batches(1, range(1))), None)
+    if batch is None:
+        return None
+    row = {name: batch[name].reshape(-1, batch[name].shape[-1])[:1, :_SHOWN_TOKENS] for name in _INPUTS}
+    shown = row["segment_ids"] == row["segment_ids"][0, 0]
+    row["segment_ids"] = shown.astype(np.int32)
+    model = build.to_unrolled(build.model_params(params))
+    compute = dataclasses.replace(config.compute, layers="unroll", remat="none")
+    stages = _boundaries(config.model, compute, model, *(row[name] for name in _INPUTS))
+    stages = multihost_utils.process_allgather(stages, tiled=True)
+    ids = row["tokens"][shown].tolist()
+    found = [(begins_BT[shown], probability_BT[shown]) for begins_BT, probability_BT in stages]
+    return Boundaries([task.tokenizer.token_bytes[i] for i in ids], found) if found else None
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _boundaries(model: ModelConfig, compute: ComputeConfig, params: build.Params, *inputs: jax.Array) -> Any:
+    graph, _ = build.abstract_model(model, compute)
+    of_family = family_of(model).boundaries
+    assert of_family is not None
+    return of_family(build.bind(graph, params), *inputs)
 
 
 def make_gradient(loss_fn: LossFn, matmul: precision.Kind, mesh: Mesh) -> Any:

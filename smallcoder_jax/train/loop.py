@@ -26,7 +26,7 @@ from smallcoder_jax.mesh import batch_sharding, check_rows, process_rows
 from smallcoder_jax.models import build
 from smallcoder_jax.report.run_folder import RunFolder
 from smallcoder_jax.train.checkpoint import Checkpointer
-from smallcoder_jax.train.evaluation import Evaluator, draw_samples, whole_leaves
+from smallcoder_jax.train.evaluation import Evaluator, draw_samples, find_boundaries, whole_leaves
 from smallcoder_jax.train.meter import Meter
 from smallcoder_jax.train.profile import StepProfile
 from smallcoder_jax.train.program import make_program
@@ -310,6 +310,8 @@ class Trainer:
         self.log.samples(self.step, samples)
         if samples:
             self.terminal.sample(samples[0]["input"], samples[0]["output"])
+        if (found := find_boundaries(self.config, self.task, self.params)) is not None:
+            self.log.boundaries(self.step, found)
         return best
 
     def _sample(self, total: dict[str, float]) -> list[dict[str, Any]]:

@@ -44,5 +44,6 @@ HNET = Family(
     attention_shape=attention_shape,
     published="transformers has no model of this kind",
     logged=logged,
+    boundaries=Hnet.boundaries,
     rates=rates,
 )
