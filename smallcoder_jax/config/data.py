@@ -55,9 +55,18 @@ class DataConfig(Section):
     fim_spm_share: float = number(0.5, low=0, high=1)  # share of these with the suffix first (SPM); else prefix (PSM)
     repository_order: bool = False  # one document per repository, files in dependency order
     validation_fraction: float = number(0.05, above=0, below=1)
+    # Share of the documents that is held out from evaluations during training too, for `eval.split`.
+    test_fraction: float = number(0.0, low=0, below=1, zero="no test documents")
     min_characters: int = number(50, low=0)  # documents that are shorter after stripping are dropped
     max_documents: int = number(0, low=0, zero="all")  # stop after this many kept documents per source
     allow_dummy_data: bool = False  # generate text where a source cannot be read; the run is marked, verification fails
+
+    def problems(self) -> Iterator[str]:
+        if self.validation_fraction + self.test_fraction >= 1:
+            yield (
+                f"data.validation_fraction={self.validation_fraction} and data.test_fraction={self.test_fraction} must "
+                "be less than 1 together: the rest is for training"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

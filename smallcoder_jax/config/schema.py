@@ -70,6 +70,11 @@ class Config(Section):
                 f"optimizer.decay_steps={self.optimizer.decay_steps} must be between 1 and train.steps={train.steps} "
                 "for the wsd schedule"
             )
+        if evaluation.split == "test" and (self.data.test_fraction == 0 or kind.reads != "documents"):
+            yield (
+                "eval.split='test' is for a stage that reads documents and set some apart: data.test_fraction="
+                f"{self.data.test_fraction}, stage.name={self.stage.name!r}"
+            )
         if self.tokenizer.entries not in (None, model.vocab_size):
             yield (
                 f"tokenizer.kind={self.tokenizer.kind!r} has {self.tokenizer.entries} entries, but "

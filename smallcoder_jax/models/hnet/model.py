@@ -173,7 +173,8 @@ class Hnet(nnx.Module):
     def boundaries(self, tokens_BT: Array, positions_BT: Array, segment_ids_BT: Array) -> list[tuple[Array, Array]]:
         """See `Family.boundaries`. A stage within has probabilities only where a chunk of the stage around it begins,
         and 0 elsewhere. There is room for all chunks, as in generation."""
-        start = init_state(self.model, *tokens_BT.shape, self.compute.dtype)
+        rows, length = tokens_BT.shape
+        start = init_state(self.model, rows, length, self.compute.dtype)
         *_, routed = self._states(tokens_BT, positions_BT, segment_ids_BT, start, extends=True)
         found: list[tuple[Array, Array]] = []
         here_BT = segment_ids_BT > 0  # the tokens at which a slot of the stage begins

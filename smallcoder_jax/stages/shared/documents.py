@@ -159,10 +159,10 @@ def _unusable(config: Config, prepared: Prepared) -> dict[str, str]:
 
 
 def measure(config: Config, loaded: LoadedModel, progress: Progress) -> dict[str, Any]:
-    """Loss, perplexity, accuracy and bits per byte of a model on the whole validation split, and those of compressors;
-    for a model of bytes, how much of what it writes is UTF-8.
+    """Loss, perplexity, accuracy and bits per byte of a model on the whole split `eval.split`, and those of
+    compressors; for a model of bytes, how much of what it writes is UTF-8.
 
-    `data` in the result says which data were used, because an export does not know its own validation split. Raises
+    `data` in the result says which data were used, because an export does not know its own held-out documents. Raises
     UserError when the config's data or row length do not fit the model.
     """
     path = loaded.origin["path"]
@@ -181,6 +181,7 @@ def measure(config: Config, loaded: LoadedModel, progress: Progress) -> dict[str
         batch_size=eval_rows(config),
         rows=range(eval_rows(config)),
         limit_batches=0,
+        split=config.eval.split,
     )
     verification = begin_verification(prepared.tokens_folder, prepared.manifest)
     measured = evaluate(loaded.model, loaded.compute, loaded.params, batches)
@@ -189,10 +190,11 @@ def measure(config: Config, loaded: LoadedModel, progress: Progress) -> dict[str
     return {
         **measured,
         **utf8_measures(written, loaded.tokenizer),
-        "references": held_out_references(prepared),
+        "references": held_out_references(prepared, config.eval.split),
         "data": {
             "sources": config.data.sources,
             "fingerprint": fingerprint,
+            "split": config.eval.split,
             "sequence_length": config.train.sequence_length,
         },
     }
