@@ -166,8 +166,8 @@ def _dataset_info(folder: Path) -> Path:
 
 class _Side:
     """Assigns a source's documents, or its repositories, to the sides of the split by their place in a random order:
-    first those of the validation split, then those of the test split. If there are two or more, the first is always
-    held out and the last never, however small the source is."""
+    first those of the validation split, then those of the test split, if there is one. Each side gets at least one if
+    there are enough, however small the source is: the first is always held out, and the last never."""
 
     def __init__(self, report: SourceReport, data: DataConfig, documents: Iterable[Document]):
         self.by = "repository" if report.repositories >= MIN_REPOSITORIES else "document"
@@ -176,7 +176,8 @@ class _Side:
         self._train = int((data.validation_fraction + data.test_fraction) * 2**64)
         if len(places) > 1:
             self._limit = min(max(self._limit, min(places) + 1), max(places))
-            self._train = min(max(self._train, self._limit), max(places))
+            least = min(place for place in places if place >= self._limit) + 1 if data.test_fraction else self._limit
+            self._train = min(max(self._train, least), max(places))
 
     def of(self, document: Document) -> str:
         place = self._place(document)

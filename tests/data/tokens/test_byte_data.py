@@ -166,9 +166,24 @@ def changed(config: Config, **sections: dict[str, Any]) -> Config:
 def test_fractions_that_leave_nothing_are_refused(make_config: MakeConfig, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"validation_fraction=0.5 and data.test_fraction=0.5 must be less than 1"):
         make_config("stdlib", validation_fraction=0.5, test_fraction=0.5)
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in stories(3)))
-    with pytest.raises(UserError, match=r"the test split is empty.*data.test_fraction=1e-09"):
-        prepare.prepare(make_config(f"jsonl:{tmp_path / 'rows.jsonl'}", test_fraction=1e-9))
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in stories(2)))
+    with pytest.raises(UserError, match=r"the test split is empty.* gave 2 documents .*data.test_fraction=0.1"):
+        prepare.prepare(make_config(f"jsonl:{rows}", test_fraction=0.1))
+
+
+@pytest.mark.parametrize("fraction", [1e-9, 0.1, 0.79])
+@pytest.mark.parametrize("count", [3, 10])
+def test_of_a_few_documents_at_least_one_is_on_each_side(
+    count: int, fraction: float, make_config: MakeConfig, tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in stories(count)))
+    prepared = prepare.prepare(make_config(f"jsonl:{rows}", test_fraction=fraction))
+    sizes = [split.documents for split in prepared.manifest.sources[0].splits.values()]
+    assert len(sizes) == 3
+    assert min(sizes) >= 1
+    assert sum(sizes) == count
 
 
 def test_a_test_split_that_is_not_there_cannot_be_measured(make_config: MakeConfig) -> None:
