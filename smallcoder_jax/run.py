@@ -65,6 +65,8 @@ def train(config: Config, workdir: Path, *, faults: Faults = NONE, allow_changed
     run. Raises Interrupted when SIGTERM arrives before there is anything to save, and Diverged when training diverges.
     """
     configure_jax()
+    if config.eval.split != "validation":
+        raise UserError(f"eval.split={config.eval.split!r} is for --mode=evaluate, after training; leave it out")
     folder = RunFolder(workdir)
     with contextlib.ExitStack() as stack:
         # Checked first, because preparing data can take hours.

@@ -70,8 +70,16 @@ class Config(Section):
                 f"optimizer.decay_steps={self.optimizer.decay_steps} must be between 1 and train.steps={train.steps} "
                 "for the wsd schedule"
             )
-        if self.tokenizer.kind == "bytes" and model.vocab_size != 256:
-            yield f"tokenizer.kind='bytes' has 256 entries, but model.vocab_size={model.vocab_size}"
+        if evaluation.split == "test" and (self.data.test_fraction == 0 or kind.reads != "documents"):
+            yield (
+                "eval.split='test' is for a stage that reads documents and set some apart: data.test_fraction="
+                f"{self.data.test_fraction}, stage.name={self.stage.name!r}"
+            )
+        if self.tokenizer.entries not in (None, model.vocab_size):
+            yield (
+                f"tokenizer.kind={self.tokenizer.kind!r} has {self.tokenizer.entries} entries, but "
+                f"model.vocab_size={model.vocab_size}"
+            )
         if self.distill.top_k > model.vocab_size:
             yield (
                 f"distill.top_k={self.distill.top_k} must be at most model.vocab_size={model.vocab_size}; 0 means the "

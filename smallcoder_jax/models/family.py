@@ -85,6 +85,9 @@ class Family:
     logged: Callable[[Any], tuple[str, ...]] = lambda model: ()
     # (model, row length) -> (length of the rows, channels) of each recurrence, to choose kernels.
     recurrence_shapes: Callable[[Any, int], Sequence[tuple[int, int]]] = lambda model, length: ()
+    # (module, tokens, positions, segment ids) -> where chunks begin, for a family that divides a row into chunks: for
+    # each stage, outermost first, whether one begins at a token (bool), and the probability of it, both [B, T].
+    boundaries: Callable[[Any, Array, Array, Array], Sequence[tuple[Array, Array]]] | None = None
     # The learning rate of parameters is multiplied by that of the first name pattern that matches, or else by 1.
     rates: Callable[[Any], Sequence[tuple[str, float]]] = lambda model: ()
 

@@ -38,7 +38,7 @@ def recurrence_shapes(model: HnetConfig, length: int) -> list[tuple[int, int]]:
 
 def logged(model: HnetConfig) -> tuple[str, ...]:
     stages = range(1, len(model.inner_widths) + 1)
-    return ("ratio", *[f"{name}_{stage}" for stage in stages for name in ("boundaries", "overflow")])
+    return ("ratio", *[f"{name}_{stage}" for stage in stages for name in ("boundaries", "overflow", "chunk_length")])
 
 
 def rates(model: HnetConfig) -> list[tuple[str, float]]:
@@ -57,5 +57,6 @@ HNET = Family(
     recurrence_shapes=recurrence_shapes,
     published="transformers has no model of this kind",
     logged=logged,
+    boundaries=Hnet.boundaries,
     rates=rates,
 )

@@ -162,6 +162,7 @@ class Hnet(nnx.Module):
             begun = jnp.sum(stage.boundary_BT).astype(jnp.float32)
             real = jnp.sum(stage.segment_ids_BT > 0).astype(jnp.float32)
             observed |= {f"boundaries_{number}": (begun, real), f"overflow_{number}": (stage.overflow, begun)}
+            observed[f"chunk_length_{number}"] = (real, begun)
             ratio += chunking.ratio_loss(
                 stage.probability_BT, stage.boundary_BT, stage.segment_ids_BT, self.model.chunk_target
             )
@@ -170,6 +171,24 @@ class Hnet(nnx.Module):
     def extend(self, tokens_BT: Array, positions_BT: Array, segment_ids_BT: Array, cache: State) -> tuple[Array, State]:
         states_BTD, cache, _ = self._states(tokens_BT, positions_BT, segment_ids_BT, cache, extends=True)
         return states_BTD, cache
+
+    def boundaries(self, tokens_BT: Array, positions_BT: Array, segment_ids_BT: Array) -> list[tuple[Array, Array]]:
+        """See `Family.boundaries`. A stage within has probabilities only where a chunk of the stage around it begins,
+        and 0 elsewhere. There is room for all chunks, as in generation."""
+        rows, length = tokens_BT.shape
+        start = init_state(self.model, rows, length, self.compute.dtype)
+        *_, routed = self._states(tokens_BT, positions_BT, segment_ids_BT, start, extends=True)
+        found: list[tuple[Array, Array]] = []
+        here_BT = segment_ids_BT > 0  # the tokens at which a slot of the stage begins
+        slots_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1], dtype=jnp.int32), tokens_BT.shape)
+        for stage in routed:
+            probability_BT, begins_BT = (
+                jnp.take_along_axis(x_BM, slots_BT, axis=1) for x_BM in (stage.probability_BT, stage.boundary_BT)
+            )
+            begins_BT = begins_BT & here_BT
+            found.append((begins_BT, jnp.where(here_BT, probability_BT, 0.0)))
+            here_BT, slots_BT = begins_BT, jnp.maximum(jnp.cumsum(begins_BT.astype(jnp.int32), axis=1) - 1, 0)
+        return found
 
     def unembedding(self) -> Array:
         kernel_DV = self.head.kernel[...]

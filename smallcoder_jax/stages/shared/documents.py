@@ -21,8 +21,10 @@ from smallcoder_jax.data.tokens.shards import Manifest
 from smallcoder_jax.data.tokens.verification import begin_verification
 from smallcoder_jax.evaluate.bits_per_byte import held_out_references
 from smallcoder_jax.evaluate.perplexity import evaluate
+from smallcoder_jax.generate.utf8 import utf8_measures
 from smallcoder_jax.loading import LoadedModel
 from smallcoder_jax.report.run_folder import RunFolder
+from smallcoder_jax.train.evaluation import complete
 from smallcoder_jax.train.step import LossFn
 from smallcoder_jax.train.sums import language_summary
 from smallcoder_jax.train.task import Start, Task
@@ -157,9 +159,10 @@ def _unusable(config: Config, prepared: Prepared) -> dict[str, str]:
 
 
 def measure(config: Config, loaded: LoadedModel, progress: Progress) -> dict[str, Any]:
-    """Loss, perplexity, accuracy and bits per byte of a model on the whole validation split, and those of compressors.
+    """Loss, perplexity, accuracy and bits per byte of a model on the whole split `eval.split`, and those of
+    compressors; for a model of bytes, how much of what it writes is UTF-8.
 
-    `data` in the result says which data were used, because an export does not know its own validation split. Raises
+    `data` in the result says which data were used, because an export does not know its own held-out documents. Raises
     UserError when the config's data or row length do not fit the model.
     """
     path = loaded.origin["path"]
@@ -178,16 +181,20 @@ def measure(config: Config, loaded: LoadedModel, progress: Progress) -> dict[str
         batch_size=eval_rows(config),
         rows=range(eval_rows(config)),
         limit_batches=0,
+        split=config.eval.split,
     )
     verification = begin_verification(prepared.tokens_folder, prepared.manifest)
     measured = evaluate(loaded.model, loaded.compute, loaded.params, batches)
     verification.wait()
+    written = complete(config, loaded.generator, config.eval.sample_prompts) if config.eval.sample_tokens else []
     return {
         **measured,
-        "references": held_out_references(prepared),
+        **utf8_measures(written, loaded.tokenizer),
+        "references": held_out_references(prepared, config.eval.split),
         "data": {
             "sources": config.data.sources,
             "fingerprint": fingerprint,
+            "split": config.eval.split,
             "sequence_length": config.train.sequence_length,
         },
     }
