@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from collections.abc import Callable
@@ -18,14 +19,17 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 
 from smallcoder_jax.base.errors import UserError
-from smallcoder_jax.config import ComputeConfig, HnetConfig, MeshConfig
+from smallcoder_jax.config import ComputeConfig, HnetConfig, MeshConfig, ModelConfig
 from smallcoder_jax.kernels import recurrence_hopper, recurrence_tpu
 from smallcoder_jax.mesh import CHANNELS, ROWS, make_mesh, on_mesh
 from smallcoder_jax.models import build
 from smallcoder_jax.models.families import family_of
 from smallcoder_jax.ops import recurrence as door
 from smallcoder_jax.ops.recurrence import choose, recurrence
-from tests.helpers import CAPTURES, max_difference, packed_batch, tiny_model
+from smallcoder_jax.stages.shared.next_token import make_loss
+from smallcoder_jax.train.program import make_program
+from smallcoder_jax.train.start_table import start_sections
+from tests.helpers import CAPTURES, max_difference, packed_batch, tiny_config, tiny_model
 from tests.kernels.cases import relative_error
 from tests.kernels.interpreter import INTERPRET
 
@@ -287,7 +291,36 @@ def test_the_door_holds_the_shape_against_what_was_asked_for() -> None:
         recurrence(*case[:3], implementation="pallas_gpu")
 
 
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"data": 4, "tensor": 2}, "multiples of 128 channels on each device, not 64"),
+        ({"data": 4, "context": 2}, r"whole rows, which mesh\.context=2 splits"),
+    ],
+)
+def test_the_door_knows_what_a_device_of_the_mesh_holds(sizes: dict[str, int], words: str) -> None:
+    case = draw(40, 128, "float32", rows=8)
+    mesh = make_mesh(MeshConfig(**sizes), tiny_model(vocab_size=96), 8, jax.devices()[:8])
+    function = on_mesh(mesh, functools.partial(recurrence, implementation="pallas_gpu"))
+    with pytest.raises(UserError, match=words):
+        jax.eval_shape(function, *case[:3])
+
+
 def test_a_family_says_which_recurrences_it_has() -> None:
     shapes = family_of(STAGED).recurrence_shapes(STAGED, 1024)
     assert list(shapes) == [(1024, 64), (STAGED.room(1024), 64), (STAGED.room(1024), 128)]
     assert not family_of(tiny_model()).recurrence_shapes(tiny_model(), 1024)
+
+
+@pytest.mark.parametrize("model", [STAGED, tiny_model()], ids=["hnet", "decoder"])
+def test_a_run_shows_what_was_chosen(model: ModelConfig) -> None:
+    config = tiny_config(model=model)
+    program = make_program(config, make_loss(config), jax.devices()[:1])
+    shown = start_sections(config, program, program.state, {}, None)["model"]
+    assert shown.get("recurrence") == ("xla (the only one for platform 'cpu')" if model is STAGED else None)
+    wrong = dataclasses.replace(config, compute=dataclasses.replace(config.compute, recurrence="pallas_tpu"))
+    if model is STAGED:
+        with pytest.raises(UserError, match="runs on TPUs; the platform is 'cpu'"):
+            make_program(wrong, make_loss(wrong), jax.devices()[:1])
+    else:
+        make_program(wrong, make_loss(wrong), jax.devices()[:1])  # there is nothing to choose

@@ -30,10 +30,9 @@ from smallcoder_jax.kernels import recurrence_hopper
 from smallcoder_jax.kernels.flash_hopper import flash_attention, shared_memory_bytes
 from smallcoder_jax.kernels.tiles import HopperTiles
 from smallcoder_jax.ops.attention import attention
-from smallcoder_jax.ops.recurrence import recurrence
 from smallcoder_jax.preflight.target import target_of
 from tests.lowering.preflights import CONFIGS, check, check_preset, preflight
-from tests.lowering.steps import compile_step, config_of, memory_gib
+from tests.lowering.steps import compile_recurrence, compile_step, config_of, memory_gib
 
 pytestmark = pytest.mark.lowering
 
@@ -80,22 +79,13 @@ def compile_variants(size: int) -> None:
         jax.jit(gradients).lower(q, kv, kv, ids, (table, table) if rotated else None, q).compile()
 
 
-def compile_recurrence(dtype: str) -> None:
-    """Run in the process that compiles: output and gradients; prints PTX, and what the program consists of."""
+def compile_recurrences(dtype: str, count: int) -> None:
+    """Run in the process that compiles: prints PTX, and what the program for a GPU consists of and works on."""
     os.environ["MOSAIC_GPU_DUMP_PTX"] = "1"
-    sharding = SingleDeviceSharding(devices_of(1)[0])
-    rows, length, width = 4, 2048, 1024
-    x = jax.ShapeDtypeStruct((rows, length, width), dtype, sharding=sharding)
-    start = jax.ShapeDtypeStruct((rows, width), jnp.float32, sharding=sharding)
-    dh = jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=sharding)
-
-    def gradients(keep: Array, new: Array, start: Array, dh: Array) -> Any:
-        h, pull = jax.vjp(functools.partial(recurrence, implementation="pallas_gpu"), keep, new, start)
-        return h, pull(dh)
-
-    compiled = jax.jit(gradients).lower(x, x, start, dh).compile()
-    entry = compiled.as_text().partition("\nENTRY ")[2]
+    text = compile_recurrence("pallas_gpu", (8, 2048, 1024), dtype, devices_of(count), MESHES[count]).as_text()
+    entry = text.partition("\nENTRY ")[2]
     print("PROGRAM", *re.findall(r"^ .* = .*? ([a-z-]+)\(", entry, re.MULTILINE))
+    print("SHAPES", *set(re.findall(r"(?:f32|bf16)\[(\d+,\d+,\d+)\]", entry)))
 
 
 def ptxas_reports(call: str, kernels: tuple[str, ...] = KERNELS) -> tuple[str, list[tuple[str, int, int, int]]]:
@@ -143,17 +133,19 @@ def test_no_group_of_heads_makes_a_kernel_spill(size: int) -> None:
     assert len(reports) >= 2 * len(KERNELS)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_the_recurrence_moves_each_byte_once_and_spills_nothing(dtype: str) -> None:
-    said, reports = ptxas_reports(f"compile_recurrence({dtype!r})", RECURRENCE)
-    print(f"H200, {dtype}:", {name: f"{used} registers" for name, _, _, used in reports})
+@pytest.mark.parametrize(("dtype", "count"), [("float32", 1), ("bfloat16", 4)])
+def test_the_recurrence_moves_each_byte_once_and_spills_nothing(dtype: str, count: int) -> None:
+    said, reports = ptxas_reports(f"compile_recurrences({dtype!r}, {count})", RECURRENCE)
+    print(f"H200 x {count}, {dtype}:", {name: f"{used} registers" for name, _, _, used in reports})
     assert [report for report in reports if report[1] or report[2]] == []
-    # Nothing but the two kernels works on an array, and there are no others.
+    # Nothing but the two kernels works on an array.
     program = re.search(r"^PROGRAM (.*)$", said, re.MULTILINE)
     assert program is not None
     assert set(program[1].split()) == {"parameter", "custom-call", "get-tuple-element", "tuple"}
     assert program[1].split().count("custom-call") == 2
-    # Within them all copies are TMA's: those that fill the ring, and one of each array for each step of the walk.
+    # A GPU has its own rows and channels alone.
+    assert f"\nSHAPES {'8,2048,1024' if count == 1 else '4,2048,512'}\n" in said
+    # Within the kernels copies are TMA's: those that fill the ring, and one of each array for each step of the walk.
     for name, stages, loads, stores in (
         ("forward", recurrence_hopper.STAGES, 2, 1),
         ("backward", recurrence_hopper.BACKWARD_STAGES, 3 + 2, 2),  # and the position before, from `h` or `start`
