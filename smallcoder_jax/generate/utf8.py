@@ -8,12 +8,17 @@ from smallcoder_jax.generate.engine import Completion
 from smallcoder_jax.tokenizers.base import Tokenizer
 
 
+def writes_bytes(tokenizer: Tokenizer) -> bool:
+    """Whether every id stands for one byte at most, so that a model has to learn UTF-8."""
+    return all(len(piece) <= 1 for piece in tokenizer.token_bytes)
+
+
 def utf8_measures(completions: Sequence[Completion], tokenizer: Tokenizer) -> dict[str, float]:
     """Shares of completions: `utf8_validity` of those whose bytes decode strictly, without the token that ended them,
     and `utf8_cut_off` of those that are valid except for a last character that `max_tokens` cut off. The remaining ones
     are invalid. Empty for a tokenizer with entries of several bytes, and without completions.
     """
-    if not completions or any(len(piece) > 1 for piece in tokenizer.token_bytes):
+    if not completions or not writes_bytes(tokenizer):
         return {}
     faults = [_fault(completion, tokenizer) for completion in completions]
     return {

@@ -45,6 +45,15 @@ def test_measures_are_of_the_split_that_is_named(tmp_path: Path) -> None:
     references = [bits_per_byte.held_out_references(prepared, split) for split in ("validation", "test")]
     assert references[0] != references[1]
     assert "utf8_validity" not in found  # no samples are asked for
+    asked = dataclasses.replace(config.eval, sample_tokens=4, sample_prompts=("é",))
+    found = measure(dataclasses.replace(config, eval=asked), loaded, Progress(io.StringIO()))
+    assert 0.0 <= found["utf8_validity"] + found["utf8_cut_off"] <= 1.0
+    wide = ByteTokenizer()
+    wide.token_bytes = [*wide.token_bytes[:-1], b"ab"]  # not a tokenizer of bytes: nothing is generated
+    found = measure(
+        dataclasses.replace(config, eval=asked), dataclasses.replace(loaded, tokenizer=wide), Progress(io.StringIO())
+    )
+    assert "utf8_validity" not in found
 
 
 def test_training_is_not_judged_on_the_test_documents(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ def picture(text: bytes = TEXT, stages: int = 2) -> Boundaries:
         (b"a\n\tb", ["a", "↵", "→", "b"]),
         ("é日x".encode(), ["é", "", "□", "", "", "x"]),  # the font lacks this one
         (b"\xff\x80a\xc3", ["◇", "□", "a", "□"]),  # a special piece, a stray byte, half a character
+        ("a\u00ad\u2003".encode(), ["a", "□", "", "□", "", ""]),  # blank in the font
         ("e\u0301\u202e\0\x1b".encode(), ["e", "□", "", "□", "", "", "□", "□"]),  # nothing combines, turns or is hidden
     ],
 )

@@ -21,7 +21,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from smallcoder_jax.base.checksums import checksums_of, is_checksum
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import read_json, reason, write_json
-from smallcoder_jax.data.sources.document import DOCUMENT_SPLITS
+from smallcoder_jax.data.sources.document import DOCUMENT_SPLITS, SPLITS
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -276,7 +276,7 @@ def _check_values(manifest: Manifest) -> None:
 
 
 def _source_entry(plain: Mapping[str, Any]) -> SourceEntry:
-    names = [name for name in DOCUMENT_SPLITS if plain.get(name) is not None]
+    names = SPLITS if plain.get("test") is None else DOCUMENT_SPLITS
     splits = {name: Split(**{**plain[name], "files": tuple(plain[name]["files"])}) for name in names}
     return SourceEntry(**{**plain, **splits})
 

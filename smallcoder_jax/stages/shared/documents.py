@@ -21,7 +21,7 @@ from smallcoder_jax.data.tokens.shards import Manifest
 from smallcoder_jax.data.tokens.verification import begin_verification
 from smallcoder_jax.evaluate.bits_per_byte import held_out_references
 from smallcoder_jax.evaluate.perplexity import evaluate
-from smallcoder_jax.generate.utf8 import utf8_measures
+from smallcoder_jax.generate.utf8 import utf8_measures, writes_bytes
 from smallcoder_jax.loading import LoadedModel
 from smallcoder_jax.report.run_folder import RunFolder
 from smallcoder_jax.train.evaluation import complete
@@ -186,10 +186,9 @@ def measure(config: Config, loaded: LoadedModel, progress: Progress) -> dict[str
     verification = begin_verification(prepared.tokens_folder, prepared.manifest)
     measured = evaluate(loaded.model, loaded.compute, loaded.params, batches)
     verification.wait()
-    written = complete(config, loaded.generator, config.eval.sample_prompts) if config.eval.sample_tokens else []
     return {
         **measured,
-        **utf8_measures(written, loaded.tokenizer),
+        **_utf8_measures(config, loaded),
         "references": held_out_references(prepared, config.eval.split),
         "data": {
             "sources": config.data.sources,
@@ -198,6 +197,13 @@ def measure(config: Config, loaded: LoadedModel, progress: Progress) -> dict[str
             "sequence_length": config.train.sequence_length,
         },
     }
+
+
+def _utf8_measures(config: Config, loaded: LoadedModel) -> dict[str, float]:
+    """Those of completions of the prompts in `eval`, for a model of bytes."""
+    if not config.eval.sample_tokens or not writes_bytes(loaded.tokenizer):
+        return {}
+    return utf8_measures(complete(config, loaded.generator, config.eval.sample_prompts), loaded.tokenizer)
 
 
 def _evaluated_on(config: Config, loaded: LoadedModel, progress: Progress) -> Prepared:

@@ -146,6 +146,9 @@ def test_a_manifest_without_a_test_split_is_read(hub: list[str], make_config: Ma
     assert content["sources"][0].pop("test") is None
     path.write_text(json.dumps(content))
     assert shards.read_manifest(prepared.tokens_folder) == prepared.manifest
+    content["sources"][0]["train"] = None
+    with pytest.raises(ValueError, match="TypeError"):
+        shards.parse_manifest(content)
     assert shards.compute_fingerprint(prepared.tokens_folder, prepared.manifest) == prepared.manifest.fingerprint
 
 
