@@ -98,12 +98,13 @@ def _attention(config: Config, mesh: Mesh) -> attention.Choice:
     shape = family_of(config.model).attention_shape(config.model, config.train.sequence_length)
     if shape is None:
         return attention.Choice("none", f"this model with model.family={config.model.family!r} has none")
-    length, *heads = shape
+    length, group, head_size = shape
     return attention.choose(
         config.compute.attention,
         length,
         length,
-        *heads,
+        group,
+        head_size,
         config.compute.dtype,
         device.platform,
         device.device_kind,
