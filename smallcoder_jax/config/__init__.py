@@ -2,7 +2,7 @@
 
 from smallcoder_jax.config.data import DataConfig, DialogConfig, PreferencesConfig, TokenizerConfig
 from smallcoder_jax.config.hnet import HnetConfig
-from smallcoder_jax.config.model import ComputeConfig, DecoderConfig, MeshConfig, ModelConfig
+from smallcoder_jax.config.model import AttentionShape, ComputeConfig, DecoderConfig, MeshConfig, ModelConfig
 from smallcoder_jax.config.schema import (
     Config,
     build,
@@ -27,6 +27,7 @@ from smallcoder_jax.config.training import (
 
 __all__ = [
     "KINDS",
+    "AttentionShape",
     "CheckpointConfig",
     "ComputeConfig",
     "Config",

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import ClassVar, Literal
 
 from smallcoder_jax.config.fields import number
-from smallcoder_jax.config.model import DecoderConfig, ModelConfig
+from smallcoder_jax.config.model import AttentionShape, ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,10 +66,10 @@ class HnetConfig(ModelConfig):
     def is_ternary(self, stage: int) -> bool:
         return self.ternary[stage] if self.ternary else True
 
-    def attention(self) -> DecoderConfig:
+    def attention(self) -> AttentionShape:
         """The shape of the attention in the innermost stage."""
         width = self.widths[-1]
-        return DecoderConfig(
+        return AttentionShape(
             width=width,
             heads=self.heads,
             kv_heads=self.kv_heads,

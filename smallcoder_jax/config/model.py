@@ -47,6 +47,19 @@ class ModelConfig(Section):
 
 
 @dataclasses.dataclass(frozen=True)
+class AttentionShape:
+    """The shape of an attention layer."""
+
+    width: int
+    heads: int  # query heads
+    kv_heads: int
+    head_size: int
+    rope_theta: float | None  # None: queries and keys are not rotated
+    window: int  # 0: the whole document
+    bias: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class DecoderConfig(ModelConfig):
     """The shape of a decoder: SmallCoder (in the style of Llama), the staged sizes and GPT-2."""
 
@@ -86,6 +99,17 @@ class DecoderConfig(ModelConfig):
         tables = self.vocab_size * d * (1 if self.embeddings == "tied" else 2)
         tables += self.context * d if self.positions == "learned" else 0
         return tables + self.layers * (attention + mlp + 2 * norm + biases) + norm
+
+    def attention(self) -> AttentionShape:
+        return AttentionShape(
+            width=self.width,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_size=self.head_size,
+            rope_theta=self.rope_theta if self.positions == "rope" else None,
+            window=self.window,
+            bias=self.bias == "all",
+        )
 
     def divided(self) -> Mapping[str, Mapping[str, int]]:
         return {

@@ -300,6 +300,6 @@ def test_a_family_is_its_folder_its_section_and_one_line() -> None:
             section.add(name)
     assert {name for name in knows if not name.startswith("models/decoder/")} == {"models/families.py"}
     outside = {name for name in section if not name.startswith("models/decoder/")}
-    assert outside == {"config/__init__.py", "config/schema.py", "layers/attention.py"}  # the default; a layer of its
-    here = {path for path in PACKAGE.rglob("*.py") if "recurrent" in path.read_text().lower()}
+    assert outside == {"config/__init__.py", "config/schema.py"}  # the default
+    here = {path for path in PACKAGE.rglob("*.py") if '"recurrent"' in path.read_text()}
     assert not here

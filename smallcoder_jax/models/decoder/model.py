@@ -40,7 +40,7 @@ class Block(nnx.Module):
         self.dropout = model.dropout
         self.attention_norm = norm(model.width, model.norm_eps)
         self.attention = Attention(
-            model,
+            model.attention(),
             implementation=compute.attention,
             std=std,
             out_std=(model.heads * model.head_size) ** -0.5 * shrink,

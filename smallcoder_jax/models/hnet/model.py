@@ -153,7 +153,8 @@ class Hnet(nnx.Module):
     ) -> Hidden:
         """See `Module`. Its own loss is `ratio`, which leads to chunks of the target's mean length."""
         del dropout_key  # there is no dropout
-        start = init_state(self.model, *tokens_BT.shape, self.compute.dtype)
+        rows, length = tokens_BT.shape
+        start = init_state(self.model, rows, length, self.compute.dtype)
         states_BTD, _, routed = self._states(tokens_BT, positions_BT, segment_ids_BT, start, extends=False)
         count = jnp.sum(segment_ids_BT > 0).astype(jnp.float32)
         observed = {}
