@@ -69,11 +69,13 @@ class Recurrence(nnx.Module):
         self.forget, self.value, self.gate = (projection(width, expanded, std=width**-0.5, **made) for _ in range(3))
         self.gate_norm = RMSNorm(expanded, EPS)
         self.output = projection(expanded, width, std=out_std * model.expand_ratio**-0.5, **made)
-        self.conv = self.forget_conv = self.value_conv = None
-        if model.conv_size and model.conv == "shared":
-            self.conv = ShortConv(width, model.conv_size, rngs=rngs)
-        elif model.conv_size:
-            self.forget_conv, self.value_conv = (ShortConv(expanded, model.conv_size, rngs=rngs) for _ in range(2))
+
+        def conv(kind: str, channels: int) -> ShortConv | None:
+            wanted = model.conv_size and model.conv == kind
+            return nnx.data(ShortConv(channels, model.conv_size, rngs=rngs) if wanted else None)
+
+        self.conv = conv("shared", width)
+        self.forget_conv, self.value_conv = (conv("separate", expanded) for _ in range(2))
 
     def __call__(self, x_BTD: Array, row: Row, state: State) -> tuple[Array, State]:
         state = dict(state)
