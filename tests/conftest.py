@@ -1,5 +1,6 @@
 """The strictest settings for every test: eight fake devices, strict types and ranks, checked shapes."""
 
+import importlib.metadata
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,8 +8,12 @@ from pathlib import Path
 import pytest
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-# Tests compile more than they compute.
+# Tests compile more than they compute. A compiled function is small, so dividing it among threads costs more than it
+# gains. The older code generator of jaxlib 0.10 takes half the time of the newer one; later versions have only that.
 os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ["XLA_FLAGS"] += " --xla_cpu_parallel_codegen_split_count=1"
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 os.environ["JAX_PLATFORMS"] = "cpu"
 # A cache for each of pytest-xdist's workers: JAX writes an entry in place, so another process could read half of it.
 _worker = os.environ.get("PYTEST_XDIST_WORKER", "alone")

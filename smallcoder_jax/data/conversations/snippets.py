@@ -173,9 +173,11 @@ def _functions() -> tuple[Snippet, ...]:
             source = inspect.getsource(importlib.import_module(module))
         except ImportError:  # this version of Python, or this system, lacks the module
             continue
+        lines = source.split("\n")  # once: ast.get_source_segment splits the whole source at every call
         for node in ast.parse(source).body:
             if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno + 1 in READ_LINES:
-                text = ast.get_source_segment(source, node) or ""
+                *before, last = lines[node.lineno - 1 : node.end_lineno]
+                text = "\n".join([*before, last.encode()[: node.end_col_offset].decode()])
                 if text.isascii() and len(text) <= READ_CHARACTERS and "\f" not in text:
                     found.append(Snippet(text, node.name, f"stdlib:{module}.{node.name}"))
     return tuple(found)

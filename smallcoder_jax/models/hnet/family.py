@@ -8,6 +8,7 @@ from smallcoder_jax.config import ComputeConfig, HnetConfig
 from smallcoder_jax.models.family import Family
 from smallcoder_jax.models.hnet import costs, sharding
 from smallcoder_jax.models.hnet.model import Hnet, init_state
+from smallcoder_jax.models.hnet.published import PUBLISHED
 
 
 def init_cache(model: HnetConfig, compute: ComputeConfig, rows: int, positions: int) -> Any:
@@ -42,7 +43,7 @@ HNET = Family(
     muon=r".*blocks/.*/kernel",
     flops_per_token=costs.flops_per_token,
     attention_shape=attention_shape,
-    published="transformers has no model of this kind",
+    published=PUBLISHED,
     logged=logged,
     rates=rates,
 )

@@ -151,7 +151,8 @@ class Hnet(nnx.Module):
     ) -> Hidden:
         """See `Module`. Its own loss is `ratio`, which leads to chunks of the target's mean length."""
         del dropout_key  # there is no dropout
-        start = init_state(self.model, *tokens_BT.shape, self.compute.dtype)
+        rows, length = tokens_BT.shape
+        start = init_state(self.model, rows, length, self.compute.dtype)
         states_BTD, _, routed = self._states(tokens_BT, positions_BT, segment_ids_BT, start, extends=False)
         count = jnp.sum(segment_ids_BT > 0).astype(jnp.float32)
         observed = {}
@@ -168,6 +169,16 @@ class Hnet(nnx.Module):
     def extend(self, tokens_BT: Array, positions_BT: Array, segment_ids_BT: Array, cache: State) -> tuple[Array, State]:
         states_BTD, cache, _ = self._states(tokens_BT, positions_BT, segment_ids_BT, cache, extends=True)
         return states_BTD, cache
+
+    def decide(self, tokens_BT: Array, positions_BT: Array, segment_ids_BT: Array) -> tuple[Array, list[Array]]:
+        """The hidden states of whole rows as `extend` computes them, with room for every chunk; and where chunks begin:
+        [B, T] for the outermost stage, and [B, slots of the stage before] for each within. Of rows of one position,
+        those within are not reported.
+        """
+        rows, length = tokens_BT.shape
+        start = init_state(self.model, rows, length, self.compute.dtype)
+        states_BTD, _, routed = self._states(tokens_BT, positions_BT, segment_ids_BT, start, extends=True)
+        return states_BTD, [stage.boundary_BT for stage in routed]
 
     def unembedding(self) -> Array:
         kernel_DV = self.head.kernel[...]
