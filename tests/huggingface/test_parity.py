@@ -52,7 +52,7 @@ def test_bytes_agree(tools: bool, tmp_path: Path) -> None:
 def test_bfloat16_is_compared_with_what_was_stored(tokenizer: Tokenizer, tmp_path: Path) -> None:
     model = llama(context=32)
     params = export(tmp_path / "out", model, tokenizer, dtype="bfloat16")
-    rounded = write.round_params(params, "bfloat16")
+    rounded = write.stored_params(model, params, "bfloat16")
     assert parity.check(tmp_path / "out", model, rounded, tokenizer, lengths=QUICK).passed
     with pytest.raises(CheckFailed, match=r"logits.*FAILED"):
         parity.check(tmp_path / "out", model, params, tokenizer, lengths=QUICK)

@@ -8,6 +8,7 @@ from smallcoder_jax.config import ComputeConfig, HnetConfig
 from smallcoder_jax.models.family import Family
 from smallcoder_jax.models.hnet import costs, sharding
 from smallcoder_jax.models.hnet.model import Hnet, init_state
+from smallcoder_jax.models.hnet.published import PUBLISHED
 
 
 def init_cache(model: HnetConfig, compute: ComputeConfig, rows: int, positions: int) -> Any:
@@ -55,7 +56,7 @@ HNET = Family(
     flops_per_token=costs.flops_per_token,
     attention_shape=attention_shape,
     recurrence_shapes=recurrence_shapes,
-    published="transformers has no model of this kind",
+    published=PUBLISHED,
     logged=logged,
     boundaries=Hnet.boundaries,
     rates=rates,

@@ -191,6 +191,16 @@ class Hnet(nnx.Module):
             here_BT, slots_BT = begins_BT, jnp.maximum(jnp.cumsum(begins_BT.astype(jnp.int32), axis=1) - 1, 0)
         return found
 
+    def decide(self, tokens_BT: Array, positions_BT: Array, segment_ids_BT: Array) -> tuple[Array, list[Array]]:
+        """The hidden states of whole rows as `extend` computes them, with room for every chunk; and where chunks begin:
+        [B, T] for the outermost stage, and [B, slots of the stage before] for each within. Of rows of one position,
+        those within are not reported.
+        """
+        rows, length = tokens_BT.shape
+        start = init_state(self.model, rows, length, self.compute.dtype)
+        states_BTD, _, routed = self._states(tokens_BT, positions_BT, segment_ids_BT, start, extends=True)
+        return states_BTD, [stage.boundary_BT for stage in routed]
+
     def unembedding(self) -> Array:
         kernel_DV = self.head.kernel[...]
         return (rounded_kernel(kernel_DV) if isinstance(self.head, BitLinear) else kernel_DV).T
