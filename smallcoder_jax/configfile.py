@@ -25,6 +25,7 @@ from smallcoder_jax.config.fields import shown
 
 PREFIX = "--config."
 PROJECT = Path(__file__).resolve().parents[1]  # the folder that holds the package and configs/
+TABLES = ("bytes", "smallcoder")  # files of `configs/` in which variants are declared
 MAX_BYTES = 1 << 20  # the largest config file that is read
 
 
@@ -103,8 +104,8 @@ def config_folder() -> Path:
 
 
 def config_files(folder: Path) -> list[Path]:
-    """The config files in a folder, without `smallcoder.py`, the table from which this project's configs are made."""
-    return sorted(path for path in folder.glob("*.py") if path.stem not in ("__init__", "smallcoder"))
+    """The config files in a folder, without the tables from which this project's configs are made."""
+    return sorted(path for path in folder.glob("*.py") if path.stem not in ("__init__", *TABLES))
 
 
 def _key(path: Path) -> str:

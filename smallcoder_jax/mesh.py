@@ -23,6 +23,7 @@ ROWS = P(("data", "fsdp"))
 BATCH = P(("data", "fsdp"), "context")  # rows and tokens of [B, T, ...]
 TOKENS = P(TOKEN_AXES)  # tokens of [X, ...], in the order of `flat_tokens`
 HEADS = P(("data", "fsdp"), "context", "tensor", None)  # rows, tokens and heads of [B, T, N, H]
+CHANNELS = P(("data", "fsdp"), None, "tensor")  # rows and channels of [B, T, E]
 
 # The rules of a model family: name pattern -> how the parameter is split in the unrolled layout. The first match
 # counts.
@@ -38,10 +39,15 @@ def make_mesh(mesh: MeshConfig, model: ModelConfig, batch_size: int, devices: li
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(mesh, len(devices))
     check_rows(sizes, batch_size, "train.batch_size, or train.microbatch_size where it is set")
-    for axis, names in model.DIVIDED.items():
-        for name in names:
-            if getattr(model, name) % sizes[axis]:
-                raise UserError(f"model.{name}={getattr(model, name)} does not divide over mesh.{axis}={sizes[axis]}")
+    for axis, why in model.WHOLE.items():
+        if sizes[axis] > 1:
+            raise UserError(
+                f"mesh.{axis}={sizes[axis]}: models with model.family={model.family!r} need 1, because {why}"
+            )
+    for axis, named in model.divided().items():
+        for name, value in named.items():
+            if value % sizes[axis]:
+                raise UserError(f"model.{name}={value} does not divide over mesh.{axis}={sizes[axis]}")
     placed = place_devices(sizes, devices)
     processes = np.vectorize(lambda device: device.process_index, otypes=[int])(placed)
     along = AXES.index("context")
@@ -197,6 +203,16 @@ def flat_tokens(x: jax.Array) -> jax.Array:
 def context_size() -> int:
     """The number of devices over which the mesh that is traced for splits each row along its length."""
     return jax.sharding.get_abstract_mesh().shape.get("context", 1)
+
+
+def tensor_size() -> int:
+    """The number of devices over which the mesh that is traced for splits heads and channels."""
+    return jax.sharding.get_abstract_mesh().shape.get("tensor", 1)
+
+
+def traced_device() -> Any:
+    """The device that is traced for: the abstract mesh's, which need not exist here, or else jax's first device."""
+    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
 
 
 def whole_width(table: jax.Array) -> jax.Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -44,10 +45,13 @@ def schedule(optimizer: OptimizerConfig, steps: int) -> optax.Schedule:
     return share
 
 
-def make_optimizer(optimizer: OptimizerConfig, steps: int, muon: str) -> optax.GradientTransformationExtraArgs:
+def make_optimizer(
+    optimizer: OptimizerConfig, steps: int, muon: str, rates: Sequence[tuple[str, float]] = ()
+) -> optax.GradientTransformationExtraArgs:
     """clip -> (AdamW | Muon on hidden matrices, AdamW on the rest) -> decay -> schedule, as one optax chain.
 
-    `muon` is a pattern for the names of the parameters that Muon updates; it applies to a critic's parameters too.
+    `muon` is a pattern for the names of the parameters that Muon updates. Updates are multiplied by the rate of the
+    first pattern in `rates` that matches. Both apply to a critic's parameters too.
 
     The updates are to be added to the parameters. Where the argument `sound` of `update` (a bool scalar) is false, the
     optimizer's state does not change and the updates are meaningless. Raises UserError when `decay_pattern` is not a
@@ -83,10 +87,17 @@ def make_optimizer(optimizer: OptimizerConfig, steps: int, muon: str) -> optax.G
 
     def guarded(updates: Any, state: Any, params: Any = None, *, sound: Any = True) -> tuple[Any, Any]:
         updates, after = chain.update(updates, state, params, sound=sound)
+        if rates:
+            scales = _by_path(updates, lambda name: _rate(rates, name.removeprefix("critic/")))
+            updates = jax.tree.map(lambda update, scale: update * scale, updates, scales)
         # The moments have been kept already; the scalars of the state, which count updates, remain.
         return updates, jax.tree.map(lambda new, old: new if new.ndim else jnp.where(sound, new, old), after, state)
 
     return optax.GradientTransformationExtraArgs(chain.init, guarded)
+
+
+def _rate(rates: Sequence[tuple[str, float]], name: str) -> float:
+    return next((rate for pattern, rate in rates if re.fullmatch(pattern, name)), 1.0)
 
 
 def clip_by_global_norm(largest: float) -> optax.GradientTransformation:

@@ -65,6 +65,8 @@ def train(config: Config, workdir: Path, *, faults: Faults = NONE, allow_changed
     run. Raises Interrupted when SIGTERM arrives before there is anything to save, and Diverged when training diverges.
     """
     configure_jax()
+    if config.eval.split != "validation":
+        raise UserError(f"eval.split={config.eval.split!r} is for --mode=evaluate, after training; leave it out")
     folder = RunFolder(workdir)
     with contextlib.ExitStack() as stack:
         # Checked first, because preparing data can take hours.
@@ -158,7 +160,7 @@ def reevaluate(config: Config, step_folder: Path, meta: dict[str, Any]) -> float
 def _make_task(config: Config, progress: Progress) -> Task:
     loaded = load_start(config)
     task = with_base(config, loaded, _stage(config).make_task(config, loaded, progress))
-    return dataclasses.replace(task, own_losses=family_of(config.model).losses)
+    return dataclasses.replace(task, logged=family_of(config.model).logged(config.model))
 
 
 def _stage(config: Config) -> Any:

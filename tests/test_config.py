@@ -12,6 +12,7 @@ from typing import get_type_hints
 import numpy as np
 import pytest
 
+from configs import bytes as byte_level
 from configs import smallcoder
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import Config, DecoderConfig, default_config, from_config_dict, to_dict
@@ -342,11 +343,11 @@ def test_a_name_is_answered_with_the_file_that_it_means(given: str, meant: str |
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_variant_is_a_row_of_the_table(path: Path) -> None:
     """The file has its docstring and one line; the row by itself, and the bare name, give the same config."""
-    assert path.stem in smallcoder.VARIANTS
+    table = next(table for table in (smallcoder, byte_level) if path.stem in table.VARIANTS)
     tree = ast.parse(path.read_text())
     assert [type(node) for node in tree.body] == [ast.Expr, ast.ImportFrom, ast.Assign]
     same = [load_config(str(path), []), load_config(path.stem, [])]
-    assert same == [load_config(f"{path.parent}/smallcoder.py:{path.stem}", [])] * 2
+    assert same == [load_config(f"{table.__file__}:{path.stem}", [])] * 2
 
 
 def test_a_bare_name_is_a_config_of_the_project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,12 @@
-"""Writes a run as a Hugging Face folder that `transformers` loads without remote code.
+"""Writes a run as a Hugging Face folder that `transformers` loads.
 
     python -m tools.export --checkpoint runs/nano
     python -m tools.export --checkpoint runs/nano --step 2000 --output exported/nano --dtype bfloat16
+    python -m tools.export --checkpoint runs/bytes --weights packed
 
-The folder appears only after `transformers` agreed with the model in logits, token ids and greedy text. --checkpoint
-may also be an exported folder, which is read and written again.
+Llama and GPT-2 need no remote code. A model that transformers does not have brings its code, in PyTorch, and is loaded
+with trust_remote_code=True. The folder appears only after `transformers` agreed with the model in logits, token ids and
+greedy text. --checkpoint may also be an exported folder, which is read and written again.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import UserError, run_cli
 from smallcoder_jax.config import from_config_dict
 from smallcoder_jax.huggingface import card as model_card
-from smallcoder_jax.huggingface import parity, write
+from smallcoder_jax.huggingface import names, parity, write
 from smallcoder_jax.huggingface import record as export_record
 
 if TYPE_CHECKING:
@@ -41,15 +43,19 @@ def main(argv: list[str] | None = None) -> int | None:
     again = not os.path.isfile(args.checkpoint / "run.json")
     if again:
         record = export_record.read(args.checkpoint)
-        card, dtype = {key: value for key, value in record.card.items() if key != "parity"}, args.dtype or record.dtype
+        card = {key: value for key, value in record.card.items() if key != "parity"}
+        dtype, packing = args.dtype or record.dtype, args.weights or record.weights
     else:
         if from_config_dict(loaded.info["config"]).stage.kind.head:
             raise UserError(
                 f"{args.checkpoint} is a reward model: it scores answers, and transformers has no such model"
             )
-        card, dtype = run_card(args.checkpoint, loaded), args.dtype or "float32"
+        card = run_card(args.checkpoint, loaded)
+        dtype, packing = args.dtype or "float32", args.weights or "float"
     output = args.output or (args.checkpoint if again else args.checkpoint / "export")
-    params = write.round_params(loaded.params, dtype)
+    if packing == "packed":
+        names.check_packable(loaded.model)
+    params = write.stored_params(loaded.model, loaded.params, dtype, packing)
 
     def check(folder: Path) -> Mapping[str, Any]:
         report = parity.check(folder, loaded.model, params, loaded.tokenizer, texts=sample_texts())
@@ -63,6 +69,7 @@ def main(argv: list[str] | None = None) -> int | None:
         tokenizer=loaded.tokenizer,
         card=card,
         dtype=dtype,
+        packing=packing,
         check=None if args.skip_parity else check,
     )
     unchecked = ", not checked against transformers" if args.skip_parity else ""
@@ -80,6 +87,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, help="folder to write (default: export/ in the run)")
     parser.add_argument(
         "--dtype", choices=get_args(export_record.Dtype), help="how weights are stored (default: float32)"
+    )
+    parser.add_argument(
+        "--weights",
+        choices=get_args(export_record.Weights),
+        help="packed: ternary weights of two bits, a tenth of the size or less (default: float)",
     )
     parser.add_argument("--json", action="store_true", help="print the comparison as JSON instead of a table")
     parser.add_argument(

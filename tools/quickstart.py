@@ -48,12 +48,12 @@ def main(argv: list[str] | None = None) -> int:
     import smallcoder_jax
     from smallcoder_jax.base.terminal import format_table, human_count, human_time
     from smallcoder_jax.evaluate.completions import share
-    from smallcoder_jax.huggingface import parity
+    from smallcoder_jax.huggingface import reference
     from smallcoder_jax.run import evaluate_run
     from tools import export
 
     if options.checker is None and not (workdir / "export").is_dir():
-        parity.check_installed()
+        reference.check_installed()
     run = smallcoder_jax.train(config, workdir)
     if run.interrupted:
         return EXIT_INTERRUPTED

@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     from smallcoder_jax import pipeline
     from smallcoder_jax.base.progress import Progress
     from smallcoder_jax.base.terminal import format_table, human_time
-    from smallcoder_jax.huggingface import parity
+    from smallcoder_jax.huggingface import reference
 
     start = time.monotonic()
     workdir = options.workdir or Path("runs") / f"stages_{options.variant}"
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
     policies = [each for each in planned if each.config.stage.kind.policy]
     if policies and not options.no_export:
         check_export(policies[-1].config.model)
-        parity.check_installed()
+        reference.check_installed()
     if "tokenizer" in stages:
         pipeline.ensure_tokenizer(planned, workdir / "tokenizer", Progress(sys.stderr))
     done = []

@@ -1,7 +1,8 @@
 """The one schema of a run's config: sections of typed fields with their ranges, and the constraints between fields."""
 
 from smallcoder_jax.config.data import DataConfig, DialogConfig, PreferencesConfig, TokenizerConfig
-from smallcoder_jax.config.model import ComputeConfig, DecoderConfig, MeshConfig, ModelConfig
+from smallcoder_jax.config.hnet import HnetConfig
+from smallcoder_jax.config.model import AttentionShape, ComputeConfig, DecoderConfig, MeshConfig, ModelConfig
 from smallcoder_jax.config.schema import (
     Config,
     build,
@@ -26,6 +27,7 @@ from smallcoder_jax.config.training import (
 
 __all__ = [
     "KINDS",
+    "AttentionShape",
     "CheckpointConfig",
     "ComputeConfig",
     "Config",
@@ -36,6 +38,7 @@ __all__ = [
     "DpoConfig",
     "EvalConfig",
     "GuardConfig",
+    "HnetConfig",
     "LogConfig",
     "LoraConfig",
     "Measure",

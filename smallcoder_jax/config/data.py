@@ -11,13 +11,23 @@ from smallcoder_jax.config.fields import LARGEST_SEED, Section, number
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerConfig(Section):
-    """`sentencepiece`: trained here unless `path` names a folder. `bytes`: raw UTF-8. `hf`: a published tokenizer, read
-    from the folder `path`."""
+    """`sentencepiece`: trained here unless `path` names a folder. `bytes`: raw UTF-8, 256 entries. `bytes_tools`: also
+    the pieces around function calls, 260 entries. `hf`: a published tokenizer, read from the folder `path`."""
 
-    kind: Literal["sentencepiece", "bytes", "hf"] = "sentencepiece"
+    kind: Literal["sentencepiece", "bytes", "bytes_tools", "hf"] = "sentencepiece"
     path: str = ""
     # How much of the training split sentencepiece is trained on.
     train_bytes: int = number(30_000_000, low=1, high=2**63 - 1)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether it is trained on the run's own documents."""
+        return self.kind == "sentencepiece" and not self.path
+
+    @property
+    def entries(self) -> int | None:
+        """The number of entries, where the kind determines it."""
+        return {"bytes": 256, "bytes_tools": 260}.get(self.kind)
 
     def problems(self) -> Iterator[str]:
         if self.kind == "hf" and not self.path:
@@ -45,9 +55,18 @@ class DataConfig(Section):
     fim_spm_share: float = number(0.5, low=0, high=1)  # share of these with the suffix first (SPM); else prefix (PSM)
     repository_order: bool = False  # one document per repository, files in dependency order
     validation_fraction: float = number(0.05, above=0, below=1)
+    # Share of the documents that is held out from evaluations during training too, for `eval.split`.
+    test_fraction: float = number(0.0, low=0, below=1, zero="no test documents")
     min_characters: int = number(50, low=0)  # documents that are shorter after stripping are dropped
     max_documents: int = number(0, low=0, zero="all")  # stop after this many kept documents per source
     allow_dummy_data: bool = False  # generate text where a source cannot be read; the run is marked, verification fails
+
+    def problems(self) -> Iterator[str]:
+        if self.validation_fraction + self.test_fraction >= 1:
+            yield (
+                f"data.validation_fraction={self.validation_fraction} and data.test_fraction={self.test_fraction} must "
+                "be less than 1 together: the rest is for training"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

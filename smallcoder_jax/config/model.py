@@ -18,8 +18,8 @@ class ModelConfig(Section):
     registers it (`model_section`). `models.families` holds the code that computes the models.
     """
 
-    # By mesh axis, the fields that the size of the axis has to divide.
-    DIVIDED: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    # Mesh axes over which the family cannot be split, with the reasons.
+    WHOLE: ClassVar[Mapping[str, str]] = {}
     # Fields on which no parameter depends: they may differ from those of the model that training starts from.
     MAY_DIFFER: ClassVar[frozenset[str]] = frozenset({"context", "dropout"})
 
@@ -41,15 +41,28 @@ class ModelConfig(Section):
         """The fields of MAY_DIFFER that hold for this shape."""
         return self.MAY_DIFFER
 
+    def divided(self) -> Mapping[str, Mapping[str, int]]:
+        """By mesh axis, the numbers of this section that the size of the axis has to divide, by their names."""
+        return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionShape:
+    """The shape of an attention layer."""
+
+    width: int
+    heads: int  # query heads
+    kv_heads: int
+    head_size: int
+    rope_theta: float | None  # None: queries and keys are not rotated
+    window: int  # 0: the whole document
+    bias: bool = False
+
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig(ModelConfig):
     """The shape of a decoder: SmallCoder (in the style of Llama), the staged sizes and GPT-2."""
 
-    DIVIDED: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "tensor": ("kv_heads", "mlp_width", "vocab_size"),
-        "fsdp": ("width",),
-    }
     MAY_DIFFER: ClassVar[frozenset[str]] = frozenset({"context", "dropout", "window"})
 
     family: Literal["decoder"] = "decoder"
@@ -87,6 +100,23 @@ class DecoderConfig(ModelConfig):
         tables += self.context * d if self.positions == "learned" else 0
         return tables + self.layers * (attention + mlp + 2 * norm + biases) + norm
 
+    def attention(self) -> AttentionShape:
+        return AttentionShape(
+            width=self.width,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            head_size=self.head_size,
+            rope_theta=self.rope_theta if self.positions == "rope" else None,
+            window=self.window,
+            bias=self.bias == "all",
+        )
+
+    def divided(self) -> Mapping[str, Mapping[str, int]]:
+        return {
+            "tensor": {name: getattr(self, name) for name in ("kv_heads", "mlp_width", "vocab_size")},
+            "fsdp": {"width": self.width},
+        }
+
     def summary(self) -> str:
         return (
             f"width {self.width}, layers {self.layers}, heads {self.heads}:{self.kv_heads} x {self.head_size}, "
@@ -116,6 +146,7 @@ class ComputeConfig(Section):
     # is always exact.
     matmul: Literal["exact", "mixed", "auto"] = "exact"
     attention: Literal["auto", "xla", "cudnn", "pallas_tpu", "pallas_gpu"] = "auto"
+    recurrence: Literal["auto", "xla", "pallas_tpu", "pallas_gpu"] = "auto"  # of the byte-level family
     layers: Literal["scan", "unroll"] = "unroll"  # scan compiles faster, unroll runs faster
     # What the backward pass recomputes: nothing (none), all but products with parameters (dots), or everything (full).
     remat: Literal["none", "dots", "full"] = "none"

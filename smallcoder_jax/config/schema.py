@@ -70,8 +70,16 @@ class Config(Section):
                 f"optimizer.decay_steps={self.optimizer.decay_steps} must be between 1 and train.steps={train.steps} "
                 "for the wsd schedule"
             )
-        if self.tokenizer.kind == "bytes" and model.vocab_size != 256:
-            yield f"tokenizer.kind='bytes' has 256 entries, but model.vocab_size={model.vocab_size}"
+        if evaluation.split == "test" and (self.data.test_fraction == 0 or kind.reads != "documents"):
+            yield (
+                "eval.split='test' is for a stage that reads documents and set some apart: data.test_fraction="
+                f"{self.data.test_fraction}, stage.name={self.stage.name!r}"
+            )
+        if self.tokenizer.entries not in (None, model.vocab_size):
+            yield (
+                f"tokenizer.kind={self.tokenizer.kind!r} has {self.tokenizer.entries} entries, but "
+                f"model.vocab_size={model.vocab_size}"
+            )
         if self.distill.top_k > model.vocab_size:
             yield (
                 f"distill.top_k={self.distill.top_k} must be at most model.vocab_size={model.vocab_size}; 0 means the "
@@ -187,9 +195,12 @@ def _coerce(hint: Any, value: Any, path: str) -> Any:
             raise UserError(f"{path}={shown(value)}: expected one of {', '.join(map(repr, get_args(hint)))}")
         return value
     if get_origin(hint) is tuple:
-        if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):
-            raise UserError(f"{path}={shown(value)}: expected a sequence of strings")
-        return tuple(_text(item, path) for item in value)
+        kind = get_args(hint)[0]
+        allowed = (float, int) if kind is float else (kind,)
+        if not isinstance(value, list | tuple) or not all(type(item) in allowed for item in value):
+            items = {str: "strings", int: "whole numbers", float: "numbers"}[kind]
+            raise UserError(f"{path}={shown(value)}: expected a sequence of {items}")
+        return tuple(_coerce(kind, item, f"{path}[{number}]") for number, item in enumerate(value))
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         try:
             return float(value)

@@ -100,6 +100,8 @@ class EvalConfig(Section):
     every: int = number(500, low=0, zero="only at the end")  # steps; also once at the end
     batches: int = number(50, low=0, zero="the whole split")  # validation batches per evaluation
     batch_size: int = number(0, low=0, zero="as many as a training microbatch")  # rows
+    # Which held-out documents --mode=evaluate measures. During training they are always those of the validation split.
+    split: Literal["validation", "test"] = "validation"
     sample_prompts: tuple[str, ...] = ("def fibonacci(n):\n", "import os\n\n\nclass ")
     sample_tokens: int = number(64, low=0, zero="no samples")
     sample_temperature: float = number(0.7, low=0, zero="greedy")

@@ -17,7 +17,7 @@ from smallcoder_jax.data.tokens import shards
 from smallcoder_jax.data.tokens.prepare import Prepared
 from smallcoder_jax.tokenizers.base import Tokenizer
 
-CACHE = "compressors.json"
+CACHES = {"validation": "compressors.json", "test": "compressors_test.json"}
 SAMPLE_BYTES = 32 << 20  # the slowest compressor needs about a second per MiB
 
 
@@ -56,19 +56,20 @@ def compressor_bits_per_byte(texts: Sequence[bytes]) -> dict[str, dict[str, floa
         }
 
 
-def held_out_references(prepared: Prepared) -> dict[str, float]:
-    """Compressors' bits per byte on the validation documents of `prepared`, each by itself and all in one.
+def held_out_references(prepared: Prepared, split: str = "validation") -> dict[str, float]:
+    """Compressors' bits per byte on the documents of a held-out split of `prepared`, each by itself and all in one.
 
     The result is computed once and stored with the token shards. If there are more than `SAMPLE_BYTES`, only every n-th
     document is used.
     """
-    cache = prepared.tokens_folder / CACHE
+    cache = prepared.tokens_folder / CACHES[split]
     if cache.exists():
         what = f"compressors' bits per byte. Delete {cache}, and they are computed again"
         kept = read_json_object(cache, what)
         if kept["fingerprint"] == prepared.manifest.fingerprint:
             return kept["bits_per_byte"]
-    found = compressor_bits_per_byte(held_out_texts(prepared.manifest, prepared.tokens_folder, prepared.tokenizer))
+    texts = held_out_texts(prepared.manifest, prepared.tokens_folder, prepared.tokenizer, split)
+    found = compressor_bits_per_byte(texts)
     references = {name: sizes["per_file"] for name, sizes in found.items()}
     references |= {f"{name}, all in one": sizes["all_in_one"] for name, sizes in found.items()}
     # Prepared data that several people share may be read-only. Then this is computed at every start.
@@ -77,12 +78,14 @@ def held_out_references(prepared: Prepared) -> dict[str, float]:
     return references
 
 
-def held_out_texts(manifest: shards.Manifest, tokens_folder: Path, tokenizer: Tokenizer) -> list[bytes]:
-    """The validation documents in stored order, decoded from their ids to UTF-8; at most about `SAMPLE_BYTES`."""
-    splits = [source.validation for source in manifest.sources]
-    take_every = max(1, math.ceil(sum(split.bytes for split in splits) / SAMPLE_BYTES))
+def held_out_texts(
+    manifest: shards.Manifest, tokens_folder: Path, tokenizer: Tokenizer, split: str = "validation"
+) -> list[bytes]:
+    """The documents of a split in stored order, decoded from their ids to UTF-8; at most about `SAMPLE_BYTES`."""
+    splits = [source.splits[split] for source in manifest.sources if split in source.splits]
+    take_every = max(1, math.ceil(sum(found.bytes for found in splits) / SAMPLE_BYTES))
     documents = itertools.chain.from_iterable(
-        shards.read_records(tokens_folder, split.files, manifest.dtype) for split in splits
+        shards.read_records(tokens_folder, found.files, manifest.dtype) for found in splits
     )
     pieces = tokenizer.token_bytes
     return [b"".join([pieces[i] for i in ids]) for ids in itertools.islice(documents, 0, None, take_every)]

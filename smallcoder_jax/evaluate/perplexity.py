@@ -15,9 +15,11 @@ from smallcoder_jax import losses
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import ComputeConfig, ModelConfig
 from smallcoder_jax.models import build
+from smallcoder_jax.models.families import family_of
+from smallcoder_jax.models.family import with_own_losses
 from smallcoder_jax.train.evaluation import on_this_device
 from smallcoder_jax.train.step import Batch
-from smallcoder_jax.train.sums import language_summary
+from smallcoder_jax.train.sums import language_summary, ratio
 
 
 def evaluate(
@@ -26,8 +28,9 @@ def evaluate(
     """The measures over `batches` (see `data.rows.documents`), with `params` in the layout of `compute.layers`.
 
     `loss` is in nats per target. `perplexity` and `bits_per_byte` follow from it, and `accuracy` and `top5_accuracy`
-    from the ranks of the targets. `tokens` and `bytes` (UTF-8) are the totals. Sums within a batch are float32, and
-    over batches float64. Raises UserError when there are no targets.
+    from the ranks of the targets. `tokens` and `bytes` (UTF-8) are the totals. What the model itself reports is added
+    (`Family.logged`). Sums within a batch are float32, and over batches float64. Raises UserError when there are no
+    targets.
     """
     graph, _ = build.abstract_model(model, compute)
 
@@ -41,10 +44,12 @@ def evaluate(
             batch["loss_weights"].reshape(-1),
             0.0,
         )
+        loss, sums = with_own_losses(loss, weight, sums, hidden)
         return loss, weight, {**sums, "bytes": jnp.sum(batch["bytes"])}
 
     evaluation = on_this_device(compute, loss_fn, params, rows=0, limit=0)
     sums = evaluation.add(map(evaluation.score, batches)) or {}
     if not sums.get("weight") or not sums["bytes"]:
         raise UserError("there is no held-out text to evaluate on; prepare more data or raise data.validation_fraction")
-    return {**language_summary(sums), "tokens": sums["weight"], "bytes": sums["bytes"]}
+    own = {name: ratio(sums[name], sums["weight"]) for name in family_of(model).logged(model)}
+    return {**language_summary(sums), **own, "tokens": sums["weight"], "bytes": sums["bytes"]}

@@ -48,7 +48,7 @@ def from_text(tokenizer: Tokenizer, text: str, room: Room) -> Prompt:
     """BOS and the text. Of a prompt that is too long, the last tokens that fit are kept, without BOS, like a later
     piece of a document in training.
     """
-    return _keep_end([tokenizer.bos_id, *_encode(tokenizer, text)], text, room)
+    return _keep_end(tokenizer, [tokenizer.bos_id, *_encode(tokenizer, text)], text, room)
 
 
 def from_ids(tokenizer: Tokenizer, ids: Sequence[int], room: Room) -> Prompt:
@@ -68,7 +68,7 @@ def from_ids(tokenizer: Tokenizer, ids: Sequence[int], room: Room) -> Prompt:
             f"the prompt has the id {unknown[0]}, but the tokenizer's ids are 0 to {tokenizer.vocab_size - 1}; encode "
             "the prompt with the checkpoint's own tokenizer"
         )
-    return _keep_end(list(ids), tokenizer.decode(list(ids)), room)
+    return _keep_end(tokenizer, list(ids), tokenizer.decode(list(ids)), room)
 
 
 def next_turn(tokenizer: Tokenizer, conversation: Conversation, room: Room) -> Prompt:
@@ -122,8 +122,8 @@ def fill_in_middle(tokenizer: Tokenizer, prefix: str, suffix: str, room: Room) -
     given, budget = len(before) + len(after), room.tokens - frame
     if given > budget and (not room.truncate or budget < 1):
         raise room.refuse(given + frame)
-    after_kept = after[: max(budget // 2, budget - len(before))]
-    before_kept = before[max(0, len(before) - (budget - len(after_kept))) :]
+    after_kept = after[: _character_start(tokenizer, after, max(budget // 2, budget - len(before)), -1)]
+    before_kept = before[_character_start(tokenizer, before, len(before) - (budget - len(after_kept)), 1) :]
     specials = tokenizer.specials
     ids = (
         tokenizer.bos_id, specials[FIM_PREFIX], *before_kept, specials[FIM_SUFFIX], *after_kept, specials[FIM_MIDDLE],
@@ -131,11 +131,21 @@ def fill_in_middle(tokenizer: Tokenizer, prefix: str, suffix: str, room: Room) -
     return Prompt(prefix, ids, given - len(before_kept) - len(after_kept))
 
 
-def _keep_end(ids: list[int], text: str, room: Room) -> Prompt:
-    dropped = max(0, len(ids) - room.tokens)
-    if dropped and (not room.truncate or room.tokens < 1):
+def _keep_end(tokenizer: Tokenizer, ids: list[int], text: str, room: Room) -> Prompt:
+    dropped = len(ids) - room.tokens
+    if dropped > 0 and (not room.truncate or room.tokens < 1):
         raise room.refuse(len(ids))
+    dropped = min(_character_start(tokenizer, ids, dropped, 1), len(ids) - 1)
     return Prompt(text, tuple(ids[dropped:]), dropped)
+
+
+def _character_start(tokenizer: Tokenizer, ids: Sequence[int], place: int, step: int) -> int:
+    """The place in `ids` nearest to `place`, in the direction of `step`, where no character is cut in two. A character
+    beyond ASCII has several bytes, and may have as many ids."""
+    place, pieces = min(max(place, 0), len(ids)), tokenizer.token_bytes
+    while 0 < place < len(ids) and 0x80 <= (pieces[ids[place]] or b"\0")[0] < 0xC0:
+        place += step
+    return place
 
 
 def _encode(tokenizer: Tokenizer, text: str) -> list[int]:

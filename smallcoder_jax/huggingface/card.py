@@ -29,7 +29,9 @@ from smallcoder_jax.models.families import published
 _FOLDERS = re.compile(r"""(?<![^\s:;,=("'])(?:~[\w.-]*|\.{0,2})/(?![\s/])(?:[^:;,?"']*/)?(?=[^\s/])""")
 
 
-def render(model: ModelConfig, card: Mapping[str, Any], *, dtype: str, fim: Sequence[str], chat: bool) -> str:
+def render(
+    model: ModelConfig, card: Mapping[str, Any], *, dtype: str, fim: Sequence[str], chat: bool, packed: bool = False
+) -> str:
     """The README.md of an exported folder. `fim` holds the prefix, middle and suffix pieces, if there are any."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("smallcoder_jax.huggingface", "templates"),
@@ -40,11 +42,15 @@ def render(model: ModelConfig, card: Mapping[str, Any], *, dtype: str, fim: Sequ
         keep_trailing_newline=True,
     )
     environment.filters |= {"cell": _cell, "code": code}
-    kind, shape = published(model).describe(model)
+    told = published(model)
+    kind, shape = told.describe(model)
     return environment.get_template("model_card.md.jinja").render(
         model=model,
         card=card,
         dtype=dtype,
+        packed=packed,
+        files=[path.name for path in told.code],
+        in_float64=told.decide is not None,
         fim=fim,
         chat=chat,
         kind=kind,

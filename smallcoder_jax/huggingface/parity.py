@@ -1,15 +1,21 @@
-"""Checks that an exported folder is the model it was made from, with `transformers` on the CPU in float32.
+"""Checks that an exported folder is the model it was made from, with `transformers` on the CPU.
+
+Logits are compared in float32, or in float64 where the model decides (`Published.decide`). A ternary layer rounds its
+input to 8 bits: where an activation is within a few float32 roundings of a half, two correct programs round it to
+different whole numbers, the layers behind that one carry the difference on to others, and logits differ as much as
+rounding to 8 bits itself changes them: with six blocks of width 512 and logits of spread 0.27, by 0.045. No tolerance
+in float32 could tell such a model from a wrong one, because it would have to allow more than many mistakes change: an
+epsilon of 1e-5 instead of 1e-6 moves logits by 0.01. In float64 such a case is about 10^9 times as rare, and two
+correct programs agree to 1e-15.
 
 Shapes: B rows, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import importlib.metadata
-import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,13 +24,17 @@ import jax
 import numpy as np
 from jax import Array
 
-from smallcoder_jax.base.errors import CheckFailed, UserError
+from smallcoder_jax.base.errors import CheckFailed
 from smallcoder_jax.config import ComputeConfig, ModelConfig
 from smallcoder_jax.huggingface import tokenizer as export_tokenizer
+from smallcoder_jax.huggingface.double import in_float64
+from smallcoder_jax.huggingface.reference import import_transformers, load, quiet
 from smallcoder_jax.models import build
+from smallcoder_jax.models.families import published
 from smallcoder_jax.tokenizers import base, chat
 
-TOLERANCE = 1e-4  # largest difference of a logit
+TOLERANCE = 1e-4  # largest difference of a logit in float32
+TOLERANCE_64 = 1e-9  # and in float64: a thousand times what rounding adds up to, a hundred thousandth of 1e-4
 GREEDY_TOKENS, PROMPT_TOKENS = 64, 64
 LENGTHS = (1, 7, 64, 512)  # lengths beyond the context are replaced by the context itself
 # Prompts of the greedy continuations, in addition to the caller's.
@@ -43,7 +53,8 @@ _TOOL_CHAT = chat.Conversation(
     ({"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}},),
 )
 
-_Forward = Callable[[np.ndarray, np.ndarray], np.ndarray]  # ids and mask [B, T] to logits [B, T, V]
+# Ids and mask [B, T] to logits [B, T, V], and to the masks of what the model decides.
+_Forward = Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, Sequence[np.ndarray]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,39 +114,50 @@ def check(
     *,
     texts: Sequence[str] = (),
     lengths: Sequence[int] = LENGTHS,
-    tolerance: float = TOLERANCE,
+    tolerance: float | None = None,
 ) -> ParityReport:
-    """Compares `folder`, loaded by `transformers` without remote code, with the model in this program.
+    """Compares `folder`, loaded by `transformers`, with the model in this program. Code in the folder is executed only
+    if it is, byte for byte, what this program brings for such models.
 
-    It compares the logits for every length in `lengths` that the context allows, and for batches padded left and right;
-    the ids of `texts` and of hard texts, and the texts decoded from them; special pieces and the chat template; and
-    greedy continuations. `params` are unrolled, with the values that were stored. Raises CheckFailed with the table
-    when anything differs, and UserError when torch or transformers is not installed.
+    It compares the logits, and what the model decides, for every length in `lengths` that the context allows, and for
+    batches padded left and right; the ids of `texts` and of hard texts, and the texts decoded from them; special pieces
+    and the chat template; and greedy continuations. `params` are unrolled, with the values that were stored. Raises
+    CheckFailed with the table when anything differs, and UserError when torch or transformers is not installed.
     """
-    torch, transformers = _import_transformers()
-    with _quiet(transformers):
-        theirs, theirs_tokenizer, problems = _load(folder, transformers, torch)
+    if tolerance is None:
+        tolerance = TOLERANCE if published(model).decide is None else TOLERANCE_64
+    torch, transformers = import_transformers()
+    with quiet(transformers):
+        theirs, theirs_tokenizer, problems = load(folder, model, transformers, torch)
     ours = _our_forward(model, params)
     lengths = sorted({min(length, model.context) for length in lengths})
     samples = [*hard_texts(tokenizer), *texts]
     checks = [Check("tensors loaded", problems or "all", "all", not problems)]
     differences = []
     for name, ids_BT, mask_BT in _logit_cases(model, tokenizer, texts, lengths):
-        difference = _difference(ours(ids_BT, mask_BT), _their_logits(theirs, torch, ids_BT, mask_BT), mask_BT)
+        (our_logits, our_masks), (their_logits, their_masks) = (
+            ours(ids_BT, mask_BT),
+            _their_forward(theirs, torch, ids_BT, mask_BT),
+        )
+        if our_masks:
+            checks.append(_compare_masks(name, our_masks, their_masks))
+        difference = _difference(our_logits, their_logits, mask_BT)
         differences.append(difference)
         checks.append(Check(f"logits: {name}", f"{difference:.1e}", f"{tolerance:.0e}", difference <= tolerance))
-    with _quiet(transformers):
+    with quiet(transformers):
         checks.append(_compare_ids(tokenizer, theirs_tokenizer, samples))
-        published = export_tokenizer.is_published(folder)
-        checks.append(_compare_specials(tokenizer, theirs_tokenizer, published))
-        if not published:
+        foreign = export_tokenizer.is_published(folder)
+        checks.append(_compare_specials(tokenizer, theirs_tokenizer, foreign))
+        if not foreign:
             checks.append(_compare_decoding(tokenizer, theirs_tokenizer, samples))
-        if not published and chat.has_chat(tokenizer):
+        if not foreign and chat.has_chat(tokenizer):
             checks.append(_compare_chat(tokenizer, theirs_tokenizer))
     tokens = min(GREEDY_TOKENS, max(1, model.context // 2))
     for text in [*PROMPTS, *texts[:2]]:
         prompt = [tokenizer.bos_id, *tokenizer.encode(text)][: min(PROMPT_TOKENS, model.context - tokens)]
-        checks.append(_compare_greedy(ours, theirs, torch, transformers, tokenizer, prompt, tokens, tolerance))
+        checks.append(
+            _compare_greedy(ours, theirs, torch, transformers, tokenizer, prompt, tokens, model.context, tolerance)
+        )
     versions = {name: importlib.metadata.version(name) for name in ("jax", "torch", "transformers")}
     largest = float(np.max(differences))
     report = ParityReport(tuple(checks), tolerance, tuple(lengths), len(samples), tokens, largest, versions)
@@ -178,80 +200,41 @@ def hard_texts(tokenizer: base.Tokenizer) -> list[str]:
     ]
 
 
-def check_installed() -> None:
-    """Raises UserError when a package that the check needs is not installed. Called before a long training."""
-    if missing := [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]:
-        raise UserError(
-            f"the export is checked at the end, which needs {' and '.join(missing)}: pip install "
-            "'smallcoder_jax[parity]'"
-        )
-
-
-def _import_transformers() -> tuple[Any, Any]:
-    try:
-        import torch
-        import transformers
-    except ImportError as error:
-        raise UserError(
-            f"the export check needs {error.name}, which is not installed: pip install 'smallcoder_jax[parity]'"
-        ) from error
-    return torch, transformers
-
-
-def _load(folder: Path, transformers: Any, torch: Any) -> tuple[Any, Any, str]:
-    """The model, the tokenizer, and the names of tensors that `transformers` ignored or initialised, as text."""
-    options = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        loaded, info = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, **options
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise CheckFailed(f"transformers cannot load {folder}: {error}") from error
-    kinds = ("missing_keys", "unexpected_keys", "mismatched_keys")
-    left = [f"{kind.split('_')[0]}: {', '.join(sorted(map(str, info[kind])))}" for kind in kinds if info[kind]]
-    return loaded.eval(), tokenizer, "; ".join(left)
-
-
-@contextlib.contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Turns off progress bars, and the warning that a text is longer than the context, because it is only tokenized."""
-    logging = transformers.utils.logging
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
 def _our_forward(model: ModelConfig, params: build.Params) -> _Forward:
     # Rounding differs between devices by more than the tolerance, and transformers runs on the CPU as well.
     cpu = jax.local_devices(backend="cpu")[0]
     placed = jax.device_put(params, cpu)
 
-    def forward(ids_BT: np.ndarray, mask_BT: np.ndarray) -> np.ndarray:
+    decide = published(model).decide
+    compute = functools.partial(_outputs, model)
+    outputs = jax.jit(compute) if decide is None else in_float64(compute)
+
+    def forward(ids_BT: np.ndarray, mask_BT: np.ndarray) -> tuple[np.ndarray, Sequence[np.ndarray]]:
         inputs = [value.astype(np.int32) for value in (ids_BT, _positions(mask_BT), mask_BT)]
-        return np.asarray(_logits(model, placed, *jax.device_put(inputs, cpu)))
+        logits_BTV, masks = outputs(placed, *jax.device_put(inputs, cpu))
+        return np.asarray(logits_BTV), [np.asarray(mask) for mask in masks]
 
     return forward
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _logits(model: ModelConfig, params: build.Params, ids_BT: Array, positions_BT: Array, mask_BT: Array) -> Array:
+def _outputs(
+    model: ModelConfig, params: build.Params, ids_BT: Array, positions_BT: Array, mask_BT: Array
+) -> tuple[Array, Sequence[Array]]:
     graph, _ = build.abstract_model(model, ComputeConfig(dtype="float32", attention="xla"))
-    module = build.bind(graph, params)
-    return build.logits(module, module(ids_BT, positions_BT, mask_BT).states_BTD)
+    module, decide = build.bind(graph, params), published(model).decide
+    if decide is None:
+        return build.logits(module, module(ids_BT, positions_BT, mask_BT).states_BTD), ()
+    states_BTD, masks = decide(module, ids_BT, positions_BT, mask_BT)
+    return build.logits(module, states_BTD), masks
 
 
 def _positions(mask_BT: np.ndarray) -> np.ndarray:
     return np.maximum(np.cumsum(mask_BT, axis=1) - 1, 0)
 
 
-def _their_logits(theirs: Any, torch: Any, ids_BT: np.ndarray, mask_BT: np.ndarray) -> np.ndarray:
+def _their_forward(
+    theirs: Any, torch: Any, ids_BT: np.ndarray, mask_BT: np.ndarray
+) -> tuple[np.ndarray, Sequence[np.ndarray]]:
     with torch.inference_mode():
         output = theirs(
             input_ids=torch.from_numpy(ids_BT),
@@ -259,7 +242,22 @@ def _their_logits(theirs: Any, torch: Any, ids_BT: np.ndarray, mask_BT: np.ndarr
             position_ids=torch.from_numpy(_positions(mask_BT)),
             use_cache=False,
         )
-    return output.logits.numpy()
+    return output.logits.numpy(), [mask.numpy() for mask in output.get("boundaries") or ()]
+
+
+def _compare_masks(name: str, ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> Check:
+    """Checks that both decide alike everywhere. Our masks may have more columns, which must be empty."""
+    count = f"{sum(int(mask.sum()) for mask in ours)} in {len(ours)} masks"
+    fits = len(theirs) >= len(ours) and all(
+        mine.shape[1] >= other.shape[1] for mine, other in zip(ours, theirs, strict=False)
+    )
+    if not fits:
+        return Check(f"boundaries: {name}", "other shapes", f"all of {count}", False)
+    wrong = 0
+    for mine, other in zip(ours, theirs, strict=False):
+        padded = np.pad(other, [(0, 0), (0, mine.shape[1] - other.shape[1])])
+        wrong += int(np.sum(padded != mine))
+    return Check(f"boundaries: {name}", f"{wrong} differ" if wrong else "all", f"all of {count}", not wrong)
 
 
 def _difference(ours_BTV: np.ndarray, theirs_BTV: np.ndarray, mask_BT: np.ndarray) -> float:
@@ -349,6 +347,7 @@ def _compare_greedy(
     tokenizer: base.Tokenizer,
     prompt: list[int],
     tokens: int,
+    context: int,
     tolerance: float,
 ) -> Check:
     """Checks that each token that `transformers` chooses, with its cache, is also our choice after the previous ones.
@@ -361,14 +360,14 @@ def _compare_greedy(
         do_sample=False, max_new_tokens=tokens, pad_token_id=tokenizer.pad_id
     )
     ids = torch.tensor([prompt])
-    with torch.inference_mode(), _quiet(transformers):
+    with torch.inference_mode(), quiet(transformers):
         whole_T = theirs.generate(input_ids=ids, attention_mask=torch.ones_like(ids))[0].numpy()
     chosen = whole_T[len(prompt) :]
     # Padded to the same length for every prompt, so that it is compiled once.
-    ids_BT = np.full((1, GREEDY_TOKENS + PROMPT_TOKENS), tokenizer.pad_id)
+    ids_BT = np.full((1, min(GREEDY_TOKENS + PROMPT_TOKENS, max(context, len(whole_T)))), tokenizer.pad_id)
     ids_BT[0, : len(whole_T)] = whole_T
     mask_BT = (np.arange(ids_BT.shape[1]) < len(whole_T)).astype(np.int64)[None, :]
-    logits_TV = ours(ids_BT, mask_BT)[0, len(prompt) - 1 : len(whole_T) - 1]
+    logits_TV = ours(ids_BT, mask_BT)[0][0, len(prompt) - 1 : len(whole_T) - 1]
     behind = logits_TV.max(axis=-1) - logits_TV[np.arange(len(chosen)), chosen]
     same = int(np.sum(behind == 0))
     near = int(np.sum((behind > 0) & (behind <= 2 * tolerance)))

@@ -10,12 +10,13 @@ from smallcoder_jax import config as config_module
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import read_json_object
 from smallcoder_jax.config import ModelConfig
-from smallcoder_jax.huggingface import record, weights
+from smallcoder_jax.huggingface import names, record, weights
 from smallcoder_jax.models import build
 from smallcoder_jax.models.families import all_published
 from smallcoder_jax.models.published import Settings, shown
 
 CONFIG = "config.json"
+PACKED = "packed"  # its field that says whether ternary kernels are packed
 
 
 class Export(NamedTuple):
@@ -27,7 +28,7 @@ class Export(NamedTuple):
 
 
 def read_export(folder: Path) -> Export:
-    """Reads a folder that `write_export` or `transformers` wrote.
+    """Reads a folder that `write_export` or `transformers` wrote. Code that is in it is not executed.
 
     Raises UserError that names the file and the field or tensor that is missing, unknown, of another shape or type, or
     not supported by any family of models. Also raises UserError when a file of an export has changed since it was
@@ -43,7 +44,10 @@ def read_export(folder: Path) -> Export:
         config_module.validate(config_module.Config(model=model, train=train, eval=evaluation))
     except UserError as error:
         raise UserError(f"{folder / CONFIG}: {error}") from error
-    return Export(model, weights.read(folder, model), folder)
+    packed = Settings(folder / CONFIG, settings).get(PACKED, bool, False)
+    if packed:
+        names.check_packable(model)
+    return Export(model, weights.read(folder, model, packed=packed), folder)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from smallcoder_jax.base.files import read_json_object, write_json
 RECORD, CARD, GENERATION_CONFIG = "export.json", "README.md", "generation_config.json"
 FORMAT = 1
 Dtype = Literal["float32", "bfloat16"]
+Weights = Literal["float", "packed"]  # whether ternary kernels are packed
 # Files without a checksum, because people edit them: they do not affect what the model computes.
 _EDITED = (RECORD, CARD, GENERATION_CONFIG, "chat_template.jinja")
 
@@ -23,6 +24,7 @@ class Record(NamedTuple):
 
     card: dict[str, Any]
     dtype: Dtype
+    weights: Weights = "float"
 
 
 def write(folder: Path, record: Record) -> None:
@@ -30,6 +32,8 @@ def write(folder: Path, record: Record) -> None:
     files = sorted(path for path in folder.iterdir() if path.name not in _EDITED)
     checksums = checksums_of(folder, (path.name for path in files))
     content = {"format": FORMAT, "dtype": record.dtype, "card": record.card, "checksums": checksums}
+    if record.weights != "float":  # as in records from before there was a choice
+        content["weights"] = record.weights
     write_json(folder / RECORD, content)
 
 
@@ -41,7 +45,7 @@ def read(folder: Path) -> Record:
             "known; name the run that the model comes from"
         )
     content = _content(folder)
-    return Record(content["card"], content["dtype"])
+    return Record(content["card"], content["dtype"], content.get("weights", "float"))
 
 
 def verify(folder: Path) -> None:
@@ -61,6 +65,8 @@ def _content(folder: Path) -> dict[str, Any]:
     content = read_json_object(path, "the record of an export; export the model again, or delete it")
     if content.get("format") != FORMAT or content.get("dtype") not in get_args(Dtype):
         raise UserError(f"{path} has format {content.get('format')!r}; this version reads format {FORMAT}")
+    if content.get("weights", "float") not in get_args(Weights):
+        raise UserError(f"{path} has weights {content['weights']!r}; expected one of {', '.join(get_args(Weights))}")
     checksums = content.get("checksums", {})
     if not isinstance(checksums, dict) or not all(
         is_checksum(value) and Path(name).name == name for name, value in checksums.items()

@@ -14,7 +14,7 @@ import sentencepiece
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import write_json
 from smallcoder_jax.tokenizers import base, chat
-from smallcoder_jax.tokenizers.load import read_kind
+from smallcoder_jax.tokenizers.load import KINDS, read_kind
 from smallcoder_jax.tokenizers.sentencepiece import MODEL_FILE, SPACE
 
 TOKENIZER_JSON, TOKENIZER_CONFIG, CHAT_TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
@@ -37,10 +37,10 @@ def write_tokenizer(folder: Path, tokenizer: base.Tokenizer, *, context: int) ->
         return
     if kind == "sentencepiece":
         content = _from_sentencepiece(folder / MODEL_FILE)
-    elif kind == "bytes":
+    elif kind in ("bytes", "bytes_tools"):
         content = _from_bytes(tokenizer)
     else:
-        raise UserError(f"a tokenizer of kind {kind!r} cannot be exported; expected sentencepiece, bytes or hf")
+        raise UserError(f"a tokenizer of kind {kind!r} cannot be exported; expected one of {', '.join(KINDS)}")
     special = {i: piece for piece, i in tokenizer.specials.items()}
     content |= {
         "version": "1.0",
@@ -105,9 +105,9 @@ def _from_sentencepiece(path: Path) -> dict[str, Any]:
 
 
 def _from_bytes(tokenizer: base.Tokenizer) -> dict[str, Any]:
-    """BPE without merges over the 256 bytes, written with the characters of byte-level BPE."""
-    names = {i: piece for piece, i in tokenizer.specials.items()}
-    vocab = {names.get(byte, character): byte for byte, character in enumerate(_byte_characters())}
+    """BPE without merges over the 256 bytes, written with the characters of byte-level BPE, and the special pieces."""
+    characters = dict(enumerate(_byte_characters())) | {i: piece for piece, i in tokenizer.specials.items()}
+    vocab = {character: i for i, character in characters.items()}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     return {"model": _bpe(vocab, []), "pre_tokenizer": byte_level, "decoder": byte_level}
 

@@ -18,10 +18,12 @@ from smallcoder_jax.base import files
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import ModelConfig
 from smallcoder_jax.huggingface import names
+from smallcoder_jax.huggingface import packed as packing
 from smallcoder_jax.models import build
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _DTYPES = ("F32", "BF16", "F16")
+_PACKED = "U8"  # four ternary weights
 _PICKLES = ("bin", "pt", "pth", "ckpt")
 
 
@@ -46,8 +48,8 @@ def digest(folder: Path) -> str:
     return digests[0] if places is None else hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
-def read(folder: Path, model: ModelConfig) -> build.Params:
-    """The unrolled float32 parameters of `model`.
+def read(folder: Path, model: ModelConfig, *, packed: bool = False) -> build.Params:
+    """The unrolled float32 parameters of `model`, whose ternary kernels are `packed` or as they are.
 
     Raises UserError that names the file and the tensor when a tensor is missing, unknown, duplicated, of another shape
     or type, or in another file than the index says, and when a file is damaged.
@@ -68,11 +70,13 @@ def read(folder: Path, model: ModelConfig) -> build.Params:
         def values(name: str) -> np.ndarray:
             path, file = holders[name]
             dtype = file.get_slice(name).get_dtype()
-            if dtype not in _DTYPES:
-                raise UserError(f"{path}: tensor {name} is {dtype}; supported: {', '.join(_DTYPES)}")
-            return file.get_tensor(name).astype(np.float32)
+            wanted = (_PACKED,) if packed and name + packing.SUM in held else _DTYPES
+            if dtype not in wanted:
+                raise UserError(f"{path}: tensor {name} is {dtype}; supported: {', '.join(wanted)}")
+            tensor = file.get_tensor(name)
+            return tensor if dtype == _PACKED else tensor.astype(np.float32)
 
-        return names.from_published(model, where, held, values)
+        return names.from_published(model, where, held, values, packed=packed)
 
 
 def _find(folder: Path) -> tuple[Path, dict[str, Path] | None]:

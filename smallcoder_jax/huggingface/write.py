@@ -5,8 +5,9 @@
     tokenizer_kind.json  tokenizer.model                           as this package reads them
     README.md    the model card
     export.json  what the card is made from, and checksums
+    *.py         the code of a family that transformers does not have
 
-The same input gives the same bytes. Nothing is pickled and nothing needs remote code.
+The same input gives the same bytes. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import reason, write_json
 from smallcoder_jax.config import ModelConfig
 from smallcoder_jax.huggingface import card as model_card
-from smallcoder_jax.huggingface import names, record, weights
+from smallcoder_jax.huggingface import names, packed, record, weights
 from smallcoder_jax.huggingface import tokenizer as export_tokenizer
-from smallcoder_jax.huggingface.read import CONFIG
-from smallcoder_jax.huggingface.record import CARD, GENERATION_CONFIG, RECORD, Dtype
+from smallcoder_jax.huggingface.read import CONFIG, PACKED
+from smallcoder_jax.huggingface.record import CARD, GENERATION_CONFIG, RECORD, Dtype, Weights
 from smallcoder_jax.models import build
 from smallcoder_jax.models.families import published
 from smallcoder_jax.tokenizers import base
@@ -48,14 +49,16 @@ def write_export(
     tokenizer: base.Tokenizer,
     card: Mapping[str, Any],
     dtype: Dtype = "float32",
+    packing: Weights = "float",
     check: Callable[[Path], Mapping[str, Any]] | None = None,
 ) -> None:
     """Writes the folder completely or not at all. An earlier export at `folder` is replaced.
 
-    `params` are unrolled. `card` is described in `huggingface.card`. `check` is called with the folder before it is
+    `params` are unrolled. With `packing="packed"`, ternary kernels are packed (`huggingface.packed`), and everything
+    else is stored in `dtype`. `card` is described in `huggingface.card`. `check` is called with the folder before it is
     moved into place: an exception stops the export, and the return value becomes `card["parity"]`. Raises UserError for
-    a model that transformers cannot express, for a tokenizer with more ids than the model, and for an existing `folder`
-    that is not an export.
+    a model that transformers cannot express or that has nothing to pack, for a tokenizer with more ids than the model,
+    and for an existing `folder` that is not an export.
     """
     if dtype not in get_args(Dtype):
         raise UserError(f"export dtype {dtype!r}: expected one of {', '.join(get_args(Dtype))}")
@@ -64,32 +67,30 @@ def write_export(
             f"the tokenizer has {tokenizer.vocab_size} ids, but {model.vocab_size=}; export the model with the "
             "tokenizer that it was trained with"
         )
+    if packing == "packed":
+        names.check_packable(model)
     folder = Path(os.path.realpath(folder))  # Path.resolve raises on a loop of links
     _tidy(folder)
     if os.path.lexists(folder) and not _may_be_replaced(folder):
         raise UserError(f"{folder} exists and is no exported model, so it is not replaced; name another --output")
-    tensors = names.to_published(model, params)
+    stored = _stored_tensors(model, params, dtype, packing)  # before anything is written
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
     except OSError as error:
         raise UserError(f"{folder} cannot be written: {reason(error)}; name another --output") from error
     try:
-        export_tokenizer.write_tokenizer(partial, tokenizer, context=model.context)
-        write_json(partial / CONFIG, _published_config(model, tokenizer, dtype))
-        write_json(partial / GENERATION_CONFIG, _generation_config(model, tokenizer))
-        stored = {name: value.astype(_NUMPY_DTYPES[dtype]) for name, value in tensors.items()}
-        safetensors.numpy.save_file(stored, partial / weights.WEIGHTS, metadata={"format": "pt"})
-        (partial / weights.WEIGHTS).chmod(0o644)
+        _write_model(partial, model, tokenizer, stored, dtype, packing)
         content = model_card.without_folders(card)
         if check is not None:
             content["parity"] = dict(check(partial))
-        record.write(partial, record.Record(content, dtype))
+        record.write(partial, record.Record(content, dtype, packing))
         fim = [piece for piece in _FIM_PIECES if piece in tokenizer.specials]
         text = model_card.render(
             model,
             content,
             dtype=dtype,
+            packed=packing == "packed",
             fim=[] if export_tokenizer.is_published(partial) else fim,
             chat=(partial / export_tokenizer.CHAT_TEMPLATE).is_file(),
         )
@@ -99,20 +100,44 @@ def write_export(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def round_params(params: build.Params, dtype: Dtype) -> build.Params:
-    """The parameters in float32, rounded to the values that they have when stored in `dtype`."""
-    if dtype == "float32":
-        return params
+def _write_model(
+    folder: Path,
+    model: ModelConfig,
+    tokenizer: base.Tokenizer,
+    stored: dict[str, np.ndarray],
+    dtype: Dtype,
+    packing: Weights,
+) -> None:
+    """Writes everything that `transformers` needs into `folder`."""
+    export_tokenizer.write_tokenizer(folder, tokenizer, context=model.context)
+    write_json(folder / CONFIG, _published_config(model, tokenizer, dtype, packing))
+    write_json(folder / GENERATION_CONFIG, _generation_config(model, tokenizer))
+    for path in published(model).code:
+        (folder / path.name).write_bytes(path.read_bytes())
+    safetensors.numpy.save_file(stored, folder / weights.WEIGHTS, metadata={"format": "pt"})
+    (folder / weights.WEIGHTS).chmod(0o644)
 
-    def rounded(node: Any) -> Any:
-        if isinstance(node, dict):
-            return {key: rounded(value) for key, value in node.items()}
-        return np.asarray(node).astype(_NUMPY_DTYPES[dtype]).astype(np.float32)
 
-    return rounded(params)
+def stored_params(model: ModelConfig, params: build.Params, dtype: Dtype, packing: Weights = "float") -> build.Params:
+    """The parameters in float32, with the values that they have when they are stored like this."""
+    stored = _stored_tensors(model, params, dtype, packing)
+
+    def read(name: str) -> np.ndarray:
+        value = stored[name]
+        return value if value.dtype == np.uint8 else value.astype(np.float32)
+
+    held = {name: value.shape for name, value in stored.items()}
+    return names.from_published(model, Path(weights.WEIGHTS), held, read, packed=packing == "packed")
 
 
-def _published_config(model: ModelConfig, tokenizer: base.Tokenizer, dtype: Dtype) -> dict[str, Any]:
+def _stored_tensors(model: ModelConfig, params: build.Params, dtype: Dtype, packing: Weights) -> dict[str, np.ndarray]:
+    """The tensors of the file. Those of packed kernels are exact in every `dtype`."""
+    tensors = names.to_published(model, params, packed=packing == "packed")
+    exact = {name for name in tensors if name.removesuffix(packed.SUM) + packed.SUM in tensors}
+    return {name: value if name in exact else value.astype(_NUMPY_DTYPES[dtype]) for name, value in tensors.items()}
+
+
+def _published_config(model: ModelConfig, tokenizer: base.Tokenizer, dtype: Dtype, packing: Weights) -> dict[str, Any]:
     return {
         "dtype": dtype,
         "torch_dtype": dtype,  # the name before transformers 4.56, and in other programs
@@ -121,6 +146,7 @@ def _published_config(model: ModelConfig, tokenizer: base.Tokenizer, dtype: Dtyp
         "pad_token_id": tokenizer.pad_id,
         "use_cache": True,
         **published(model).settings(model),
+        **({PACKED: True} if packing == "packed" else {}),
     }
 
 

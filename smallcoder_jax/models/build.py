@@ -65,14 +65,20 @@ def to_layout(params: Params, compute: ComputeConfig) -> Params:
 
 
 def to_scanned(params: Params) -> Params:
-    """Stacks the blocks of every model in `params`: `blocks/{i}/...` to `blocks/...` with a leading axis of layers."""
+    """Stacks the blocks of every model in `params`: `blocks/{i}/...` to `blocks/...` with a leading axis of layers.
+    Blocks of different structures are left as they are."""
 
     def stacked(name: Any, below: Any) -> Any:
-        if name == "blocks" and all(isinstance(key, int) for key in below):
+        if name == "blocks" and all(isinstance(key, int) for key in below) and _alike(below):
             return jax.tree.map(lambda *layers: jnp.stack(layers), *[below[i] for i in range(len(below))])
         return to_scanned(below)
 
     return {name: stacked(name, below) if isinstance(below, dict) else below for name, below in params.items()}
+
+
+def _alike(blocks: Params) -> bool:
+    shapes = [jax.tree.map(jnp.shape, block) for block in blocks.values()]
+    return all(shape == shapes[0] for shape in shapes)
 
 
 def to_unrolled(params: Params) -> Params:

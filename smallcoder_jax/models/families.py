@@ -6,10 +6,12 @@ from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import ModelConfig
 from smallcoder_jax.models.decoder.family import DECODER
 from smallcoder_jax.models.family import Family
+from smallcoder_jax.models.hnet.family import HNET
 from smallcoder_jax.models.published import Published
 
 FAMILIES: dict[str, Family] = {
     "decoder": DECODER,
+    "hnet": HNET,
 }
 
 

@@ -24,11 +24,12 @@ class Hidden(NamedTuple):
     """The output of a model: normed hidden states, from which logits and scores are computed, and its own losses.
 
     `losses` maps the name of each loss to its sum and its weight. The quotient of the two is added to the stage's loss
-    per token.
+    per token. `observed` has the same form, for quantities that are logged and not learned.
     """
 
     states_BTD: Array
     losses: Mapping[str, tuple[Array, Array]] = {}
+    observed: Mapping[str, tuple[Array, Array]] = {}
 
 
 class Module(Protocol):
@@ -76,21 +77,32 @@ class Family:
     sharding: Sequence[tuple[str, PartitionSpec]]
     muon: str  # pattern of the names of parameters that Muon optimises: the matrices of hidden layers
     flops_per_token: Callable[[Any, int], float]  # (model, row length) -> FLOPs of a training step per token
-    # model -> (query heads per key-value head, head size), to choose a kernel; None: the family has no attention.
-    attention_shape: Callable[[Any], tuple[int, int]] | None
+    # (model, row length) -> (length of the rows that attention sees, query heads per key-value head, head size), to
+    # choose a kernel; None: there is no attention.
+    attention_shape: Callable[[Any, int], tuple[int, int, int] | None]
     published: Published | str  # the published format; or a sentence that says why models cannot be exported
-    losses: tuple[str, ...] = ()  # names of `Hidden.losses`; training steps log them
+    # Names of `Hidden.losses` and `Hidden.observed`; training steps and evaluations log them.
+    logged: Callable[[Any], tuple[str, ...]] = lambda model: ()
+    # (model, row length) -> (length of the rows, channels) of each recurrence, to choose kernels.
+    recurrence_shapes: Callable[[Any, int], Sequence[tuple[int, int]]] = lambda model, length: ()
+    # (module, tokens, positions, segment ids) -> where chunks begin, for a family that divides a row into chunks: for
+    # each stage, outermost first, whether one begins at a token (bool), and the probability of it, both [B, T].
+    boundaries: Callable[[Any, Array, Array, Array], Sequence[tuple[Array, Array]]] | None = None
+    # The learning rate of parameters is multiplied by that of the first name pattern that matches, or else by 1.
+    rates: Callable[[Any], Sequence[tuple[str, float]]] = lambda model: ()
 
 
 def with_own_losses(
     loss: Array, weight: Array, sums: dict[str, Array], hidden: Hidden
 ) -> tuple[Array, dict[str, Array]]:
-    """Adds the model's own losses to the `loss` and the `sums` of a stage.
+    """Adds the model's own losses to the `loss` and the `sums` of a stage, and what it observed to the `sums`.
 
     `loss` is a sum over tokens whose weights add up to `weight`. The mean of each of the model's losses is multiplied
     by `weight`, so that it counts as much as the mean of the stage's loss.
     """
-    for name, (total, own) in hidden.losses.items():
-        scaled = total / jnp.maximum(own, 1.0) * weight
-        loss, sums = loss + scaled, {**sums, name: scaled}
-    return loss, sums
+
+    def scaled(named: Mapping[str, tuple[Array, Array]]) -> dict[str, Array]:
+        return {name: total / jnp.maximum(own, 1.0) * weight for name, (total, own) in named.items()}
+
+    losses = scaled(hidden.losses)
+    return sum(losses.values(), start=loss), {**sums, **losses, **scaled(hidden.observed)}

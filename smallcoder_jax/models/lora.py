@@ -38,8 +38,18 @@ def init_adapters(lora: LoraConfig, params: Params, key: Array) -> Params:
             adapters |= {f"{path}/a": a * fan_in**-0.5, f"{path}/b": jnp.zeros((lora.rank, fan_out), jnp.float32)}
         return unflatten_dict(adapters, sep="/")
 
-    blocks = params["blocks"]
-    return {"blocks": {i: of_block(_kernels(lora, block), jax.random.fold_in(key, i)) for i, block in blocks.items()}}
+    def within(params: Params, key: Array) -> Params:
+        """Adapters for the blocks of `params`, and for those of the parts that it has."""
+        found = {}
+        for number, (name, below) in enumerate(sorted(params.items())):
+            if name == "blocks":
+                keys = {i: jax.random.fold_in(key, i) for i in below}
+                found[name] = {i: of_block(_kernels(lora, block), keys[i]) for i, block in below.items()}
+            elif isinstance(below, dict) and (adapters := within(below, jax.random.fold_in(key, 1_000_000 + number))):
+                found[name] = adapters
+        return found
+
+    return within(params, key)
 
 
 def beside(lora: LoraConfig, params: Params) -> Params:

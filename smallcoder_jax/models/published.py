@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from jax import Array
 
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import ModelConfig
@@ -21,12 +23,14 @@ _LIMITS = {int: (1, 2**31 - 1), float: (0, 1e30)}  # smallest and largest number
 class Tensor:
     """The published tensor `name` holds the parameters at `ours`, concatenated along their last axis.
 
-    Our kernels are [in, out]. torch's Linear is [out, in], and then `transposed` is true.
+    Our kernels are [in, out]. torch's Linear is [out, in], and then `transposed` is true. `ternary` says that it is the
+    kernel of a ternary layer (`ops.ternary`), which can be stored packed.
     """
 
     name: str
     ours: tuple[ParamPath, ...]
     transposed: bool = False
+    ternary: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +40,8 @@ class Settings:
     path: Path
     values: Mapping[str, Any]
 
-    def get(self, key: str, kind: type, default: Any = None) -> Any:
-        """The value of `key`, or `default` when it is absent or null.
+    def get(self, key: str, kind: type, default: Any = None, *, least: int | None = None) -> Any:
+        """The value of `key`, or `default` when it is absent or null. Whole numbers are at least `least`, or 1.
 
         Raises UserError when there is neither, and for a value of another type or out of range.
         """
@@ -45,9 +49,10 @@ class Settings:
         value = default if value is None else value
         if type(value) is not kind and not (kind is float and type(value) is int):
             raise UserError(f"{self.path}: {key} is {shown(value)}; expected a value of type {kind.__name__}")
-        if kind in _LIMITS and not _LIMITS[kind][0] <= value <= _LIMITS[kind][1]:
-            least, most = _LIMITS[kind]
-            raise UserError(f"{self.path}: {key} is {shown(value)}; expected at least {least} and at most {most}")
+        low, high = _LIMITS.get(kind, (None, None))
+        low = low if least is None else least
+        if low is not None and high is not None and not low <= value <= high:
+            raise UserError(f"{self.path}: {key} is {shown(value)}; expected at least {low} and at most {high}")
         return float(value) if kind is float else value
 
     def insist(self, key: str, default: Any, *supported: Any) -> None:
@@ -74,6 +79,13 @@ class Published:
     stored: Callable[[Any, Path, Mapping[str, tuple[int, ...]]], dict[str, str]]
     tied: Callable[[Any], tuple[str, str] | None]  # the names of two tied tensors; a file may hold both
     describe: Callable[[Any], tuple[str, dict[str, str]]]  # for the model card: a phrase, and rows of its table
+    # Python files that every export brings with it, for models that no architecture of transformers computes. The
+    # `settings` name their classes in `auto_map`.
+    code: tuple[Path, ...] = ()
+    # For models that decide, by rounding activations or by borders between chunks: (module, ids, positions, segment
+    # ids) -> hidden states, and the masks that the code returns as `boundaries`. A difference in the last bit can turn
+    # a decision and from there on everything, so such models are compared in float64.
+    decide: Callable[[Any, Array, Array, Array], tuple[Array, Sequence[Array]]] | None = None
 
 
 def shown(value: Any) -> str:

@@ -19,7 +19,7 @@ from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.kernels import flash_hopper, flash_tpu
 from smallcoder_jax.kernels.tile_table import lookup
 from smallcoder_jax.kernels.tiles import HopperTiles, TpuTiles
-from smallcoder_jax.mesh import BATCH, HEADS, context_size
+from smallcoder_jax.mesh import BATCH, HEADS, context_size, traced_device
 from smallcoder_jax.ops.attention_xla import Keys, Queries, attend_xla
 from smallcoder_jax.ops.rope import angles, rotate
 
@@ -55,7 +55,7 @@ def choose(
         place = PLATFORMS[implementation].upper()
         raise UserError(f"attention implementation {implementation!r} runs on {place}s; the platform is '{platform}'")
     if not asked:
-        platform = platform or _device().platform
+        platform = platform or traced_device().platform
         if platform not in KERNELS:
             return Choice("xla", f"the only one for platform '{platform}'")
         implementation = KERNELS[platform]
@@ -110,7 +110,7 @@ def attention(
     document, with padding only at the end. Softmax is computed in float32; the result has the dtype of `q_BTNH`.
     """
     length, keys = q_BTNH.shape[1], k_BSKH.shape[1]
-    group, device = q_BTNH.shape[2] // k_BSKH.shape[2], _device().device_kind
+    group, device = q_BTNH.shape[2] // k_BSKH.shape[2], traced_device().device_kind
     chosen = choose(
         implementation, length, keys, group, q_BTNH.shape[3], q_BTNH.dtype, device=device, packed=packed,
         context=context_size(),
@@ -126,11 +126,6 @@ def attention(
     queries = Queries(q_BTNH, q_positions_BT, q_segment_ids_BT)
     kv = Keys(k_BSKH, v_BSKH, kv_positions_BS, kv_segment_ids_BS)
     return attend_xla(queries, kv, window) if context_size() == 1 else _with_gathered_keys(queries, kv, window)
-
-
-def _device() -> Any:
-    """The device that is traced for: the abstract mesh's, which need not exist here, or else jax's first device."""
-    return jax.sharding.get_abstract_mesh().abstract_device or jax.devices()[0]
 
 
 def _flash(

@@ -55,6 +55,7 @@ class Report:
     sequence_length: int
     changes: tuple[str, ...]
     attention: str
+    recurrence: str  # empty: there are no recurrences
     parameters: int
     memory: Memory
     largest: Largest
@@ -118,6 +119,7 @@ def examine(
         sequence_length=config.train.sequence_length,
         changes=changes,
         attention=f"{program.attention.implementation} ({program.attention.reason})",
+        recurrence="; ".join(map(str, program.recurrence)),
         parameters=config.model.parameter_count(),
         memory=Memory(
             parameters + frozen,

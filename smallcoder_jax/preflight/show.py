@@ -35,6 +35,8 @@ def _run(report: Report) -> list[tuple[str, str]]:
         ),
         ("attention", report.attention),
     ]
+    if report.recurrence:
+        rows.append(("recurrence", report.recurrence))
     if report.changes:
         rows.append(
             ("changed", "rounded up, so that rows divide over the mesh; train with " + " ".join(report.changes))

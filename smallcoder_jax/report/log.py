@@ -22,6 +22,7 @@ from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import finite
 from smallcoder_jax.config import LogConfig
 from smallcoder_jax.report import charts
+from smallcoder_jax.report.boundaries import Boundaries, draw_boundaries
 from smallcoder_jax.report.log_files import LogFiles
 from smallcoder_jax.report.run_folder import RunFolder
 from smallcoder_jax.report.wandb import WandbWriter
@@ -139,6 +140,10 @@ class MetricsLog:
         """Draws the charts of everything logged so far, and writes `metrics_history.json`."""
         self._submit(self._draw_charts, step)
 
+    def boundaries(self, step: int, found: Boundaries) -> None:
+        """Draws where the model's chunks begin in a text."""
+        self._submit(self._draw_boundaries, step, found)
+
     def flush(self) -> None:
         """Waits until everything logged so far is in the plain files, including `metrics_history.json`.
 
@@ -192,6 +197,9 @@ class MetricsLog:
         path = charts.draw_training(self._files.history(), self._folder, step)
         self._write_image(step, "charts/training", path)
 
+    def _draw_boundaries(self, step: int, found: Boundaries) -> None:
+        self._write_image(step, "charts/boundaries", draw_boundaries(found, self._folder, step))
+
 
 class SilentLog:
     """The log of every process but the first. It writes nothing."""
@@ -202,6 +210,7 @@ class SilentLog:
     def samples(self, step: int, samples: Iterable[Mapping[str, Any]]) -> None: ...
     def histograms(self, step: int, weights: Mapping[str, np.ndarray], gradients: Mapping[str, np.ndarray]) -> None: ...
     def charts(self, step: int) -> None: ...
+    def boundaries(self, step: int, found: Boundaries) -> None: ...
     def flush(self) -> None: ...
     def close(self) -> None: ...
 

@@ -75,6 +75,7 @@ def write_report(folder: RunFolder, accounting: Mapping[str, Any], results: Mapp
         figures=_figures(info, results),
         results=tables(results),
         chart=_inline_png(folder.latest_chart),
+        boundaries=_inline_png(folder.boundaries_chart),
         samples=_samples_by_step(samples),
         accounting=tables(accounting),
         model=tables(config["model"]),

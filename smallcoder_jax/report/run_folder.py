@@ -114,6 +114,10 @@ class RunFolder:
         return self.charts / "training_latest.png"
 
     @property
+    def boundaries_chart(self) -> Path:
+        return self.charts / "boundaries.png"
+
+    @property
     def skipped(self) -> Path:
         return self.path / "skipped"
 

@@ -1,7 +1,8 @@
 """A tokenizer whose ids are the bytes of the UTF-8 text.
 
 The values 245 to 255 occur in no UTF-8 text, so they are the ids of the special pieces: the vocabulary stays at 256,
-and no text can ever produce a special piece. Padding has its own id and is also masked everywhere.
+and no text can ever produce a special piece. Padding has its own id and is also masked everywhere. There are not enough
+of these values for the pieces around function calls, so those have the ids from 256 on, in a larger vocabulary.
 """
 
 from __future__ import annotations
@@ -29,17 +30,21 @@ SPECIALS = {
 }
 
 
-class ByteTokenizer:
-    """Implements `base.Tokenizer` over the 256 byte values."""
+TOOL_SPECIALS = {piece: 256 + index for index, piece in enumerate(base.TOOL_PIECES)}
 
-    def __init__(self) -> None:
-        self.vocab_size = 256
+
+class ByteTokenizer:
+    """Implements `base.Tokenizer` over the 256 byte values, and with `tools` over the pieces around function calls."""
+
+    def __init__(self, *, tools: bool = False) -> None:
+        self._kind = "bytes_tools" if tools else "bytes"
+        self.specials = {**SPECIALS, **(TOOL_SPECIALS if tools else {})}
+        self.vocab_size = max(self.specials.values()) + 1
         self.pad_id, self.bos_id, self.eos_id = SPECIALS[base.PAD], SPECIALS[base.BOS], SPECIALS[base.EOS]
-        self.specials = dict(SPECIALS)
-        unused = set(SPECIALS.values())
-        self._vocabulary = Vocabulary([b"" if i in unused else bytes([i]) for i in range(256)])
+        unused = set(self.specials.values())
+        self._vocabulary = Vocabulary([b"" if i in unused else bytes([i]) for i in range(self.vocab_size)])
         self.token_bytes = self._vocabulary.token_bytes
-        self.hash = hashlib.sha256(f"bytes|{sorted(SPECIALS.items())}".encode()).hexdigest()
+        self.hash = hashlib.sha256(f"bytes|{sorted(self.specials.items())}".encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode("utf-8"))
@@ -55,4 +60,4 @@ class ByteTokenizer:
         return self._vocabulary.decode(ids)
 
     def save(self, folder: Path) -> None:
-        base.write_kind(folder, "bytes")
+        base.write_kind(folder, self._kind)

@@ -224,7 +224,8 @@ def _id_of(piece: str, tokenizer: Tokenizer) -> int:
     if piece not in tokenizer.specials:
         raise UserError(
             f"the tokenizer has no piece {piece}, which this conversation needs; use one with pieces for turns and "
-            "calls, as tokenizer.kind=sentencepiece trains"
+            "calls, as tokenizer.kind=sentencepiece trains, or tokenizer.kind=bytes_tools for a model of bytes, from "
+            "its first stage on"
         )
     return tokenizer.specials[piece]
 

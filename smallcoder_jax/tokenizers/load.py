@@ -13,7 +13,7 @@ from smallcoder_jax.tokenizers.bytes import ByteTokenizer
 from smallcoder_jax.tokenizers.huggingface import read_hugging_face
 from smallcoder_jax.tokenizers.sentencepiece import read_sentencepiece
 
-KINDS = ("sentencepiece", "bytes", "hf")
+KINDS = ("sentencepiece", "bytes", "bytes_tools", "hf")
 _MOST_SPARE = 8  # at most 1 / 8 of a model's table may be spare: published tables are padded to a round size
 
 
@@ -39,8 +39,8 @@ def read_kind(folder: Path) -> str:
 
 def open_tokenizer(kind: str, path: str) -> Tokenizer:
     """The tokenizer of this kind in the folder `path` (for `hf`, also the name of a published tokenizer)."""
-    if kind == "bytes":
-        return ByteTokenizer()
+    if kind in ("bytes", "bytes_tools"):
+        return ByteTokenizer(tools=kind == "bytes_tools")
     if kind == "sentencepiece":
         return read_sentencepiece(Path(path))
     if kind == "hf":

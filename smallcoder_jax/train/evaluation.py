@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,18 +14,24 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from smallcoder_jax.base.distributed import StopVote
-from smallcoder_jax.config import ComputeConfig, Config, eval_rows
-from smallcoder_jax.generate.engine import Generator
+from smallcoder_jax.config import ComputeConfig, Config, ModelConfig, eval_rows
+from smallcoder_jax.generate.engine import Completion, Generator
 from smallcoder_jax.generate.sampling import SamplingOptions
+from smallcoder_jax.generate.utf8 import utf8_measures
 from smallcoder_jax.mesh import batch_sharding, on_mesh, parameter_name, place_batch, process_rows
 from smallcoder_jax.models import build
+from smallcoder_jax.models.families import family_of
 from smallcoder_jax.ops import precision
+from smallcoder_jax.report.boundaries import Boundaries
 from smallcoder_jax.train.program import Program
 from smallcoder_jax.train.step import LossFn, make_eval_step
 from smallcoder_jax.train.stop import StopRequest
 from smallcoder_jax.train.sums import add_up
 from smallcoder_jax.train.task import Evaluation, Task
 from smallcoder_jax.train.watchdog import Watchdog
+
+_SHOWN_TOKENS = 384  # of a held-out document, of which a picture is drawn
+_INPUTS = ("tokens", "positions", "segment_ids")
 
 
 class Evaluator:
@@ -78,28 +86,67 @@ def on_this_device(
     return Evaluation(params, lambda batch: compiled(params, dict(batch)), add_up, iter, range(rows), limit)
 
 
-def draw_samples(config: Config, task: Task, params: build.Params, accuracy: float | None) -> list[dict[str, Any]]:
+def draw_samples(
+    config: Config, task: Task, params: build.Params, accuracy: float | None
+) -> tuple[list[dict[str, Any]], dict[str, float]]:
     """Samples completions of the task's prompts or, if it has none, of `eval.sample_prompts`.
 
-    Each sample is {input, output, accuracy}. `params` are all parts that the loss sees. Raises NotFinite if logits are
-    not.
+    Returns the samples, each {input, output, accuracy}, and the `utf8_measures` of all. `params` are all parts that the
+    loss sees. Raises NotFinite if logits are not.
     """
     prompts = task.prompts
     if prompts is None:
         prompts = {prompt: prompt for prompt in config.eval.sample_prompts}
     model = build.to_unrolled(build.model_params(params))
+    generator = Generator(config.model, config.compute, model, task.tokenizer)
+    completions = complete(config, generator, list(prompts.values()))
+    samples = [
+        {"input": prompt, "output": completion.text, "accuracy": accuracy}
+        for prompt, completion in zip(prompts, completions, strict=True)
+    ]
+    return samples, utf8_measures(completions, task.tokenizer)
+
+
+def complete(config: Config, generator: Generator, prompts: Sequence[str | Sequence[int]]) -> list[Completion]:
+    """Completions of `prompts` by the settings of `eval`. Raises NotFinite if logits are not."""
     options = SamplingOptions(
         max_tokens=config.eval.sample_tokens,
         temperature=config.eval.sample_temperature,
         seed=config.train.seed,
         truncate_prompt=True,
     )
-    generator = Generator(config.model, config.compute, model, task.tokenizer)
-    completions = generator.generate(list(prompts.values()), options)
-    return [
-        {"input": prompt, "output": completion.text, "accuracy": accuracy}
-        for prompt, completion in zip(prompts, completions, strict=True)
-    ]
+    return generator.generate(prompts, options)
+
+
+def find_boundaries(config: Config, task: Task, params: build.Params) -> Boundaries | None:
+    """Where the model's chunks begin in the first held-out document, or in its first `_SHOWN_TOKENS` tokens.
+
+    None if the model makes no chunks, or the task has no held-out batches. `params` are all parts that the loss sees.
+    """
+    if family_of(config.model).boundaries is None:
+        return None
+    # The same row on all processes.
+    batch = next(iter(task.validation_batches(1, range(1))), None)
+    if batch is None:
+        return None
+    row = {name: batch[name].reshape(-1, batch[name].shape[-1])[:1, :_SHOWN_TOKENS] for name in _INPUTS}
+    shown = row["segment_ids"] == row["segment_ids"][0, 0]
+    row["segment_ids"] = shown.astype(np.int32)
+    model = build.to_unrolled(build.model_params(params))
+    compute = dataclasses.replace(config.compute, layers="unroll", remat="none")
+    stages = _boundaries(config.model, compute, model, *(row[name] for name in _INPUTS))
+    stages = multihost_utils.process_allgather(stages, tiled=True)
+    ids = row["tokens"][shown].tolist()
+    found = [(begins_BT[shown], probability_BT[shown]) for begins_BT, probability_BT in stages]
+    return Boundaries([task.tokenizer.token_bytes[i] for i in ids], found) if found else None
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _boundaries(model: ModelConfig, compute: ComputeConfig, params: build.Params, *inputs: jax.Array) -> Any:
+    graph, _ = build.abstract_model(model, compute)
+    of_family = family_of(model).boundaries
+    assert of_family is not None
+    return of_family(build.bind(graph, params), *inputs)
 
 
 def make_gradient(loss_fn: LossFn, matmul: precision.Kind, mesh: Mesh) -> Any:

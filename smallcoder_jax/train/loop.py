@@ -26,7 +26,7 @@ from smallcoder_jax.mesh import batch_sharding, check_rows, process_rows
 from smallcoder_jax.models import build
 from smallcoder_jax.report.run_folder import RunFolder
 from smallcoder_jax.train.checkpoint import Checkpointer
-from smallcoder_jax.train.evaluation import Evaluator, draw_samples, whole_leaves
+from smallcoder_jax.train.evaluation import Evaluator, draw_samples, find_boundaries, whole_leaves
 from smallcoder_jax.train.meter import Meter
 from smallcoder_jax.train.profile import StepProfile
 from smallcoder_jax.train.program import make_program
@@ -302,19 +302,29 @@ class Trainer:
         total = self.evaluator.evaluate(self.task, self.state.params, stop)
         if total is None:
             return None
+        samples = self._sample(total)
         best = self.history.add_evaluation(total)
         self.log.evaluation(self.step, total)
         values = ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in total.items())
         self.terminal.note(f"step {self.step}, validation: {values}{' (best so far)' if best else ''}")
-        if self.config.eval.sample_tokens:
-            try:
-                samples = draw_samples(self.config, self.task, self.params, total.get("accuracy"))
-                self.log.samples(self.step, samples)
-                if samples:
-                    self.terminal.sample(samples[0]["input"], samples[0]["output"])
-            except NotFinite as error:  # only the guard may end the run
-                self.terminal.note(f"no samples: {error}")
+        self.log.samples(self.step, samples)
+        if samples:
+            self.terminal.sample(samples[0]["input"], samples[0]["output"])
+        if (found := find_boundaries(self.config, self.task, self.params)) is not None:
+            self.log.boundaries(self.step, found)
         return best
+
+    def _sample(self, total: dict[str, float]) -> list[dict[str, Any]]:
+        """Samples of text for an evaluation, to which the measures of these texts are added."""
+        if not self.config.eval.sample_tokens:
+            return []
+        try:
+            samples, measures = draw_samples(self.config, self.task, self.params, total.get("accuracy"))
+        except NotFinite as error:  # only the guard may end the run
+            self.terminal.note(f"no samples: {error}")
+            return []
+        total |= measures
+        return samples
 
     def _save(self, best: bool, keep: int) -> None:
         self.log.flush()  # so that a run that continues from this step has its log lines

@@ -15,7 +15,7 @@ from smallcoder_jax.config import Config, ModelConfig
 from smallcoder_jax.mesh import batch_sharding, check_length, make_mesh, params_sharding
 from smallcoder_jax.models import build, lora
 from smallcoder_jax.models.families import family_of
-from smallcoder_jax.ops import attention, cross_entropy, precision
+from smallcoder_jax.ops import attention, cross_entropy, precision, recurrence
 from smallcoder_jax.train.state import TrainState, init_state, state_sharding
 from smallcoder_jax.train.step import LossFn, make_train_step
 
@@ -31,6 +31,7 @@ class Program(NamedTuple):
     frozen_shardings: Any
     step: Any
     attention: attention.Choice
+    recurrence: tuple[recurrence.Choice, ...]  # different ones only; empty: there are no recurrences
     cross_entropy: cross_entropy.Choice
     matmul: precision.Choice
 
@@ -55,7 +56,7 @@ def make_program(
     mesh = make_mesh(config.mesh, model, train.microbatch_rows, devices)
     length, device = train.sequence_length, mesh.devices.flat[0]
     check_length(mesh.shape, length)
-    optimizer = optim.make_optimizer(config.optimizer, train.steps, family.muon)
+    optimizer = optim.make_optimizer(config.optimizer, train.steps, family.muon, family.rates(model))
     shapes = jax.eval_shape(lambda: init_state(config, optimizer))
     shardings = state_sharding(mesh, shapes, family.sharding)
     if frozen is None:
@@ -74,7 +75,7 @@ def make_program(
             loss_fn,
             optimizer,
             optim.schedule(config.optimizer, train.steps),
-            reported=(*reported, *family.losses),
+            reported=(*reported, *family.logged(model)),
             peak=config.optimizer.peak_learning_rate,
             microbatches=train.batch_size // train.microbatch_rows,
             guarding=config.guard,
@@ -84,6 +85,7 @@ def make_program(
             frozen_shardings=frozen_shardings,
         ),
         attention=_attention(config, mesh),
+        recurrence=_recurrence(config, mesh),
         cross_entropy=cross_entropy.choose(
             train.microbatch_rows * length, model.vocab_size, config.compute.dtype, mesh.shape
         ),
@@ -92,19 +94,35 @@ def make_program(
 
 
 def _attention(config: Config, mesh: Mesh) -> attention.Choice:
-    length, device, shape = config.train.sequence_length, mesh.devices.flat[0], family_of(config.model).attention_shape
+    device = mesh.devices.flat[0]
+    shape = family_of(config.model).attention_shape(config.model, config.train.sequence_length)
     if shape is None:
-        return attention.Choice("none", f"models with model.family={config.model.family!r} have none")
+        return attention.Choice("none", f"this model with model.family={config.model.family!r} has none")
+    length, group, head_size = shape
     return attention.choose(
         config.compute.attention,
         length,
         length,
-        *shape(config.model),
+        group,
+        head_size,
         config.compute.dtype,
         device.platform,
         device.device_kind,
         context=mesh.shape["context"],
     )
+
+
+def _recurrence(config: Config, mesh: Mesh) -> tuple[recurrence.Choice, ...]:
+    device = mesh.devices.flat[0]
+    shapes = family_of(config.model).recurrence_shapes(config.model, config.train.sequence_length)
+    found = [
+        recurrence.choose(
+            config.compute.recurrence, length, width, [jnp.float32], device.platform, device.device_kind,
+            context=mesh.shape["context"], tensor=mesh.shape["tensor"],
+        )
+        for length, width in shapes
+    ]  # fmt: skip
+    return tuple(dict.fromkeys(found))
 
 
 def _placed(shapes: Any, shardings: Any) -> Any:

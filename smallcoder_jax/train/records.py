@@ -71,6 +71,7 @@ class Records:
                 "started_from": self._started_from(),
                 "data_folder": folder.relative(Path(config.data.dir).expanduser()),
                 "attention": {"implementation": program.attention.implementation, "reason": program.attention.reason},
+                "recurrence": [each._asdict() for each in program.recurrence],
                 "cross_entropy": program.cross_entropy._asdict(),
                 "matmul": program.matmul._asdict(),
             },

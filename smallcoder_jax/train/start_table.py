@@ -19,6 +19,7 @@ def start_sections(
     mesh = program.mesh
     count, frozen_count = (sum(leaf.size for leaf in jax.tree.leaves(tree)) for tree in (state.params, frozen))
     chunk = program.cross_entropy.chunk
+    recurrence = "; ".join(map(str, program.recurrence))
     sections = {
         "model": {
             "parameters": f"{count:,}" + (f" trained, {frozen_count:,} frozen" if frozen_count else ""),
@@ -26,6 +27,7 @@ def start_sections(
             "compute": f"{config.compute.dtype}, layers {config.compute.layers}, remat {config.compute.remat}",
             "products": f"{program.matmul.kind} ({program.matmul.reason})",
             "attention": f"{program.attention.implementation} ({program.attention.reason})",
+            **({"recurrence": recurrence} if recurrence else {}),
             "cross-entropy": f"{'all tokens at once' if chunk is None else f'{chunk} tokens at a time'} "
             f"({program.cross_entropy.reason})",
         },

@@ -70,19 +70,19 @@ class Task:
     frozen: build.Params = dataclasses.field(default_factory=dict)  # parts that are not trained; the loss sees all
     frozen_model: ModelConfig | None = None  # the model that they belong to, if it is not the config's
     prompts: Mapping[str, Sequence[int]] | None = None  # for samples: text to show -> ids; None: those of the config
-    own_losses: tuple[str, ...] = ()  # names of the model's own losses (`Family.losses`)
+    logged: tuple[str, ...] = ()  # names of what the model itself reports (`Family.logged`)
     # For data that depends on the model: called with all parameters before each batch is taken.
     on_params: Callable[[build.Params], None] | None = None
 
     def evaluate(self, evaluation: Evaluation) -> dict[str, float] | None:
-        """The result of `summarise` on the held-out batches, and the means of the model's own losses; None when a
+        """The result of `summarise` on the held-out batches, and the means of what the model reports; None when a
         signal came before the end. Raises UserError when there is no held-out data.
         """
         batches = evaluation.drawn(self.validation_batches(evaluation.limit, evaluation.rows))
         sums = evaluation.add(map(evaluation.score, batches))
         if sums is None:
             return None
-        return self.summarise(sums) | {name: ratio(sums[name], sums["weight"]) for name in self.own_losses}
+        return self.summarise(sums) | {name: ratio(sums[name], sums["weight"]) for name in self.logged}
 
 
 def run_identity(config: Config, task: Task) -> dict[str, Any]:

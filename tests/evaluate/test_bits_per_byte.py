@@ -55,7 +55,7 @@ def test_held_out_documents_are_the_validation_files(trained: Path, monkeypatch:
 
 def test_references_are_kept_with_the_data_they_are_of(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepared = prepare(small_config(trained))
-    cache = prepared.tokens_folder / bits_per_byte.CACHE
+    cache = prepared.tokens_folder / bits_per_byte.CACHES["validation"]
     cache.unlink(missing_ok=True)
     first = bits_per_byte.held_out_references(prepared)
     assert list(first) == ["gzip -9", "xz -9e", "gzip -9, all in one", "xz -9e, all in one"]

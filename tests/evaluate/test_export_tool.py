@@ -69,6 +69,13 @@ def test_step_dtype_and_no_check(trained: Path, tmp_path: Path) -> None:
         export.main(["--checkpoint", run, "--step", "13"])
 
 
+def test_a_model_without_ternary_weights_is_not_packed(trained: Path, tmp_path: Path) -> None:
+    arguments = ["--checkpoint", str(trained / "run"), "--output", str(tmp_path / "out"), "--weights", "packed"]
+    with pytest.raises(UserError, match="only ternary weights can be packed, and this model has none"):
+        export.main(arguments)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_run_is_not_replaced_by_its_export(trained: Path) -> None:
     run = trained / "run"
     with pytest.raises(UserError, match="is no exported model, so it is not replaced"):

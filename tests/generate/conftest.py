@@ -13,9 +13,8 @@ import pytest
 from smallcoder_jax.config import ComputeConfig, DecoderConfig
 from smallcoder_jax.generate.engine import Generator
 from smallcoder_jax.models import build
-from smallcoder_jax.tokenizers.base import IM_END, TOOL_PIECES
+from smallcoder_jax.tokenizers.base import IM_END
 from smallcoder_jax.tokenizers.bytes import ByteTokenizer
-from smallcoder_jax.tokenizers.vocabulary import Vocabulary
 
 COMPUTE = ComputeConfig(dtype="float32")
 MODEL = DecoderConfig(
@@ -74,11 +73,7 @@ class CallingTokenizer(ByteTokenizer):
     """Bytes, and the pieces of calls."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.specials |= {piece: 256 + i for i, piece in enumerate(TOOL_PIECES)}
-        self._vocabulary = Vocabulary([*self.token_bytes, *(b"" for _ in TOOL_PIECES)])
-        self.token_bytes = self._vocabulary.token_bytes
-        self.vocab_size = len(self.token_bytes)
+        super().__init__(tools=True)
 
     def ids_of(self, *parts: str | bytes) -> list[int]:
         """The ids of what a model may write: names of pieces, text, and bytes."""

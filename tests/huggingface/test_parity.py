@@ -41,16 +41,18 @@ def test_transformers_agrees(name: str, tokenizer: Tokenizer, tmp_path: Path) ->
     assert json.loads(json.dumps(report.to_dict()))["passed"] is True
 
 
-def test_bytes_agree(tmp_path: Path) -> None:
-    model = llama(vocab_size=256, context=32)
-    params = export(tmp_path / "out", model, ByteTokenizer())
-    assert parity.check(tmp_path / "out", model, params, ByteTokenizer(), lengths=QUICK).passed
+@pytest.mark.parametrize("tools", [False, True])
+def test_bytes_agree(tools: bool, tmp_path: Path) -> None:
+    tokenizer = ByteTokenizer(tools=tools)
+    model = llama(vocab_size=tokenizer.vocab_size, context=32)
+    params = export(tmp_path / "out", model, tokenizer)
+    assert parity.check(tmp_path / "out", model, params, tokenizer, lengths=QUICK).passed
 
 
 def test_bfloat16_is_compared_with_what_was_stored(tokenizer: Tokenizer, tmp_path: Path) -> None:
     model = llama(context=32)
     params = export(tmp_path / "out", model, tokenizer, dtype="bfloat16")
-    rounded = write.round_params(params, "bfloat16")
+    rounded = write.stored_params(model, params, "bfloat16")
     assert parity.check(tmp_path / "out", model, rounded, tokenizer, lengths=QUICK).passed
     with pytest.raises(CheckFailed, match=r"logits.*FAILED"):
         parity.check(tmp_path / "out", model, params, tokenizer, lengths=QUICK)

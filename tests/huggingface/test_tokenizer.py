@@ -39,14 +39,16 @@ def test_ids_of_random_mixtures(tokenizer: base.Tokenizer, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("text", ["", "\u2581", "a </s> b", "<|im_end|>", "\x00", "tab\tcrlf\r\n", "😀" * 50])
 def test_text_comes_back(text: str, tokenizer: base.Tokenizer, tmp_path: Path) -> None:
-    for kind in (tokenizer, ByteTokenizer()):
+    for kind in (tokenizer, ByteTokenizer(), ByteTokenizer(tools=True)):
         theirs = loaded(tmp_path, kind)
         ids = theirs(text, split_special_tokens=True)["input_ids"]
         assert ids == [kind.bos_id, *kind.encode(text)]
         assert theirs.decode(ids, skip_special_tokens=True) == text
 
 
-def test_specials_are_parsed_unless_split(tokenizer: base.Tokenizer, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["sentencepiece", "bytes_tools"])
+def test_specials_are_parsed_unless_split(kind: str, tokenizer: base.Tokenizer, tmp_path: Path) -> None:
+    tokenizer = tokenizer if kind == "sentencepiece" else ByteTokenizer(tools=True)
     theirs = loaded(tmp_path, tokenizer)
     for piece, i in tokenizer.specials.items():
         assert theirs.encode(f"a{piece}b", add_special_tokens=False) == [

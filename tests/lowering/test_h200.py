@@ -26,18 +26,20 @@ from jax.sharding import SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from smallcoder_jax.config import MeshConfig
+from smallcoder_jax.kernels import recurrence_hopper
 from smallcoder_jax.kernels.flash_hopper import flash_attention, shared_memory_bytes
 from smallcoder_jax.kernels.tiles import HopperTiles
 from smallcoder_jax.ops.attention import attention
 from smallcoder_jax.preflight.target import target_of
 from tests.lowering.preflights import CONFIGS, check, check_preset, preflight
-from tests.lowering.steps import compile_step, config_of, memory_gib
+from tests.lowering.steps import compile_recurrence, compile_step, config_of, memory_gib
 
 pytestmark = pytest.mark.lowering
 
 HBM_GIB = 141
 MESHES = {1: MeshConfig(data=1), 4: MeshConfig(data=1, fsdp=2, tensor=2), 8: MeshConfig(data=2, fsdp=2, tensor=2)}
 KERNELS = ("attention_forward", "attention_dq", "attention_dkv")
+RECURRENCE = ("recurrence_forward", "recurrence_backward")
 # For the process that compiles: what ptxas says, no search for devices, and optax's mixed types and ranks.
 ENVIRONMENT = {
     "MOSAIC_GPU_DUMP_PTXAS": "1",
@@ -77,7 +79,16 @@ def compile_variants(size: int) -> None:
         jax.jit(gradients).lower(q, kv, kv, ids, (table, table) if rotated else None, q).compile()
 
 
-def ptxas_reports(call: str) -> tuple[str, list[tuple[str, int, int, int]]]:
+def compile_recurrences(dtype: str, count: int) -> None:
+    """Run in the process that compiles: prints PTX, and what the program for a GPU consists of and works on."""
+    os.environ["MOSAIC_GPU_DUMP_PTX"] = "1"
+    text = compile_recurrence("pallas_gpu", (8, 2048, 1024), dtype, devices_of(count), MESHES[count]).as_text()
+    entry = text.partition("\nENTRY ")[2]
+    print("PROGRAM", *re.findall(r"^ .* = .*? ([a-z-]+)\(", entry, re.MULTILINE))
+    print("SHAPES", *set(re.findall(r"(?:f32|bf16)\[(\d+,\d+,\d+)\]", entry)))
+
+
+def ptxas_reports(call: str, kernels: tuple[str, ...] = KERNELS) -> tuple[str, list[tuple[str, int, int, int]]]:
     """What a call of this module prints in a process of its own; and of each kernel that was compiled there, its name,
     bytes of spill stores and loads, and registers.
     """
@@ -91,12 +102,12 @@ def ptxas_reports(call: str) -> tuple[str, list[tuple[str, int, int, int]]]:
     assert done.returncode == 0, done.stderr[-4000:]
     said = done.stdout + done.stderr
     found = re.findall(
-        r"entry function '(attention_\w+?)_mosaic_gpu_kernel'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
+        r"entry function '(\w+?)_mosaic_gpu_kernel'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
         r".*?Used (\d+) registers",
         said,
         re.DOTALL,
     )
-    assert {name for name, *_ in found} == set(KERNELS), said[-4000:]
+    assert {name for name, *_ in found} == set(kernels), said[-4000:]
     return said, [(name, int(stores), int(loads), int(registers)) for name, stores, loads, registers in found]
 
 
@@ -120,6 +131,32 @@ def test_no_group_of_heads_makes_a_kernel_spill(size: int) -> None:
     _, reports = ptxas_reports(f"compile_variants({size})")
     assert [report for report in reports if report[1] or report[2]] == []
     assert len(reports) >= 2 * len(KERNELS)
+
+
+@pytest.mark.parametrize(("dtype", "count"), [("float32", 1), ("bfloat16", 4)])
+def test_the_recurrence_moves_each_byte_once_and_spills_nothing(dtype: str, count: int) -> None:
+    said, reports = ptxas_reports(f"compile_recurrences({dtype!r}, {count})", RECURRENCE)
+    print(f"H200 x {count}, {dtype}:", {name: f"{used} registers" for name, _, _, used in reports})
+    assert [report for report in reports if report[1] or report[2]] == []
+    # Nothing but the two kernels works on an array.
+    program = re.search(r"^PROGRAM (.*)$", said, re.MULTILINE)
+    assert program is not None
+    assert set(program[1].split()) == {"parameter", "custom-call", "get-tuple-element", "tuple"}
+    assert program[1].split().count("custom-call") == 2
+    # A GPU has its own rows and channels alone.
+    assert f"\nSHAPES {'8,2048,1024' if count == 1 else '4,2048,512'}\n" in said
+    # Within the kernels copies are TMA's: those that fill the ring, and one of each array for each step of the walk.
+    for name, stages, loads, stores in (
+        ("forward", recurrence_hopper.STAGES, 2, 1),
+        ("backward", recurrence_hopper.BACKWARD_STAGES, 3 + 2, 2),  # and the position before, from `h` or `start`
+    ):
+        found = re.search(rf"\.entry recurrence_{name}_mosaic.*?func_end", said, re.DOTALL)
+        assert found is not None
+        assert not re.search(r"\b(ld|st)\.global", found[0])
+        into = len(re.findall(r"cp\.async\.bulk\.tensor\.\dd\.shared", found[0]))
+        back = len(re.findall(r"cp\.async\.bulk\.tensor\.\dd\.global", found[0]))
+        assert loads <= into <= loads * (stages + 1) + 1  # and `start`
+        assert back == stores
 
 
 def test_cudnn_is_called_for_rows_of_one_document() -> None:

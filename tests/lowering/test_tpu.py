@@ -9,12 +9,15 @@ each kernel and cycles, is what the compiler says, not what was measured.
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import pytest
 
 from smallcoder_jax.config import Config, MeshConfig
+from smallcoder_jax.kernels import recurrence_tpu
 from smallcoder_jax.kernels.flash_tpu import VMEM_MIB
 from smallcoder_jax.ops import attention
 from smallcoder_jax.preflight.target import target_of
@@ -22,7 +25,7 @@ from tests.helpers import CAPTURES
 from tests.lowering import splash
 from tests.lowering.cycles import kernel_vmem, outside_kernels
 from tests.lowering.preflights import CONFIGS, check, check_preset, preflight
-from tests.lowering.steps import compile_step, config_of, memory_gib
+from tests.lowering.steps import compile_recurrence, compile_step, config_of, memory_gib
 
 pytestmark = [pytest.mark.lowering, pytest.mark.usefixtures("standard_promotion")]
 
@@ -98,6 +101,29 @@ def test_less_is_left_to_xla_than_with_its_rope_and_splash_attention(
     print("VMEM of splash's in MiB:", {kernel: round(mib, 1) for kernel, mib in kernel_vmem(theirs).items()})
     assert any(kernel.startswith("splash") for kernel in kernel_vmem(theirs))
     assert cycles < their_cycles
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("chip", list(CHIPS))
+def test_the_recurrence_moves_each_byte_once_and_spills_nothing(chip: str, dtype: str) -> None:
+    rows, length, width = 16, 8192, 1024  # too large for XLA to keep an array in VMEM
+    compiled = compile_recurrence("pallas_tpu", (rows, length, width), dtype, devices_of(chip)[:1], MeshConfig())
+    own = jnp.dtype(dtype).itemsize  # bytes of `keep`, `new` and their gradients, each
+    must = rows * length * width * ((2 * own + 4) + (own + 2 * 4 + 2 * own))
+    moved = compiled.cost_analysis()["bytes accessed"]  # of XLA and, as they say themselves, of the kernels
+    vmem = sorted(kernel_vmem(compiled.as_text()).values())
+    print(f"{chip}, {dtype}: {moved / must:.4f} of the bytes that it must move; VMEM in MiB: {vmem}")
+    assert must <= moved <= 1.02 * must
+    block = recurrence_tpu.POSITIONS * recurrence_tpu.CHANNELS / 2**20
+    for found, itemsizes in zip(vmem, (2 * own + 4, 3 * own + 2 * 4), strict=True):
+        assert found <= 2 * block * itemsizes + 0.1  # two blocks of each array, and what is small
+
+
+def test_each_chip_works_on_its_rows_and_channels() -> None:
+    compiled = compile_recurrence("pallas_tpu", (16, 8192, 2048), "float32", devices_of("v5e"), SLICE)
+    text = compiled.as_text()
+    assert len(kernel_vmem(text)) == 2
+    assert set(re.findall(r"f32\[(\d+,8192,\d+)\]", text)) == {"8,8192,1024"}  # nothing was gathered
 
 
 @pytest.mark.parametrize("variant", CONFIGS)

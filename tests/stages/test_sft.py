@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+import io
 import json
 import os
 import textwrap
@@ -18,6 +19,7 @@ import pytest
 import smallcoder_jax
 from smallcoder_jax import loading, run
 from smallcoder_jax.base.errors import UserError
+from smallcoder_jax.base.progress import Progress
 from smallcoder_jax.config import CheckpointConfig, Config, DialogConfig, StageConfig, TokenizerConfig
 from smallcoder_jax.data.conversations.tools import prepare_tool_dialogs
 from smallcoder_jax.evaluate import verify
@@ -26,6 +28,7 @@ from smallcoder_jax.report.log_files import read_csv
 from smallcoder_jax.stages import sft
 from smallcoder_jax.tokenizers import chat
 from smallcoder_jax.tokenizers.base import IM_END
+from smallcoder_jax.tokenizers.bytes import ByteTokenizer
 from tests.helpers import tiny_model
 from tests.stages.pairs import assert_resumes, config_of, make_root
 
@@ -117,6 +120,16 @@ def test_another_start_is_another_run(root: Path, tmp_path: Path) -> None:
         run.train(other, tmp_path / "run")
 
 
+def test_a_model_of_bytes_can_call_functions(root: Path) -> None:
+    """The rows that it would learn from; `test_byte_tools.py` trains one."""
+    loaded = dataclasses.replace(loading.load(root / "start"), tokenizer=ByteTokenizer(tools=True))
+    config = tools_config(root)
+    batch = next(iter(sft.make_task(config, loaded, Progress(io.StringIO())).validation_batches(1, range(8))))
+    counted = batch["targets"][batch["loss_weights"] > 0].tolist()
+    call = counted[counted.index(256) : counted.index(257)]
+    assert bytes(call[1:]).startswith(b'\n{"name": "')
+
+
 @pytest.mark.slow
 def test_a_resume_is_exact(root: Path, tmp_path: Path) -> None:
     assert_resumes(root, tools_config(root), tmp_path)
@@ -155,11 +168,14 @@ def test_what_cannot_be_begun_with_is_refused(root: Path, tmp_path: Path) -> Non
     for start, said in (
         ("", "set --config.stage.start to the folder"),
         (str(tmp_path / "nowhere"), "does not exist"),
-        (str(root / "bytes"), "has another shape than the config(.|\n)*model.vocab_size: 256 there, 500 here"),
+        (
+            str(root / "bytes"),
+            r"model.vocab_size: 256 there, 500 here\. A table of tokens does not grow between stages",
+        ),
     ):
         with pytest.raises(UserError, match=said):
             run.train(dataclasses.replace(config, stage=StageConfig("sft", start)), tmp_path / "run")
     config = dataclasses.replace(config, model=loading.load(root / "bytes").model, tokenizer=TokenizerConfig("bytes"))
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, sequence_length=64))
-    with pytest.raises(UserError, match="has no piece <"):
+    with pytest.raises(UserError, match=r"has no piece <.*tokenizer.kind=bytes_tools for a model of bytes"):
         run.train(dataclasses.replace(config, stage=StageConfig("sft", str(root / "bytes"))), tmp_path / "run")

@@ -298,8 +298,13 @@ def test_hard_texts_come_back(text: str, trained: SentencePieceTokenizer) -> Non
 def test_a_tokenizer_without_pieces_for_calls() -> None:
     talk = chat.encode(PLAIN["no system"], ByteTokenizer())
     assert bytes(talk.ids[talk.counted].tolist()[:-1]) == b"hello"
-    with pytest.raises(UserError, match="has no piece <tool_call>"):
+    with pytest.raises(UserError, match=r"has no piece <tool_call>.*tokenizer.kind=bytes_tools"):
         chat.encode(PLAIN["one call"], ByteTokenizer())
+    tokenizer = ByteTokenizer(tools=True)
+    encoded = chat.encode(PLAIN["one call"], tokenizer)
+    pieces = {i: piece.encode() for piece, i in tokenizer.specials.items()}
+    written = b"".join(pieces.get(i, tokenizer.token_bytes[i]) for i in encoded.ids.tolist())
+    assert written.decode() == chat.render(PLAIN["one call"])
 
 
 CALL = ToolCall("run", {})

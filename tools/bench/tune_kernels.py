@@ -112,9 +112,9 @@ def config_shapes() -> list[Wanted]:
     found = set()
     for path in sorted(CONFIGS.glob("[a-z]*.py")):
         config = load_config(str(path), [])
-        shape = family_of(config.model).attention_shape
+        shape = family_of(config.model).attention_shape(config.model, config.train.sequence_length)
         if shape is not None:
-            found.add(Wanted(config.train.sequence_length, *shape(config.model)))
+            found.add(Wanted(*shape))
     return sorted(found)
 
 

@@ -20,7 +20,7 @@ from smallcoder_jax.base.files import read_json_object, write_json
 from smallcoder_jax.base.progress import Progress
 from smallcoder_jax.config import DataConfig
 from smallcoder_jax.data.corpus.collect import SourceReport, collect_source
-from smallcoder_jax.data.sources.document import SPLITS, Document
+from smallcoder_jax.data.sources.document import DOCUMENT_SPLITS, SPLITS, Document
 from smallcoder_jax.data.sources.spec import SourceSpec, check_source, source_identity
 
 FORMAT = 3  # increased whenever the same sources and settings start to give another corpus
@@ -38,6 +38,7 @@ def corpus_key(specs: Sequence[SourceSpec], data: DataConfig) -> str:
             "max_documents": data.max_documents,
             "validation_fraction": data.validation_fraction,
             "allow_dummy_data": data.allow_dummy_data,
+            **({"test_fraction": data.test_fraction} if data.test_fraction else {}),
         }
     )
 
@@ -60,13 +61,11 @@ def ensure_corpus(specs: Sequence[SourceSpec], data: DataConfig, final: Path, pr
         reports = [
             collect_source(spec, data, spool / f"{index}.jsonl", seen, progress) for index, spec in enumerate(specs)
         ]
-        sides = [
-            _Side(report, data.validation_fraction, _read_spool(spool / f"{index}.jsonl"))
-            for index, report in enumerate(reports)
-        ]
-        accounting = _account(reports, sides, spool)
-        _check_splits(accounting, data)
-        _write_records(folder, spool, sides)
+        sides = [_Side(report, data, _read_spool(spool / f"{index}.jsonl")) for index, report in enumerate(reports)]
+        splits = DOCUMENT_SPLITS if data.test_fraction else SPLITS
+        accounting = _account(reports, sides, spool, splits)
+        _check_splits(accounting, data, splits)
+        _write_records(folder, spool, sides, splits)
         shutil.rmtree(spool)
         write_json(folder / ACCOUNTING, accounting)
 
@@ -90,15 +89,21 @@ def _is_source(entry: Any) -> bool:
     """Whether an entry of an accounting has the keys that its readers rely on."""
     if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("spec", "split_by")):
         return False
-    sides = [entry.get(split) for split in SPLITS]
+    sides = [entry.get(split) for split in {*SPLITS, *splits_of(entry)}]
     return all(
         isinstance(side, dict) and all(type(side.get(key)) is int and side[key] >= 0 for key in ("documents", "bytes"))
         for side in sides
     )
 
 
+def splits_of(entry: Mapping[str, Any]) -> list[str]:
+    """The splits of a source, by its entry in the accounting."""
+    return [split for split in DOCUMENT_SPLITS if split in entry]
+
+
 def read_split(folder: Path, split: str, source: str | None = None) -> Iterator[Document]:
-    """The documents of a split ("train" or "validation") in stored order; with `source`, only those of that source."""
+    """The documents of a split that the corpus has (`splits_of`) in stored order; with `source`, only those of that
+    source."""
     accounting = read_accounting(folder)
     start, stop = 0, 0
     for entry in accounting["sources"]:
@@ -138,7 +143,7 @@ class CorpusFingerprint:
 
     def add(self, split: str, document: Document) -> None:
         fields = [document.hash, document.path, document.repository, document.language, document.license]
-        self._splits[split].update(json.dumps(fields).encode())
+        self._splits.setdefault(split, hashlib.sha256()).update(json.dumps(fields).encode())
 
     def hexdigest(self) -> str:
         return hashlib.sha256(b"".join(digest.digest() for digest in self._splits.values())).hexdigest()
@@ -160,18 +165,23 @@ def _dataset_info(folder: Path) -> Path:
 
 
 class _Side:
-    """Assigns a source's documents, or its repositories, to the sides of the split by their place in a random order. If
-    there are two or more, the first is always held out and the last never, however small the source is."""
+    """Assigns a source's documents, or its repositories, to the sides of the split by their place in a random order:
+    first those of the validation split, then those of the test split, if there is one. Each side gets at least one if
+    there are enough, however small the source is: the first is always held out, and the last never."""
 
-    def __init__(self, report: SourceReport, validation_fraction: float, documents: Iterable[Document]):
+    def __init__(self, report: SourceReport, data: DataConfig, documents: Iterable[Document]):
         self.by = "repository" if report.repositories >= MIN_REPOSITORIES else "document"
         places = {self._place(document) for document in documents}
-        self._limit = int(validation_fraction * 2**64)
+        self._limit = int(data.validation_fraction * 2**64)
+        self._train = int((data.validation_fraction + data.test_fraction) * 2**64)
         if len(places) > 1:
             self._limit = min(max(self._limit, min(places) + 1), max(places))
+            least = min(place for place in places if place >= self._limit) + 1 if data.test_fraction else self._limit
+            self._train = min(max(self._train, least), max(places))
 
     def of(self, document: Document) -> str:
-        return SPLITS[1] if self._place(document) < self._limit else SPLITS[0]
+        place = self._place(document)
+        return "validation" if place < self._limit else "test" if place < self._train else "train"
 
     def _place(self, document: Document) -> int:
         whole = document.repository if self.by == "repository" and document.repository else document.identity
@@ -184,10 +194,12 @@ def _read_spool(path: Path) -> Iterator[Document]:
             yield Document(**json.loads(line))
 
 
-def _account(reports: Sequence[SourceReport], sides: Sequence[_Side], spool: Path) -> dict[str, Any]:
+def _account(
+    reports: Sequence[SourceReport], sides: Sequence[_Side], spool: Path, splits: Sequence[str]
+) -> dict[str, Any]:
     sources, fingerprint = [], CorpusFingerprint()
     for index, (report, side) in enumerate(zip(reports, sides, strict=True)):
-        counts = {split: {"documents": 0, "bytes": 0} for split in SPLITS}
+        counts = {split: {"documents": 0, "bytes": 0} for split in splits}
         for document in _read_spool(spool / f"{index}.jsonl"):
             split = side.of(document)
             counts[split]["documents"] += 1
@@ -204,17 +216,17 @@ def _account(reports: Sequence[SourceReport], sides: Sequence[_Side], spool: Pat
     }
 
 
-def _check_splits(accounting: Mapping[str, Any], data: DataConfig) -> None:
-    for split in SPLITS:
+def _check_splits(accounting: Mapping[str, Any], data: DataConfig, splits: Sequence[str]) -> None:
+    for split in splits:
         if not any(source[split]["documents"] for source in accounting["sources"]):
             kept = sum(source["kept"] for source in accounting["sources"])
             raise UserError(
                 f"the {split} split is empty: the sources ({data.sources}) gave {kept} documents and "
-                f"{data.validation_fraction=}; give more documents or change data.validation_fraction"
+                f"{data.validation_fraction=}, {data.test_fraction=}; give more documents or change these"
             )
 
 
-def _write_records(folder: Path, spool: Path, sides: Sequence[_Side]) -> None:
+def _write_records(folder: Path, spool: Path, sides: Sequence[_Side], splits: Sequence[str]) -> None:
     from smallcoder_jax.data.corpus import builder
 
     def documents(split: str) -> Iterator[Document]:
@@ -223,4 +235,4 @@ def _write_records(folder: Path, spool: Path, sides: Sequence[_Side]) -> None:
                 if side.of(document) == split:
                     yield document
 
-    builder.store(folder, {split: functools.partial(documents, split) for split in SPLITS})
+    builder.store(folder, {split: functools.partial(documents, split) for split in splits})

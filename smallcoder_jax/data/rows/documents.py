@@ -112,8 +112,9 @@ def validation_batches(
     batch_size: int,
     rows: Sequence[int],
     limit_batches: int,
+    split: str = "validation",
 ) -> Iterator[dict[str, np.ndarray]]:
-    """The validation split of all sources in a fixed pseudo-random order. Each token but BOS is predicted once.
+    """A held-out split of all sources in a fixed pseudo-random order. Each token but BOS is predicted once.
 
     The batches hold the rows `rows` (ascending) of global batches of `batch_size`, so that all processes have the same
     number of batches and the result does not depend on the number of processes. Documents are packed by best fit, which
@@ -123,11 +124,11 @@ def validation_batches(
     target stands for (0 for specials and padding), so that bits per byte = nats / ln 2 / bytes.
     """
     _check_tokenizer(manifest, tokenizer)
-    splits = [entry.validation for entry in manifest.sources if entry.validation.documents]
-    if not splits:
-        raise UserError("the validation split holds no documents; raise data.validation_fraction or prepare more data")
+    splits = [entry.splits[split] for entry in manifest.sources if split in entry.splits]
+    if not any(found.documents for found in splits):
+        raise UserError(f"the {split} split holds no documents; raise data.{split}_fraction or prepare more data")
     documents = grain.MapDataset.concatenate(
-        [grain.MapDataset.source(_Records(tokens_folder, split, manifest.dtype)) for split in splits]
+        [grain.MapDataset.source(_Records(tokens_folder, found, manifest.dtype)) for found in splits if found.documents]
     )
     batches = _PackedBatches(
         documents.shuffle(_shuffle_seed(0, 0)).to_iter_dataset(INLINE),

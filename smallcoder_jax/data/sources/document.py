@@ -6,6 +6,8 @@ import dataclasses
 import hashlib
 
 SPLITS = ("train", "validation")  # the sides of documents, conversations and pairs: for training, and held out
+# Documents may have a third side (`data.test_fraction`), which nothing sees before training has ended.
+DOCUMENT_SPLITS = (*SPLITS, "test")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,8 +18,14 @@ from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import read_json_object, write_json
 from smallcoder_jax.base.progress import Progress
 from smallcoder_jax.config import Config
-from smallcoder_jax.data.corpus.corpus import corpus_key, ensure_corpus, read_accounting, read_split, training_texts
-from smallcoder_jax.data.sources.document import SPLITS
+from smallcoder_jax.data.corpus.corpus import (
+    corpus_key,
+    ensure_corpus,
+    read_accounting,
+    read_split,
+    splits_of,
+    training_texts,
+)
 from smallcoder_jax.data.sources.spec import SourceSpec, parse_sources
 from smallcoder_jax.data.tokens import shards
 from smallcoder_jax.data.tokens.encode import DocumentEncoder
@@ -108,7 +114,7 @@ class _Places:
         specs = parse_sources(config.data.sources)
         corpus = corpus_key(specs, config.data)
         settings = config.tokenizer
-        if settings.kind == "sentencepiece" and not settings.path:
+        if settings.is_trained:
             made_from = [_TOKENIZER_FORMAT, corpus, config.model.vocab_size, settings.train_bytes]
         else:
             made_from = [_TOKENIZER_FORMAT, settings.kind, settings.path]
@@ -128,7 +134,7 @@ def _load(config: Config, places: _Places, tokenizer: Tokenizer) -> Prepared:
 def _ensure_tokenizer(config: Config, places: _Places, progress: Progress | None) -> Tokenizer:
     """The tokenizer in its folder in `places`; where that is missing, it is trained or copied there first."""
     settings, vocab_size = config.tokenizer, config.model.vocab_size
-    given = open_tokenizer(settings.kind, settings.path) if settings.kind == "bytes" or settings.path else None
+    given = None if settings.is_trained else open_tokenizer(settings.kind, settings.path)
     if given is not None:
         check_tokenizer(given, vocab_size)
     folder = places.tokenizer
@@ -156,7 +162,7 @@ def _train(corpus: Path, vocab_size: int, train_bytes: int, progress: Progress |
 def _write_tokens(places: _Places, tokenizer: Tokenizer, repository_order: bool, progress: Progress | None) -> None:
     accounting = read_accounting(places.corpus)
     if progress:
-        size = sum(source[split]["bytes"] for source in accounting["sources"] for split in SPLITS)
+        size = sum(source[split]["bytes"] for source in accounting["sources"] for split in splits_of(source))
         progress.start("tokenising", total_bytes=size)
     encoder = DocumentEncoder(tokenizer, repository_order)
 
@@ -167,8 +173,10 @@ def _write_tokens(places: _Places, tokenizer: Tokenizer, repository_order: bool,
             yield ids, size
 
     sources = [
-        shards.SourceTokens(spec.text, spec.weight, spec.fim, stream(spec, "train"), stream(spec, "validation"))
-        for spec in places.specs
+        shards.SourceTokens(
+            spec.text, spec.weight, spec.fim, **{split: stream(spec, split) for split in splits_of(entry)}
+        )
+        for spec, entry in zip(places.specs, accounting["sources"], strict=True)
     ]
     with new_folder(places.tokens) as folder:
         shards.write_tokens(

@@ -21,7 +21,7 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from smallcoder_jax.base.checksums import checksums_of, is_checksum
 from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.base.files import read_json, reason, write_json
-from smallcoder_jax.data.sources.document import SPLITS
+from smallcoder_jax.data.sources.document import DOCUMENT_SPLITS, SPLITS
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -48,6 +48,13 @@ class SourceEntry:
     fim: bool
     train: Split
     validation: Split
+    test: Split | None = None
+
+    @property
+    def splits(self) -> dict[str, Split]:
+        """The splits that it has, by name."""
+        found = {name: getattr(self, name) for name in DOCUMENT_SPLITS}
+        return {name: split for name, split in found.items() if split is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,13 +75,15 @@ class Manifest:
 
 @dataclasses.dataclass(frozen=True)
 class SourceTokens:
-    """The data that `write_tokens` stores for one source: for each split, pairs (ids with BOS and EOS, UTF-8 bytes)."""
+    """The data that `write_tokens` stores for one source: for each split that it has, pairs (ids with BOS and EOS,
+    UTF-8 bytes)."""
 
     spec: str
     weight: float
     fim: bool
     train: Iterable[tuple[Sequence[int] | np.ndarray, int]]
     validation: Iterable[tuple[Sequence[int] | np.ndarray, int]]
+    test: Iterable[tuple[Sequence[int] | np.ndarray, int]] | None = None
 
 
 def token_dtype(vocab_size: int) -> Literal["uint16", "uint32"]:
@@ -104,10 +113,12 @@ def write_tokens(
     for index, source in enumerate(sources):
         digest.source(source.weight, source.fim)
         splits = {}
-        for name in SPLITS:
-            digest.split(name)
-            splits[name] = _write_split(folder, f"{index:03d}-{name}", getattr(source, name), dtype, vocab_size, digest)
-        entries.append(SourceEntry(source.spec, source.weight, source.fim, splits["train"], splits["validation"]))
+        for name in DOCUMENT_SPLITS:
+            given = getattr(source, name)
+            if given is not None:
+                digest.split(name)
+                splits[name] = _write_split(folder, f"{index:03d}-{name}", given, dtype, vocab_size, digest)
+        entries.append(SourceEntry(source.spec, source.weight, source.fim, **splits))
     manifest = Manifest(
         tokenizer_hash,
         tokenizer,
@@ -197,9 +208,9 @@ def compute_fingerprint(folder: Path, manifest: Manifest) -> str:
     digest = _Fingerprint(manifest.vocab_size, manifest.tokenizer_hash)
     for source in manifest.sources:
         digest.source(source.weight, source.fim)
-        for name in SPLITS:
+        for name, split in source.splits.items():
             digest.split(name)
-            for ids in read_records(folder, getattr(source, name).files, manifest.dtype):
+            for ids in read_records(folder, split.files, manifest.dtype):
                 digest.record(ids.tobytes())
     return digest.hexdigest()
 
@@ -245,15 +256,13 @@ def _close(path: Path, writer: ArrayRecordWriter, records: int) -> None:
 
 
 def _file_names(sources: Sequence[SourceEntry]) -> list[str]:
-    return [name for source in sources for split in (source.train, source.validation) for name in split.files]
+    return [name for source in sources for split in source.splits.values() for name in split.files]
 
 
 def _check_values(manifest: Manifest) -> None:
     """Raises ValueError for a value that a manifest cannot have."""
     names = _file_names(manifest.sources)
-    counts = [
-        (split.documents, split.tokens, split.bytes) for s in manifest.sources for split in (s.train, s.validation)
-    ]
+    counts = [(split.documents, split.tokens, split.bytes) for s in manifest.sources for split in s.splits.values()]
     sound = (
         all(isinstance(text, str) for text in (manifest.fingerprint, manifest.tokenizer_hash, *names)),
         manifest.dtype in ("uint16", "uint32"),
@@ -267,7 +276,8 @@ def _check_values(manifest: Manifest) -> None:
 
 
 def _source_entry(plain: Mapping[str, Any]) -> SourceEntry:
-    splits = {name: Split(**{**plain[name], "files": tuple(plain[name]["files"])}) for name in SPLITS}
+    names = SPLITS if plain.get("test") is None else DOCUMENT_SPLITS
+    splits = {name: Split(**{**plain[name], "files": tuple(plain[name]["files"])}) for name in names}
     return SourceEntry(**{**plain, **splits})
 
 

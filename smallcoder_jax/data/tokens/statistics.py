@@ -7,7 +7,7 @@ from typing import Any
 
 from smallcoder_jax.base.display import one_line
 from smallcoder_jax.data.corpus.clean import REASONS
-from smallcoder_jax.data.sources.document import SPLITS
+from smallcoder_jax.data.sources.document import DOCUMENT_SPLITS
 from smallcoder_jax.data.tokens.shards import Manifest
 
 _SHOWN_PATHS = 3  # for each reason; the accounting file has more
@@ -18,8 +18,7 @@ def token_statistics(manifest_sources: Sequence[Any]) -> dict[str, Any]:
     """For each source and split, the number of tokens, and the UTF-8 bytes per token without BOS and EOS."""
     result = {}
     for source in manifest_sources:
-        for name in SPLITS:
-            split = getattr(source, name)
+        for name, split in source.splits.items():
             text_tokens = split.tokens - 2 * split.documents
             result.setdefault(source.spec, {})[name] = {
                 "tokens": split.tokens,
@@ -60,16 +59,17 @@ def _left_out(source: Mapping[str, Any], examples: Mapping[str, Sequence[str]]) 
     return ["  not kept:", *rows] if rows else []
 
 
-_COLUMNS = ("read", "kept", *REASONS, "duplicate", "unreadable", "train", "valid.", "MB", "tokens", "bytes/token")
+_SIDES = ("train", "valid.", "test")  # as in `DOCUMENT_SPLITS`
+_COLUMNS = ("read", "kept", *REASONS, "duplicate", "unreadable", *_SIDES, "MB", "tokens", "bytes/token")
 
 
 def _accounting_row(source: Mapping[str, Any], entry: Any) -> tuple[str, ...]:
-    tokens = entry.train.tokens + entry.validation.tokens
-    size = entry.train.bytes + entry.validation.bytes
-    text_tokens = tokens - 2 * (entry.train.documents + entry.validation.documents)
+    splits = entry.splits.values()
+    tokens, size = (sum(getattr(split, name) for split in splits) for name in ("tokens", "bytes"))
+    text_tokens = tokens - 2 * sum(split.documents for split in splits)
     counts = [source["read"], source["kept"], *(source["dropped"][reason] for reason in REASONS)]
     counts += [source["duplicates"], source["unreadable"]]
-    counts += [source[name]["documents"] for name in SPLITS]
+    counts += [source[name]["documents"] if name in source else 0 for name in DOCUMENT_SPLITS]
     ratio = f"{size / text_tokens:.2f}" if text_tokens else "-"
     return (source["spec"], *(f"{count:,}" for count in counts), f"{size / 1e6:.1f}", f"{tokens:,}", ratio)
 

@@ -10,8 +10,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from smallcoder_jax.base.errors import UserError
-from smallcoder_jax.data.corpus.corpus import CorpusFingerprint, count_documents, read_accounting, read_split
-from smallcoder_jax.data.sources.document import SPLITS
+from smallcoder_jax.data.corpus.corpus import (
+    CorpusFingerprint,
+    count_documents,
+    read_accounting,
+    read_split,
+    splits_of,
+)
 from smallcoder_jax.data.tokens import shards
 from smallcoder_jax.data.tokens.encode import DocumentEncoder
 from smallcoder_jax.data.tokens.prepare import Prepared
@@ -48,7 +53,7 @@ def _check_corpus(prepared: Prepared) -> list[str]:
     stored: collections.Counter[str] = collections.Counter()
     repositories: dict[tuple[str, str], set[str]] = collections.defaultdict(set)
     for source in accounting["sources"]:
-        for split in SPLITS:
+        for split in splits_of(source):
             documents = size = 0
             for document in read_split(folder, split, source["spec"]):
                 documents, size = documents + 1, size + len(document.text.encode("utf-8"))
@@ -64,7 +69,7 @@ def _check_corpus(prepared: Prepared) -> list[str]:
                 problems.append(
                     f"{source['spec']}, {split}: {documents} documents of {size} bytes; recorded {source[split]}"
                 )
-    for split in SPLITS:
+    for split in dict.fromkeys(split for source in accounting["sources"] for split in splits_of(source)):
         if (count := count_documents(folder, split)) != stored[split]:
             problems.append(f"{split}: {count} documents are stored; {stored[split]} are recorded")
     problems += [f"repository {name} is on both sides" for (_, name), found in repositories.items() if len(found) > 1]
@@ -94,8 +99,7 @@ def _check_shards(prepared: Prepared) -> list[str]:
     lengths = np.array([len(piece) for piece in prepared.tokenizer.token_bytes])
     problems = []
     for source in manifest.sources:
-        for name in SPLITS:
-            recorded: shards.Split = getattr(source, name)
+        for name, recorded in source.splits.items():
             documents = tokens = size = largest = 0
             for ids in shards.read_records(folder, recorded.files, manifest.dtype):
                 documents, tokens, largest = documents + 1, tokens + len(ids), max(largest, int(ids.max(initial=0)))
@@ -127,8 +131,7 @@ def _check_texts(prepared: Prepared, sample_share: float) -> tuple[list[str], in
     draw = random.Random(0)
     problems, checked = [], 0
     for source in manifest.sources:
-        for name in SPLITS:
-            split: shards.Split = getattr(source, name)
+        for name, split in source.splits.items():
             records = shards.read_records(prepared.tokens_folder, split.files, manifest.dtype)
             documents = read_split(prepared.corpus_folder, name, source.spec)
             for group, ids in itertools.zip_longest(encoder.groups(documents), records):

@@ -14,6 +14,6 @@ DECODER = Family(
     sharding=sharding.RULES,
     muon=r"blocks/.*/kernel",
     flops_per_token=costs.flops_per_token,
-    attention_shape=lambda model: (model.heads // model.kv_heads, model.head_size),
+    attention_shape=lambda model, length: (length, model.heads // model.kv_heads, model.head_size),
     published=PUBLISHED,
 )

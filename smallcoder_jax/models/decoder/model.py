@@ -22,15 +22,11 @@ from smallcoder_jax.layers.embedding import Embedding
 from smallcoder_jax.layers.linear import Linear
 from smallcoder_jax.layers.mlp import MLPS
 from smallcoder_jax.layers.norm import NORMS
+from smallcoder_jax.layers.remat import REMAT_POLICIES
 from smallcoder_jax.mesh import split_activations
 from smallcoder_jax.models.decoder import cache as kv_cache
 from smallcoder_jax.models.family import Hidden
 from smallcoder_jax.ops.attention_xla import Keys
-
-REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
 
 
 class Block(nnx.Module):
@@ -44,7 +40,7 @@ class Block(nnx.Module):
         self.dropout = model.dropout
         self.attention_norm = norm(model.width, model.norm_eps)
         self.attention = Attention(
-            model,
+            model.attention(),
             implementation=compute.attention,
             std=std,
             out_std=(model.heads * model.head_size) ** -0.5 * shrink,

@@ -21,8 +21,10 @@ from smallcoder_jax.data.tokens.shards import Manifest
 from smallcoder_jax.data.tokens.verification import begin_verification
 from smallcoder_jax.evaluate.bits_per_byte import held_out_references
 from smallcoder_jax.evaluate.perplexity import evaluate
+from smallcoder_jax.generate.utf8 import utf8_measures, writes_bytes
 from smallcoder_jax.loading import LoadedModel
 from smallcoder_jax.report.run_folder import RunFolder
+from smallcoder_jax.train.evaluation import complete
 from smallcoder_jax.train.step import LossFn
 from smallcoder_jax.train.sums import language_summary
 from smallcoder_jax.train.task import Start, Task
@@ -157,9 +159,10 @@ def _unusable(config: Config, prepared: Prepared) -> dict[str, str]:
 
 
 def measure(config: Config, loaded: LoadedModel, progress: Progress) -> dict[str, Any]:
-    """Loss, perplexity, accuracy and bits per byte of a model on the whole validation split, and those of compressors.
+    """Loss, perplexity, accuracy and bits per byte of a model on the whole split `eval.split`, and those of
+    compressors; for a model of bytes, how much of what it writes is UTF-8.
 
-    `data` in the result says which data were used, because an export does not know its own validation split. Raises
+    `data` in the result says which data were used, because an export does not know its own held-out documents. Raises
     UserError when the config's data or row length do not fit the model.
     """
     path = loaded.origin["path"]
@@ -178,19 +181,29 @@ def measure(config: Config, loaded: LoadedModel, progress: Progress) -> dict[str
         batch_size=eval_rows(config),
         rows=range(eval_rows(config)),
         limit_batches=0,
+        split=config.eval.split,
     )
     verification = begin_verification(prepared.tokens_folder, prepared.manifest)
     measured = evaluate(loaded.model, loaded.compute, loaded.params, batches)
     verification.wait()
     return {
         **measured,
-        "references": held_out_references(prepared),
+        **_utf8_measures(config, loaded),
+        "references": held_out_references(prepared, config.eval.split),
         "data": {
             "sources": config.data.sources,
             "fingerprint": fingerprint,
+            "split": config.eval.split,
             "sequence_length": config.train.sequence_length,
         },
     }
+
+
+def _utf8_measures(config: Config, loaded: LoadedModel) -> dict[str, float]:
+    """Those of completions of the prompts in `eval`, for a model of bytes."""
+    if not config.eval.sample_tokens or not writes_bytes(loaded.tokenizer):
+        return {}
+    return utf8_measures(complete(config, loaded.generator, config.eval.sample_prompts), loaded.tokenizer)
 
 
 def _evaluated_on(config: Config, loaded: LoadedModel, progress: Progress) -> Prepared:

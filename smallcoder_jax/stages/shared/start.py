@@ -47,7 +47,10 @@ def check_shape(path: str, found: ModelConfig, wanted: ModelConfig) -> None:
         f"model.{name}: {was} there, {now} here" for name, was, now in pairs if was != now and name not in may_differ
     ]
     if differing:
-        raise UserError(f"the model in {path} has another shape than the config: {'; '.join(differing)}")
+        fixed = "" if found.vocab_size == wanted.vocab_size else (
+            ". A table of tokens does not grow between stages: train the first one with the tokenizer that all need"
+        )  # fmt: skip
+        raise UserError(f"the model in {path} has another shape than the config: {'; '.join(differing)}{fixed}")
 
 
 def check_tokenizer(loaded: LoadedModel, tokenizer: Tokenizer) -> None:

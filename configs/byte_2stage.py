@@ -1,0 +1,13 @@
+"""Byte-level, two stages of chunks: 189,669,120 parameters, widths 512, 768 and 1024, ternary weights.
+
+Command:   python -m smallcoder_jax.main --config=configs/byte_2stage.py --workdir=runs/byte_2stage
+Hardware:  meant for a GPU or TPUs, not yet tried on one.
+Time:      not measured (docs/benchmarks.md lists what has been).
+Expected:  not measured. The loss starts at ln(256) = 5.5; `boundaries_1` and `boundaries_2` approach 1 / 2.5.
+
+Data is TinyStories; without a network: --config.data.sources=stdlib, or dir:/my/texts.
+"""
+
+from smallcoder_jax.configfile import beside
+
+get_config = beside(__file__, "bytes.py:byte_2stage")
