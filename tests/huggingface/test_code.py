@@ -90,6 +90,21 @@ def test_with_every_part_it_agrees(model: HnetConfig, packing: str, tmp_path: Pa
     assert len(compared) == (3 if model.inner_widths else 0)
 
 
+@pytest.mark.slow
+def test_borders_that_are_almost_certain_agree(tmp_path: Path) -> None:
+    """The share of a chunk has a bound just below 1, which the router of other tests does not reach."""
+    params = made(MIXED)
+    params["stage"]["encoder"]["final_norm"]["scale"] = np.array([1e3, *[1.0] * 15], np.float32)
+    params["stage"]["router"] = {"query": -np.eye(16, dtype=np.float32), "key": np.eye(16, dtype=np.float32)}
+    write.write_export(tmp_path / "out", model=MIXED, params=params, tokenizer=ByteTokenizer(), card={"name": "x"})
+    theirs = reference.load(tmp_path / "out", MIXED, transformers, torch)[0]
+    found = []
+    theirs.stage.router.register_forward_hook(lambda _, __, probability: found.append(probability[:, 1:]))
+    logits(theirs, [list(b"def f(x):")])
+    assert float(found[0].max()) > 1 - 1e-4
+    assert parity.check(tmp_path / "out", MIXED, params, ByteTokenizer(), lengths=(7,)).passed
+
+
 @pytest.mark.parametrize("model", [FLAT, MIXED, DEEP])
 def test_every_parameter_has_its_shape(model: HnetConfig) -> None:
     shapes = jax.tree_util.tree_leaves_with_path(build.abstract_model(model, FLOAT32)[1])
