@@ -113,13 +113,13 @@ def folder(flat: Path, tmp_path: Path) -> Path:
 
 def test_the_forward_pass_is_that_of_the_float_export_to_the_last_bit(flat: Path, tmp_path: Path) -> None:
     export(tmp_path / "float", FLAT, packing="float")
-    ids = np.random.default_rng(0).integers(0, 256, (2, 16)).astype(np.int32)
-    positions = np.broadcast_to(np.arange(16, dtype=np.int32), (2, 16))
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 256, (2, 16)), jnp.int32)
+    positions = jnp.broadcast_to(jnp.arange(16, dtype=jnp.int32), (2, 16))
 
     @jax.jit
     def forward(params: Any) -> Any:
         module = build.bind(build.abstract_model(FLAT, FLOAT32)[0], params)
-        return build.logits(module, module(ids, positions, np.ones_like(ids)).states_BTD)
+        return build.logits(module, module(ids, positions, jnp.ones_like(ids)).states_BTD)
 
     results = [np.asarray(forward(read_export(each).params)) for each in (flat, tmp_path / "float")]
     np.testing.assert_array_equal(*results)
