@@ -63,7 +63,7 @@ def get_config(variant: str = "byte_nano") -> ConfigDict:
     config.tokenizer.kind = "bytes"
     config.data.update(sources="hf:roneneldan/TinyStories!nofim", fim_rate=0.0)
     config.train.update(steps=shape.steps, batch_size=64, sequence_length=512, microbatch_size=16)
-    config.optimizer.update(learning_rate=3e-4, warmup_steps=shape.warmup_steps, weight_decay=0.01, final_ratio=0.0)
+    config.optimizer.update(learning_rate=3e-4, warmup_steps=shape.warmup_steps, weight_decay=0.01)
     config.eval.update(every=500, batches=16, sample_tokens=150)
     if variant in ("byte_100m", "byte_350m"):
         config.model.update(expand_ratio=2, conv_size=4)
@@ -96,6 +96,7 @@ def _nano(config: Any) -> None:
         weight_decay=0.1,
         schedule="linear",
         warmup_steps=20,
+        final_ratio=0.0,
     )
     config.eval.update(every=400, batches=4, batch_size=16, sample_tokens=100, sample_temperature=0.0)
     config.eval.sample_prompts = ("def read_lines(path):\n    with open(",)

@@ -10,7 +10,15 @@ import jax
 import numpy as np
 import pytest
 
-from smallcoder_jax.config import ComputeConfig, Config, DecoderConfig, EvalConfig, OptimizerConfig, TrainConfig
+from smallcoder_jax.config import (
+    ComputeConfig,
+    Config,
+    DecoderConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 
 FLOAT32 = ComputeConfig(dtype="float32")
 # For tests that compile a function of their own around their arrays. Elsewhere a captured array fails the test
@@ -38,7 +46,7 @@ def tiny_config(**changes: Any) -> Config:
     return dataclasses.replace(config, **changes)
 
 
-def packed_batch(model: DecoderConfig, rows: int, length: int, seed: int, cuts: int = 3) -> dict[str, np.ndarray]:
+def packed_batch(model: ModelConfig, rows: int, length: int, seed: int, cuts: int = 3) -> dict[str, np.ndarray]:
     """Rows of random documents: each row has `cuts` borders and some padding at its end."""
     generator = np.random.default_rng(seed)
     tokens = generator.integers(3, model.vocab_size, (rows, length + 1)).astype(np.int32)

@@ -142,7 +142,12 @@ class HnetConfig(ModelConfig):
         stages.append(f"{self.blocks} block{plural} of width {self.widths[-1]}{kinds}")
         ternary = [self.is_ternary(stage) for stage in range(len(self.widths))]
         weights = "ternary" if all(ternary) else "float" if not any(ternary) else f"ternary by stage: {ternary}"
-        return f"{'; '.join(stages)}; vocabulary {self.vocab_size}; weights {weights}"
+        unused = (
+            ""
+            if "a" in self.kinds or self.heads == HnetConfig.heads
+            else f"; heads {self.heads} (no effect: no attention)"
+        )
+        return f"{'; '.join(stages)}; vocabulary {self.vocab_size}; weights {weights}{unused}"
 
 
 def mlp_width(width: int) -> int:

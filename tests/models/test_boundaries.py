@@ -48,7 +48,7 @@ def params() -> Any:
 
 def test_they_are_those_that_the_model_counts(params: Any) -> None:
     """Each stage within begins its chunks at chunks of the one around it, and packed documents at their start."""
-    batch = packed_batch(SMALL, rows=2, length=64, seed=0)  # type: ignore[arg-type]
+    batch = packed_batch(SMALL, rows=2, length=64, seed=0)
     (outer, inner), observed = boundaries(params, batch)
     assert outer[0].sum() == observed["boundaries_1"][0]
     assert inner[0].sum() == observed["boundaries_2"][0] > 0
@@ -65,7 +65,7 @@ def test_they_are_those_that_the_model_counts(params: Any) -> None:
 
 
 def test_padding_in_front_changes_nothing(params: Any) -> None:
-    batch = {name: values[:1, :40] for name, values in packed_batch(SMALL, 1, 64, 1).items()}  # type: ignore[arg-type]
+    batch = {name: values[:1, :40] for name, values in packed_batch(SMALL, 1, 64, 1).items()}
     moved = {name: np.pad(values, [(0, 0), (24, 0)]) for name, values in batch.items()}
     for alone, behind in zip(boundaries(params, batch)[0], boundaries(params, moved)[0], strict=True):
         np.testing.assert_array_equal(alone[0][:, :40], behind[0][:, 24:])
@@ -74,7 +74,7 @@ def test_padding_in_front_changes_nothing(params: Any) -> None:
 
 
 def test_the_first_held_out_document_is_shown(params: Any) -> None:
-    batch = packed_batch(SMALL, rows=1, length=64, seed=2)  # type: ignore[arg-type]
+    batch = packed_batch(SMALL, rows=1, length=64, seed=2)
     task: Any = SimpleNamespace(tokenizer=ByteTokenizer(), validation_batches=lambda limit, rows: [batch][:limit])
     config = tiny_config(model=SMALL)
     found = find_boundaries(config, task, {"model": params})
@@ -88,7 +88,7 @@ def test_the_first_held_out_document_is_shown(params: Any) -> None:
 
 
 def test_a_model_without_chunks_has_no_picture() -> None:
-    batch = packed_batch(SMALL, rows=1, length=32, seed=2)  # type: ignore[arg-type]
+    batch = packed_batch(SMALL, rows=1, length=32, seed=2)
     task: Any = SimpleNamespace(tokenizer=ByteTokenizer(), validation_batches=lambda limit, rows: [batch][:limit])
     assert find_boundaries(tiny_config(model=tiny_model()), task, {}) is None
     flat = {"model": build.init_params(FLAT, FLOAT32, jax.random.key(0))}

@@ -104,6 +104,11 @@ def test_parameters_are_counted(model: HnetConfig) -> None:
     assert model.parameter_count() == sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
+def test_heads_without_attention_are_accepted_and_said_to_do_nothing() -> None:
+    assert "heads 8 (no effect: no attention)" in dataclasses.replace(FLAT, heads=8).summary()
+    assert "no effect" not in FLAT.summary() + dataclasses.replace(MIXED, heads=8).summary()
+
+
 def batch_of(model: HnetConfig, rows: int = 2, length: int = 32, seed: int = 0) -> dict[str, Any]:
     return {name: jnp.asarray(array) for name, array in packed_batch(model, rows, length, seed).items()}
 
