@@ -45,12 +45,7 @@ def quantized_kernel(kernel_IO: Array) -> tuple[Array, Array]:
 def _forward(x_BTI: Array, kernel_IO: Array) -> tuple[Array, tuple[Array, Array, Array]]:
     whole_BTI, unit_BT1 = quantized_activations(x_BTI)
     signs_IO, unit = quantized_kernel(kernel_IO)
-    sums_BTO = jnp.einsum(
-        "bti,io->bto",
-        whole_BTI.astype(jnp.bfloat16),
-        signs_IO.astype(jnp.bfloat16),
-        preferred_element_type=jnp.float32,
-    )
+    sums_BTO = product("bti,io->bto", whole_BTI.astype(x_BTI.dtype), signs_IO, jnp.float32)
     # The kernel is quantized again in the backward pass: it is kept anyhow.
     return (sums_BTO * (unit_BT1 * unit)).astype(x_BTI.dtype), (whole_BTI, unit_BT1, kernel_IO)
 
