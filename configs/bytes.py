@@ -85,7 +85,7 @@ def _smallcoder(config: Any) -> None:
 
 
 def _nano(config: Any) -> None:
-    config.compute.update(dtype="float32")
+    config.compute.update(dtype="float32", matmul="auto")
     config.model.update(chunk_target=4.0, context=1024)
     config.data.update(sources="stdlib")
     config.train.update(steps=2000, batch_size=3, sequence_length=1024, microbatch_size=0, log_every=50)

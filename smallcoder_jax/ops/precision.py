@@ -97,6 +97,8 @@ def _mixed(subscripts: str, a: Array, b: Array, out: DTypeLike) -> Array:
     if left[-1] in result:
         # XLA's CPU backend has a bfloat16 kernel only for products that contract the last axis of the left side. A
         # product over an earlier axis runs in float32, at a third of the rate. A second contracted axis makes the
-        # compiler transpose the left side first.
+        # compiler transpose the left side first. Without the barrier, a result that is transposed afterwards becomes a
+        # product with the sides exchanged, which has no kernel at all and stops the program when it runs.
         a, b, subscripts = a[None], b[None], f"z{left},z{right}->{result}"
+        return jax.lax.optimization_barrier(jnp.einsum(subscripts, a, b, preferred_element_type=out))
     return jnp.einsum(subscripts, a, b, preferred_element_type=out)

@@ -27,9 +27,12 @@ from smallcoder_jax.config import (
     default_config,
     from_config_dict,
 )
+from smallcoder_jax.mesh import flat_tokens
 from smallcoder_jax.models import build
 from smallcoder_jax.models.families import family_of
 from smallcoder_jax.models.hnet.model import init_state
+from smallcoder_jax.ops import precision
+from smallcoder_jax.ops.cross_entropy import token_losses
 from tests.helpers import FLOAT32, max_difference, packed_batch
 
 pytestmark = pytest.mark.usefixtures("standard_promotion")
@@ -208,6 +211,27 @@ def test_both_layouts_and_rematerialisation_compute_the_same(name: str) -> None:
     assert all(float(value) == pytest.approx(float(first), rel=1e-4) for value in values.values())
     for gradient in gradients.values():
         assert max_difference(gradient, gradients["unroll", "none"]) < 2e-3
+
+
+@pytest.mark.parametrize("name", ["flat", pytest.param("mixed", marks=pytest.mark.slow)])
+def test_mixed_products_round_and_change_nothing_else(name: str) -> None:
+    """The whole numbers of a ternary layer are exact in bfloat16; the head's, attention's and gradients are rounded."""
+    model, params = SHAPES[name], made(SHAPES[name])
+    batch = batch_of(model)
+
+    def loss(params: Any) -> Any:
+        module = build.bind(build.abstract_model(model, FLOAT32)[0], params)
+        states_BTD = module(*(batch[key] for key in INPUTS)).states_BTD
+        return jnp.mean(
+            token_losses(flat_tokens(states_BTD), module.unembedding(), flat_tokens(batch["targets"])).nll_X
+        )
+
+    def of(kind: precision.Kind) -> Any:
+        return jax.jit(precision.multiplying(kind, jax.value_and_grad(loss)))(params)
+
+    (exact, exact_gradient), (mixed, gradient) = of("exact"), of("mixed")
+    assert float(mixed) == pytest.approx(float(exact), abs=1e-3 if name == "flat" else 1e-2)
+    assert 0.0 < max_difference(gradient, exact_gradient) < 5e-2
 
 
 def test_the_ratio_loss_is_one_for_each_stage_within() -> None:

@@ -12,7 +12,7 @@ from smallcoder_jax.base.errors import UserError
 from smallcoder_jax.config import ComputeConfig, Config
 from smallcoder_jax.configfile import load_config
 from smallcoder_jax.ops import precision
-from smallcoder_jax.ops.cross_entropy import token_losses
+from smallcoder_jax.ops.cross_entropy import token_losses, unembedding_products
 from smallcoder_jax.ops.linear import linear
 from smallcoder_jax.optim import orthogonalize
 
@@ -81,18 +81,38 @@ def test_a_mixed_product_rounds_inputs_and_nothing_else() -> None:
     ],
 )
 def test_mixed_products_over_any_axis(subscripts: str, a: tuple[int, ...], b: tuple[int, ...]) -> None:
-    """Those over a first axis are written another way; transposed, they are the same."""
+    """Those over a first axis are written another way. Each use of a result is a program of its own, because the
+    compiler turns a product whose only use is its transpose into another product."""
     one, other = draw(*a), draw(*b)
     wanted = np.einsum(subscripts, rounded(one), rounded(other))
 
-    def multiply(one: jax.Array, other: jax.Array) -> tuple[jax.Array, jax.Array]:
-        found = precision.product(subscripts, one, other, jnp.float32)
-        return found, found.T
+    def multiply(one: jax.Array, other: jax.Array) -> jax.Array:
+        return precision.product(subscripts, one, other, jnp.float32)
 
-    found, transposed = jax.jit(precision.multiplying("mixed", multiply))(one, other)
+    def transposed(one: jax.Array, other: jax.Array) -> jax.Array:
+        return jnp.swapaxes(multiply(one, other), -1, -2)
+
+    found = jax.jit(precision.multiplying("mixed", multiply))(one, other)
     assert found.dtype == jnp.float32
     np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(transposed, wanted.T, rtol=1e-5, atol=1e-5)
+    found = jax.jit(precision.multiplying("mixed", transposed))(one, other)
+    np.testing.assert_allclose(found, np.swapaxes(wanted, -1, -2), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("embeddings", ["tied", "untied"])
+def test_the_unembedding_s_gradient_in_the_layout_of_its_parameter(embeddings: str) -> None:
+    """An untied unembedding, and a byte-level model's head, are transposed before they are multiplied."""
+    hidden, unembed, gradient = draw(96, 32), draw(64, 32), draw(96, 64)
+
+    def gradients(d_logits: jax.Array, hidden: jax.Array, parameter: jax.Array) -> jax.Array:
+        unembed = parameter if embeddings == "tied" else parameter.T
+        found = unembedding_products(d_logits, hidden, unembed, jnp.float32)[1]
+        return found if embeddings == "tied" else found.T
+
+    parameter = unembed if embeddings == "tied" else unembed.T
+    found = jax.jit(precision.multiplying("mixed", gradients))(gradient, hidden, parameter)
+    wanted = rounded(gradient).T @ rounded(hidden)
+    np.testing.assert_allclose(found, wanted if embeddings == "tied" else wanted.T, rtol=1e-5, atol=1e-5)
 
 
 def test_a_mixed_layer_keeps_its_input_rounded() -> None:
