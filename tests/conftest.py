@@ -1,5 +1,6 @@
 """The strictest settings for every test: eight fake devices, strict types and ranks, checked shapes."""
 
+import gc
 import importlib.metadata
 import os
 from collections.abc import Iterator
@@ -32,6 +33,15 @@ def pytest_configure() -> None:
 
     # Shapes in signatures are checked wherever a test passes through them.
     install_import_hook(["smallcoder_jax.ops", "smallcoder_jax.layers", "smallcoder_jax.losses"], "beartype.beartype")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _settled() -> Iterator[None]:
+    """A run collects garbage before it trains. What earlier modules have compiled, millions of objects, is not searched
+    again each time."""
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
