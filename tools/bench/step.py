@@ -6,7 +6,8 @@ Each contender runs in its own processes, in turns (ours, theirs, theirs, ours),
 the training step that `smallcoder_jax.main` runs. Theirs has the same shape, rows, data type and number of steps, with
 gradient clipping and fused AdamW, and is one of
 
-    torch    transformers' LlamaForCausalLM with the loss in the model
+    torch    transformers' LlamaForCausalLM with the loss in the model; for a byte-level model, the plain PyTorch code of
+             its export with straight-through gradients (tools/bench/hnet_torch.py)
     litgpt   litgpt's GPT and the loss of its pretraining
 
 --compile adds torch.compile. For float32 configs, --autocast adds the same contender with torch.autocast in bfloat16.
@@ -20,8 +21,8 @@ peak; there, MFU is relative to the rate of a large matrix product that is measu
 --profile shows where our step's time goes, operation by operation (tools/bench/op_profile.py).
 
 --check ends with exit code 3 if ours reaches less than 1.2 times PyTorch's tokens per second (1.3 on a GPU, 1.6 where
-our products are mixed, 1.25 compared with autocast), if it needs more memory than PyTorch, or if Medium-LC on an H200
-stays below its required tokens per second.
+our products are mixed, 1.25 compared with autocast, 2 for a byte-level model), if it needs more memory than PyTorch, or
+if Medium-LC on an H200 stays below its required tokens per second.
 """
 
 from __future__ import annotations
@@ -45,17 +46,18 @@ from smallcoder_jax.base.arguments import ArgumentParser
 from smallcoder_jax.base.display import say
 from smallcoder_jax.base.errors import EXIT_USER_ERROR, CheckFailed, UserError, run_cli
 from smallcoder_jax.base.terminal import format_table, human_bytes, human_time
-from smallcoder_jax.config import Config, from_config_dict, to_dict
+from smallcoder_jax.config import Config, HnetConfig, from_config_dict, to_dict
 from smallcoder_jax.configfile import load_config, split_overrides
 from tools.bench import benchmarks, op_profile
 from tools.bench.benchmarks import Figure
 from tools.bench.step_timing import BATCHES, cores, random_batches, resident_set, timed, visible_share
-from tools.bench.step_torch import BUILDERS, CAUSAL, check_llama, measure_torch
+from tools.bench.step_torch import BUILDERS, CAUSAL, check_shape, measure_torch
 
 if TYPE_CHECKING:
     from smallcoder_jax.ops.precision import Kind
 
 WANTED_RATIO, WANTED_GPU_RATIO, WANTED_MIXED_RATIO, WANTED_AUTOCAST_RATIO = 1.2, 1.3, 1.6, 1.25
+WANTED_BYTES_RATIO = 2.0
 AUTOCAST = " autocast"  # at the end of a contender's name
 PRODUCTS = {"float32": "exact", "float32, mixed products": "mixed", "bfloat16": "bf16"}  # in names of figures
 DOCUMENTS_PER_ROW = 4  # unless --documents gives their length
@@ -82,7 +84,7 @@ def main(argv: list[str] | None = None) -> int | None:
     if options.autocast and (options.against is None or config.compute.dtype != "float32"):
         raise UserError("--autocast is of --against, and of a float32 config: with bfloat16 theirs is autocast anyway")
     if options.against:
-        check_llama(config, options.against)
+        check_shape(config, options.against, options.their_attention)
     warn_of_company()
     # This process imports neither jax nor torch, because a child's largest resident set starts at its parent's.
     theirs = [options.against] if options.against else []
@@ -118,8 +120,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--torch-python", default=sys.executable, help="Python that has their packages, and ml_collections"
     )
-    parser.add_argument("--steps", type=_positive, default=20, help="timed steps per round; default: %(default)s")
-    parser.add_argument("--rounds", type=_positive, default=2, help="processes per contender; default: %(default)s")
+    parser.add_argument("--steps", type=positive, default=20, help="timed steps per round; default: %(default)s")
+    parser.add_argument("--rounds", type=positive, default=2, help="processes per contender; default: %(default)s")
     parser.add_argument("--compile", action="store_true", help="run theirs with torch.compile")
     parser.add_argument("--autocast", action="store_true", help="for float32 configs, also run theirs in bfloat16")
     parser.add_argument("--profile", action="store_true", help="show the most expensive operations of our step")
@@ -141,11 +143,16 @@ def documents_of(text: str | None, config: Config) -> int | None:
     return int(text)
 
 
-def run_contender(job: Result, python: str, environment: Mapping[str, str] = MappingProxyType({})) -> Result:
-    """Measures one contender in a fresh process, with `environment` added to this process's environment. Raises
-    UserError if that process fails.
+def run_contender(
+    job: Result,
+    python: str,
+    environment: Mapping[str, str] = MappingProxyType({}),
+    module: str = "tools.bench.step",
+) -> Result:
+    """Measures one contender by `contend` of a module in a fresh process, with `environment` added to this process's
+    environment. Raises UserError if that process fails.
     """
-    name, command = job["name"], [python, "-c", "from tools.bench.step import contend; contend()"]
+    name, command = job["name"], [python, "-c", f"from {module} import contend; contend()"]
     done = subprocess.run(
         command,
         cwd=ROOT,
@@ -313,7 +320,7 @@ def summarise(rounds: dict[str, list[Result]], config: Config) -> Result:
         name: {
             "speed": rows["ours"]["tokens_per_second"] / row["tokens_per_second"],
             "memory": rows["ours"]["memory"] / row["memory"],
-            "wanted": wanted_ratio(name, ours),
+            "wanted": wanted_ratio(name, ours, config),
         }
         for name, row in rows.items()
         if name != "ours"
@@ -321,8 +328,10 @@ def summarise(rounds: dict[str, list[Result]], config: Config) -> Result:
     return report
 
 
-def wanted_ratio(name: str, ours: Result) -> float:
+def wanted_ratio(name: str, ours: Result, config: Config) -> float:
     """The required ratio of our speed to that of contender `name`."""
+    if isinstance(config.model, HnetConfig):
+        return WANTED_BYTES_RATIO
     if ours["accelerator"]:
         return WANTED_GPU_RATIO
     if name.endswith(AUTOCAST):
@@ -426,7 +435,7 @@ def warn_of_company() -> None:
         )
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number of at least 1")
     return int(text)

@@ -1,6 +1,7 @@
 """The PyTorch side of `tools.bench.step`: a training step of the same shape in other libraries.
 
-`torch`: transformers. `litgpt`: the model and loss of litgpt's pretraining.
+`torch`: transformers; for a byte-level model, the code of its export. `litgpt`: the model and loss of litgpt's
+pretraining.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from smallcoder_jax.base.errors import UserError
-from smallcoder_jax.config import Config, DecoderConfig, OptimizerConfig
+from smallcoder_jax.config import Config, DecoderConfig, HnetConfig, OptimizerConfig
+from tools.bench import hnet_torch
 from tools.bench.step_timing import cores, random_batches, resident_set, timed
 
 LLAMA = {"norm": "rmsnorm", "positions": "rope", "mlp": "swiglu", "dropout": 0.0, "window": 0}
@@ -22,12 +24,23 @@ CAUSAL = "causal"  # attention that ignores the borders of documents
 Loss = Callable[[Any, dict[str, Any]], Any]  # (model, microbatch) -> loss
 
 
+def check_shape(config: Config, name: str, attention: str) -> None:
+    """Raises UserError for a model that contender `name` does not have: these libraries' trainers have Llama, and
+    `torch` has byte-level models whose rows are one document each."""
+    if isinstance(config.model, HnetConfig) and name == "torch":
+        if attention != CAUSAL:
+            raise UserError(f"--their-attention={attention}: for a byte-level model, theirs runs with {CAUSAL}")
+    else:
+        check_llama(config, name)
+
+
 def check_llama(config: Config, name: str) -> None:
-    """Raises UserError for a model that is not a Llama, the only architecture of these libraries' trainers."""
+    """Raises UserError for a model that is not a Llama."""
+    model = decoder_of(config)
     differing = [
-        f"model.{name}={getattr(config.model, name)!r} instead of {wanted!r}"
+        f"model.{name}={getattr(model, name)!r} instead of {wanted!r}"
         for name, wanted in LLAMA.items()
-        if getattr(config.model, name) != wanted
+        if getattr(model, name) != wanted
     ]
     if differing:
         raise UserError(f"--against={name} compares with Llama, which this config is not: {', '.join(differing)}")
@@ -105,6 +118,14 @@ def adamw(torch: Any, parameters: Iterable[Any], settings: OptimizerConfig, lear
     )
 
 
+def build_plain(config: Config, attention: str) -> tuple[Any, Any, Loss]:
+    """Contender `torch`."""
+    if isinstance(config.model, HnetConfig):
+        modules("torch", "smallcoder_jax[parity]", "torch", "transformers")
+        return hnet_torch.build_trainer(config)
+    return build_transformers(config, attention)
+
+
 def build_transformers(config: Config, attention: str) -> tuple[Any, Any, Loss]:
     torch, transformers = modules("torch", "smallcoder_jax[parity]", "torch", "transformers")
     if attention == CAUSAL:
@@ -161,7 +182,7 @@ def build_litgpt(config: Config, attention: str) -> tuple[Any, Any, Loss]:
 def decoder_of(config: Config) -> DecoderConfig:
     """The config of the model. Raises UserError for a family that the contenders do not have."""
     if not isinstance(config.model, DecoderConfig):
-        raise UserError(f"{config.model.family=}: only a decoder can be measured against these; leave out --against")
+        raise UserError(f"{config.model.family=}: this contender has only decoders")
     return config.model
 
 
@@ -202,7 +223,7 @@ def versions(*packages: str) -> Callable[[], list[str]]:
 
 
 BUILDERS: dict[str, Callable[[Config, str], tuple[Any, Any, Loss]]] = {
-    "torch": build_transformers,
+    "torch": build_plain,
     "litgpt": build_litgpt,
 }
 VERSIONS = {

@@ -13,7 +13,9 @@ from tests.tools.conftest import Recorded
 from tools.bench import op_profile, step_timing, step_torch
 from tools.bench import step as bench_step
 
-NANO = str(Path(bench_step.__file__).resolve().parents[2] / "configs" / "nano.py")
+NANO, BYTE_NANO = (
+    str(Path(bench_step.__file__).resolve().parents[2] / "configs" / name) for name in ("nano.py", "byte_nano.py")
+)
 
 
 def result(step_seconds: list[float], memory: int, **changes: Any) -> dict[str, Any]:
@@ -245,7 +247,12 @@ def test_bad_input_is_refused_before_anything_runs(config: Config) -> None:
         bench_step.main([f"--config={NANO}", "--check"])
     other = dataclasses.replace(config, model=dataclasses.replace(config.model, norm="layernorm"))
     with pytest.raises(UserError, match=r"model\.norm='layernorm' instead of 'rmsnorm'"):
-        step_torch.check_llama(other, "torch")
+        step_torch.check_shape(other, "torch", "causal")
+    bytes_config = [f"--config={BYTE_NANO}", "--against=litgpt"]
+    with pytest.raises(UserError, match="'hnet': this contender has only decoders"):
+        bench_step.main(bytes_config)
+    with pytest.raises(UserError, match="--their-attention=sdpa: for a byte-level model"):
+        bench_step.main([f"--config={BYTE_NANO}", "--against=torch", "--their-attention=sdpa"])
 
 
 def test_a_contender_that_fails_is_named() -> None:
