@@ -25,6 +25,7 @@ from smallcoder_jax.generate.prompts import Prompt, Room
 from smallcoder_jax.generate.sampling import SamplingOptions, settings_of
 from smallcoder_jax.generate.text import TextStream
 from smallcoder_jax.models.build import Params
+from smallcoder_jax.models.families import family_of
 from smallcoder_jax.tokenizers.base import TOOL_PIECES, Tokenizer, end_ids
 from smallcoder_jax.tokenizers.chat import Conversation
 
@@ -55,8 +56,9 @@ class Completion:
 class Generator:
     """Generates text with a model.
 
-    Takes the unrolled parameters and keeps no copy of them. Cheap to create, because all generators of the same shapes
-    share their compiled functions: a training loop creates one from the current parameters whenever it needs samples.
+    Takes the unrolled parameters and copies none of them but those that the family prepares for generation. Cheap to
+    create, because all generators of the same shapes share their compiled functions: a training loop creates one from
+    the current parameters whenever it needs samples.
     """
 
     def __init__(self, model: ModelConfig, compute: ComputeConfig, params: Params, tokenizer: Tokenizer):
@@ -67,7 +69,8 @@ class Generator:
             )
         self.model, self.tokenizer = model, tokenizer
         self._compute = dataclasses.replace(compute, layers="unroll", remat="none")
-        self._params = jax.tree.map(jnp.asarray, params)  # moves host arrays once; device arrays stay
+        params = jax.tree.map(jnp.asarray, params)  # moves host arrays once; device arrays stay
+        self._params = family_of(model).for_generation(params, self._compute)
         self._place = _replicated_like(self._params)
         self._end_ids = frozenset(end_ids(tokenizer))
         self._vocabulary = _vocabulary_of(tokenizer, self._end_ids, model.vocab_size, self._place)

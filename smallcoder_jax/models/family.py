@@ -90,6 +90,8 @@ class Family:
     boundaries: Callable[[Any, Array, Array, Array], Sequence[tuple[Array, Array]]] | None = None
     # The learning rate of parameters is multiplied by that of the first name pattern that matches, or else by 1.
     rates: Callable[[Any], Sequence[tuple[str, float]]] = lambda model: ()
+    # (unrolled parameters, compute) -> those that the module computes the same with, but which take less work.
+    for_generation: Callable[[Any, ComputeConfig], Any] = lambda params, compute: params
 
 
 def with_own_losses(

@@ -8,6 +8,7 @@ Shapes: B batch, T positions, M chunks of a row (its capacity), D width.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -15,6 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Bool, Float, Int
 
+from smallcoder_jax.ops.packed import places_of
 from smallcoder_jax.ops.recurrence import recurrence
 
 LEAST = 1e-4  # the smallest share of a chunk in its smoothed output, and of the chunk before it
@@ -28,6 +30,7 @@ class Chunks(NamedTuple):
     shares_BM: Array  # the router's probability at the beginning
     segment_ids_BM: Array  # int32
     starts_BM: Array  # bool: the first chunk of a document
+    places_BM: Array  # int32: where the chunk begins; anything for a slot without a chunk
     of_BT: Array  # int32: the slot of the chunk that a position belongs to
     overflow: Array  # float32: chunks that found no slot, the latest of their rows
 
@@ -68,23 +71,78 @@ def chunk(
     """The states at the boundaries, in order. With a `capacity` of T there is room for all of them. With a smaller one
     the latest of a row are dropped and counted, and `dechunk` returns 0 for their positions."""
     of_BT = jnp.cumsum(boundary_BT.astype(jnp.int32), axis=1) - 1
-    slots_BT = jnp.where(boundary_BT, of_BT, capacity)  # beyond the last one: dropped
+    count_B1 = of_BT[:, -1:] + 1
+    places_BM = places_of(boundary_BT)[:, :capacity]
+    filled_BM = jnp.arange(capacity, dtype=jnp.int32)[None] < count_B1
 
     def taken(x_BT: Array) -> Array:
-        def of_row(x_T: Array, slots_T: Array) -> Array:
-            return jnp.zeros((capacity, *x_T.shape[1:]), x_T.dtype).at[slots_T].set(x_T, mode="drop")
+        return jnp.where(filled_BM, jnp.take_along_axis(x_BT, places_BM, axis=1), jnp.zeros((), x_BT.dtype))
 
-        return jax.vmap(of_row)(x_BT, slots_BT)
-
-    overflow = jnp.sum(jnp.maximum(of_BT[:, -1] + 1 - capacity, 0)).astype(jnp.float32)
     return Chunks(
-        states_BMD=taken(states_BTD),
-        shares_BM=taken(probability_BT),
+        states_BMD=_take(states_BTD, places_BM, filled_BM, of_BT, boundary_BT),
+        shares_BM=_take(probability_BT[..., None], places_BM, filled_BM, of_BT, boundary_BT)[..., 0],
         segment_ids_BM=taken(segment_ids_BT),
         starts_BM=taken(starts_BT),
+        places_BM=places_BM,
         of_BT=of_BT,
-        overflow=overflow,
+        overflow=jnp.sum(jnp.maximum(count_B1 - capacity, 0)).astype(jnp.float32),
     )
+
+
+# The gradient of a gather is a scatter, which compilers for CPUs make a loop over its rows, and those for other devices
+# a sum without an order. Here it is known which row went where, so both gradients are gathers, too.
+@jax.custom_vjp
+def _take(x_BTD: Array, places_BM: Array, filled_BM: Array, of_BT: Array, boundary_BT: Array) -> Array:
+    """The rows of x at `places`, and 0 where no chunk is. `of` and `boundary` say where each position went."""
+    return jnp.where(filled_BM[..., None], jnp.take_along_axis(x_BTD, places_BM[..., None], axis=1), 0.0)
+
+
+def _take_forward(*arguments: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _take(*arguments), arguments[3:]
+
+
+def _take_backward(residuals: tuple[Array, Array], dy_BMD: Array) -> tuple[Array | None, ...]:
+    of_BT, boundary_BT = residuals
+    last = dy_BMD.shape[1] - 1
+    dx_BTD = jnp.take_along_axis(dy_BMD, jnp.clip(of_BT, 0, last)[..., None], axis=1)
+    return jnp.where((boundary_BT & (of_BT <= last))[..., None], dx_BTD, 0.0), None, None, None, None
+
+
+_take.defvjp(_take_forward, _take_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _spread(z_BMD: Array, before_BD: Array, places_BM: Array, place_BT: Array, implementation: str) -> Array:
+    """The row of z at `place`, or `before` where that is -1. `place` grows along a row; it is first m at `places_m`."""
+    all_BMD = jnp.concatenate([before_BD[:, None], z_BMD], axis=1)
+    return jnp.take_along_axis(all_BMD, place_BT[..., None] + 1, axis=1)
+
+
+def _spread_forward(
+    z_BMD: Array, before_BD: Array, places_BM: Array, place_BT: Array, implementation: str
+) -> tuple[Array, tuple[Array, Array]]:
+    return _spread(z_BMD, before_BD, places_BM, place_BT, implementation), (places_BM, place_BT)
+
+
+def _spread_backward(implementation: str, residuals: tuple[Array, Array], dy_BTD: Array) -> tuple[Array | None, ...]:
+    """The sum over the positions of each row, by a recurrence from the end that begins anew with each of them."""
+    places_BM, place_BT = residuals
+    first_BT = jnp.concatenate([jnp.ones_like(place_BT[:, :1]), jnp.diff(place_BT, axis=1)], axis=1) != 0
+    # From the end, a position is added to the one behind it unless that is the first of another row.
+    keep_BT = jnp.concatenate([~first_BT[:, 1:], jnp.zeros_like(first_BT[:, :1])], axis=1).astype(jnp.float32)
+    keep_BTD, new_BTD = (
+        jnp.flip(x, axis=1) for x in (jnp.broadcast_to(keep_BT[..., None], dy_BTD.shape), dy_BTD.astype(jnp.float32))
+    )
+    sums_BTD = jnp.flip(
+        recurrence(keep_BTD, new_BTD, jnp.zeros_like(new_BTD[:, 0]), implementation=implementation), axis=1
+    )
+    d_z_BMD = jnp.take_along_axis(sums_BTD, places_BM[..., None], axis=1)
+    used_BM = jnp.arange(places_BM.shape[1], dtype=jnp.int32)[None] <= place_BT[:, -1:]
+    d_before_BD = jnp.where(place_BT[:, :1] < 0, sums_BTD[:, 0], 0.0)
+    return jnp.where(used_BM[..., None], d_z_BMD, 0.0), d_before_BD, None, None
+
+
+_spread.defvjp(_spread_forward, _spread_backward)
 
 
 def chunk_positions(chunks: Chunks, last_B: Int[Array, " B"]) -> tuple[Int[Array, "B M"], Int[Array, " B"]]:
@@ -121,9 +179,8 @@ def dechunk(
     # a single `keep` for all channels, moves seven times as much.
     keep_BMD = jnp.broadcast_to(keep_BM[..., None], new_BMD.shape)
     z_BMD = recurrence(keep_BMD, new_BMD, before_BD, implementation=implementation)
-    all_BMD = jnp.concatenate([before_BD[:, None], z_BMD], axis=1)  # slot 0: the chunk before
     place_BT = jnp.minimum(chunks.of_BT, outputs_BMD.shape[1] - 1)
-    back_BTD = jnp.take_along_axis(all_BMD, place_BT[..., None] + 1, axis=1)
+    back_BTD = _spread(z_BMD, before_BD, chunks.places_BM, place_BT, implementation)
     found_BT = (place_BT == chunks.of_BT) & (segment_ids_BT > 0)
     return jnp.where(found_BT[..., None], back_BTD, 0.0), z_BMD[:, -1]
 

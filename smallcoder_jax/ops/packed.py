@@ -10,7 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Bool
+from jaxtyping import Bool, Int
+
+
+def places_of(mask_BT: Bool[Array, "B T"]) -> Int[Array, "B T"]:
+    """Of each row, the positions where `mask` holds, in order, and then the other positions, in order."""
+    return jnp.argsort(~mask_BT, axis=1, stable=True).astype(jnp.int32)
 
 
 def latest(arrays: Any, real_BT: Bool[Array, "B T"], count: int) -> Any:
@@ -18,10 +23,13 @@ def latest(arrays: Any, real_BT: Bool[Array, "B T"], count: int) -> Any:
 
     `arrays` is a pytree of arrays [B, T, ...]. The real positions need not be next to each other.
     """
-    from_end_BT = jnp.cumsum(real_BT[:, ::-1].astype(jnp.int32), axis=1)[:, ::-1]  # 1 at the last real position
-    places_BT = jnp.where(real_BT & (from_end_BT <= count), count - from_end_BT, count)  # `count`: dropped
+    places_BT = jnp.pad(places_of(~real_BT), [(0, 0), (max(count - real_BT.shape[1], 0), 0)])  # real ones at the end
+    places_BT = places_BT[:, places_BT.shape[1] - count :]
+    found_BT = jnp.arange(count, 0, -1)[None] <= jnp.sum(real_BT, axis=1, dtype=jnp.int32)[:, None]
 
-    def of_row(x_T: Array, places_T: Array) -> Array:
-        return jnp.zeros((count, *x_T.shape[1:]), x_T.dtype).at[places_T].set(x_T, mode="drop")
+    def of(x_BT: Array) -> Array:
+        further = [(...), *[None] * (x_BT.ndim - 2)]
+        taken = jnp.take_along_axis(x_BT, places_BT[tuple(further)], axis=1)
+        return jnp.where(found_BT[tuple(further)], taken, jnp.zeros((), x_BT.dtype))
 
-    return jax.tree.map(lambda x_BT: jax.vmap(of_row)(x_BT, places_BT), arrays)
+    return jax.tree.map(of, arrays)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from smallcoder_jax.ops.precision import product
@@ -42,12 +43,21 @@ def quantized_kernel(kernel_IO: Array) -> tuple[Array, Array]:
     return jnp.clip(jnp.round(kernel_IO * scale), -1.0, 1.0).astype(jnp.int8), 1.0 / scale
 
 
+def quantized_linear(x_BTI: Array, signs_IO: Array, unit: Array) -> Array:
+    """`ternary_linear` with a kernel that `quantized_kernel` has quantized."""
+    return _scaled_product(*quantized_activations(x_BTI), signs_IO, unit, x_BTI.dtype)
+
+
+def _scaled_product(whole_BTI: Array, unit_BT1: Array, signs_IO: Array, unit: Array, dtype: DTypeLike) -> Array:
+    sums_BTO = product("bti,io->bto", whole_BTI.astype(dtype), signs_IO, jnp.float32)
+    return (sums_BTO * (unit_BT1 * unit)).astype(dtype)
+
+
 def _forward(x_BTI: Array, kernel_IO: Array) -> tuple[Array, tuple[Array, Array, Array]]:
     whole_BTI, unit_BT1 = quantized_activations(x_BTI)
-    signs_IO, unit = quantized_kernel(kernel_IO)
-    sums_BTO = product("bti,io->bto", whole_BTI.astype(x_BTI.dtype), signs_IO, jnp.float32)
     # The kernel is quantized again in the backward pass: it is kept anyhow.
-    return (sums_BTO * (unit_BT1 * unit)).astype(x_BTI.dtype), (whole_BTI, unit_BT1, kernel_IO)
+    y_BTO = _scaled_product(whole_BTI, unit_BT1, *quantized_kernel(kernel_IO), x_BTI.dtype)
+    return y_BTO, (whole_BTI, unit_BT1, kernel_IO)
 
 
 def _backward(residuals: tuple[Array, Array, Array], dy_BTO: Array) -> tuple[Array, Array]:

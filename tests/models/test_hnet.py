@@ -176,6 +176,21 @@ def test_step_by_step_gives_the_states_of_the_whole_row(name: str) -> None:
     np.testing.assert_allclose(found[seen], np.asarray(whole)[seen], rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("name", SHAPES)
+def test_quantized_once_for_generation_it_computes_the_same(name: str) -> None:
+    model, batch = SHAPES[name], batch_of(SHAPES[name])
+    params = made(model)
+    prepared = family_of(model).for_generation(params, FLOAT32)
+    kernels = [leaf for path, leaf in jax.tree_util.tree_leaves_with_path(prepared) if "mlp" in str(path)]
+    assert any(set(np.unique(leaf)) == {-1.0, 0.0, 1.0} for leaf in kernels)
+    cache = init_state(model, 2, 64, "float32")
+    inputs = [batch[key][:, :6] for key in INPUTS]
+    np.testing.assert_allclose(extend(model, prepared, *inputs, cache)[0], extend(model, params, *inputs, cache)[0])
+    graph = build.abstract_model(model, FLOAT32)[0]
+    found, wanted = (build.bind(graph, tree).unembedding() for tree in (prepared, params))
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+
+
 def test_padding_on_the_left_leaves_no_trace_in_a_cache() -> None:
     params = made(STAGED)
     tokens, ones = jnp.arange(40, 52, dtype=jnp.int32).reshape(2, 6), jnp.ones((2, 6), jnp.int32)

@@ -63,7 +63,9 @@ def main(argv: list[str] | None = None) -> int | None:
 def build_parser() -> argparse.ArgumentParser:
     """Every flag of the command."""
     parser = ArgumentParser(
-        prog="python -m tools.bench.generation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m tools.bench.generation",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", required=True, help="config file; --config.key=value overrides a key")
     parser.add_argument("--against", choices=("torch",), help="measure PyTorch, too")
@@ -181,9 +183,7 @@ def summarise(rounds: dict[str, list[Result]]) -> Result:
         for name, found in rounds.items()
     }
     mine = rows["ours"]
-    ratios = {
-        name: {key: mine[ours_key] / rows[name][ours_key] for key, ours_key in RATIOS.items()} for name in others
-    }
+    ratios = {name: {key: mine[ours_key] / rows[name][ours_key] for key, ours_key in RATIOS.items()} for name in others}
     return {"contenders": rows, "ratios": ratios, "accelerator": ours[0]["accelerator"]}
 
 
@@ -197,7 +197,8 @@ def table(report: Result, options: argparse.Namespace) -> str:
         for row in report["contenders"].values()
     ]
     rows += [
-        (f"ours / {name}", f"{ratio['speed']:.2f}", f"{ratio['memory']:.2f}") for name, ratio in report["ratios"].items()
+        (f"ours / {name}", f"{ratio['speed']:.2f}", f"{ratio['memory']:.2f}")
+        for name, ratio in report["ratios"].items()
     ]
     title = f"{options.rows} x {options.tokens} tokens after prompts of {options.prompt}, greedy, random weights"
     return "\n".join([title, "", format_table(["", "tokens/s", "memory"], rows)])

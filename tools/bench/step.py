@@ -6,8 +6,8 @@ Each contender runs in its own processes, in turns (ours, theirs, theirs, ours),
 the training step that `smallcoder_jax.main` runs. Theirs has the same shape, rows, data type and number of steps, with
 gradient clipping and fused AdamW, and is one of
 
-    torch    transformers' LlamaForCausalLM with the loss in the model; for a byte-level model, the plain PyTorch code of
-             its export with straight-through gradients (tools/bench/hnet_torch.py)
+    torch    transformers' LlamaForCausalLM with the loss in the model; for a byte-level model, the plain PyTorch code
+             of its export with straight-through gradients (tools/bench/hnet_torch.py)
     litgpt   litgpt's GPT and the loss of its pretraining
 
 --compile adds torch.compile. For float32 configs, --autocast adds the same contender with torch.autocast in bfloat16.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from smallcoder_jax.config import ComputeConfig, HnetConfig
+from smallcoder_jax.layers.ternary import quantize
 from smallcoder_jax.models.family import Family
 from smallcoder_jax.models.hnet import costs, sharding
 from smallcoder_jax.models.hnet.model import Hnet, init_state
@@ -60,4 +61,5 @@ HNET = Family(
     logged=logged,
     boundaries=Hnet.boundaries,
     rates=rates,
+    for_generation=lambda params, compute: quantize(params, compute.dtype),
 )

@@ -19,11 +19,10 @@ from smallcoder_jax.layers.linear import Linear
 from smallcoder_jax.layers.ternary import BitLinear
 from smallcoder_jax.mesh import split_activations
 from smallcoder_jax.models.family import Hidden
-from smallcoder_jax.models.hnet.blocks import EPS, Row, Stack, State, empty_states, projection
+from smallcoder_jax.models.hnet.blocks import Row, Stack, State, empty_states, projection
 from smallcoder_jax.ops import chunking
 from smallcoder_jax.ops.packed import latest
-from smallcoder_jax.ops.rms_norm import rms_norm
-from smallcoder_jax.ops.ternary import rounded_activations, rounded_kernel
+from smallcoder_jax.ops.ternary import rounded_activations
 
 
 class Routed(NamedTuple):
@@ -202,8 +201,8 @@ class Hnet(nnx.Module):
         return states_BTD, [stage.boundary_BT for stage in routed]
 
     def unembedding(self) -> Array:
-        kernel_DV = self.head.kernel[...]
-        return (rounded_kernel(kernel_DV) if isinstance(self.head, BitLinear) else kernel_DV).T
+        kernel_DV = self.head.rounded_kernel() if isinstance(self.head, BitLinear) else self.head.kernel[...]
+        return kernel_DV.T
 
     def _states(
         self, tokens_BT: Array, positions_BT: Array, segment_ids_BT: Array, state: State, *, extends: bool
@@ -212,7 +211,7 @@ class Hnet(nnx.Module):
         x_BTD = split_activations(self.embed(tokens_BT).astype(self.compute.dtype))
         x_BTD, state, routed = self.stage(x_BTD, row, state)
         if isinstance(self.head, BitLinear):
-            x_BTD = rounded_activations(rms_norm(x_BTD, self.head.gain[...], EPS))
+            x_BTD = rounded_activations(self.head.normed(x_BTD))
         return x_BTD, state, routed
 
 
