@@ -83,7 +83,7 @@ test-lowering-cuda: $(VENV)-cuda/.installed
 # CI leaves out the longest tests: SLOW='slow and not lowering and not extended'.
 SLOW ?= slow and not lowering
 test-slow: $(VENV)/.test
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m '$(SLOW)'
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m '$(SLOW)'
 
 $(VENV)/.docs: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -e '.[docs]'

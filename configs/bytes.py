@@ -37,8 +37,8 @@ VARIANTS = {
     "byte_100m":        Shape((576, 768), (4,), (4,), 10, 15_000, 750),
     "byte_350m":        Shape((640, 896, 1152), (4, 4), (4, 4), 12, 20_000, 1000),
     "byte_smallcoder":  Shape((512, 768), (4,), (4,), 12, 20_000, 1000),
-    "byte_nano":        Shape((128,), (), (), 4),
-    "byte_nano_1stage": Shape((128, 192), (1,), (1,), 1),
+    "byte_nano":        Shape((128,), (), (), 4, 1600, 20),
+    "byte_nano_1stage": Shape((128, 192), (1,), (1,), 1, 2000, 20),
 }  # fmt: skip
 STAGE_RATES = {1: (), 2: (1.5, 1.0), 3: (2.0, 1.5, 1.0)}  # by number of stages
 
@@ -86,19 +86,18 @@ def _smallcoder(config: Any) -> None:
 
 def _nano(config: Any) -> None:
     config.compute.update(dtype="float32", matmul="auto")
-    config.model.update(chunk_target=4.0, context=1024)
+    config.model.update(chunk_target=4.0, ratio_weight=0.1, context=2048)
     config.data.update(sources="stdlib")
-    config.train.update(steps=2000, batch_size=3, sequence_length=1024, microbatch_size=0, log_every=50)
+    config.train.update(batch_size=1, sequence_length=2048, microbatch_size=0, log_every=50)
     config.optimizer.update(
         name="muon",
         learning_rate=0.01,  # for the embedding and the norms
         muon_learning_rate=0.03,
         weight_decay=0.1,
         schedule="linear",
-        warmup_steps=20,
         final_ratio=0.0,
     )
-    config.eval.update(every=400, batches=4, batch_size=16, sample_tokens=100, sample_temperature=0.0)
+    config.eval.update(every=400, batches=8, batch_size=8, sample_tokens=100, sample_temperature=0.0)
     config.eval.sample_prompts = ("def read_lines(path):\n    with open(",)
     config.checkpoint.update(every=400, keep=2)
     config.log.update(charts_every=0)

@@ -35,6 +35,11 @@ def pytest_configure() -> None:
     install_import_hook(["smallcoder_jax.ops", "smallcoder_jax.layers", "smallcoder_jax.losses"], "beartype.beartype")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest test begins first (make test-slow keeps this order), so that no process is left alone with it."""
+    items.sort(key=lambda item: item.path.name != "test_pipeline.py")
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _settled() -> Iterator[None]:
     """A run collects garbage before it trains. What earlier modules have compiled, millions of objects, is not searched
