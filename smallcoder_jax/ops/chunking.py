@@ -97,8 +97,10 @@ def _take(x_BTD: Array, places_BM: Array, filled_BM: Array, of_BT: Array, bounda
     return jnp.where(filled_BM[..., None], jnp.take_along_axis(x_BTD, places_BM[..., None], axis=1), 0.0)
 
 
-def _take_forward(*arguments: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _take(*arguments), arguments[3:]
+def _take_forward(
+    x_BTD: Array, places_BM: Array, filled_BM: Array, of_BT: Array, boundary_BT: Array
+) -> tuple[Array, tuple[Array, Array]]:
+    return _take(x_BTD, places_BM, filled_BM, of_BT, boundary_BT), (of_BT, boundary_BT)
 
 
 def _take_backward(residuals: tuple[Array, Array], dy_BMD: Array) -> tuple[Array | None, ...]:
@@ -180,7 +182,7 @@ def dechunk(
     keep_BMD = jnp.broadcast_to(keep_BM[..., None], new_BMD.shape)
     z_BMD = recurrence(keep_BMD, new_BMD, before_BD, implementation=implementation)
     place_BT = jnp.minimum(chunks.of_BT, outputs_BMD.shape[1] - 1)
-    back_BTD = _spread(z_BMD, before_BD, chunks.places_BM, place_BT, implementation)
+    back_BTD: Array = _spread(z_BMD, before_BD, chunks.places_BM, place_BT, implementation)
     found_BT = (place_BT == chunks.of_BT) & (segment_ids_BT > 0)
     return jnp.where(found_BT[..., None], back_BTD, 0.0), z_BMD[:, -1]
 

@@ -8,6 +8,7 @@ import pytest
 
 from smallcoder_jax.base.errors import CheckFailed, UserError
 from smallcoder_jax.config import Config, TrainConfig
+from smallcoder_jax.configfile import load_config
 from tests.helpers import tiny_config
 from tests.tools.conftest import Recorded
 from tools.bench import op_profile, step_timing, step_torch
@@ -145,16 +146,17 @@ def checked(**changes: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ours", "name", "wanted"),
+    ("path", "ours", "name", "wanted"),
     [
-        ({}, "torch", 1.2),
-        ({"products": "mixed"}, "torch", 1.6),
-        ({"products": "mixed"}, "torch autocast", 1.25),
-        ({"accelerator": True}, "torch", 1.3),
+        (NANO, {}, "torch", 1.2),
+        (NANO, {"products": "mixed"}, "torch", 1.6),
+        (NANO, {"products": "mixed"}, "torch autocast", 1.25),
+        (NANO, {"accelerator": True}, "torch", 1.3),
+        (BYTE_NANO, {"products": "mixed"}, "torch", 2.0),
     ],
 )
-def test_check_fails_on_either(ours: dict[str, Any], name: str, wanted: float) -> None:
-    assert bench_step.wanted_ratio(name, result([1.0], 1, **ours)) == wanted
+def test_check_fails_on_either(path: str, ours: dict[str, Any], name: str, wanted: float) -> None:
+    assert bench_step.wanted_ratio(name, result([1.0], 1, **ours), load_config(path, [])) == wanted
 
     def ratio(speed: float, memory: float) -> None:
         checked(ratios={name: {"speed": speed, "memory": memory, "wanted": wanted}})
