@@ -46,8 +46,12 @@ def place(folder: Path, codes: Sequence[int]) -> None:
     (folder / "launch").symlink_to(ROOT / "launch")
 
 
+# Of whoever runs the tests: `make PYTHON=... test`, for example, hands its variable on.
+READ_BY_SCRIPTS = ("PYTHONPATH", "XLA_FLAGS", "PYTHON", "FOLDER", "PLATFORM", "RETRIES")
+
+
 def start(folder: Path, *command: str, **environment: str) -> subprocess.Popen[str]:
-    clean = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "XLA_FLAGS")}
+    clean = {key: value for key, value in os.environ.items() if key not in READ_BY_SCRIPTS}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     return subprocess.Popen(command, cwd=folder, env={**clean, **environment}, text=True, **pipes)
 

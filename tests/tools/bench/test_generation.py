@@ -86,7 +86,7 @@ def test_what_is_too_slow_or_too_large_fails_and_is_recorded(
     [
         (["--check"], "add --against=torch"),
         (["--tokens=1"], "expected at least 2"),
-        (["--prompt=1000", "--tokens=25"], "at most model.context=1024"),
+        (["--prompt=2000", "--tokens=49"], "at most model.context=2048"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(flags: list[str], said: str) -> None:
