@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from typing import Any
 
 import pytest
@@ -33,6 +34,27 @@ def test_both_generate(family: str) -> None:
         assert found["tokens_per_second"] > 0
         assert found["memory"] > 2**20
         assert "jax" in found["software"] or "torch" in found["software"]
+
+
+def test_a_text_that_the_random_model_ends_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+
+    class Generator:
+        def __init__(self, *_: Any): ...
+
+        def generate(self, prompts: Any, options: Any, batch_size: int) -> list[Any]:
+            given.append(prompts)
+            length = 6 if len(given) > limit else 2
+            return [types.SimpleNamespace(token_ids=(1,) * length, tokens_per_second=7.0) for _ in prompts]
+
+    monkeypatch.setattr("smallcoder_jax.generate.engine.Generator", Generator)
+    limit = 3
+    found = generation.measure_ours(bytes_config(), [[97] * 4] * 2, {"tokens": 6, "compile": False})
+    assert found["tokens_per_second"] == 14.0
+    assert len({str(prompts) for prompts in given}) == 3  # of four calls, the first only compiles
+    limit = 1000
+    with pytest.raises(UserError, match="ends every text"):
+        generation.measure_ours(bytes_config(), [[97] * 4] * 2, {"tokens": 6, "compile": False})
 
 
 def result(name: str, rate: float, memory: int) -> dict[str, Any]:
