@@ -22,6 +22,7 @@ import pytest
 
 from smallcoder_jax import optim
 from smallcoder_jax.config import ComputeConfig, Config, DecoderConfig, MeshConfig, OptimizerConfig, TrainConfig
+from smallcoder_jax.configfile import load_config
 from smallcoder_jax.kernels import flash_tpu
 from smallcoder_jax.kernels.tile_table import Tiles
 from smallcoder_jax.kernels.tiles import TpuTiles
@@ -29,9 +30,11 @@ from smallcoder_jax.mesh import batch_sharding, make_mesh
 from smallcoder_jax.models.decoder.family import DECODER
 from smallcoder_jax.ops import attention, precision
 from smallcoder_jax.stages.shared import next_token
+from smallcoder_jax.train.program import make_program
 from smallcoder_jax.train.state import init_state, state_sharding
 from smallcoder_jax.train.step import make_train_step
 
+BYTE_NANO = str(Path(__file__).resolve().parents[2] / "configs" / "byte_nano.py")
 GOLDEN = Path(__file__).with_name("nano_losses.json")
 TOLERANCE = 0.02  # relative: other processors and library versions round otherwise
 STEPS, EVERY, ROWS, LENGTH = 50, 5, 4, 128
@@ -179,6 +182,26 @@ def test_nano_learns_one_batch_by_heart() -> None:
     learned = next((loss for loss in losses(config, [batch] * steps) if loss < 0.05), None)
     assert learned is not None, f"after {steps} steps on one batch the loss was never below 0.05"
     print(f"loss on one batch: {learned:.4f}")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("standard_promotion")
+def test_byte_nano_learns_one_batch_by_heart() -> None:
+    """As configured, at a constant rate."""
+    steps = 200
+    changes = ["optimizer.schedule=constant", "optimizer.weight_decay=0.0", f"train.steps={steps}"]
+    changes += ["train.batch_size=8", "train.sequence_length=32", "compute.matmul=exact"]
+    config = load_config(BYTE_NANO, [f"--config.{change}" for change in changes])
+    (batch,) = batches(8, 32, 1)
+    batch = {**batch, "tokens": batch["tokens"] - 256, "targets": batch["targets"] - 256}
+    program = make_program(config, next_token.make_loss(config))
+    state = jax.jit(lambda: init_state(config, program.optimizer), out_shardings=program.shardings)()
+    batch = jax.device_put(batch, batch_sharding(program.mesh))
+    found = []
+    while len(found) < steps and (not found or found[-1] >= 0.05):
+        state, metrics = program.step(state, batch, {})
+        found.append(float(metrics["loss"]))
+    assert found[-1] < 0.05, f"after {steps} steps on one batch the loss was {found[-1]:.3f}"
 
 
 def main() -> None:
