@@ -3,7 +3,7 @@
 Command:   python -m smallcoder_jax.main --config=configs/nano.py --workdir=runs/nano
 Hardware:  two CPU cores.
 Time:      four minutes of training on two cores of a Xeon with AMX, 2.5M tokens; less than six from a fresh clone.
-Expected:  1.39 to 1.44 bits per byte (three seeds) on all held-out files of Python 3.11's standard library, where
+Expected:  1.39 to 1.47 bits per byte (four runs) on all held-out files of Python 3.11's standard library, where
            xz -9e needs 2.21 for the files one by one and 1.87 for all in one (docs/benchmarks.md). The loss starts at
            ln(2048) = 7.6.
 

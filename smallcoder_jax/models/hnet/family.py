@@ -33,6 +33,7 @@ def recurrence_shapes(model: HnetConfig, length: int) -> list[tuple[int, int]]:
         if not innermost or "x" in model.kinds:
             shapes.append((length, width * model.expand_ratio))
         if not innermost:
+            shapes.append((length, width))  # the gradients of its chunks, summed over their positions
             length = model.room(length)
             shapes.append((length, width))  # the smoothed outputs of the stage within
     return shapes
